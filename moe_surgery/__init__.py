@@ -1,0 +1,57 @@
+"""Model surgery for mixture-of-experts models: read, plan, operate, prove, report.
+
+Six verbs. Importing this package is cheap; what a verb needs is imported when it is called.
+
+    scan(model_or_dir)        what every MoE-looking site is
+    plan(model_or_dir)        what would be done with each, and why
+    apply(model)              do it: in place, all or nothing, every block proven
+    verify(model_or_dir)      the proof alone
+    undo(report)              put the old blocks back
+    install()                 operate on models as they are loaded
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_surgery.engine.hook import Handle as Handle
+    from moe_surgery.engine.hook import install as install
+    from moe_surgery.errors import SurgeryError as SurgeryError
+    from moe_surgery.operate.plan import Plan as Plan
+    from moe_surgery.report.model import Report as Report
+    from moe_surgery.verbs import apply as apply
+    from moe_surgery.verbs import explain as explain
+    from moe_surgery.verbs import plan as plan
+    from moe_surgery.verbs import scan as scan
+    from moe_surgery.verbs import undo as undo
+    from moe_surgery.verbs import verify as verify
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "scan": "verbs",
+    "plan": "verbs",
+    "apply": "verbs",
+    "verify": "verbs",
+    "undo": "verbs",
+    "explain": "verbs",
+    "install": "engine.hook",
+    "Handle": "engine.hook",
+    "Plan": "operate.plan",
+    "Report": "report.model",
+    "SurgeryError": "errors",
+}
+__all__ = ["__version__", *_PLACES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

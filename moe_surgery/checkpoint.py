@@ -1,0 +1,156 @@
+"""The files of a Hugging Face checkpoint directory, inspected without loading a tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from moe_surgery.errors import ModelError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+# The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
+_ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+# Far above any real header (a model of 200,000 tensors has about 25 MB); a corrupt length must not be allocated.
+_LONGEST_HEADER = 100_000_000
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one error naming the file and, if it isn't JSON, the line."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: a JSON object is wanted, not {type(data).__name__}")
+    return data
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` as the checkpoint has it: no default of any config class is added."""
+    return read_json(directory / CONFIG)
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Refuse a directory whose only weights are pickles, which run code when they are read."""
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists():
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{directory / pickles[0]}: pickled weights are never read, since that runs code; "
+            "convert the checkpoint to safetensors"
+        )
+
+
+def shard_names(directory: Path) -> dict[str, str] | None:
+    """Tensor name → file name from the index, or None if the checkpoint has no index."""
+    if not (directory / INDEX).exists():
+        return None
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(f"{directory / INDEX}: no weight_map of tensor names to file names")
+    escaping = [file for file in weight_map.values() if Path(file).name != file]
+    if escaping:
+        raise ModelError(f"{directory / INDEX}: {escaping[0]!r} is not a file of this directory")
+    return weight_map
+
+
+def checkpoint_headers(directory: str | Path, *, complete: bool = True) -> Header:
+    """Name → (safetensors dtype, shape) of every tensor of a checkpoint, from the headers of its files alone.
+
+    ``complete`` also checks that each file is as long as its header says; without it a file may end after its header.
+    Raises :class:`ModelError` naming the file: no safetensors, a shard that is missing or cut short, a header that
+    can't be read, a tensor in two files, or one that the index promises and its shard doesn't hold.
+    """
+    directory = Path(directory)
+    refuse_pickles(directory)
+    weight_map = shard_names(directory)
+    if weight_map is None:
+        files = [SINGLE] if (directory / SINGLE).exists() else []
+    else:
+        files = sorted(set(weight_map.values()))
+    if not files:
+        raise ModelError(f"{directory}: no weights: neither {SINGLE} nor {INDEX}")
+    headers: Header = {}
+    for file in files:
+        for name, entry in _header(directory / file, complete).items():
+            if name in headers:
+                raise ModelError(f"{directory / file}: {name} is in another file too")
+            if weight_map is not None and weight_map.get(name) != file:
+                raise ModelError(f"{directory / INDEX}: {file} holds {name}, which the index doesn't say")
+            headers[name] = entry
+    absent = sorted(set(weight_map or ()) - set(headers))
+    if absent:
+        file = (weight_map or {})[absent[0]]
+        raise ModelError(f"{directory / file}: {absent[0]} is missing, which {INDEX} says it holds")
+    return headers
+
+
+def missing_expert_tensor(headers: Header) -> str | None:
+    """The first tensor that one numbered expert of a block lacks and another one of the same block has, if any."""
+    blocks: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    for name in headers:
+        if match := re.fullmatch(r"(.*\.experts\.)(\d+)\.(.+)", name):
+            blocks[match[1]].add((int(match[2]), match[3]))
+    for prefix, held in sorted(blocks.items()):
+        for number in range(max(number for number, _ in held) + 1):
+            for suffix in sorted({suffix for _, suffix in held}):
+                if (number, suffix) not in held:
+                    return f"{prefix}{number}.{suffix}"
+    return None
+
+
+def _header(path: Path, complete: bool) -> Header:
+    """One file's header: 8 bytes of length (little endian), then JSON, then the tensors' bytes without gaps."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+            text = file.read(length) if length is not None and length <= min(size, _LONGEST_HEADER) else b""
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; the checkpoint is missing this shard") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    if length is None or len(text) != length:
+        raise ModelError(f"{path}: cut short or not safetensors: {size} bytes end before the header does")
+    try:
+        data: dict[str, Any] = json.loads(text)
+        data.pop("__metadata__", None)
+        entries = {name: (str(e["dtype"]), tuple(map(int, e["shape"])), e["data_offsets"]) for name, e in data.items()}
+        ends = {name: (int(begin), int(end)) for name, (_, _, (begin, end)) in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path}: not safetensors: the header isn't readable") from None
+    for name, (dtype, shape, _) in entries.items():
+        _check_extent(path, name, dtype, shape, ends[name])
+    wanted = 8 + length + max((end for _, end in ends.values()), default=0)
+    if complete and size != wanted:
+        raise ModelError(f"{path}: {size} bytes, but the header asks for {wanted}: the file is damaged or cut short")
+    return {name: (dtype, shape) for name, (dtype, shape, _) in entries.items()}
+
+
+def _check_extent(path: Path, name: str, dtype: str, shape: tuple[int, ...], extent: tuple[int, int]) -> None:
+    if dtype not in _ITEM_SIZES:
+        return
+    size = _ITEM_SIZES[dtype]
+    for dim in shape:
+        size *= dim
+    if extent[1] - extent[0] != size or extent[0] < 0:
+        raise ModelError(f"{path}: {name} {list(shape)} {dtype} takes {size} bytes, not {extent[1] - extent[0]}")

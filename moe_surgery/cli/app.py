@@ -1,0 +1,226 @@
+"""The commands and their flags. What a command does is in ``reading``, ``operating`` and ``tools``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_surgery.cli import exits, launching, operating, reading, tools
+from moe_surgery.cli.command import grouped
+from moe_surgery.cli.guard import run
+from moe_surgery.cli.options import (
+    Choice,
+    Loading,
+    Model,
+    ModelOrPlan,
+    OnFailure,
+    Output,
+    Proof,
+    Prove,
+    Svg,
+    Trust,
+)
+
+app = typer.Typer(
+    name="moe-surgery",
+    help="Replace the sparse-MoE blocks of a model by fused ones, and prove that each computes the same.",
+    epilog=exits.epilog(),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+packs = typer.Typer(help="The rule packs that are installed.", no_args_is_help=True)
+app.add_typer(packs, name="packs")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from moe_surgery import __version__
+
+        typer.echo(f"moe-surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's name, or a .toml file.", show_default=False)]
+
+
+@app.command()
+@grouped
+def scan(model: Model, trust: Trust, output: Output) -> None:
+    """List every MoE-looking site of MODEL and what is known of it. Needs no weights."""
+    run(output, lambda screen: reading.scan(screen, model, trust))
+
+
+@app.command()
+@grouped
+def plan(
+    model: Model,
+    choice: Choice,
+    trust: Trust,
+    output: Output,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", "-o", metavar="PLAN.JSON", help="Save the plan for apply.", show_default=False),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="End with 10 if the plan would change anything.")] = False,
+    svg: Svg = None,
+) -> None:
+    """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
+    run(output, lambda screen: reading.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
+
+
+@app.command()
+@grouped
+def explain(
+    model: Model,
+    site: Annotated[str, typer.Argument(metavar="SITE", help="A site's path, as scan lists it.", show_default=False)],
+    trust: Trust,
+    output: Output,
+    pack: Annotated[
+        list[str] | None,
+        typer.Option("--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default=False),
+    ] = None,
+    rule: Annotated[str | None, typer.Option("--rule", metavar="R", help="Only this rule.", show_default=False)] = None,
+) -> None:
+    """Say how SITE was read, and which clause of which rule holds or fails there. Needs no weights."""
+    run(output, lambda screen: reading.explain(screen, model, site, trust, packs=pack, rule=rule))
+
+
+@app.command()
+@grouped
+def apply(
+    model: ModelOrPlan,
+    choice: Choice,
+    loading: Loading,
+    proof: Proof,
+    trust: Trust,
+    output: Output,
+    generate: Annotated[
+        str | None,
+        typer.Option(
+            "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="How many to generate.")] = 16,
+    no_undo: Annotated[
+        bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
+    ] = False,
+    svg: Svg = None,
+) -> None:
+    """Load MODEL, replace its MoE blocks, prove each, and report."""
+    job = operating.Job(
+        model,
+        choice,
+        loading,
+        proof,
+        trust,
+        generate=generate,
+        new_tokens=new_tokens,
+        undoable=not no_undo,
+        svg=svg,
+    )
+    run(output, lambda screen: operating.apply(screen, job))
+
+
+@app.command()
+@grouped
+def verify(
+    model: ModelOrPlan,
+    choice: Choice,
+    loading: Loading,
+    proof: Proof,
+    trust: Trust,
+    output: Output,
+    svg: Svg = None,
+) -> None:
+    """Do the proof of apply alone: MODEL is loaded, each block is built, compared and given up again."""
+    job = operating.Job(model, choice, loading, proof, trust, svg=svg)
+    run(output, lambda screen: operating.verify(screen, job))
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+@grouped
+def run_command(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+    ],
+    output: Output,
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default="all installed"
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="PLAN.JSON", help="A saved plan that models must fit.", show_default=False),
+    ] = None,
+    prove: Annotated[Prove, typer.Option("--prove", help="How many of an engine's blocks to prove.")] = Prove.sample,
+    on_failure: Annotated[
+        OnFailure, typer.Option("--on-failure", help="Stop, or keep the model as it was and say so.")
+    ] = OnFailure.stop,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
+    ] = None,
+) -> None:
+    """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
+    job = launching.Launch(tuple(command), tuple(pack) if pack else None, plan, prove.value, on_failure.value, folder)
+    run(output, lambda screen: launching.launch(screen, job), shared=True)
+
+
+@app.command()
+@grouped
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder that a run's receipts went to.", show_default=False)
+    ],
+    output: Output,
+) -> None:
+    """Say what each process of a run did, and fail if they disagree."""
+    run(output, lambda screen: launching.report(screen, folder))
+
+
+@app.command()
+@grouped
+def doctor(output: Output) -> None:
+    """Say whether this installation can operate, and what to do if it can't."""
+    run(output, tools.doctor)
+
+
+@packs.command("list")
+@grouped
+def packs_list(output: Output) -> None:
+    """List the installed packs and their rules."""
+    run(output, tools.packs_list)
+
+
+@packs.command("show")
+@grouped
+def packs_show(pack: Pack, output: Output) -> None:
+    """Print a pack as it was understood, in the form of its file."""
+    run(output, lambda screen: tools.packs_show(screen, pack))
+
+
+@packs.command("check")
+@grouped
+def packs_check(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE…", help="Pack files, or folders of them.", show_default=False)
+    ],
+    output: Output,
+) -> None:
+    """Check that packs can be read; the error names file and line."""
+    run(output, lambda screen: tools.packs_check(screen, files))

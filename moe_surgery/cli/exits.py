@@ -1,0 +1,29 @@
+"""What the command line ends with. Codes of this domain start at 10, so that they meet no shell's or parser's own."""
+
+from __future__ import annotations
+
+DONE = 0
+FAILED = 1
+USAGE = 2
+CHANGES = 10
+UNPROVEN = 12
+UNSUPPORTED = 14
+INTERRUPTED = 130
+
+MEANINGS: tuple[tuple[int, str], ...] = (
+    (DONE, "done, or nothing to do"),
+    (FAILED, "unexpected failure"),
+    (USAGE, "wrong usage; a pack, model or plan that can't be read"),
+    (CHANGES, "changes are pending (plan --check only)"),
+    (11, "expectation not met, or a site missed or refused under --strict"),
+    (UNPROVEN, "a proof failed, rolled back; or greedy tokens differ"),
+    (13, "weights not covered"),
+    (UNSUPPORTED, "unsupported version, or no engine"),
+    (15, "processes disagree, or none loaded a model"),
+    (INTERRUPTED, "interrupted, rolled back"),
+)
+
+
+def epilog() -> str:
+    """The exit codes as the end of ``--help``."""
+    return "\n".join(["Exit codes:", *(f"{code:>5}  {meaning}" for code, meaning in MEANINGS)])

@@ -1,0 +1,72 @@
+"""From a command's body to an exit code, whatever happens in between."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from moe_surgery.cli import exits
+from moe_surgery.cli.options import Output
+from moe_surgery.cli.screen import Screen
+from moe_surgery.cli.streams import Streams
+from moe_surgery.errors import SurgeryError
+
+
+def run(output: Output, body: Callable[[Screen], int], *, shared: bool = False) -> None:
+    """Run ``body`` and end the command with the code it returns, or with that of the error it raises.
+
+    With ``shared`` stdout and stderr belong to a child process, and the result goes to stderr.
+    """
+    with Streams(verbose=output.verbose, shared=shared) as streams:
+        code = _guarded(Screen(output, streams), body)
+    raise typer.Exit(code)
+
+
+def _guarded(screen: Screen, body: Callable[[Screen], int]) -> int:
+    try:
+        with _signals():
+            return body(screen)
+    except SurgeryError as fault:
+        if screen.output.verbose:
+            screen.say(traceback.format_exc())
+        return screen.fail(str(fault), fault.exit_code, fault.report)
+    except KeyboardInterrupt:
+        return screen.fail("interrupted; nothing was left half done", exits.INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the result has seen enough of it.
+        return exits.DONE
+    except Exception as fault:
+        if screen.output.verbose:
+            screen.say(traceback.format_exc())
+        hint = "" if screen.output.verbose else " (-v shows the traceback)"
+        return screen.fail(f"unexpected {type(fault).__name__}: {fault}{hint}", exits.FAILED)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGTERM, like SIGINT, into one :class:`KeyboardInterrupt`, so that an operation under way is rolled back.
+
+    Further ones are ignored then: they must not interrupt the rolling back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for name in names:
+            signal.signal(name, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {name: signal.signal(name, interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,216 @@
+"""The commands that load a model and operate on it: apply, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_surgery.cli import exits
+from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
+from moe_surgery.cli.progress import Progress
+from moe_surgery.cli.screen import Screen
+from moe_surgery.errors import SurgeryError, UsageError
+from moe_surgery.report.plain import plural
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moe_surgery.load import Opened
+    from moe_surgery.operate.plan import Plan
+    from moe_surgery.report.model import Report, Step
+    from moe_surgery.report.timing import Speed
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that ``apply`` and ``verify`` were asked for."""
+
+    model: str
+    choice: Choice
+    loading: Loading
+    proof: Proof
+    trust: Trust
+    generate: str | None = None
+    new_tokens: int = 16
+    undoable: bool = True
+    svg: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Greedy tokens of every part that generates, before and after; nothing if none were asked for."""
+
+    before: dict[str, list[int]]
+    after: dict[str, list[int]]
+
+    @property
+    def equal(self) -> bool:
+        return self.before == self.after
+
+    def sentences(self) -> list[str]:
+        """One line for each part: that its tokens are equal, or where they part."""
+        return [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"equal": self.equal, "before": self.before, "after": self.after}
+
+
+def apply(screen: Screen, job: Job) -> int:
+    """Load, operate, prove, compare and report."""
+    import moe_surgery
+
+    prompt = _prompt(job.generate)
+    plan = _saved_plan(job)
+    name = plan.model if plan else job.model
+    with screen.progress() as progress, _named(name):
+        opened = _load(job, name, progress)
+        before = _greedy(opened.module, prompt, job.new_tokens, progress)
+        progress.phase("operating")
+        report = moe_surgery.apply(
+            opened.module,
+            plan,
+            undoable=job.undoable,
+            margin=job.proof.margin,
+            seed=job.proof.seed,
+            on_progress=progress.step,
+            **({} if plan else job.choice.as_plan()),
+        )
+        tokens = Tokens(before, _greedy(opened.module, prompt, job.new_tokens, progress))
+        speeds = _speeds(report, progress)
+    rounded = _low_precision(opened.module)
+    failed = not tokens.equal and rounded is None
+    report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
+    notes = [("speed", speed.sentence()) for speed in speeds]
+    notes += [("tokens", line) for line in tokens.sentences()]
+    more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
+    screen.report(report, notes=notes, more=more, svg=job.svg)
+    if failed:
+        screen.say("error: greedy tokens before and after differ")
+    elif not tokens.equal:
+        screen.say(
+            f"warning: greedy tokens before and after differ; every block is proven to the noise of {rounded}, in "
+            "which two tokens may be that near to each other: --dtype float32 tells"
+        )
+    return report.exit_code
+
+
+def verify(screen: Screen, job: Job) -> int:
+    """Load, prove and report; nothing is replaced."""
+    import moe_surgery
+
+    plan = _saved_plan(job)
+    name = plan.model if plan else job.model
+    with screen.progress() as progress, _named(name):
+        opened = _load(job, name, progress)
+        progress.phase("proving")
+        report = moe_surgery.verify(
+            opened.module,
+            plan,
+            margin=job.proof.margin,
+            seed=job.proof.seed,
+            on_progress=progress.step,
+            **({} if plan else job.choice.as_plan()),
+        )
+    report = report.but(model=name)
+    screen.report(report, svg=job.svg)
+    failed = [step for step in report.refused if step.verdict is not None]
+    if failed:
+        screen.say(f"error: the proof failed at {plural(len(failed), 'site')}, first {failed[0].path}")
+    return report.exit_code
+
+
+def _saved_plan(job: Job) -> Plan | None:
+    """The plan if the argument is a file. A plan is applied as it was reviewed, so flags that choose are refused."""
+    path = Path(job.model)
+    if not path.is_file() and path.suffix != ".json":
+        return None
+    from moe_surgery.operate.plan import Plan
+
+    plan = Plan.load(path)
+    if job.choice.given():
+        raise UsageError(f"{path} is a plan, applied as it is; {', '.join(job.choice.given())} would change it")
+    return plan
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Let the report of an error call the model what the user calls it, not what its config does."""
+    try:
+        yield
+    except SurgeryError as fault:
+        if fault.report is not None:
+            fault.report = fault.report.but(model=model)
+        raise
+
+
+def _load(job: Job, model: str, progress: Progress) -> Opened:
+    from moe_surgery.load import load_model
+
+    progress.phase(f"loading {model}")
+    dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
+    return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+
+
+def _prompt(text: str | None) -> list[int]:
+    """Token ids from the command line, none if it gave none."""
+    if text is None:
+        return []
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f'--generate takes token ids such as "1,2,3", not {text!r}') from None
+    if any(id_ < 0 for id_ in ids):
+        raise UsageError(f"--generate takes token ids, none of which is below 0: {text!r}")
+    return ids
+
+
+def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int]]:
+    if not prompt:
+        return {}
+    from moe_surgery.generate import greedy_tokens
+
+    progress.phase(f"generating {plural(count, 'token')}")
+    return greedy_tokens(module, prompt, count)
+
+
+def _speeds(report: Report, progress: Progress) -> list[Speed]:
+    """Old against new, for the first replaced block of every kind whose original is still there."""
+    from moe_surgery.report.timing import measure_blocks
+
+    swaps = {swap.path: swap for swap in report.transaction.swaps} if report.transaction else {}
+    first: dict[object, Step] = {}
+    for step in report.replaced:
+        first.setdefault((step.kind, step.spec), step)
+    speeds = []
+    for step in first.values():
+        old, new = swaps[step.path].old, swaps[step.path].new
+        if old is not None and step.spec is not None:
+            progress.phase(f"timing {step.path}")
+            weight = next(old.parameters())
+            speeds.append(
+                measure_blocks(old, new, step.spec.hidden, weight.dtype, name=step.path, device=weight.device)
+            )
+    return speeds
+
+
+def _low_precision(module: nn.Module) -> str | None:
+    """The dtype, if it is one in which rounding alone may decide which of two tokens comes out ahead."""
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+    return next(iter(sorted(dtypes & {"bfloat16", "float16"})), None)
+
+
+def _compared(part: str, before: list[int], after: list[int]) -> str:
+    if before == after:
+        return f"{part}: the same {plural(len(before), 'greedy token')}, {_few(before)}"
+    at = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return f"{part}: GREEDY TOKENS DIFFER: {len(before)} before, {len(after)} after"
+    return f"{part}: GREEDY TOKENS DIFFER from number {at + 1} on: {_few(before[at:])} became {_few(after[at:])}"
+
+
+def _few(tokens: list[int]) -> str:
+    shown = " ".join(map(str, tokens[:8]))
+    return f"{shown} …" if len(tokens) > 8 else shown

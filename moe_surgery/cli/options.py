@@ -1,0 +1,159 @@
+"""The flags that several commands share, in groups. A command takes a group as one parameter (see ``command.py``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Format(StrEnum):
+    """How a result is written."""
+
+    text = "text"
+    json = "json"
+
+
+class Color(StrEnum):
+    """When a result is coloured."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class DType(StrEnum):
+    """The dtype a model is loaded in; ``auto`` is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Prove(StrEnum):
+    """How many blocks of an engine's model are proven."""
+
+    sample = "sample"
+    all = "all"
+
+
+class OnFailure(StrEnum):
+    """What becomes of a program whose model can't be operated on."""
+
+    stop = "stop"
+    keep = "keep"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local model directory, or a hub id.", show_default=False)
+]
+ModelOrPlan = Annotated[
+    str, typer.Argument(metavar="MODEL|PLAN.JSON", help="A model, or a plan that was saved.", show_default=False)
+]
+Svg = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", help="Also write the report as a picture.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results and progress go."""
+
+    format: Annotated[Format, typer.Option("--format", help="Form of the result.")] = Format.text
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the result there, not to stdout.", show_default=False),
+    ] = None
+    color: Annotated[Color, typer.Option("--color", help="When to colour; auto honours NO_COLOR.")] = Color.auto
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress on stderr.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and on stdout the last line alone.")] = (
+        False
+    )
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries print, and tracebacks.")] = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which sites are meant, by which rules, and how sure the user is of their number."""
+
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default="all installed"
+        ),
+    ] = None
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="GLOB",
+            help='Only sites whose path fits, such as "talker.**"; repeatable.',
+            show_default=False,
+        ),
+    ] = None
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="GLOB",
+            help='No site whose path fits, such as "**.0.mlp"; repeatable.',
+            show_default=False,
+        ),
+    ] = None
+    expect: Annotated[
+        int | None,
+        typer.Option(
+            "--expect", metavar="N", min=0, help="Fail unless N sites are to be replaced.", show_default=False
+        ),
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if a site is missed or refused.")] = False
+    target: Annotated[str, typer.Option("--target", metavar="NAME", help="What to build.")] = "auto"
+
+    def given(self) -> list[str]:
+        """The names of the flags that differ from their defaults, as the user wrote them."""
+        plain = Choice()
+        names = ("pack", "only", "skip", "expect", "strict", "target")
+        return [f"--{name}" for name in names if getattr(self, name) not in (getattr(plain, name), [])]
+
+    def as_plan(self) -> dict[str, Any]:
+        """The keyword arguments that ``plan``, ``apply`` and ``verify`` share."""
+        return {
+            "packs": tuple(self.pack) if self.pack else None,
+            "only": tuple(self.only or ()),
+            "skip": tuple(self.skip or ()),
+            "expect": self.expect,
+            "strict": self.strict,
+            "target": self.target,
+        }
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whether code that comes with a model may run."""
+
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded."""
+
+    dtype: Annotated[DType, typer.Option("--dtype", help="Load the weights in this dtype.")] = DType.auto
+    device: Annotated[str, typer.Option("--device", metavar="D", help="Such as cpu, cuda, cuda:1.")] = "cpu"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the proof is done."""
+
+    margin: Annotated[
+        float,
+        typer.Option("--margin", metavar="X", min=1.0, help="How many times nearer than any mutant."),
+    ] = 5.0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the probes.")] = 0

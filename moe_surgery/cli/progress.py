@@ -1,0 +1,89 @@
+"""Progress on stderr: one bar on a terminal, plain lines at most every tenth where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+class Progress(Protocol):
+    """What a command tells about how far it is."""
+
+    def phase(self, text: str) -> None:
+        """A new part of the work begins, of unknown length."""
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` units of this part are finished, ``what`` is the one at hand."""
+
+
+class Silent:
+    """No progress at all."""
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def step(self, done: int, total: int, what: str) -> None:
+        pass
+
+
+class Lines:
+    """Progress for logs: a line per phase, and one for every tenth of its steps."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._tenth = 0
+
+    def phase(self, text: str) -> None:
+        self._tenth = 0
+        self._write(text)
+
+    def step(self, done: int, total: int, what: str) -> None:
+        tenth = 10 * done // total if total else 10
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._write(f"{10 * tenth}% ({done} of {total}) {what}")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text.rstrip() + "\n")
+        self._stream.flush()
+
+
+class Terminal:
+    """One bar, gone when the command ends."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+
+    def phase(self, text: str) -> None:
+        self._bar.reset(self._task, total=None, description=text)
+
+    def step(self, done: int, total: int, what: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=what)
+
+
+@contextmanager
+def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progress]:
+    """The form of progress that suits ``stream``."""
+    if not wanted:
+        yield Silent()
+    elif not stream.isatty():
+        yield Lines(stream)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(file=stream, no_color=no_color or None)
+        columns = (
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+            yield Terminal(bar)

@@ -1,0 +1,73 @@
+"""The commands that read a model without its weights: scan, plan, explain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_surgery.cli import exits
+from moe_surgery.cli.options import Choice, Trust
+from moe_surgery.cli.screen import Screen
+from moe_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_surgery.verbs import Explanation
+
+
+def scan(screen: Screen, model: str, trust: Trust) -> int:
+    """Show every MoE-looking site."""
+    import moe_surgery
+    from moe_surgery.report.json import scan_data
+    from moe_surgery.report.terminal import render_scan, scan_sentence
+
+    with screen.progress() as progress:
+        progress.phase(f"reading {model}")
+        report = moe_surgery.scan(model, trust_remote_code=trust.trust_remote_code)
+    screen.result(lambda console: render_scan(report, console), scan_data(report), scan_sentence(report))
+    return exits.DONE
+
+
+def plan(
+    screen: Screen, model: str, choice: Choice, trust: Trust, *, save: Path | None, check: bool, svg: Path | None
+) -> int:
+    """Show, and save, what ``apply`` would do."""
+    import moe_surgery
+
+    with screen.progress() as progress:
+        progress.phase(f"reading {model}")
+        planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **choice.as_plan())
+    # As it was given, so that apply finds it again.
+    planned = replace(planned, model=model)
+    report = planned.report()
+    if save is not None:
+        try:
+            planned.save(save)
+        except OSError as fault:
+            raise UsageError(f"can't write {save}: {fault.strerror or fault}") from fault
+    if check and report.replaced:
+        report = report.but(exit_code=exits.CHANGES)
+    screen.report(report, svg=svg)
+    return report.exit_code
+
+
+def explain(screen: Screen, model: str, site: str, trust: Trust, *, packs: list[str] | None, rule: str | None) -> int:
+    """Show how one site was read and how every rule held against it."""
+    import moe_surgery
+    from moe_surgery.report.trail import render_trail, trail_data, trail_sentence
+
+    with screen.progress() as progress:
+        progress.phase(f"reading {model}")
+        found = moe_surgery.explain(model, site, packs=packs, trust_remote_code=trust.trust_remote_code)
+    if rule is not None:
+        found = _only(found, rule)
+    screen.result(lambda console: render_trail(found, console), trail_data(found), trail_sentence(found))
+    return exits.DONE
+
+
+def _only(explanation: Explanation, name: str) -> Explanation:
+    trails = tuple(pair for pair in explanation.trails if name in (pair[0].full_name, pair[0].name))
+    if explanation.spec is not None and not trails:
+        known = ", ".join(rule.full_name for rule, _ in explanation.trails)
+        raise UsageError(f'no rule is named "{name}" (there are {known})')
+    return replace(explanation, trails=trails)

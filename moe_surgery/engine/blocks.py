@@ -1,0 +1,158 @@
+"""The block that takes an engine block's place: the model's own router and shared expert around vLLM's fused layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
+
+from moe_surgery.engine.sites import EngineSite
+from moe_surgery.find.result import Reading
+from moe_surgery.spec import Activation
+from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.weights.layout import MLPPieces, Piece
+
+LABEL = "vLLM shared-fused MoE"
+_ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+class EngineBlock(SwappedBlock):
+    """A sparse-MoE block of an engine: tokens [T, H] to [T, H], summed over the ranks of tensor parallelism.
+
+    Its children are those of the block it replaces, under their own names and with the routed layer last, so that
+    every weight keeps its name: vLLM names a weight that is reachable twice by the first way it finds.
+    """
+
+    def __init__(self, old: nn.Module, router: str, name: str, runner: nn.Module, logits: nn.Module | None) -> None:
+        """``router`` is the child that gives the logits, "" if the routed layer calls it; ``logits`` stands in for it."""
+        super().__init__()
+        self.label = LABEL
+        for key, child in old.named_children():
+            if key != name:
+                self.add_module(key, child)
+        for key, parameter in old.named_parameters(recurse=False):
+            self.register_parameter(key, parameter)
+        self.add_module(name, runner)
+        self._router = router if logits is None else "router_logits"
+        self._routed = name
+        if logits is not None:
+            self.add_module(self._router, logits)
+        self.eval()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = first(getattr(self, self._router)(x)) if self._router else x
+        out: Tensor = getattr(self, self._routed)(hidden_states=x, router_logits=logits)
+        return out.view(hidden_states.shape)
+
+
+class RouterLogits(nn.Module):
+    """The logits of a router that computes more than them: of its weight alone, which keeps its place and name."""
+
+    def __init__(self, owner: nn.Module, name: str, wide: bool) -> None:
+        super().__init__()
+        self._owner = (owner,)  # not a child, or the weight would have two names
+        self._name, self._wide = name, wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] to [T, E], in float32 if the router computes in it."""
+        weight: Tensor = getattr(self._owner[0], self._name)
+        return F.linear(x.float(), weight.float()) if self._wide else F.linear(x, weight)
+
+
+class SharedExpert(nn.Module):
+    """A block's own shared expert as vLLM's layer calls it: with its gate and scale inside, a partial sum on each rank.
+
+    vLLM adds what this returns to the routed experts' partial sum and reduces the two together. The linear layers are
+    the model's own. Where every rank computes the whole expert, each gives its part of the sum of all.
+    """
+
+    def __init__(self, block: nn.Module, reading: Reading) -> None:
+        super().__init__()
+        spec, shared = reading.spec.shared, reading.layout.shared
+        assert spec is not None and shared is not None
+        self.gate_up = owner(block, shared.gate)
+        self.up = None if shared.up.path == shared.gate.path else owner(block, shared.up)
+        self.down = owner(block, shared.down)
+        self.gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
+        self.act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
+        self.factor = spec.scale / copies(self.down)
+        if isinstance(self.down, LinearBase):
+            self.down.reduce_results = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        h = first(self.gate_up(x))
+        if self.up is not None:
+            h = torch.cat([h, first(self.up(x))], dim=-1)
+        y = first(self.down(self.act(h)))
+        if self.gate is not None:
+            y = torch.sigmoid(first(self.gate(x))) * y
+        return y if self.factor == 1.0 else y * self.factor
+
+
+def unfit(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that was read can't be rebuilt here, if it can't."""
+    assert item.reading is not None and config.model_config is not None
+    spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
+    if item.routed is not None and "." in item.routed.path:
+        return f"its routed layer lies deeper than a child of the block ({item.routed.path})"
+    if spec.router.scale != 1.0 and config.model_config.dtype == torch.float16:
+        return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"
+    if spec.experts.activation not in _ACTIVATIONS:
+        return f"vLLM's fused layer has no activation {spec.experts.activation}"
+    router = owner(block, layout.router)
+    if is_linear(router) and (spec.router.logits_dtype == "float32" or layout.router.path.count(".") != 1):
+        return "its router's linear layer is not called as it is"
+    if spec.shared is None or layout.shared is None:
+        return None
+    if spec.shared.activation not in _ACTIVATIONS:
+        return f"vLLM has no fused activation {spec.shared.activation} for a shared expert"
+    return _misplaced(block, layout.shared, layout.shared_gate)
+
+
+def _misplaced(block: nn.Module, shared: MLPPieces, gate: Piece | None) -> str | None:
+    """What of a shared expert isn't the whole weight of a linear layer, gate before up."""
+    for piece in (shared.gate, shared.up, shared.down, *((gate,) if gate else ())):
+        layer, name = owner(block, piece), piece.path.rpartition(".")[2]
+        if name != "weight" or not is_linear(layer):
+            return f"{piece} is not the weight of a linear layer"
+        if piece.index is not None or piece.transposed:
+            return f"{piece} is a part of a weight"
+    if shared.gate.path == shared.up.path:
+        if shared.gate.rows is None or shared.gate.rows[0] != 0:
+            return f"{shared.gate.path} holds up before gate"
+        layer = owner(block, shared.gate)
+        if copies(layer) == 1 and _ranks() > 1 and not isinstance(layer, MergedColumnParallelLinear):
+            return f"{shared.gate.path} is one matrix for two, cut apart across the ranks"
+    return None
+
+
+def owner(block: nn.Module, piece: Piece) -> nn.Module:
+    """The module that holds a weight."""
+    return block.get_submodule(piece.path.rpartition(".")[0])
+
+
+def is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, (LinearBase, nn.Linear))
+
+
+def copies(layer: nn.Module) -> int:
+    """How many ranks hold the same whole weight of ``layer``."""
+    return _ranks() if getattr(layer, "tp_size", 1) == 1 else 1
+
+
+def _ranks() -> int:
+    return int(get_tensor_model_parallel_world_size())
+
+
+def first(result: Any) -> Tensor:
+    """vLLM's linear layers return their output and a bias, plain ones their output alone."""
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output

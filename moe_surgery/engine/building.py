@@ -1,0 +1,137 @@
+"""Building the fused layer of one block, out of the loaded block that it replaces."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+
+from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
+from moe_surgery.engine.layer_book import LayerBook
+from moe_surgery.engine.lens import Routed
+from moe_surgery.engine.sites import EngineSite
+from moe_surgery.errors import SurgeryError
+from moe_surgery.find.result import Reading
+from moe_surgery.targets.vllm.era_d import construct
+from moe_surgery.targets.vllm.routing import Routing
+from moe_surgery.weights.layout import MLPPieces, Piece
+
+
+def build(item: EngineSite, book: LayerBook) -> EngineBlock:
+    """The block that replaces ``item``'s, whose weights are loaded and not yet in any kernel's layout.
+
+    Routed experts that lie in vLLM's layer already stay where they are. Those of single MLPs are copied into a new
+    layer: one block of extra memory, until the old block goes. The old block can't be used afterwards.
+    """
+    reading, block = item.reading, item.site.module
+    assert reading is not None
+    shared = None if reading.spec.shared is None else SharedExpert(block, reading)
+    book.release(block)
+    gate, router = _router(item)
+    if item.routed is None:
+        child = reading.layout.experts[0].gate.path.split(".")[0]
+        runner = _stacked(block, reading, f"{item.site.path}.{child}", shared)
+    else:
+        child, runner = item.routed.path, _regrouped(item.routed, reading, shared)
+    return EngineBlock(block, router, child, runner, gate)
+
+
+def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
+    """The module that computes the logits, if it isn't the block's own, and the name of the child that does."""
+    assert item.reading is not None
+    if item.routed is not None and item.routed.routes != "given":
+        if item.routed.runner.gate is not None:
+            return None, ""
+        return None, _child(item.reading)
+    piece, spec = item.reading.layout.router, item.reading.spec
+    layer, name = owner(item.site.module, piece), piece.path.rpartition(".")[2]
+    if is_linear(layer):
+        return None, _child(item.reading)
+    # The router does more than give logits; its weight is all that is needed of it.
+    return RouterLogits(layer, name, spec.router.logits_dtype == "float32"), ""
+
+
+def _child(reading: Reading) -> str:
+    name, _, rest = reading.layout.router.path.partition(".")
+    if rest != "weight":
+        raise SurgeryError(f"the router's weight lies at {reading.layout.router}, not in a child of the block")
+    return name
+
+
+def _regrouped(routed: Routed, reading: Reading, shared: nn.Module | None) -> MoERunner:
+    """vLLM's runner anew, around the experts that the old one had, with the shared expert inside."""
+    old, spec = routed.runner, reading.spec.router
+    config = copy.copy(old.moe_config)
+    config.skip_final_all_reduce = False
+    router, scale = old.router, spec.scale
+    if routed.routes == "given":
+        routing = Routing(spec, old.routed_experts.params_dtype)  # applies the scale itself
+        router, scale = (
+            create_fused_moe_router(
+                top_k=spec.top_k,
+                global_num_experts=spec.num_experts,
+                renormalize=spec.renormalize,
+                custom_routing_function=routing,
+            ),
+            1.0,
+        )
+        old.routed_experts.custom_routing_function = routing
+    return MoERunner(
+        layer_name=old.layer_name,
+        moe_config=config,
+        router=router,
+        routed_experts=old.routed_experts,
+        enable_dbo=old.enable_dbo,
+        gate=old.gate,
+        shared_experts=shared,
+        routed_scaling_factor=scale,
+    )
+
+
+def _stacked(block: nn.Module, reading: Reading, name: str, shared: nn.Module | None) -> MoERunner:
+    """A new runner, filled from single MLPs."""
+    first = owner(block, reading.layout.experts[0].down).weight
+    assert isinstance(first, Tensor)
+    with torch.device(first.device):
+        runner: MoERunner = construct(reading.spec, first.dtype, name, shared)
+    experts = runner.routed_experts
+    width = runner.moe_config.intermediate_size_per_partition_unpadded
+    assert width is not None
+    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    half, hidden = w13.shape[1] // 2, reading.spec.hidden
+    with torch.no_grad():
+        w13.zero_()  # rows that only fill up to what the kernels take
+        w2.zero_()
+        for expert, mlp in enumerate(reading.layout.experts):
+            gate, up, down = own_share(block, mlp, width)
+            w13[expert, :width, :hidden].copy_(gate)
+            w13[expert, half : half + width, :hidden].copy_(up)
+            w2[expert, :hidden, :width].copy_(down)
+    return runner
+
+
+def own_share(block: nn.Module, mlp: MLPPieces, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's share of an MLP's loaded weights: gate and up ``[width, H]``, down ``[H, width]``."""
+    start = get_tensor_model_parallel_rank() * width
+
+    def rows(piece: Piece) -> Tensor:
+        layer = owner(block, piece)
+        weight = _weight(layer, piece)
+        if copies(layer) > 1:  # every rank holds the whole
+            begin = (piece.rows[0] if piece.rows else 0) + start
+        else:
+            begin = piece.rows[0] // getattr(layer, "tp_size", 1) if piece.rows else 0
+        return weight[begin : begin + width]
+
+    layer = owner(block, mlp.down)
+    down = _weight(layer, mlp.down)
+    return rows(mlp.gate), rows(mlp.up), down[:, start : start + width] if copies(layer) > 1 else down
+
+
+def _weight(layer: nn.Module, piece: Piece) -> Tensor:
+    weight = getattr(layer, piece.path.rpartition(".")[2]).detach()
+    return weight if piece.index is None else weight[piece.index]

@@ -1,0 +1,181 @@
+"""The ledger of a load: which tensor of the checkpoint went where in the blocks to be swapped, and whether all did.
+
+vLLM's own check asks whether a parameter was named; it doesn't see an expert that is missing from a stacked parameter,
+one that is loaded twice, or a tensor that nobody took. Here every call of a parameter's ``weight_loader`` is written
+down, and what isn't written to stays NaN. The model's own loader runs as it is, on the tree that it was written for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from moe_surgery.errors import LedgerError
+
+_LISTED = 4
+
+
+@dataclass(eq=False)
+class _Sink:
+    """One parameter of a block to be swapped, and the loads it has seen: what part of it, from which tensor."""
+
+    name: str
+    parameter: nn.Parameter
+    numel: int
+    loads: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+
+class Ledger:
+    """Watches the parameters of ``blocks`` (by path in the model) while weights are loaded. ``close`` ends it."""
+
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        self._sinks: list[_Sink] = []
+        self._problems: list[str] = []
+        self._current = "?"
+        self._sources = _Sources()
+        self._seen: Counter[str] = Counter()
+        self._used: dict[str, str] = {}
+        self._restores: list[Callable[[], None]] = []
+        self.opened = False
+        for path, block in blocks.items():
+            for name, parameter in block.named_parameters(prefix=path):
+                self._watch(path, name, parameter)
+
+    def _watch(self, path: str, name: str, parameter: nn.Parameter) -> None:
+        sink = _Sink(name, parameter, int(getattr(parameter, "weight_loader_numel", parameter.numel())))
+        self._sinks.append(sink)
+        own = getattr(parameter, "weight_loader", None)
+        load = own or default_weight_loader
+
+        def weight_loader(*args: Any, **kwargs: Any) -> Any:
+            result = load(*args, **kwargs)
+            if result is not False:  # an expert of another rank
+                self._note(path, sink, args, kwargs)
+            return result
+
+        parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
+
+        def restore() -> None:
+            if own is None:
+                del parameter.weight_loader
+            else:
+                parameter.weight_loader = own  # type: ignore[attr-defined]
+
+        self._restores.append(restore)
+
+    def _note(self, path: str, sink: _Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("param", "loaded_weight"), args, strict=False)) | kwargs
+        loaded = given.get("loaded_weight")
+        source = self._current
+        if isinstance(loaded, Tensor):
+            source = self._sources.of(loaded) or source
+        rest = [*args[2:], *(given[key] for key in sorted(kwargs) if key not in _NO_PART)]
+        part = tuple(value for value in rest if isinstance(value, (int, str)) and not isinstance(value, bool))
+        if len(args) > 2 and isinstance(args[2], str):  # (param, weight, name, shard, expert)
+            part = tuple(value for value in part if value != args[2])
+        if part in sink.loads:
+            which = f" (part {', '.join(map(str, part))})" if part else ""
+            self._problems.append(f"{sink.name}{which} was loaded twice: from {sink.loads[part]} and {source}")
+        sink.loads[part] = source
+        self._used[source] = path
+
+    def stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors on their way to the model's own loader."""
+        self.opened = True
+        with torch.no_grad():
+            for sink in self._sinks:
+                if sink.parameter.is_floating_point():
+                    sink.parameter.fill_(float("nan"))
+        for name, tensor in weights:
+            self._current = name
+            self._sources.add(name, tensor)
+            self._seen[name] += 1
+            yield name, tensor
+
+    def close(self) -> str:
+        """End the watch; the digest of all loads. Raises :class:`LedgerError` naming what isn't as it must be."""
+        self.remove()
+        for sink in self._sinks:
+            self._settle(sink)
+        self._problems += [f"{name} is in the checkpoint twice" for name, times in self._seen.items() if times > 1]
+        self._problems += [f"{name} was taken by no parameter" for name in self._untaken()]
+        if self._problems:
+            more = len(self._problems) - _LISTED
+            listed = "; ".join(self._problems[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+            raise LedgerError(f"the weights of the blocks to be swapped are not covered: {listed}")
+        return self._digest()
+
+    def remove(self) -> None:
+        """Take the watch off; every parameter has its own loader again."""
+        for restore in self._restores:
+            restore()
+        self._restores.clear()
+
+    def _settle(self, sink: _Sink) -> None:
+        """Hold what was written to a parameter against its size; what only fills up a kernel's tile becomes zero."""
+        data = sink.parameter.data
+        empty = data.isnan()
+        missing = int(empty.sum()) - (data.numel() - sink.numel)
+        if missing > 0:
+            where = ""
+            if data.ndim == 3:
+                experts = empty.flatten(1).sum(1)
+                short = (experts > (data.numel() - sink.numel) // len(data)).nonzero().flatten().tolist()
+                where = f", in expert {', '.join(map(str, short[:_LISTED]))}" + (", …" if len(short) > _LISTED else "")
+            what = "never loaded" if not sink.loads else f"{missing} of {sink.numel} elements missing or NaN{where}"
+            self._problems.append(f"{sink.name}: {what}")
+        data.masked_fill_(empty, 0.0)
+
+    def _untaken(self) -> list[str]:
+        """Tensors that lie in the checkpoint where a block's others lie, and reached none of its parameters."""
+        taken: dict[str, list[str]] = {}
+        for name, path in self._used.items():
+            taken.setdefault(path, []).append(name)
+        folders = tuple(folder for names in taken.values() if (folder := _folder(names)))
+        return [name for name in self._seen if name not in self._used and name.startswith(folders)]
+
+    def _digest(self) -> str:
+        lines = sorted(f"{sink.name} {part} {source}" for sink in self._sinks for part, source in sink.loads.items())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+_NO_PART = frozenset(["param", "loaded_weight", "weight_name", "return_success"])
+
+
+class _Sources:
+    """Whose memory a loaded tensor is: weights reach their parameters whole, in slices, or read ahead of others."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[StorageWeakRef, list[tuple[int, int, str]]]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        known = self._known.get(storage.data_ptr())
+        if known is None or known[0].expired():
+            known = self._known[storage.data_ptr()] = (StorageWeakRef(storage), [])
+        begin = tensor.data_ptr()
+        known[1].append((begin, begin + tensor.nbytes, name))
+
+    def of(self, tensor: Tensor) -> str | None:
+        """The name of the tensor that ``tensor`` is a part of; None if it is memory of its own."""
+        ref, parts = self._known.get(tensor.untyped_storage().data_ptr(), (None, []))
+        if ref is None or ref.expired():
+            return None
+        return next((name for begin, end, name in reversed(parts) if begin <= tensor.data_ptr() < end), None)
+
+
+def _folder(names: list[str]) -> str:
+    """What the names of a block's tensors begin with in the checkpoint, up to a dot; "" if that can't be told."""
+    if len(names) < 2:
+        return ""
+    common = commonprefix([name.split(".") for name in names])
+    return "".join(f"{part}." for part in common)

@@ -1,0 +1,253 @@
+"""Making vLLM's own layers readable: while the lens is on, each computes what it means, in plain torch.
+
+Reading records a block's forward on meta tensors. vLLM's layers end in kernels, return pairs and hold one rank's share
+of a weight. Under the lens a layer known here runs a plain forward over weights of their full size, so that a block
+reads the same on every rank; everything else in the block runs as it is. A layer that means more than can be said in
+plain torch here is :class:`~moe_surgery.find.result.Unreadable`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import get_tp_group
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers.fused_moe import GateLinear, MoERunner
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from moe_surgery.find.result import Unreadable
+from moe_surgery.spec import Activation
+
+Routes = Literal["softmax", "own", "given"]
+"""How a routed layer chooses experts: plain softmax top-k, in a way of its own, or by ids and weights handed to it."""
+
+_LINEAR_FORWARDS = tuple(
+    cls.forward
+    for cls in (ReplicatedLinear, GateLinear, ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+)
+_ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor]]] = {
+    "silu": ("silu", F.silu),
+    "gelu": ("gelu", F.gelu),
+    "gelu_tanh": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """vLLM's routed layer in a block: its path there, the layer, and how it chooses experts."""
+
+    path: str
+    runner: MoERunner
+    routes: Routes
+
+
+def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
+    """Every routed layer of vLLM's in a block, by path."""
+    return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
+
+
+@contextmanager
+def readable(block: nn.Module) -> Iterator[Routed | None]:
+    """While this lasts, ``block`` takes ``[..., H]`` and can be recorded; yields its routed layer, if it has one.
+
+    Raises :class:`~moe_surgery.find.result.Unreadable` for a layer that has more to it. The block is put back as it was
+    in any case.
+    """
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    group = get_tp_group()
+    try:
+        routed = _routed(block)
+        for module in list(block.modules()):
+            stand_in = _stand_in(module, block, routed)
+            if stand_in is not None:
+                saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
+                vars(module).update(stand_in)
+        saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
+        vars(block)["forward"] = _flat(block.forward)
+        # With weights of their full size there are no partial sums.
+        vars(group)["all_reduce"] = lambda tensor: tensor
+        yield routed
+    finally:
+        vars(group).pop("all_reduce", None)
+        for module, attributes in reversed(saved):
+            for name, value in attributes.items():
+                if value is _ABSENT:
+                    del vars(module)[name]
+                else:
+                    vars(module)[name] = value
+
+
+_ABSENT = object()
+
+
+def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """vLLM's blocks take tokens [T, H]; reading asks with leading dimensions too."""
+
+    def flat(hidden_states: Tensor) -> Tensor:
+        return forward(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
+
+    return flat
+
+
+def _routed(block: nn.Module) -> Routed | None:
+    found = routed_layers(block)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise Unreadable(f"it has {len(found)} routed layers: {', '.join(path for path, _ in found)}")
+    path, runner = found[0]
+    _check_runner(runner)
+    return Routed(path, runner, _routes(runner))
+
+
+def _check_runner(runner: MoERunner) -> None:
+    """Refuse what a routed layer may compute beyond its experts' weighted sum."""
+    experts, config = runner.routed_experts, runner.moe_config
+    method = experts.quant_method
+    if type(method) is not UnquantizedFusedMoEMethod:
+        raise Unreadable(f"its experts are quantised ({type(method).__name__})")
+    if experts.activation.value not in _ACTIVATIONS:
+        raise Unreadable(f"its experts' activation is {experts.activation.value}")
+    held = {
+        "a transform around its routed experts": runner.routed_input_transform or runner.routed_output_transform,
+        "a gate for the shared expert inside its routed layer": runner.shared_expert_gate,
+        "biases in its experts": config.has_bias,
+        "a clamp in its experts": experts.swiglu_limit or experts.swiglu_alpha or experts.swiglu_beta,
+        "router weights on its experts' inputs": experts.apply_router_weight_on_input,
+        "zero experts": isinstance(runner.router, ZeroExpertRouter),
+        "hash routing": config.has_hash_routing,
+        "experts under LoRA": config.is_lora_enabled,
+    }
+    for what, value in held.items():
+        if value:
+            raise Unreadable(f"it has {what}")
+
+
+def _routes(runner: MoERunner) -> Routes:
+    if type(runner) is not MoERunner:  # of the Transformers backend: ids and weights come from the model's own router
+        if type(runner).__name__ != "TransformersMoERunner":
+            raise Unreadable(f"its routed layer is a {type(runner).__name__}")
+        return "given"
+    experts = runner.routed_experts
+    plain = experts.scoring_func == "softmax" and not experts.use_grouped_topk
+    return "softmax" if plain and _bias(runner) is None and experts.custom_routing_function is None else "own"
+
+
+def _bias(runner: MoERunner) -> Tensor | None:
+    """The correction bias that a router adds to scores before it chooses."""
+    bias: Tensor | None = runner.routed_experts.e_score_correction_bias
+    return bias
+
+
+def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None) -> dict[str, Any] | None:
+    """The attributes that make a known layer plain; None for any other module."""
+    if isinstance(module, LinearBase):
+        return _linear(module, None if routed is None else _bias(routed.runner))
+    if isinstance(module, CustomOp):
+        return {"forward": module.forward_native}
+    if routed is None:
+        return None
+    if module is routed.runner:
+        return _runner(routed, block)
+    if module is routed.runner.routed_experts:
+        return _experts(routed.runner)
+    return None
+
+
+def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
+    if type(module).forward not in _LINEAR_FORWARDS:
+        raise Unreadable(f"{type(module).__name__} is a linear layer with a forward of its own")
+    if type(module.quant_method) is not UnquantizedLinearMethod:
+        raise Unreadable(f"its {type(module).__name__} is quantised ({type(module.quant_method).__name__})")
+    if module.skip_bias_add and module.has_bias:
+        raise Unreadable(f"its {type(module).__name__} hands its bias to others")
+    own = {"weight": _meta((module.output_size, module.input_size), module.weight.dtype)}
+    if module.has_bias:
+        own["bias"] = _meta((module.output_size,), module.weight.dtype)
+    # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
+    own |= {name: p for name, p in module._parameters.items() if p is not None and name not in own and p is not bias}
+    dtype = getattr(module, "out_dtype", None)
+
+    def forward(self: nn.Module, input_: Tensor) -> Tensor | tuple[Tensor, None]:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        y = F.linear(input_.to(weight.dtype), weight, self._parameters.get("bias"))
+        y = y if dtype is None else y.to(dtype)
+        return (y, None) if module.return_bias else y
+
+    return {"forward": MethodType(forward, module), "_parameters": own}
+
+
+def _experts(runner: MoERunner) -> dict[str, Any]:
+    """Stacked weights of all experts in their full width, and nothing else: maps and masks are about placement."""
+    config, dtype = runner.moe_config, runner.routed_experts.params_dtype
+    experts, hidden, width = config.num_logical_experts, config.hidden_dim_unpadded, config.intermediate_size
+    weights = {"w13_weight": _meta((experts, 2 * width, hidden), dtype)}
+    weights["w2_weight"] = _meta((experts, hidden, width), dtype)
+    return {"_parameters": weights, "_buffers": {}}
+
+
+def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
+    runner = routed.runner
+    experts, top_k, scale = runner.routed_experts, runner.moe_config.experts_per_token, runner.routed_scaling_factor
+    _, act = _ACTIVATIONS[experts.activation.value]
+    gate = runner.gate
+    inside: dict[str, nn.Module] = {"routed_experts": experts}
+    if gate is not None and not any(module is gate for module in _beside(block, runner)):
+        inside["gate"] = gate
+
+    def compute(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        w13, w2 = experts._parameters["w13_weight"], experts._parameters["w2_weight"]
+        assert w13 is not None and w2 is not None
+        gate_half, up_half = (w13[ids] @ x[:, None, :, None]).squeeze(-1).chunk(2, dim=-1)
+        outputs = (w2[ids] @ (act(gate_half) * up_half).unsqueeze(-1)).squeeze(-1)
+        out = (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return out if scale == 1.0 else out * scale
+
+    def forward(
+        self: nn.Module, hidden_states: Tensor, router_logits: Tensor, input_ids: None = None, **unused: None
+    ) -> Tensor:
+        if gate is not None:
+            router_logits, _ = gate(hidden_states)
+        weights, ids = router_logits.float().softmax(dim=-1).topk(top_k, dim=-1)
+        if experts.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return compute(hidden_states, weights, ids)
+
+    def forward_given(
+        self: nn.Module, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, **unused: Any
+    ) -> Tensor:
+        return compute(hidden_states, topk_weights, topk_ids)
+
+    chosen = forward_given if routed.routes == "given" else forward
+    return {"forward": MethodType(chosen, runner), "_modules": inside}
+
+
+def _beside(block: nn.Module, runner: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block that it holds outside its routed layer."""
+    waiting = [block]
+    while waiting:
+        for child in waiting.pop().children():
+            if child is not runner:
+                yield child
+                waiting.append(child)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

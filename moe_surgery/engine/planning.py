@@ -1,0 +1,111 @@
+"""What is to be done with every site of an engine's model, decided before a weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm.config import VllmConfig
+
+from moe_surgery.engine.blocks import unfit
+from moe_surgery.engine.orders import ENGINE_PLAN, Orders
+from moe_surgery.engine.sites import EngineSite
+from moe_surgery.errors import PlanError
+from moe_surgery.find.result import Match, Miss
+from moe_surgery.operate.plan import Plan, Selection, check_expectations, match_rules
+from moe_surgery.operate.survey import Surveyed
+from moe_surgery.packs import Pack
+from moe_surgery.registry import load_packs
+from moe_surgery.report.model import Step
+
+TARGET = "vllm"
+
+
+def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
+    """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
+
+    The counts that rules expect are those of a whole model; under pipeline parallelism a rank holds only some layers.
+    """
+    packs = load_packs(orders.packs)
+    checkpoint = checkpoint_config(config)
+    matches = {item.site.path: _match(item, packs, checkpoint) for item in sites}
+    obstacle = _obstacle(config)
+    steps = tuple(_decide(item, matches[item.site.path], packs, obstacle, config) for item in sites)
+    plan = Plan(f"{ENGINE_PLAN}{architecture}", TARGET, steps)
+    if config.parallel_config.pipeline_parallel_size == 1:
+        matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
+        check_expectations(plan, matched, packs, checkpoint, Selection())
+    if orders.plan is not None:
+        _check_same(Plan.load(orders.plan), plan, orders.plan)
+    return plan
+
+
+def checkpoint_config(config: VllmConfig) -> object:
+    """The config that rules read: the checkpoint's own file where there is one, else what vLLM made of it."""
+    assert config.model_config is not None
+    file = Path(config.model_config.model) / "config.json"
+    if file.is_file():
+        loaded: object = json.loads(file.read_text(encoding="utf-8"))
+        return loaded
+    return config.model_config.hf_config
+
+
+def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match | Miss | None:
+    if item.swapped:
+        return None
+    return match_rules(Surveyed(item.site, item.reading, item.unread), packs, checkpoint)
+
+
+def _decide(
+    item: EngineSite, match: Match | Miss | None, packs: Sequence[Pack], obstacle: str | None, config: VllmConfig
+) -> Step:
+    path, kind = item.site.path, item.site.kind
+    if match is None:
+        return Step(path, kind, "kept", "already fused")
+    if isinstance(match, Miss):
+        return Step(path, kind, "missed", match.reason)
+    rule, spec = match.rule, match.reading.spec
+    if spec.shared is None and item.routed is not None and item.routed.routes != "given":
+        return Step(path, kind, "kept", "vLLM's own layer, with no shared expert beside it", rule, None, spec)
+    wanted = next(rule_.target for pack in packs for rule_ in pack.rules if rule_.full_name == rule)
+    if wanted not in (None, TARGET):
+        return Step(
+            path, kind, "kept", f"{rule} asks for the target {wanted}, which engines don't take", rule, None, spec
+        )
+    reason = obstacle or unfit(item, config)
+    if reason is not None:
+        return Step(path, kind, "refused", reason, rule, TARGET, spec)
+    return Step(path, kind, "replaced", spec.sentence(), rule, TARGET, spec)
+
+
+def _obstacle(config: VllmConfig) -> str | None:
+    """Why nothing can be operated on in an engine of this kind: what a swap was not proven right under."""
+    parallel = config.parallel_config
+    held = {
+        "expert parallelism": parallel.enable_expert_parallel,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "expert load balancing": parallel.enable_eplb,
+        "sequence parallelism of MoE layers": parallel.use_sequence_parallel_moe,
+        "LoRA": config.lora_config is not None,
+        "quantisation": config.quant_config is not None,
+    }
+    found = [what for what, on in held.items() if on]
+    return f"the swap is not supported under {' and '.join(found)}" if found else None
+
+
+def _check_same(wanted: Plan, plan: Plan, file: str) -> None:
+    if wanted.model != plan.model:
+        raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
+    if wanted.fingerprint == plan.fingerprint:
+        return
+    before = {step.path: step for step in wanted.steps}
+    after = {step.path: step for step in plan.steps}
+    path = next((path for path in {**before, **after} if before.get(path) != after.get(path)), "the order of its sites")
+    had, has = (_told(steps.get(path)) for steps in (before, after))
+    raise PlanError(f"{file}: the plan no longer fits: at {path} it says {had}, but now it would be {has}")
+
+
+def _told(step: Step | None) -> str:
+    return "nothing" if step is None else f"{step.outcome} ({step.reason})"

@@ -1,0 +1,159 @@
+"""The proof in an engine: each chosen block is asked as soon as its kernels are ready, before the first request.
+
+vLLM brings expert weights into its kernels' layout module by module, and what lies in that layout can't be read any
+more. So a block's loaded weights are copied just before, the block is asked just after, and the copy goes: one block
+of extra memory at a time. Under tensor parallelism every rank puts the same whole weights together and asks the same
+questions in the same order; what a rank gets is the sum of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.forward_context import set_forward_context
+
+from moe_surgery.engine.blocks import copies, owner
+from moe_surgery.engine.sites import EngineSite
+from moe_surgery.prove.proof import prove_swapped
+from moe_surgery.prove.verdict import Verdict
+from moe_surgery.report.model import Step
+from moe_surgery.spec import MoESpec
+from moe_surgery.weights.layout import Layout, Piece
+from moe_surgery.weights.tensors import BlockTensors, OwnRouting
+
+MOST_EXAMPLES = 2
+
+
+def to_prove(steps: Iterable[Step], *, everything: bool) -> tuple[str, ...]:
+    """The paths of the blocks to prove: all, or of each kind the first and the last."""
+    kinds: dict[object, list[str]] = {}
+    for step in steps:
+        if step.outcome == "replaced":
+            kinds.setdefault((step.kind, step.spec), []).append(step.path)
+    chosen = [paths if everything else dict.fromkeys((paths[0], paths[-1])) for paths in kinds.values()]
+    return tuple(path for paths in chosen for path in paths)
+
+
+@dataclass(eq=False)
+class Exam:
+    """One block's proof: ``small`` are its loaded weights but the experts', whole; ``verdict`` comes with the kernels."""
+
+    path: str
+    spec: MoESpec
+    small: BlockTensors
+    verdict: Verdict | None = None
+
+
+def prepare(item: EngineSite) -> Exam:
+    """Take copies of what must be known of a block before it is rebuilt and its weights are laid out anew."""
+    assert item.reading is not None
+    spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
+    return Exam(item.site.path, spec, _small(block, layout, _routing(item)))
+
+
+def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[], None]:
+    """Prove ``block`` when vLLM lays out the experts of its ``runner``; call what is returned to call that off."""
+    experts = runner.routed_experts
+    method = experts.quant_method
+    lay_out = method.process_weights_after_loading
+
+    def lay_out_and_prove(layer: nn.Module) -> None:
+        tensors = _with_experts(exam, experts, runner.moe_config)
+        lay_out(layer)
+        cancel()
+        with set_current_vllm_config(config):
+            exam.verdict = prove_swapped(_asked(block, config), exam.spec, tensors, ranks=get_tp_group().world_size)
+
+    def cancel() -> None:
+        vars(method).pop("process_weights_after_loading", None)
+
+    method.process_weights_after_loading = lay_out_and_prove
+    return cancel
+
+
+def _asked(block: nn.Module, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+    def ask(x: Tensor) -> Tensor:
+        tokens = x.numel() // x.shape[-1]
+        with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
+            out: Tensor = block(x.contiguous())
+        return out.clone()
+
+    return ask
+
+
+def _routing(item: EngineSite) -> OwnRouting | None:
+    assert item.reading is not None
+    if item.routed is None or item.reading.spec.router.scoring != "own":
+        return None
+    router = item.routed.runner.router
+
+    def choose(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = router.select_experts(hidden_states=x, router_logits=logits, topk_indices_dtype=torch.int32)
+        return weights, ids
+
+    return choose
+
+
+def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> BlockTensors:
+    """Router and shared expert, in full size, as copies; the experts are still empty."""
+    router = _matrix(block, layout.router)
+    shared = layout.shared
+    return BlockTensors(
+        router=router,
+        w13=router.new_empty(0),
+        w2=router.new_empty(0),
+        shared_gate_proj=_rows(block, shared.gate) if shared else None,
+        shared_up_proj=_rows(block, shared.up) if shared else None,
+        shared_down_proj=_columns(block, shared.down) if shared else None,
+        shared_gate=_matrix(block, layout.shared_gate) if layout.shared_gate else None,
+        copied=True,
+        routing=routing,
+    )
+
+
+def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
+    """Copies of the routed experts' loaded weights, all ranks' shares side by side."""
+    width, hidden = config.intermediate_size_per_partition_unpadded, exam.spec.hidden
+    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    half = w13.shape[1] // 2
+    gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]
+    w13 = torch.cat([_gathered(gate, 1), _gathered(up, 1)], dim=1)
+    return replace(exam.small, w13=w13, w2=_gathered(w2[:, :hidden, :width], 2))
+
+
+def _matrix(block: nn.Module, piece: Piece) -> Tensor:
+    weight: Tensor = getattr(owner(block, piece), piece.path.rpartition(".")[2])
+    return weight.detach().clone()
+
+
+def _rows(block: nn.Module, piece: Piece) -> Tensor:
+    """A matrix whose rows may be shared out over the ranks."""
+    layer = owner(block, piece)
+    weight, ranks = _matrix(block, piece), _ranks_of(layer)
+    begin, end = piece.rows or (0, weight.shape[0] * ranks)
+    part = weight[begin // ranks : end // ranks]
+    return _gathered(part, 0) if ranks > 1 else part.clone()
+
+
+def _columns(block: nn.Module, piece: Piece) -> Tensor:
+    """A matrix whose columns may be shared out over the ranks."""
+    weight = _matrix(block, piece)
+    return _gathered(weight, 1) if _ranks_of(owner(block, piece)) > 1 else weight
+
+
+def _ranks_of(layer: nn.Module) -> int:
+    """Over how many ranks a layer's weight is shared out."""
+    ranks = int(get_tp_group().world_size)
+    return ranks // copies(layer)
+
+
+def _gathered(part: Tensor, dim: int) -> Tensor:
+    group = get_tp_group()
+    whole: Tensor = group.all_gather(part.contiguous(), dim) if group.world_size > 1 else part.clone()
+    return whole

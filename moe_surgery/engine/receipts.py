@@ -1,0 +1,187 @@
+"""What each process of a run did, one file each: processes that fork, die and restart can't tell it otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from moe_surgery.errors import ReceiptError, SurgeryError, UsageError
+from moe_surgery.report.files import write_whole
+from moe_surgery.report.json import dumps
+
+SCHEMA = "moe-surgery/receipt/1"
+Outcome = Literal["operated", "unpatched", "failed"]
+_NAME = re.compile(r".*-rank\d+-\d+\.json")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was done with one model in one process.
+
+    ``rank`` is the global one among the ``world`` ranks that hold the model together, ``model`` the architecture or
+    class that was built. "unpatched" is a model that was kept as it was although surgery was asked for. ``fingerprint``
+    is the plan's, ``ledger`` the digest of where every weight went, ``report`` what ``Report.to_json`` gives; each is
+    None where it didn't come to that. ``error`` and ``exit_code`` tell what went wrong.
+    """
+
+    pid: int
+    rank: int
+    world: int
+    model: str
+    outcome: Outcome
+    fingerprint: str | None
+    ledger: str | None
+    report: dict[str, Any] | None
+    error: str | None = None
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready data of the versioned schema ``moe-surgery/receipt/1``."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "pid": int,
+    "rank": int,
+    "world": int,
+    "model": str,
+    "outcome": str,
+    "fingerprint": (str, type(None)),
+    "ledger": (str, type(None)),
+    "report": (dict, type(None)),
+    "error": (str, type(None)),
+    "exit_code": int,
+}
+
+
+def new_run(run: str | Path) -> Path:
+    """The folder ``run``, made if need be, as an absolute path.
+
+    Raises :class:`UsageError` if it can't be made, or has receipts already: they would pass for those of a later run.
+    """
+    folder = Path(run).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"can't make {run}: {error.strerror or error}") from error
+    if _paths(folder):
+        raise UsageError(f"{run} has the receipts of an earlier run; give another folder")
+    return folder
+
+
+def write(run: str | Path, receipt: Receipt) -> Path:
+    """Leave ``receipt`` in the folder ``run``, whole or not at all, and return its path.
+
+    The same process's earlier receipt for the same model is replaced. Raises :class:`UsageError` if the folder can't
+    be written to.
+    """
+    path = Path(run) / f"{_file_safe(receipt.model)}-rank{receipt.rank}-{receipt.pid}.json"
+    write_whole(path, dumps(receipt.to_json()))
+    return path
+
+
+def read_all(run: str | Path) -> tuple[Receipt, ...]:
+    """The newest receipt of every rank of every model, by model, rank and process.
+
+    A process that was restarted has written again, so what the earlier one left is passed over. Raises
+    :class:`UsageError` naming the folder, or the file that is no receipt.
+    """
+    newest: dict[tuple[str, int], tuple[tuple[int, int], Receipt]] = {}
+    for path in _paths(Path(run)):
+        receipt, written = _read(path)
+        age = written, receipt.pid
+        key = receipt.model, receipt.rank
+        if key not in newest or age > newest[key][0]:
+            newest[key] = age, receipt
+    return tuple(sorted((receipt for _, receipt in newest.values()), key=_order))
+
+
+def check(receipts: Iterable[Receipt]) -> None:
+    """Raise unless every rank of every model tells of the same operation.
+
+    The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
+    is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan. Ledgers aren't compared:
+    under tensor parallelism each rank has weights of its own.
+    """
+    told = sorted(receipts, key=_order)
+    if not told:
+        raise ReceiptError("surgery was asked for, but no process loaded a model with it")
+    failure = first_failure(told)
+    if failure is not None:
+        raise failure
+    for model, group in groupby(told, key=lambda receipt: receipt.model):
+        ranks = list(group)
+        _check_ranks(model, ranks)
+        _check_equal(model, "outcomes", ranks, [receipt.outcome for receipt in ranks])
+        _check_equal(model, "plans", ranks, [receipt.fingerprint or "none" for receipt in ranks])
+
+
+def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:
+    """The error of the first receipt that tells of a failure, as :func:`check` raises it."""
+    failed = min((receipt for receipt in receipts if receipt.outcome == "failed"), key=_order, default=None)
+    if failed is None:
+        return None
+    where = f"rank {failed.rank} of {failed.world}: " if failed.world > 1 else ""
+    message = f"{failed.model}: {where}{failed.error or 'failed without saying why'}"
+    return SurgeryError(message).with_code(failed.exit_code or SurgeryError.exit_code)
+
+
+def _paths(run: Path) -> list[Path]:
+    try:
+        return [path for path in run.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError as error:
+        raise UsageError(f"{run}: not the folder of a run: {error.strerror or error}") from error
+
+
+def _check_ranks(model: str, ranks: Sequence[Receipt]) -> None:
+    worlds = sorted({receipt.world for receipt in ranks})
+    if len(worlds) > 1:
+        raise ReceiptError(f"{model}: processes disagree on how many ranks there are: {_listed(worlds)}")
+    missing = sorted(set(range(worlds[0])) - {receipt.rank for receipt in ranks})
+    if missing:
+        word = "rank" if len(missing) == 1 else "ranks"
+        raise ReceiptError(f"{model}: no receipt of {word} {_listed(missing)} (of {worlds[0]})")
+
+
+def _check_equal(model: str, what: str, ranks: Sequence[Receipt], values: Sequence[str]) -> None:
+    if len(set(values)) > 1:
+        told = ", ".join(f"rank {receipt.rank} {value}" for receipt, value in zip(ranks, values, strict=True))
+        raise ReceiptError(f"{model}: {what} differ between ranks: {told}")
+
+
+def _read(path: Path) -> tuple[Receipt, int]:
+    try:
+        written = path.stat().st_mtime_ns
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a receipt: {error}") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise UsageError(f"{path}: not a receipt of schema {SCHEMA}")
+    if data.keys() != _TYPES.keys():
+        raise UsageError(f"{path}: not a receipt: {_listed(sorted(data.keys() ^ _TYPES.keys()))} missing or unknown")
+    wrong = [name for name, kind in _TYPES.items() if not isinstance(data[name], kind)]
+    wrong += ["outcome"] if data["outcome"] not in get_args(Outcome) else []
+    wrong += ["rank"] if not wrong and not 0 <= data["rank"] < data["world"] else []
+    if wrong:
+        raise UsageError(f"{path}: not a receipt: {wrong[0]} can't be {data[wrong[0]]!r}")
+    return Receipt(**data), written
+
+
+def _order(receipt: Receipt) -> tuple[str, int, int]:
+    return receipt.model, receipt.rank, receipt.pid
+
+
+def _file_safe(model: str) -> str:
+    """``model`` as part of a file name; if characters had to go, a digest tells it from others that lost the same."""
+    name = re.sub(r"[^\w.-]+", "_", model)[:80]
+    return name if name == model else f"{name}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

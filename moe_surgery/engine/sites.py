@@ -1,0 +1,77 @@
+"""The sites of an engine's model: where its MoE blocks are, and what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe import MoERunner
+
+from moe_surgery.engine.lens import Routed, readable
+from moe_surgery.find.result import Reading, Site, Unreadable
+from moe_surgery.read import read
+from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.tree import find_sites
+
+
+@dataclass(frozen=True, eq=False)
+class EngineSite:
+    """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
+
+    ``routed`` is vLLM's routed layer in the block, None for a block that makes do without.
+    """
+
+    site: Site
+    reading: Reading | None = None
+    routed: Routed | None = None
+    unread: str | None = None
+
+    @property
+    def swapped(self) -> bool:
+        return self.reading is None and self.unread is None
+
+
+def survey(model: nn.Module) -> tuple[EngineSite, ...]:
+    """Every site of ``model`` in the order of its module tree, read."""
+    return tuple(_survey(site) for site in _sites(model))
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one."""
+    modules = dict(model.named_modules())
+    runners = [path for path, module in modules.items() if isinstance(module, MoERunner)]
+    blocks = {path.rpartition(".")[0] for path in runners}
+    for site in find_sites(model):
+        if not any(_within(site.path, other) or _within(other, site.path) for other in (*blocks, *runners)):
+            blocks.add(site.path)
+    return [Site(path, module) for path, module in modules.items() if path in blocks]
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _survey(site: Site) -> EngineSite:
+    block = site.module
+    if isinstance(block, SwappedBlock) or any(
+        isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
+    ):
+        return EngineSite(site)
+    try:
+        with readable(block) as routed:
+            reading = read(block)
+    except Unreadable as error:
+        return EngineSite(site, unread=str(error))
+    return EngineSite(site, _as_routed(reading, routed), routed)
+
+
+def _as_routed(reading: Reading, routed: Routed | None) -> Reading:
+    """The reading with the routing that vLLM's layer really does in place of the one that the lens showed."""
+    if routed is None or routed.routes == "given":
+        return reading
+    router = reading.spec.router
+    if routed.routes == "own":
+        router = replace(router, scoring="own", renormalize=False, weights_dtype="float32")
+    else:
+        router = replace(router, scores_dtype="native", weights_dtype="float32")
+    return replace(reading, spec=replace(reading.spec, router=router))

@@ -1,0 +1,135 @@
+"""One model's surgery in one process: planned when it is built, watched while it loads, carried out before it runs.
+
+The blocks are exchanged between loading and vLLM's laying out of weights for its kernels. Until then the model is the
+one its author wrote, so its own loader fills it, whatever names the checkpoint has, and no name ever has to be mapped;
+and the experts that vLLM's layer already holds stay where they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+from moe_surgery.engine.blocks import EngineBlock
+from moe_surgery.engine.building import build
+from moe_surgery.engine.layer_book import LayerBook, Snapshot
+from moe_surgery.engine.ledger import Ledger
+from moe_surgery.engine.orders import Orders
+from moe_surgery.engine.planning import make_engine_plan
+from moe_surgery.engine.proving import Exam, examine, prepare, to_prove
+from moe_surgery.engine.sites import EngineSite, survey
+from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
+from moe_surgery.report.model import Report
+
+KEY = "moe_surgery"
+
+
+class Surgery:
+    """The operation on one model that ``initialize_model`` has just returned. ``before`` is the book before it."""
+
+    def __init__(self, model: nn.Module, config: VllmConfig, orders: Orders, before: Snapshot) -> None:
+        self.started = time.perf_counter()
+        self.model, self.config, self.orders, self.before = model, config, orders, before
+        self.architecture = type(model).__name__
+        if not isinstance(config.additional_config, dict):
+            raise UnsupportedError(
+                "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
+            )
+        sites = survey(model)
+        self.plan = make_engine_plan(self.architecture, sites, config, orders)
+        replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
+        self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
+        self.exams: dict[str, Exam] = {}
+        self.ledger: str | None = None
+        self.done = False
+        self._ledger = Ledger({path: item.site.module for path, item in self.items.items()})
+        self._watch_loading()
+        self.seconds = time.perf_counter() - self.started
+
+    def _watch_loading(self) -> None:
+        load = self.model.load_weights
+
+        def load_weights(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+            vars(self.model).pop("load_weights", None)
+            try:
+                return load(self._ledger.stream(weights), *args, **kwargs)
+            finally:
+                self._ledger.remove()
+
+        self.model.load_weights = load_weights  # type: ignore[assignment]
+
+    def operate(self) -> None:
+        """Exchange the planned blocks of the loaded model, and have the chosen ones proven by and by."""
+        started = time.perf_counter()
+        vars(self.model).pop("load_weights", None)
+        if self._ledger.opened:
+            self.ledger = self._ledger.close()
+        elif self.items and self.config.load_config.load_format != "dummy":
+            raise LedgerError(
+                "the weights were not loaded through the model's load_weights, so nothing is known of them"
+            )
+        self._ledger.remove()
+        chosen = to_prove(self.plan.steps, everything=self.orders.prove == "all")
+        book = LayerBook(self.config)
+        rules = {step.path: step.rule for step in self.plan.steps}
+        with set_current_vllm_config(self.config), torch.no_grad():
+            for path, item in self.items.items():
+                if path in chosen:
+                    self.exams[path] = prepare(item)
+                block = build(item, book)
+                block.rule = rules[path]
+                self._exchange(path, item.site.module, block)
+                if path in chosen:
+                    runner = next(module for module in block.modules() if isinstance(module, MoERunner))
+                    examine(self.exams[path], block, runner, self.config)
+        book.arrange(self.model, self.before)
+        book.check(self.model, self.before)
+        if self.items:
+            # Compiled graphs are cached under a hash of the config, in which the module tree has no part.
+            self.config.additional_config[KEY] = self.plan.fingerprint
+        self.items.clear()
+        self.done = True
+        self.seconds += time.perf_counter() - started
+
+    def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> None:
+        parent, _, name = path.rpartition(".")
+        inside = {id(module): module for module in old.modules()}
+        runner = next(module for module in new.modules() if isinstance(module, MoERunner))
+        # Models keep lists of their MoE layers beside the tree.
+        for module in self.model.modules():
+            for value in vars(module).values():
+                if isinstance(value, list):
+                    for place, member in enumerate(value):
+                        if member is old:
+                            value[place] = new
+                        elif isinstance(member, MoERunner) and id(member) in inside:
+                            value[place] = runner
+        self.model.get_submodule(parent).register_module(name, new)
+        record_metadata_for_reloading(new)
+
+    def finish(self) -> Report:
+        """Call once the weights are laid out. Raises :class:`ProofError` if a proof failed or did not take place."""
+        if not self.done:
+            raise SurgeryError("the model was loaded in a way that passed the surgery by")
+        verdicts = {path: exam.verdict for path, exam in self.exams.items()}
+        steps = tuple(
+            replace(step, verdict=verdicts[step.path]) if verdicts.get(step.path) else step for step in self.plan.steps
+        )
+        report = Report(
+            self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, round(self.seconds, 3)
+        )
+        for path, verdict in verdicts.items():
+            if verdict is None or not verdict.passed:
+                reason = "its experts were never laid out, so it was not proven" if verdict is None else verdict.reason
+                error = ProofError(f"{path}: {reason}")
+                error.report = report.but(exit_code=error.exit_code)
+                raise error
+        return report

@@ -1,0 +1,120 @@
+"""Sizes that come from the batch: ordinary integers and shapes that object when code branches on them.
+
+They calculate and index as integers do, so that code which only shapes tensors with them runs unchanged. What they
+object to is every way of telling one batch size from another. Two ways can't be seen in Python: multiplying a plain
+float by a size, and the indices of a loop over one; reading therefore records batches of several sizes as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+BATCH = "the batch size"
+DEPENDS = f"what it does depends on {BATCH}"
+_MANY = 1 << 62
+
+
+def tells_sizes_apart(compare: Callable[[Any, Any], bool], number: Any) -> bool:
+    """Whether comparing a size, or a difference of sizes, with ``number`` tells more than its sign."""
+    if compare in (operator.eq, operator.ne):
+        return not -1 < number < 1
+    return compare(1, number) != compare(_MANY, number) or compare(-1, number) != compare(-_MANY, number)
+
+
+def _comparison(compare: Callable[[Any, Any], bool], plain: Callable[[Any, Any], Any]) -> Any:
+    def method(self: BatchSize, other: object) -> Any:
+        if isinstance(other, (int, float)) and not isinstance(other, BatchSize):
+            if not self.pure or tells_sizes_apart(compare, other):
+                raise self._object(f"what it does depends on {self._what} (compares it with {other})")
+            return compare(int.__index__(self), other)
+        if isinstance(other, BatchSize) and not (self.pure and other.pure):
+            raise self._object(f"what it does depends on {self._what} (compares numbers made of it)")
+        return plain(self, other)
+
+    return method
+
+
+def _calculation(plain: Callable[[Any, Any], Any], swapped: bool = False) -> Any:
+    def method(self: BatchSize, other: object) -> Any:
+        if not isinstance(other, int):
+            raise self._object(f"it calculates with {self._what}")
+        left, right = int.__index__(self), int.__index__(other)
+        if isinstance(other, BatchSize):
+            pure = self.pure and other.pure and plain in (operator.add, operator.sub, operator.mul)
+        else:
+            pure = self.pure and (plain is operator.mul or (plain in (operator.add, operator.sub) and right == 0))
+        return self._like(plain(right, left) if swapped else plain(left, right), pure)
+
+    return method
+
+
+def _objection(deed: str) -> Any:
+    def method(self: BatchSize, *others: object) -> Any:
+        raise self._object(f"it {deed} {self._what}")
+
+    return method
+
+
+class BatchSize(int):
+    """A number of tokens. ``pure`` ones are numbers of tokens, their sums, differences and multiples.
+
+    Comparing two pure ones is allowed (it compares shapes or loads, and records of different loads show what comes of
+    it), and so is telling their sign.
+    """
+
+    _object: Callable[[str], Exception]
+    _what: str
+    pure: bool
+
+    @classmethod
+    def of(cls, value: int, object_to: Callable[[str], Exception], what: str = BATCH, pure: bool = True) -> BatchSize:
+        size = cls(value)
+        size._object, size._what, size.pure = object_to, what, pure
+        return size
+
+    def _like(self, value: int, pure: bool) -> BatchSize:
+        return BatchSize.of(value, self._object, self._what, pure)
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    __eq__ = _comparison(operator.eq, int.__eq__)
+    __ne__ = _comparison(operator.ne, int.__ne__)
+    __lt__ = _comparison(operator.lt, int.__lt__)
+    __le__ = _comparison(operator.le, int.__le__)
+    __gt__ = _comparison(operator.gt, int.__gt__)
+    __ge__ = _comparison(operator.ge, int.__ge__)
+
+    __mul__ = __rmul__ = _calculation(operator.mul)
+    __add__ = __radd__ = _calculation(operator.add)
+    __sub__ = _calculation(operator.sub)
+    __rsub__ = _calculation(operator.sub, swapped=True)
+    __floordiv__ = _calculation(operator.floordiv)
+    __mod__ = _calculation(operator.mod)
+
+    def __neg__(self) -> BatchSize:
+        return self._like(-int.__index__(self), self.pure)
+
+    __truediv__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __divmod__ = __rdivmod__ = _objection("calculates with")
+    __pow__ = __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _objection("calculates with")
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _objection("calculates with")
+    __abs__ = __round__ = __trunc__ = __ceil__ = __floor__ = _objection("calculates with")
+    __int__ = __float__ = __hash__ = _objection("makes a plain number of")
+    __str__ = __repr__ = __format__ = _objection("makes text of")
+    bit_length = bit_count = to_bytes = as_integer_ratio = conjugate = _objection("calculates with")
+
+
+class BatchShape(tuple[int, ...]):
+    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too."""
+
+    def numel(self) -> int:
+        product = 1
+        for size in self:
+            product = size * product
+        return product
+
+    def __getitem__(self, place: Any) -> Any:
+        item = tuple.__getitem__(self, place)
+        return BatchShape(item) if isinstance(place, slice) else item

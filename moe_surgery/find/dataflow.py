@@ -1,0 +1,300 @@
+"""Recording what a block does: one run on meta tensors, written down as a torch.fx graph of aten operations.
+
+Nothing is decided by names or classes. The block's own forward runs, whatever it is (a method, a closure patched onto
+the instance, code from elsewhere), with an input that has a shape but no data; every operation on that input is
+recorded. Two things make control flow safe to follow:
+
+* The indices that a top-k returns are real numbers chosen by the caller (``Route``). Loops over experts, masks and
+  sorts then run as they would on data, and the record shows which weights met which token. What known numbers stand
+  for is tracked (:mod:`~moe_surgery.find.known`).
+* Sizes that come from the batch are marked. Code that compares such a size with a number branches on the batch size,
+  which one record can't show; this, and everything else that a record can't hold (random numbers, a value read back
+  to Python, a write to the input or to a weight, a tensor from outside), is written down as an objection. Objections
+  stand even if the block's own code catches the exception.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_surgery.find.entries import Entries, Entry, mapped, tensors, written
+from moe_surgery.find.flow import Choice, Flow, Op, Ref, Route
+from moe_surgery.find.known import Kind, Ledger, uniform
+from moe_surgery.find.result import Unfollowed, Unreadable
+from moe_surgery.find.sizes import Sizes
+from moe_surgery.find.watch import changes, watched
+
+_LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
+_READS_BACK = frozenset(
+    ["_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal", "unique_dim", "_unique2"]
+)
+
+
+@dataclass(eq=False)
+class _Choice:
+    node: torch.fx.Node
+    k: int
+    ids: Tensor
+    largest: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations on meta tensors or, where they don't depend on the input, on real ones, and writes them down.
+
+    ``fixed`` are sizes that don't come from the batch: those of the weights, the number of experts, top-k, and what
+    the code gives as plain numbers. ``batch`` are the input's own.
+    """
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype, route: Route) -> None:
+        super().__init__()
+        self.dtype, self.route = dtype, route
+        self.graph = torch.fx.Graph()
+        self.objections: list[str] = []
+        self.choices: list[_Choice] = []
+        self.consts: dict[str, Tensor] = {}
+        self.lenient = False
+        self._paused = False
+        self.entries = Entries(block, dtype)
+        self.fixed = {1, *self.entries.sizes}
+        self.batch: set[int] = set()
+        self._ledger = Ledger(self.fixed, self.object_to)
+
+    def object_to(self, reason: str) -> Unreadable:
+        self.objections.append(reason)
+        return Unreadable(reason)
+
+    def input(self, shape: tuple[int, ...], strided: bool) -> Tensor:
+        """The block's input; ``strided`` in its leading dimensions."""
+        tensor = torch.empty(shape, dtype=self.dtype, device="meta")
+        if strided:
+            tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=self.dtype, device="meta")
+            tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
+        self.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
+        entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
+        self.entries.guarded[entry.storage] = "its input"
+        return tensor
+
+    def symbolic(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the block's input, or is a weight of it."""
+        entry = self.entries.get(tensor)
+        return entry.node is not None if entry is not None else self.entries.owned(tensor) is not None
+
+    def kind(self, tensor: Tensor) -> Kind:
+        return entry.kind if (entry := self.entries.get(tensor)) else Kind.PLAIN
+
+    def raise_kind(self, tensor: Tensor, kind: Kind) -> None:
+        self._entry(tensor).raise_kind(kind)
+
+    def uniform(self, tensor: Tensor) -> bool:
+        """Whether all elements of a known tensor are the same; the question itself isn't recorded."""
+        self._paused = True
+        try:
+            return uniform(tensor)
+        finally:
+            self._paused = False
+
+    def _enter(self, tensor: Tensor, node: torch.fx.Node, meta: Tensor) -> Entry:
+        node.meta["val"] = meta
+        return self.entries.enter(tensor, node, meta, None)
+
+    def _entry(self, tensor: Tensor) -> Entry:
+        if tensor.is_meta and not self.entries.knows(tensor):
+            raise self.object_to("it makes a tensor of numbers in a way that can't be followed")
+        entry = self.entries.find(tensor, lambda name: self.graph.create_node("get_attr", name))
+        if entry.node is not None:
+            entry.node.meta.setdefault("val", entry.meta)
+        if self.entries.stale(entry):
+            raise self.object_to("it writes to a tensor through a view of it, and then reads the tensor")
+        return entry
+
+    def _node(self, entry: Entry) -> torch.fx.Node:
+        if entry.node is not None:
+            return entry.node
+        assert entry.real is not None
+        name = f"const_{len(self.consts)}"
+        self.consts[name] = entry.real.clone()
+        node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = self.entries.alias(entry)
+        return node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if self._paused:
+            return func(*args, **kwargs)
+        entries = {id(leaf): self._entry(leaf) for leaf in tensors((args, kwargs))}
+        name = func._schema.name.split("::")[1].rstrip("_").replace("__", "")
+        target = self._written(func, args, kwargs)
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise self.object_to("it runs under autocast")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.object_to(f"it draws random numbers ({name})")
+        if args and isinstance(args[0], Tensor):
+            self._ledger.check_cut(name, args, self.symbolic(args[0]))
+        if any(entry.node is not None for entry in entries.values()):
+            result = self._symbolic(func, name, args, kwargs, entries, target is not None)
+        else:
+            result = self._concrete(func, name, args, kwargs, entries)
+        if target is not None:
+            self.entries.wrote(entries[id(target)])
+            return target
+        return result
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The operand that an operation writes to, if it may."""
+        targets = written(func, args, kwargs)
+        if not targets:
+            return None
+        if len(targets) != 1 or targets[0] is not args[0]:
+            raise self.object_to(f"{func} writes to an argument")
+        guarded = self.entries.guarded.get(self._entry(args[0]).storage)
+        if guarded is not None:
+            raise self.object_to(f"it writes to {guarded}")
+        return args[0]
+
+    def _concrete(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
+        kinds = {id(entry.real): entry.kind for entry in entries.values()}
+        result = func(*args, **kwargs)
+        if name.startswith(("empty", "new_empty")):
+            result.fill_(float("nan") if result.is_floating_point() else -(2**20))
+        made = tensors(result)
+        found = [Kind.PLAIN] * len(made)
+        if not (self.lenient and name in ("min", "max", "aminmax")):
+            found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+        for leaf, kind in zip(made, found, strict=True):
+            if self.entries.get(leaf) is None:
+                self.entries.enter(leaf, None, None, leaf, kind)
+            else:
+                self.raise_kind(leaf, kind)
+        return result
+
+    def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
+        if name in _READS_BACK:
+            raise self.object_to(f"what it does depends on the values it computes ({name})")
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        self._ledger.check_values(name, [*args, *kwargs.values()], lambda tensor: entries[id(tensor)].kind)
+        if name in ("index", "index_put"):  # a mask has no meta result; the places it selects do
+            args = (args[0], [_selected(entries.get(id(index)), index) for index in args[1]], *args[2:])
+            args = (args[0], [index for group in args[1] for index in group], *args[2:])
+            for index in args[1]:
+                if isinstance(index, Tensor) and id(index) not in entries:
+                    entries[id(index)] = self.entries.enter(index, None, None, index, Kind.COUNT)
+        metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
+        result = func(*metas[0], **metas[1])
+        key = name.removeprefix("new_").removesuffix("_like")
+        if key != name and key in (*_LIKE, "full"):
+            real = torch.empty(result.shape, dtype=result.dtype)
+            real.fill_(_LIKE[key] if key in _LIKE else args[-1])
+            self.entries.enter(real, None, None, real)
+            return real
+        nodes = mapped(lambda tensor: self._node(entries[id(tensor)]), (args, kwargs))
+        record = self.graph.call_function(func, *nodes)
+        record.meta["name"] = name
+        if in_place:
+            entry = entries[id(args[0])]
+            entry.node, entry.meta, entry.real = record, result, None
+            record.meta["val"] = result
+            return args[0]
+        if isinstance(result, Tensor):
+            return self._enter(result, record, result).tensor
+        parts = []
+        for place, part in enumerate(result):
+            item = self.graph.call_function(operator.getitem, (record, place))
+            self._enter(part, item, part)
+            parts.append(part)
+        if name == "topk":
+            parts[1] = self._choose(record, parts[1], args)
+        return type(result)(parts) if isinstance(result, list) else tuple(parts)
+
+    def _choose(self, record: torch.fx.Node, indices: Tensor, args: Any) -> Tensor:
+        k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
+        scores: Any = record.args[0]
+        shape = scores.meta["val"].shape
+        if dim not in (-1, len(shape) - 1):
+            raise self.object_to("it ranks along another dimension than the last")
+        ids = self.route(shape[:-1].numel(), shape[-1], k)
+        self.fixed.update((k, shape[-1]))
+        self.choices.append(_Choice(scores, k, ids, largest))
+        real = ids.reshape(indices.shape).clone()
+        self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        return real
+
+    def flow(self, output: Any, shape: tuple[int, ...]) -> Flow:
+        if not isinstance(output, Tensor):
+            raise self.object_to(f"it returns a {type(output).__name__}, not one tensor")
+        entry = self._entry(output)
+        if entry.node is None:
+            raise self.object_to("its output doesn't depend on its input")
+        if tuple(output.shape) != shape or output.dtype != self.dtype:
+            raise self.object_to(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
+        needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
+        while waiting:
+            node = waiting.pop()
+            if node not in needed:
+                needed.add(node)
+                waiting += node.all_input_nodes
+        kept = [node for node in self.graph.nodes if node in needed]
+        index = {node: Ref(place) for place, node in enumerate(kept)}
+        ops = tuple(self._op(node, index) for node in kept)
+        choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self.choices)
+        return Flow(ops, index[entry.node], choices)
+
+    def _op(self, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]) -> Op:
+        value = node.meta.get("val")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+        if node.op == "placeholder":
+            return Op("input", (), {}, shape, dtype)
+        if node.op == "get_attr":
+            const = self.consts.get(str(node.target))
+            if const is None:
+                return Op("param", (str(node.target),), {}, shape, dtype)
+            return Op("const", (const,), {}, shape, dtype)
+        operands: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: index[arg])  # type: ignore[arg-type, return-value]
+        name = "item" if node.target is operator.getitem else node.meta["name"]
+        return Op(name, tuple(operands[0]), dict(operands[1]), shape, dtype)
+
+
+def _selected(entry: Entry | None, index: Any) -> list[Any]:
+    if entry is None or entry.real is None or entry.real.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    return list(entry.real.nonzero().unbind(1))
+
+
+def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Flow:
+    """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
+
+    Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
+    batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
+    depends on its size; it is made with strided leading dimensions and with gradients enabled, to be held against one
+    made without. Raises :class:`Unreadable` for anything that a record can't hold, also if the block's own code caught
+    the first exception, and :class:`Unfollowed` if the block raises an error of its own.
+    """
+    recorder = Recorder(block, dtype, route)
+    before = watched(block)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(plain):
+            hidden_states = recorder.input(shape, strided=plain)
+            with Sizes(recorder, marks=not plain), recorder:
+                output = block(hidden_states)
+        flow = recorder.flow(output, shape)
+    except Exception as error:
+        if recorder.objections:
+            raise Unreadable(recorder.objections[0]) from error
+        raise Unfollowed(f"its forward could not be followed: {type(error).__name__}: {error}") from error
+    if recorder.objections:
+        raise Unreadable(recorder.objections[0])
+    changed = changes(before, watched(block))
+    if changed:
+        raise Unreadable(f"it keeps state between calls ({', '.join(changed[:3])} changed)")
+    return flow

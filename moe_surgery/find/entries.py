@@ -1,0 +1,160 @@
+"""What is known of every tensor object that a record has seen: what it depends on, and which storage it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.find.known import Kind
+
+
+@dataclass(eq=False)
+class Entry:
+    """One tensor object: ``node`` (where the record made it) if it depends on the input, ``real`` data if it doesn't.
+
+    ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
+    ``kinds`` holds every storage's kind.
+    """
+
+    tensor: Tensor
+    node: Any
+    meta: Tensor | None
+    real: Tensor | None
+    storage: int
+    version: int
+    kinds: dict[int, Kind]
+
+    @property
+    def kind(self) -> Kind:
+        """What the numbers stand for, if they are known."""
+        return self.kinds.get(self.storage, Kind.PLAIN)
+
+    def raise_kind(self, kind: Kind) -> None:
+        self.kinds[self.storage] = max(kind, self.kind)
+
+    def symbol(self) -> Tensor:
+        """A meta tensor that stands for this one."""
+        if self.meta is None:
+            assert self.real is not None
+            self.meta = self.real.to("meta")
+        return self.meta
+
+
+class Entries:
+    """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
+
+    ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
+    """
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.guarded: dict[int, str] = {}
+        self._known: dict[int, Entry] = {}
+        self._versions: dict[int, int] = {}
+        self._aliases: dict[int, int] = {}
+        self._kinds: dict[int, Kind] = {}
+        self._symbolic: set[int] = set()
+        state = [*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False)]
+        self._state = {id(tensor): (name, tensor) for name, tensor in reversed(state)}
+        self._storages = {storage(tensor): (name, tensor) for name, tensor in reversed(state)}
+        self.sizes = {size for _, tensor in state for size in tensor.shape}
+        devices = [tensor.device for _, tensor in state if not tensor.is_meta]
+        self.device = devices[0] if devices else torch.device("cpu")
+
+    def get(self, tensor: Tensor) -> Entry | None:
+        return self._known.get(id(tensor))
+
+    def knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._known or self.owned(tensor) is not None
+
+    def owned(self, tensor: Tensor) -> str | None:
+        """The name of the block's parameter or buffer that ``tensor`` is (or is a whole alias of)."""
+        known = self._state.get(id(tensor)) or self._storages.get(storage(tensor))
+        if known is None:
+            return None
+        name, state = known
+        same = tensor is state or (tensor.shape == state.shape and tensor.stride() == state.stride())
+        return name if same and tensor.storage_offset() == state.storage_offset() else None
+
+    def enter(
+        self, tensor: Tensor, node: Any, meta: Tensor | None, real: Tensor | None, kind: Kind = Kind.PLAIN
+    ) -> Entry:
+        place = storage(tensor)
+        place = self._aliases.get(place, place)
+        entry = Entry(tensor, node, meta, real, place, self._versions.setdefault(place, 0), self._kinds)
+        entry.raise_kind(kind)
+        self._known[id(tensor)] = entry
+        return entry
+
+    def find(self, tensor: Tensor, weight: Callable[[str], Any]) -> Entry:
+        """The tensor's entry; ``weight`` makes the node of a weight, given its name, when it is first used."""
+        entry = self._known.get(id(tensor))
+        if entry is not None:
+            return entry
+        name = self.owned(tensor)
+        if name is None:  # a Python number, wrapped on its way here
+            return self.enter(tensor, None, None, tensor)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        meta = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        entry = self.enter(tensor, weight(name), meta, None)
+        self.guarded[entry.storage] = name
+        self.alias(entry)
+        return entry
+
+    def alias(self, entry: Entry) -> Tensor:
+        """The tensor's stand-in; views made of it count as views of the tensor."""
+        symbol = entry.symbol()
+        self._aliases[storage(symbol)] = entry.storage
+        return symbol
+
+    def stale(self, entry: Entry) -> bool:
+        """Whether the tensor's storage was written to through another tensor."""
+        return entry.version != self._versions[entry.storage]
+
+    def wrote(self, entry: Entry) -> None:
+        """The tensor was written to. Views of known numbers see that by themselves; views of others grow stale."""
+        if entry.node is not None:
+            self._symbolic.add(entry.storage)
+        if entry.storage in self._symbolic:
+            self._versions[entry.storage] += 1
+            entry.version = self._versions[entry.storage]
+
+
+def storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The operands that an aten operation writes to."""
+    places = [
+        args[place] if place < len(args) else kwargs.get(argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tensors(places)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors(item)]
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with every tensor in it replaced by ``function`` of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(function, item) for item in value])
+    if isinstance(value, dict):
+        return {key: mapped(function, item) for key, item in value.items()}
+    return value

@@ -1,0 +1,52 @@
+"""The record of a block's forward: operations in order, and every top-k on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Route = Callable[[int, int, int], Tensor]
+"""``(rows, choices, k) -> ids`` int64 [rows, k]: which choices a top-k is to return."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An operand that is the result of operation ``index``."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One recorded operation. ``name`` is "input", "param", "const", "item" or an aten name without underscores.
+
+    Operands that are results of other operations are :class:`Ref`; ``shape`` and ``dtype`` are the result's.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One top-k: which operation's result it ranks (``scores``), how many it takes, and the ids it was told to take."""
+
+    scores: Ref
+    k: int
+    ids: Tensor
+    largest: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """The record: operations in order, as far as the output needs them; the output; every top-k on the way."""
+
+    ops: tuple[Op, ...]
+    output: Ref
+    choices: tuple[Choice, ...]

@@ -1,0 +1,97 @@
+"""What a record means: every operation evaluated on rows of terms.
+
+An operation that no meaning is known for can't be read, and the block is left alone with that operation as the reason.
+What an operation means is in :mod:`~moe_surgery.find.vectors` (arithmetic), :mod:`~moe_surgery.find.moves` (rows moved
+about) and :mod:`~moe_surgery.find.matrices` (weights).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.find import matrices, moves, rows, vectors
+from moe_surgery.find.flow import Flow, Op, Ref
+from moe_surgery.find.matrices import Mats
+from moe_surgery.find.result import Unreadable
+from moe_surgery.find.rows import Rows, objects
+from moe_surgery.find.terms import Terms
+
+_ON_ROWS = {**vectors.MEANINGS, **moves.MEANINGS}
+
+
+class Interpreter:
+    """Evaluates a record. ``value(ref)`` is a :class:`Rows`, :class:`Mats`, known tensor, or a tuple of them."""
+
+    def __init__(self, flow: Flow, terms: Terms) -> None:
+        self.flow, self.terms = flow, terms
+        self._floats = {"float32", *(op.dtype for op in flow.ops if op.name == "input")}
+        self._values: list[Any] = []
+        known: dict[str, Any] = {}  # a loop over experts does many things alike once per expert
+        for op in flow.ops:
+            key = "" if op.name == "const" else f"{op.name}{op.args}{op.kwargs}{op.dtype}"
+            if key not in known:
+                known[key] = self._checked(op, self._evaluate(op))
+            self._values.append(known.pop(key) if op.name == "const" else known[key])
+
+    def value(self, operand: Any) -> Any:
+        """An operand's value: that of a result, or the operand itself."""
+        return self._values[operand.index] if isinstance(operand, Ref) else operand
+
+    def rows(self, operand: Any) -> Rows:
+        """An operand as rows of terms: a result, known numbers, or a Python number."""
+        value = self.value(operand)
+        if isinstance(value, Rows):
+            return value
+        if isinstance(value, Tensor):
+            return rows.lift(value, self.terms)
+        if isinstance(value, (bool, int, float)):
+            return Rows(objects([self.terms.const(value)], ()), None)
+        if isinstance(value, Mats):
+            raise Unreadable(f"it uses {value.sample} other than as the matrix of a linear map")
+        raise Unreadable("it calculates with what is no tensor")
+
+    def vectors(self, operand: Any) -> Rows:
+        """An operand with one term per vector along the last dimension."""
+        return rows.vectors(self.rows(operand), self.terms)
+
+    def _checked(self, op: Op, value: Any) -> Any:
+        """The value, if its shape is what the record says and it is kept in the input's dtype or float32."""
+        if isinstance(value, (Rows, Mats)) and tuple(value.shape) != op.shape:
+            raise Unreadable(f"aten.{op.name} was read as {tuple(value.shape)}, but gives {op.shape}")
+        if isinstance(value, (Rows, Mats)) and op.dtype not in self._floats:
+            raise Unreadable(f"it computes in {op.dtype} on the way")
+        return value
+
+    def _evaluate(self, op: Op) -> Any:
+        if op.name == "input":
+            count = torch.Size(op.shape[:-1]).numel()
+            tokens = [self.terms.token(number, op.shape[-1]) for number in range(count)]
+            return Rows(objects(tokens, op.shape[:-1]), op.shape[-1])
+        if op.name == "const":
+            return op.args[0]
+        if op.name == "param":
+            return self._param(op)
+        if op.name == "item":
+            return self.value(op.args[0])[op.args[1]]
+        first = op.args[0][0] if op.args and isinstance(op.args[0], (list, tuple)) and op.args[0] else op.args[0]
+        first = self.value(first)
+        by_kind = matrices.MEANINGS if isinstance(first, Mats) else _ON_ROWS
+        handler = vectors.PRODUCTS.get(op.name) or by_kind.get(op.name)
+        if handler is None:
+            what = first.sample if isinstance(first, Mats) else "its values"
+            raise Unreadable(f"it applies aten.{op.name} to {what}, which reading has no meaning for")
+        try:
+            return handler(self, op)
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Unreadable(f"it uses aten.{op.name} in a way that reading has no meaning for") from error
+
+    def _param(self, op: Op) -> Any:
+        name, shape = op.args[0], op.shape
+        if len(shape) == 0:
+            return Rows(objects([self.terms.param(name, 1)], ()), None)
+        if len(shape) == 1:
+            return Rows(objects([self.terms.param(name, shape[0])], ()), shape[0])
+        return matrices.of(name, shape)

@@ -1,0 +1,205 @@
+"""What known numbers in a record stand for, so that code which depends on load or position is noticed.
+
+The expert ids that a record's top-k returns are real numbers, and so is all that code calculates from them: masks,
+sorted orders, tokens per expert. In one record these numbers are right for one batch only. Each known tensor therefore
+has a :class:`Kind`, and calculations that tell one load or position from another are objected to.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor
+
+from moe_surgery.find.batch import DEPENDS, tells_sizes_apart
+
+LOAD = "how many tokens an expert gets, or where a token stands in the batch"
+
+
+class Kind(IntEnum):
+    """From what is the same in every batch to what differs most."""
+
+    PLAIN = 0
+    """The same in every batch."""
+    VISITED = 1
+    """Numbers of experts that some token chose."""
+    CHOSEN = 2
+    """Single tokens' choices of experts, or masks and such made of them one by one."""
+    COUNT = 3
+    """Numbers or places of tokens, their sums, differences and multiples. Nothing but the sign may be told."""
+    DERIVED = 4
+    """Calculated from counts. Good for indexing only."""
+
+
+_FAR = 1 << 40  # torch's own "to the end"
+_COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_TURNED = {"lt": operator.gt, "le": operator.ge, "gt": operator.lt, "ge": operator.le}
+_FRESH = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split(" "))
+_MOVES = frozenset(
+    "view reshape _unsafe_view expand permute transpose t unsqueeze squeeze flatten unflatten select slice split "
+    "split_with_sizes unbind clone detach alias _to_copy contiguous lift_fresh cat stack repeat flip copy fill zero "
+    "index index_select gather take masked_select index_put scatter mul neg abs sign isfinite eye arange "
+    "bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or logical_xor logical_not".split(" ")
+)
+_PICKS = frozenset("index index_select gather take masked_select".split(" "))
+_LIMITS = frozenset("clamp clamp_min clamp_max minimum maximum where fmod pow div".split(" "))
+_COUNTS = frozenset("sum cumsum count_nonzero argsort nonzero".split(" "))
+_EXTREMES = frozenset("all amax amin max min argmax argmin mean prod median mode".split(" "))
+_TALLIES = frozenset("bincount histc scatter_add index_add".split(" "))
+_UNIQUE = frozenset("_unique2 _unique unique_dim unique_consecutive".split(" "))
+
+
+# Where an operation takes known numbers as places; anywhere else they are values.
+_PLACES = {"index": 1, "index_put": 1, "gather": 2, "index_select": 2, "index_add": 2, "index_copy": 2}
+_PLACES |= {"scatter": 2, "scatter_add": 2, "scatter_reduce": 2}
+
+
+class Ledger:
+    """Decides kinds. ``fixed`` are sizes that don't come from the batch; ``object_to`` makes the exception to raise."""
+
+    def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
+        self.fixed, self.object_to = fixed, object_to
+
+    def kinds(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        results: Sequence[Tensor],
+        kind_of: Callable[[Tensor], Kind],
+    ) -> list[Kind]:
+        """The kinds of the tensors that aten operation ``name`` on known operands returns."""
+        if "dim" in kwargs:
+            args = [*args[:1], kwargs["dim"], *args[1:]]
+        if kwargs.get("rounding_mode") is not None:
+            name = "floor_divide"
+        tensors = [arg for arg in _flat(args) if isinstance(arg, Tensor)]
+        top = max(map(kind_of, tensors), default=Kind.PLAIN)
+        if name in _FRESH or not tensors:
+            return [Kind.PLAIN] * len(results)
+        if name in _UNIQUE:
+            first = Kind.VISITED if top <= Kind.CHOSEN else top
+            return [first, *[Kind.COUNT] * (len(results) - 1)]
+        if name == "sort" and self._batchwise(name, args):
+            return [top, max(top, Kind.COUNT)]
+        if name == "nonzero" and top <= Kind.CHOSEN and not self._batchwise(name, args):
+            return [Kind.VISITED]
+        return [self._kind(name, args, top, kind_of)] * len(results)
+
+    def _kind(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
+        if name in _COMPARE:
+            return self._compared(name, args, top, kind_of)
+        if name == "index_put" and len(args) > 3 and args[3]:
+            return max(top, Kind.COUNT)
+        if name in _PICKS and (kind_of(args[0]) > Kind.PLAIN or uniform(args[0])):
+            return kind_of(args[0])
+        if name in _MOVES:
+            return top
+        if name in ("add", "sub", "rsub"):
+            pure = all(isinstance(arg, Tensor) and kind_of(arg) == Kind.COUNT for arg in args[:2])
+            return top if top < Kind.COUNT or pure else Kind.DERIVED
+        if name in ("floor_divide", "remainder"):
+            return self._divided(args, top)
+        if name in _LIMITS:
+            if top >= Kind.COUNT:
+                raise self.object_to(f"what it does depends on {LOAD} (aten.{name})")
+            return top
+        if name in _TALLIES:
+            return max(top, Kind.COUNT)
+        if name in ("any", *_COUNTS, *_EXTREMES, "sort", "topk", "cummax", "cummin"):
+            return self._reduced(name, args, top)
+        sized = any(size not in self.fixed for arg in _flat(args) if isinstance(arg, Tensor) for size in arg.shape)
+        return Kind.DERIVED if sized or top > Kind.PLAIN else Kind.PLAIN
+
+    def _compared(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
+        if top < Kind.COUNT:
+            return top
+        kinds = [kind_of(arg) if isinstance(arg, Tensor) else Kind.PLAIN for arg in args[:2]]
+        if min(kinds) >= Kind.COUNT:
+            return Kind.DERIVED
+        number = args[kinds.index(min(kinds))]
+        if isinstance(number, Tensor):
+            alike = number.numel() > 0 and bool((number == number.reshape(-1)[0]).all())
+            number = number.reshape(-1)[0].item() if alike and min(kinds) == Kind.PLAIN else "several numbers"
+        compare = _COMPARE[name]
+        if kinds[0] < kinds[1]:
+            compare = _TURNED.get(name, compare)
+        if top == Kind.DERIVED or isinstance(number, str) or tells_sizes_apart(compare, number):
+            raise self.object_to(f"what it does depends on {LOAD} (compares it with {number})")
+        return Kind.CHOSEN
+
+    def _divided(self, args: Sequence[Any], top: Kind) -> Kind:
+        if top < Kind.COUNT:
+            return top
+        by = args[1].item() if isinstance(args[1], Tensor) and args[1].numel() == 1 else args[1]
+        if by not in self.fixed:
+            raise self.object_to(f"what it does depends on {LOAD} (divides it by {by})")
+        return Kind.DERIVED
+
+    def _reduced(self, name: str, args: Sequence[Any], top: Kind) -> Kind:
+        if not self._batchwise(name, args):
+            return top
+        if name == "any":
+            return Kind.CHOSEN if top <= Kind.CHOSEN else Kind.DERIVED
+        if name in _COUNTS:
+            return max(top, Kind.COUNT)
+        raise self.object_to(f"what it does depends on {LOAD} (aten.{name})")
+
+    def check_values(self, name: str, operands: Sequence[Any], kind_of: Callable[[Tensor], Kind]) -> None:
+        """Object to counts that an operation on the input takes as values, not as places."""
+        for place, operand in enumerate(operands):
+            if place != _PLACES.get(name) and any(
+                kind_of(t) >= Kind.COUNT for t in _flat([operand]) if isinstance(t, Tensor)
+            ):
+                raise self.object_to(f"what it computes depends on {LOAD} ({name})")
+
+    def check_cut(self, name: str, args: Sequence[Any], symbolic: bool) -> None:
+        """Object to parts of a batch that begin or end at a fixed place beyond this one, and to single tokens of it."""
+        shape = args[0].shape
+        if name not in ("slice", "split", "select", "unbind", "squeeze"):
+            return
+        if name == "squeeze":
+            dims = range(len(shape)) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
+            if symbolic and any(shape[dim] not in self.fixed for dim in dims):
+                raise self.object_to(f"{DEPENDS} (squeezes a dimension of the batch)")
+            return
+        place = 2 if name == "split" else 1
+        size = shape[args[place] if len(args) > place else 0] if shape else 1
+        if size in self.fixed:
+            return
+        if symbolic and name in ("select", "unbind"):
+            raise self.object_to("it takes single tokens out of the batch")
+        ends = args[2:4] if name == "slice" else [args[1]] if name == "split" and isinstance(args[1], int) else []
+        for end in ends:
+            if end is not None and size < abs(end) < _FAR:
+                raise self.object_to(f"{DEPENDS} (cuts the batch at {end})")
+
+    def _batchwise(self, name: str, args: Sequence[Any]) -> bool:
+        """Whether a reduction goes along a dimension whose size comes from the batch."""
+        shape = args[0].shape
+        if name == "nonzero":
+            return any(size not in self.fixed for size in shape)
+        given = [arg for arg in args[1:] if isinstance(arg, (int, list, tuple)) and not isinstance(arg, bool)]
+        if name == "topk":
+            given = given[1:]
+        dims = given[0] if given else -1 if name in ("sort", "argsort", "topk") and shape else None
+        chosen = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        return any(shape[dim] not in self.fixed for dim in chosen)
+
+
+def uniform(tensor: Tensor) -> bool:
+    """Whether all elements of a known tensor are the same."""
+    return tensor.numel() == 0 or bool((tensor == tensor.reshape(-1)[0]).all())
+
+
+def _flat(args: Any) -> list[Any]:
+    items: list[Any] = []
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            items += _flat(arg)
+        else:
+            items.append(arg)
+    return items

@@ -1,0 +1,179 @@
+"""What Python sees of a record's tensors: sizes of the batch as marked integers, the recorded dtype, a real device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moe_surgery.find.batch import DEPENDS, BatchShape, BatchSize
+from moe_surgery.find.entries import tensors
+from moe_surgery.find.known import LOAD, Kind
+
+if TYPE_CHECKING:
+    from moe_surgery.find.dataflow import Recorder
+
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_NBYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
+# Where a tensor lies: where the block would run, not where the record does.
+_DEVICE = torch.Tensor.device.__get__
+_ON = {getattr(torch.Tensor, f"is_{kind}").__get__: kind for kind in ("cpu", "cuda", "meta", "mps", "xpu")}
+_SIZES = frozenset(["size", "numel", "nelement"])
+_LAYOUT = frozenset(["stride", "data_ptr", "untyped_storage", "storage", "storage_offset"])
+_READS = frozenset(["item", "tolist", "numpy", "__array__", "__int__", "__float__", "__bool__", "__len__"])
+# Functions that take sizes as sizes and places as places.
+_SHAPERS = frozenset(
+    "view reshape expand broadcast_to zeros ones empty full new_zeros new_ones new_empty new_full repeat tile "
+    "unflatten split split_with_sizes narrow select __getitem__ __setitem__".split(" ")
+)
+_MAKERS = frozenset(["one_hot", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"])
+_NUMBERS = frozenset(["arange", "tensor", "as_tensor", "scalar_tensor", "new_tensor"])
+
+
+class Sizes(TorchFunctionMode):
+    """Marks sizes that come from the batch, hides the record's own means, and objects to tensors from outside.
+
+    With ``marks`` false sizes are plain integers: for records of another batch size, held against marked ones.
+    """
+
+    def __init__(self, recorder: Recorder, marks: bool) -> None:
+        super().__init__()
+        self.recorder, self.marks = recorder, marks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder, name = self.recorder, getattr(func, "__name__", "")
+        if func == _DTYPE:
+            own = func(*args)
+            return recorder.dtype if own.is_floating_point and recorder.entries.owned(args[0]) else own
+        if func == _DEVICE:
+            return recorder.entries.device
+        if func in _ON:
+            return recorder.entries.device.type == _ON[func]
+        operands = tensors((args, kwargs))
+        if not all(map(recorder.entries.knows, operands)):
+            raise recorder.object_to("it uses a tensor that is neither its input nor one of its own weights")
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self._places(args[1]), *args[2:])
+        if not self.marks:
+            return self._run(func, name, args, kwargs)
+        if name in _READS and operands and not recorder.symbolic(args[0]):
+            return self._read(func, name, args, kwargs)
+        if operands and (name in _LAYOUT or func == _NBYTES or name == "__len__") and self._from_batch(args[0]):
+            what = {"__len__": "len()", "__get__": "nbytes"}.get(name, name)
+            raise recorder.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
+        if name in ("__getitem__", "__setitem__"):
+            self._check_cuts(args[0], args[1])
+        sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
+        if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
+            raise recorder.object_to("it calculates with the batch size")
+        result = self._run(func, name, args, kwargs)
+        if name in _SIZES or func == _SHAPE:
+            return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
+        made = tensors(result) if sizes else []
+        if sizes and not made:
+            raise recorder.object_to(f"it gives the batch size to {name}")
+        for tensor in made:
+            if not recorder.symbolic(tensor):
+                self._made_of_sizes(name, args, kwargs, sizes, tensor)
+        return result
+
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run it; one_hot's own checks of its argument's range are not the block's doing."""
+        if name in _MAKERS:  # sizes that the code gives as plain numbers
+            plain = [size for size in flat((args, kwargs)) if type(size) is int]
+            self.recorder.fixed.update(set(plain) - self.recorder.batch)
+        self.recorder.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.recorder.lenient = False
+
+    def _mark(self, size: int) -> int:
+        return size if size in self.recorder.fixed else BatchSize.of(size, self.recorder.object_to)
+
+    def _from_batch(self, tensor: Tensor) -> bool:
+        return any(size not in self.recorder.fixed for size in tensor.shape)
+
+    def _check_cuts(self, tensor: Tensor, index: Any) -> None:
+        """Object to plain numbers beyond the end of the batch, which torch silently takes for the end."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        taken = sum(_dims(item) for item in items)
+        dim = 0
+        for item in items:
+            if isinstance(item, slice) and dim < tensor.ndim and tensor.shape[dim] not in self.recorder.fixed:
+                for bound in (item.start, item.stop):
+                    if type(bound) is int and abs(bound) > tensor.shape[dim]:
+                        raise self.recorder.object_to(f"{DEPENDS} (cuts the batch at {bound})")
+            dim += tensor.ndim - taken if item is Ellipsis else _dims(item)
+
+    def _places(self, index: Any) -> Any:
+        """Lists of places as tensors; torch would make them where the record lies, without their numbers."""
+        if isinstance(index, tuple):
+            return tuple(map(self._places, index))
+        if not isinstance(index, list) or not all(isinstance(place, int) for place in index):
+            return index
+        places = torch.tensor(index)
+        self.recorder.raise_kind(places, Kind.COUNT)
+        return places
+
+    def _made_of_sizes(self, name: str, args: Any, kwargs: Any, sizes: Sequence[BatchSize], result: Tensor) -> None:
+        kind = Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED
+        if name in ("full", "new_full"):
+            fill = kwargs.get("fill_value", args[-1] if args else None)
+            if not isinstance(fill, BatchSize):
+                return
+        elif name in ("__getitem__", "narrow", "select", "split", "split_with_sizes"):  # a table cut to the batch
+            if self.recorder.uniform(args[0]):
+                return
+        elif name in _SHAPERS:
+            return
+        elif name not in _NUMBERS:
+            kind = Kind.DERIVED
+        self.recorder.raise_kind(result, kind)
+
+    def _read(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Known numbers on their way to Python."""
+        recorder, tensor = self.recorder, args[0]
+        kind = recorder.kind(tensor)
+        if name == "__len__":
+            if tensor.shape and tensor.shape[0] not in recorder.fixed:
+                raise recorder.object_to(f"it asks len() for {LOAD}")
+        elif kind in (Kind.PLAIN, Kind.CHOSEN) and self._from_batch(tensor):
+            raise recorder.object_to("it takes single tokens' numbers to Python, as many as the batch size")
+        elif kind >= Kind.COUNT:
+            whole = not tensor.is_floating_point() and tensor.dtype is not torch.bool
+            if not whole or name in ("__int__", "__float__") or (name == "__bool__" and kind == Kind.DERIVED):
+                raise recorder.object_to(f"it makes a plain number of {LOAD}")
+            if name != "__bool__":
+                numbers = self._numbers(tensor.tolist(), kind)
+                return numbers if name in ("item", "tolist") else np.array(numbers, dtype=object)
+        return func(*args, **kwargs)
+
+    def _numbers(self, value: Any, kind: Kind) -> Any:
+        if isinstance(value, list):
+            return [self._numbers(item, kind) for item in value]
+        return BatchSize.of(value, self.recorder.object_to, LOAD, kind == Kind.COUNT)
+
+
+def _dims(item: Any) -> int:
+    """How many dimensions an index uses up."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    return item.ndim if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) else 1
+
+
+def flat(value: Any) -> list[Any]:
+    """Everything in nested lists, tuples, dicts and slices."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    elif isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for item in value for leaf in flat(item)]

@@ -1,0 +1,259 @@
+"""Terms: what one row of one tensor is, as a formula over the block's input and weights.
+
+A term stands for a vector of ``size`` elements belonging to one token; one of size 1 also stands for a vector of any
+length whose elements are all the same. Terms are interned: two equal
+formulas are the same object, so that ``is`` compares meanings. Constructors on :class:`Terms` bring formulas into one
+form (sums and products flattened, neutral elements dropped, ``x * sigmoid(x)`` written as silu), so that a block reads
+the same however its code is spelled. Rewrites are exact in real arithmetic; rounding is the proof's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_surgery.weights.layout import Piece
+
+# Terms whose elements don't come each from the same element of their arguments.
+_WHOLE = frozenset(["x", "param", "lin", "softmax", "sum", "chosen", "part", "elem", "vec", "cat"])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Term:
+    """One formula. ``op`` names it, ``args`` are terms or plain values, ``size`` is the vector's length."""
+
+    op: str
+    args: tuple[Any, ...]
+    size: int
+    uid: int
+
+    def __repr__(self) -> str:
+        if self.op == "x":
+            return "x"
+        if self.op == "const":
+            return f"{self.args[0]:g}"
+        if self.op == "param":
+            return str(self.args[0])
+        if self.op == "lin":
+            return f"{self.args[1]}·{self.args[0]!r}"
+        if self.op == "cast":
+            return repr(self.args[0])
+        if self.op == "chosen" and self.args[0] is self.args[1]:
+            return f"chosen({self.args[0]!r})"
+        if self.op in ("add", "mul", "div"):
+            sign = {"add": " + ", "mul": " * ", "div": " / "}[self.op]
+            return "(" + sign.join(map(repr, self.args)) + ")"
+        return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+class Terms:
+    """Makes and interns terms. One instance serves one reading."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Term] = {}
+        self.exploded: dict[int, tuple[Any, Any]] = {}  # arrays of vectors, with their elements
+
+    def make(self, op: str, args: tuple[Any, ...], size: int) -> Term:
+        key = (op, size, args)
+        term = self._known.get(key)
+        if term is None:
+            term = self._known[key] = Term(op, args, size, len(self._known))
+        return term
+
+    def token(self, number: int, size: int) -> Term:
+        """Row ``number`` of the block's input."""
+        return self.make("x", (number,), size)
+
+    def const(self, value: float) -> Term:
+        return self.make("const", (float(value),), 1)
+
+    def param(self, path: str, size: int) -> Term:
+        """A one-dimensional parameter or buffer of the block."""
+        return self.make("param", (path,), size)
+
+    def add(self, *args: Term) -> Term:
+        """A sum; scalars broadcast. Constants are folded and zeros dropped."""
+        if any(arg.op == "vec" for arg in args):
+            return self._element_by_element(self.add, args)
+        size = max(arg.size for arg in args)
+        flat: list[Term] = []
+        constant = 0.0
+        for arg in args:
+            for part in arg.args if arg.op == "add" else (arg,):
+                if part.op == "const":
+                    constant += part.args[0]
+                else:
+                    flat.append(part)
+        if constant != 0.0 or not flat:
+            flat.append(self.const(constant))
+        if len(flat) == 1:
+            return flat[0]
+        return self.make("add", tuple(sorted(flat, key=lambda term: term.uid)), size)
+
+    def mul(self, *args: Term) -> Term:
+        """A product of elements; scalars broadcast. Constants are folded; ``x * sigmoid(x)`` becomes ``silu(x)``."""
+        if any(arg.op == "vec" for arg in args):
+            return self._element_by_element(self.mul, args)
+        size = max(arg.size for arg in args)
+        flat: list[Term] = []
+        constant = 1.0
+        for arg in args:
+            for part in arg.args if arg.op == "mul" else (arg,):
+                if part.op == "const":
+                    constant *= part.args[0]
+                else:
+                    flat.append(part)
+        if constant == 0.0:
+            return self.const(0.0)
+        for part in [term for term in flat if term.op == "sigmoid"]:
+            if part.args[0] in flat and part.size == size:
+                flat.remove(part)
+                flat.remove(part.args[0])
+                flat.append(self.make("silu", part.args, part.size))
+        if constant != 1.0 or not flat:
+            flat.append(self.const(constant))
+        if len(flat) == 1:
+            return flat[0]
+        return self.make("mul", tuple(sorted(flat, key=lambda term: term.uid)), size)
+
+    def div(self, over: Term, under: Term) -> Term:
+        """A quotient; ``x / (1 + exp(-y))`` becomes ``x * sigmoid(y)``."""
+        if under.op == "vec" or over.op == "vec":
+            return self._element_by_element(self.div, (over, under))
+        if under.op == "const" and under.args[0] != 0.0:
+            return self.mul(over, self.const(1.0 / under.args[0]))
+        if under.op == "add" and len(under.args) == 2:
+            power = next((part for part in under.args if part.op == "exp"), None)
+            if power is not None and any(part.op == "const" and part.args[0] == 1.0 for part in under.args):
+                return self.mul(over, self.fn("sigmoid", self.mul(self.const(-1.0), power.args[0])))
+        return self.make("div", (over, under), max(over.size, under.size))
+
+    def pick(self, mask: Term, yes: Term, no: Term) -> Term:
+        """``yes`` where a known mask is not zero, else ``no``."""
+        if mask.op == "const":
+            return yes if mask.args[0] != 0.0 else no
+        return self._element_by_element(self.pick, (mask, yes, no))
+
+    def _element_by_element(self, function: Callable[..., Term], args: tuple[Term, ...]) -> Term:
+        size = max(arg.size for arg in args)
+        return self.vec([function(*(self.elem(arg, place) for arg in args)) for place in range(size)])
+
+    def fn(self, name: str, arg: Term) -> Term:
+        """An element-wise function of one argument, such as ``silu`` or ``sigmoid``."""
+        return self.make(name, (arg,), arg.size)
+
+    def cast(self, arg: Term, dtype: str) -> Term:
+        """The term rounded to ``dtype``. Rounding of known numbers is left out, as all rounding of weights is."""
+        if arg.op == "const":
+            return arg
+        if arg.op == "cast":
+            return (
+                self.cast(arg.args[0], dtype) if arg.args[1] == "float32" else self.make("cast", (arg, dtype), arg.size)
+            )
+        return self.make("cast", (arg, dtype), arg.size)
+
+    def lin(self, arg: Term, matrix: Piece, rows: int, dtype: str) -> Term:
+        """A linear map, computed in ``dtype``. Scalar factors of the input are taken out: W(s·v) = s·(W v)."""
+        if arg.op == "const" and arg.args[0] == 0.0:
+            return arg
+        if arg.op == "mul":
+            scalars = [part for part in arg.args if part.size == 1]
+            vectors = [part for part in arg.args if part.size != 1]
+            if scalars and vectors and arg.size != 1:
+                return self.mul(*scalars, self.lin(self.mul(*vectors), matrix, rows, dtype))
+        return self.make("lin", (arg, matrix, dtype), rows)
+
+    def part(self, arg: Term, start: int, stop: int) -> Term:
+        """Elements ``start:stop`` of a vector; rows of a linear map become rows of its matrix."""
+        if arg.size == 1 or (start, stop) == (0, arg.size):
+            return arg
+        if arg.op == "lin":
+            inner, piece, dtype = arg.args
+            if not piece.transposed:
+                first = piece.rows[0] if piece.rows else 0
+                rows = Piece(piece.path, piece.index, (first + start, first + stop))
+                return self.lin(inner, rows, stop - start, dtype)
+        if arg.op == "cast":
+            return self.cast(self.part(arg.args[0], start, stop), arg.args[1])
+        if arg.op == "vec":
+            return self.vec(list(arg.args[start:stop]))
+        if arg.op == "cat":
+            width, *terms = arg.args
+            if start // width == (stop - 1) // width:
+                return self.part(terms[start // width], start % width, (stop - 1) % width + 1)
+            if start % width == stop % width == 0:
+                return self.cat(terms[start // width : stop // width], width)
+        if arg.op in ("part", "elem"):
+            return self.part(arg.args[0], arg.args[1] + start, arg.args[1] + stop)
+        if stop - start == 1:
+            return self.make("elem", (arg, start), 1)
+        if arg.op not in _WHOLE:
+            return self._rebuilt(arg, [self.part(inner, start, stop) for inner in arg.args])
+        return self.make("part", (arg, start, stop), stop - start)
+
+    def _rebuilt(self, term: Term, args: list[Term]) -> Term:
+        """An element-wise term with other arguments."""
+        makers: dict[str, Callable[..., Term]] = {"add": self.add, "mul": self.mul, "div": self.div}
+        return makers[term.op](*args) if term.op in makers else self.fn(term.op, *args)
+
+    def elem(self, arg: Term, index: int) -> Term:
+        """One element of a vector, as a scalar."""
+        return self.part(arg, index, index + 1)
+
+    def cat(self, parts: list[Term], width: int) -> Term:
+        """Vectors of one width joined end to end; neighbouring parts of one vector become one part of it."""
+        first = parts[0]
+        if len(parts) == 1 or (first.op == "const" and all(part is first for part in parts)):
+            return first
+        if width == 1:
+            return self.vec(parts)
+        whole = self._whole(parts, width)
+        return whole or self.make("cat", (width, *parts), width * len(parts))
+
+    def _whole(self, parts: list[Term], width: int) -> Term | None:
+        """The vector that the parts are neighbouring parts of, if they are."""
+        first = parts[0]
+        if any(part.op != first.op or part.args[0] is not first.args[0] for part in parts):
+            return None
+        if first.op == "part":
+            start = first.args[1]
+            if [part.args[1] for part in parts] == list(range(start, start + width * len(parts), width)):
+                return self.part(first.args[0], start, start + width * len(parts))
+        if first.op == "lin":
+            inner, piece, dtype = first.args
+            start = piece.rows[0] if piece.rows else 0
+            bands = [(start + place * width, start + (place + 1) * width) for place in range(len(parts))]
+            if piece.rows and all(
+                part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
+            ):
+                return self.lin(inner, replace(piece, rows=(start, bands[-1][1])), width * len(parts), dtype)
+        return None
+
+    def vec(self, scalars: list[Term]) -> Term:
+        """A vector of scalars; the elements of one vector in their order are that vector."""
+        first = scalars[0]
+        if all(term is first for term in scalars):
+            return first
+        if all(term.op == "cast" and term.args[1] == first.args[1] for term in scalars):
+            return self.cast(self.vec([term.args[0] for term in scalars]), first.args[1])
+        if all(term.op == "elem" and term.args[0] is first.args[0] for term in scalars):
+            start = first.args[1]
+            if [term.args[1] for term in scalars] == list(range(start, start + len(scalars))):
+                return self.part(first.args[0], start, start + len(scalars))
+        return self.make("vec", tuple(scalars), len(scalars))
+
+    def softmax(self, arg: Term) -> Term:
+        return self.make("softmax", (arg,), arg.size)
+
+    def total(self, arg: Term) -> Term:
+        """The sum of a vector's elements, a scalar."""
+        if arg.op == "vec":
+            return self.add(*arg.args)
+        if arg.op == "cast" and arg.args[0].op == "vec":
+            return self.cast(self.total(arg.args[0]), arg.args[1])
+        return arg if arg.size == 1 else self.make("sum", (arg,), 1)
+
+    def chosen(self, values: Term, scores: Term, count: int) -> Term:
+        """``values`` at the places of the ``count`` highest ``scores``, highest first."""
+        return self.make("chosen", (values, scores), count)

@@ -1,0 +1,216 @@
+"""What arithmetic means on rows of terms: element-wise functions, sums, linear maps, softmax and top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_surgery.find import rows
+from moe_surgery.find.flow import Choice, Op
+from moe_surgery.find.matrices import COLS, ROWS, Mats
+from moe_surgery.find.result import Unreadable
+from moe_surgery.find.rows import Array, Rows, each, objects
+from moe_surgery.find.terms import Term, Terms
+
+if TYPE_CHECKING:
+    from moe_surgery.find.interpret import Interpreter
+
+
+def _elementwise(run: Interpreter, op: Op) -> Rows:
+    """A function of single elements; its parameters become part of its name. Most are known by name only."""
+    if not all(other is None or isinstance(other, (bool, int, float)) for other in op.args[1:]):
+        raise Unreadable(f"it applies aten.{op.name} to two computed tensors")
+    given = [f"{other:g}" for other in op.args[1:] if other is not None]
+    given += [f"{key}={value}" for key, value in op.kwargs.items()]
+    name = " ".join([op.name, *given])
+    return rows.combine([run.rows(op.args[0])], lambda term: run.terms.fn(name, term), run.terms)
+
+
+def _compared(run: Interpreter, op: Op) -> Rows:
+    raise Unreadable(f"what it does depends on the values it computes ({op.name})")
+
+
+def _gelu(run: Interpreter, op: Op) -> Rows:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}[op.kwargs.get("approximate", "none")]
+    return rows.combine([run.rows(op.args[0])], lambda term: run.terms.fn(name, term), run.terms)
+
+
+def _neg(run: Interpreter, op: Op) -> Rows:
+    return rows.combine([run.rows(op.args[0])], lambda term: run.terms.mul(run.terms.const(-1), term), run.terms)
+
+
+def _cast(run: Interpreter, op: Op) -> Rows:
+    return rows.combine([run.rows(op.args[0])], lambda term: run.terms.cast(term, op.dtype), run.terms)
+
+
+def _mul(run: Interpreter, op: Op) -> Rows:
+    return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.mul, run.terms)
+
+
+def _div(run: Interpreter, op: Op) -> Rows:
+    if op.kwargs.get("rounding_mode") is not None:
+        raise Unreadable("it divides with rounding")
+    return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.div, run.terms)
+
+
+def _add(run: Interpreter, op: Op) -> Rows:
+    first, second = run.rows(op.args[0]), run.rows(op.args[1])
+    if op.name == "rsub":
+        first, second = second, first
+    factor = run.terms.const(op.kwargs.get("alpha", 1) * (1.0 if op.name == "add" else -1.0))
+    return rows.combine([first, second], lambda a, b: run.terms.add(a, run.terms.mul(factor, b)), run.terms)
+
+
+def _where(run: Interpreter, op: Op) -> Rows:
+    mask, yes, no = op.args if op.name == "where" else (op.args[1], op.args[2], op.args[0])
+    if not isinstance(run.value(mask), Tensor):
+        raise Unreadable("what it does depends on the values it computes (where)")
+    return rows.combine([run.rows(mask), run.rows(yes), run.rows(no)], run.terms.pick, run.terms)
+
+
+def _matmul(run: Interpreter, op: Op) -> Rows:
+    return linear(run, op.args[0], op.args[1], op)
+
+
+def _addmm(run: Interpreter, op: Op) -> Rows:
+    if op.kwargs.get("beta", 1) != 1 or op.kwargs.get("alpha", 1) != 1:
+        raise Unreadable("it scales a bias")
+    bias, product = run.rows(op.args[0]), linear(run, op.args[1], op.args[2], op)
+    return rows.combine([bias, product], run.terms.add, run.terms)
+
+
+def linear(run: Interpreter, first: Any, second: Any, op: Op) -> Rows:
+    """A product of vectors with matrices of weights, on either side."""
+    left, right = run.value(first), run.value(second)
+    if isinstance(left, Mats) and isinstance(right, Rows):
+        turned = replace(left, dims=(*left.dims[:-2], left.dims[-1], left.dims[-2]))
+        return _linear(run, right.flipped(), turned, op).flipped()
+    if not isinstance(right, Mats) or isinstance(left, Mats):
+        raise Unreadable("it multiplies tensors of which not just one is a weight")
+    return _linear(run, run.rows(first), right, op)
+
+
+def _linear(run: Interpreter, value: Rows, mats: Mats, op: Op) -> Rows:
+    """``value @ mats``; the last two dimensions of the matrices are inputs and outputs."""
+    value = rows.vectors(value, run.terms)
+    if value.lead.ndim == 0 or value.shape[:-2] != mats.shape[:-2]:
+        raise Unreadable("it multiplies weights in a way that isn't one linear map per token")
+    batch, inputs, outputs = _roles(mats)
+    turned = outputs[-1] == COLS
+    lead = each(mats.lead, lambda piece: replace(piece, transposed=turned))
+    table = lead.transpose([*batch, *inputs[:-1], *outputs[:-1]])
+    table = table.reshape(-1, prod(map(mats.length, inputs[:-1])), prod(map(mats.length, outputs[:-1])))
+    vectors = value.lead.reshape(len(table), -1)
+    sizes = mats.length(inputs[-1]), mats.length(outputs[-1])
+    items = [
+        _mapped(run.terms, term, pieces, sizes, op.dtype)
+        for row, pieces in zip(vectors, table, strict=True)
+        for term in row
+    ]
+    return Rows(objects(items, value.lead.shape), mats.shape[-1])
+
+
+def _roles(mats: Mats) -> tuple[list[int], list[int], list[int]]:
+    """The axes of matrices by role: batch, inputs, outputs. Axes of length one may have got lost in views."""
+    *ahead, inputs, outputs = (list(axes) for axes in mats.dims)
+    batch = [axis for axes in ahead for axis in axes]
+    for axis in {ROWS, COLS, *range(mats.lead.ndim)} - {*batch, *inputs, *outputs}:
+        (batch if axis >= 0 else inputs if not inputs or inputs[-1] >= 0 else outputs).append(axis)
+    if not inputs or not outputs or {inputs[-1], outputs[-1]} != {ROWS, COLS}:
+        raise Unreadable(f"it multiplies by {mats.sample} in a way that mixes its matrices")
+    return batch, inputs, outputs
+
+
+def _mapped(terms: Terms, term: Term, pieces: Array, sizes: tuple[int, int], dtype: str) -> Term:
+    """A vector, cut into as many parts as there are ``pieces``, through each one's row of matrices; the sum."""
+    width, height = sizes
+    results = []
+    for number, row in enumerate(pieces):
+        part = terms.part(term, number * width, (number + 1) * width)
+        maps = [terms.lin(part, piece, height, dtype) for piece in row]
+        results.append(terms.cat(maps, height))
+    return terms.add(*results)
+
+
+def _softmax(run: Interpreter, op: Op) -> Rows:
+    if op.args[1] not in (-1, len(op.shape) - 1):
+        raise Unreadable("it takes a softmax over another dimension than the last")
+    value = run.vectors(op.args[0])
+    return Rows(each(value.lead, run.terms.softmax), value.size)
+
+
+def _sum(run: Interpreter, op: Op) -> Rows:
+    value = run.rows(op.args[0])
+    count = len(value.shape)
+    given = op.args[1] if len(op.args) > 1 and op.args[1] else range(count)
+    dims = sorted({dim % count for dim in given})
+    length = prod(value.shape[dim] for dim in dims)
+    if value.size is None:
+        value = rows.vectors(value, run.terms)
+    lead, size, after = value.lead, value.size or 1, value.after
+    axes = [value.axis(dim) for dim in dims]
+    if None in axes:
+        lead, size, after = each(lead, lambda term: rows.total(term, size, run.terms)), 1, 0
+    for axis in sorted((axis for axis in axes if axis is not None), reverse=True):
+        table = np.moveaxis(lead, axis, -1)
+        lead = objects([run.terms.add(*row) for row in table.reshape(-1, table.shape[-1])], table.shape[:-1])
+        after -= 0 if None in axes or axis < value.place else 1
+    if op.name == "mean":
+        lead = each(lead, lambda term: run.terms.mul(run.terms.const(1.0 / length), term))
+    return rows.reshaped(Rows(lead, size, after), op.shape, run.terms)
+
+
+def _topk(run: Interpreter, op: Op) -> tuple[Rows, None]:
+    scores = run.vectors(op.args[0])
+    return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, op.args[1])), op.args[1]), None
+
+
+def _gather(run: Interpreter, op: Op) -> Rows:
+    values, index = run.vectors(op.args[0]), run.value(op.args[2])
+    if not isinstance(index, Tensor):
+        raise Unreadable("it gathers by computed places")
+    last = op.args[1] in (-1, len(op.shape) - 1)
+    choice = next((choice for choice in run.flow.choices if last and _same_ids(choice, index)), None)
+    if choice is None:
+        return rows.moved(values, lambda places: places.gather(op.args[1], index), run.terms)
+    scores = run.vectors(choice.scores)
+    lead = rows.reshaped(scores, (*values.lead.shape, scores.size or 1), run.terms)
+    return Rows(
+        rows.combine([values, lead], lambda value, score: run.terms.chosen(value, score, choice.k), run.terms).lead,
+        choice.k,
+    )
+
+
+def _same_ids(choice: Choice, index: Tensor) -> bool:
+    return choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
+
+
+_Meaning = Callable[["Interpreter", Op], Any]
+_ELEMENTWISE = (
+    "silu sigmoid relu relu6 tanh exp abs sqrt rsqrt reciprocal log log1p square mish erf sign hardswish hardtanh "
+    "hardsigmoid softplus leaky_relu elu celu selu threshold pow clamp clamp_min clamp_max round floor ceil nan_to_num"
+)
+_COMPARED = "eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or maximum minimum"
+
+PRODUCTS: dict[str, _Meaning] = {"mm": _matmul, "bmm": _matmul, "addmm": _addmm}
+MEANINGS: dict[str, _Meaning] = {
+    **dict.fromkeys(_ELEMENTWISE.split(" "), _elementwise),
+    **dict.fromkeys(_COMPARED.split(" "), _compared),
+    **dict.fromkeys(["add", "sub", "rsub"], _add),
+    **dict.fromkeys(["sum", "mean"], _sum),
+    **dict.fromkeys(["where", "masked_fill"], _where),
+    "gelu": _gelu,
+    "neg": _neg,
+    "_to_copy": _cast,
+    "mul": _mul,
+    "div": _div,
+    "_softmax": _softmax,
+    "topk": _topk,
+    "gather": _gather,
+}

@@ -1,0 +1,104 @@
+"""State that a forward keeps outside of tensors: attributes, globals, closure cells and random generators.
+
+A block that counts its calls, or throws Python's dice, does something else next time. One record can't show that, so
+what plain Python values it can reach is compared before and after.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+_DEPTH = 3
+_MANY = 256
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+
+
+def watched(block: nn.Module) -> dict[str, Any]:
+    """Fingerprints of everything that ``block`` could keep state in, by what to call it."""
+    seen: dict[str, Any] = {"Python's random numbers": hash(random.getstate())}
+    seen["torch's random numbers"] = torch.get_rng_state().numpy().tobytes()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        seen["numpy's random numbers"] = name, keys.tobytes(), rest
+    functions: dict[int, FunctionType] = {}
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            if name not in _INTERNAL:
+                seen[f"{path}.{name}".lstrip(".")] = _print(value, 0)
+        for cls in type(module).__mro__:
+            if cls is nn.Module:
+                break
+            for name, value in list(vars(cls).items()):
+                if not callable(value) and not name.startswith("__"):
+                    seen[f"{cls.__name__}.{name}"] = _print(value, 0)
+        for function in _functions(module.forward, 0):
+            functions[id(function)] = function
+    for function in functions.values():
+        for name, value in _reachable(function):
+            seen[name] = _print(value, 0)
+    return seen
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What changed, by name."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
+    """A callable's Python function, and those of its own code that it calls by a global name or a closure cell."""
+    while isinstance(value, (functools.partial, MethodType)):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
+    if not isinstance(value, FunctionType) or depth > _DEPTH or value.__module__.split(".")[0] == "torch":
+        return
+    yield value
+    for _, other in _reachable(value):
+        if isinstance(other, (FunctionType, MethodType, functools.partial)):
+            yield from _functions(other, depth + 1)
+
+
+def _reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The globals and closure cells that a function's code names."""
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield f"{function.__module__}.{name}", function.__globals__[name]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield f"{function.__qualname__}'s {name}", cell.cell_contents
+        except ValueError:
+            continue
+
+
+def scripted(block: nn.Module) -> str | None:
+    """What of a block's code is TorchScript, whose control flow leaves no trace in a record."""
+    for path, module in block.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return path or "the block"
+        for function in _functions(module.forward, 0):
+            for name, value in _reachable(function):
+                if isinstance(value, torch.jit.ScriptFunction):
+                    return name
+    return None
+
+
+def _print(value: Any, depth: int) -> Any:
+    """What stands for a value: its content if it is plain or has attributes, else its identity."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return type(value).__name__, repr(value)
+    if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
+        items = list(value.items()) if isinstance(value, dict) else list(value)
+        return type(value).__name__, [_print(item, depth + 1) for item in items]
+    if type(value).__module__ == "itertools":
+        return repr(value)
+    attributes = getattr(value, "__dict__", None)
+    opaque = isinstance(value, (torch.Tensor, type, ModuleType)) or callable(value)
+    if depth < _DEPTH and isinstance(attributes, dict) and not opaque:
+        return id(value), _print(attributes, depth + 1)
+    return id(value)

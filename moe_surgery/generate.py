@@ -1,0 +1,89 @@
+"""Greedy decoding of every part of a model that can generate, to compare a model before and after surgery."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from moe_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
+# the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
+_FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The generating parts: the direct children that generate, or else the model itself."""
+    from transformers import GenerationMixin
+
+    children = {name: child for name, child in model.named_children() if isinstance(child, GenerationMixin)}
+    if children:
+        return children
+    if not isinstance(model, GenerationMixin):
+        raise UsageError(f"{type(model).__name__} has no part that generates tokens")
+    return {"model": model}
+
+
+@contextmanager
+def _without_a_trace(model: nn.Module) -> Iterator[None]:
+    """Take away the forward hooks that a call leaves behind.
+
+    transformers 5 hooks a model the first time its hidden states are asked for, routers included, and marks it as
+    hooked; a block with a hook isn't operated on, since the hook would not see the block that replaces it.
+    """
+    mark = "_output_capturing_hooks_installed"
+    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+    marked = {id(module) for module, _ in hooks if hasattr(module, mark)}
+    try:
+        yield
+    finally:
+        for module, before in hooks:
+            for key in module._forward_hooks.keys() - before.keys():
+                del module._forward_hooks[key]
+            if hasattr(module, mark) and id(module) not in marked:
+                delattr(module, mark)
+
+
+def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, list[int]]:
+    """Continue ``prompt`` by at most ``count`` tokens, always the likeliest, with each generating part on its own.
+
+    The keys are the names of the parts ("thinker", "talker"), or "model" for a model that is one. A part that another
+    one feeds gets the prompt as embeddings of its own vocabulary, token ids taken modulo its size, and zeros as the
+    other part's states: not what the model would say, but the same question before and after. A part stops early at
+    the end-of-sequence token of its generation config. Raises :class:`UsageError` for a prompt that doesn't fit the
+    vocabulary and for a model in which nothing generates.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if not prompt or count < 1:
+        raise UsageError("a prompt of at least one token and a count of at least one are needed")
+    result = {}
+    for name, part in _parts(model).items():
+        embedding: Any = part.get_input_embeddings()  # type: ignore[operator]
+        vocabulary, device = embedding.weight.shape[0], embedding.weight.device
+        inputs: dict[str, Tensor] = {"attention_mask": torch.ones(1, len(prompt), dtype=torch.long, device=device)}
+        fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
+        if fed:
+            ids = torch.tensor([[token % vocabulary for token in prompt]], device=device)
+            with torch.no_grad():
+                inputs["inputs_embeds"] = embedding(ids)
+            inputs |= {key: torch.zeros_like(inputs["inputs_embeds"][:, :1]) for key in fed}
+        else:
+            outside = [token for token in prompt if not 0 <= token < vocabulary]
+            if outside:
+                raise UsageError(f"{name}: token {outside[0]} is not in the vocabulary of {vocabulary}")
+            inputs["input_ids"] = torch.tensor([prompt], device=device)
+        # Such parts also read their own last hidden state back, so it has to be among the outputs.
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=count, output_hidden_states=bool(fed), return_dict_in_generate=True
+        )
+        with torch.no_grad(), _without_a_trace(part):
+            tokens = part.generate(**inputs, generation_config=config).sequences[0].tolist()  # type: ignore[operator]
+        result[name] = tokens if fed else tokens[len(prompt) :]
+    return result

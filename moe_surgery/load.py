@@ -1,0 +1,270 @@
+"""Opening a model by name: a directory or a hub id, on the meta device from its config, or with its weights.
+
+Only safetensors are read, and code that a checkpoint brings along runs only if asked for. transformers is imported
+when a model is opened, not when this module is.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_surgery.checkpoint import (
+    CONFIG,
+    INDEX,
+    Header,
+    checkpoint_headers,
+    missing_expert_tensor,
+    read_config,
+    refuse_pickles,
+)
+from moe_surgery.collection import uncollected
+from moe_surgery.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIG_FILES = ("config.json", "generation_config.json", INDEX)
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model and what it was opened from. ``config`` is ``config.json`` as written, without class defaults."""
+
+    name: str
+    module: nn.Module
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint's directory on this machine and its raw config."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    trust_remote_code: bool
+
+
+def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
+    """Build a model on the meta device from its config alone, in evaluation mode and in the checkpoint's dtype.
+
+    ``model`` is a directory with at least ``config.json``, or a hub id. No weight is read, allocated or initialised.
+    Raises :class:`ModelError` naming the file or the field that stands in the way.
+    """
+    with uncollected():
+        import torch
+        from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+    checkpoint = _find(model, trust_remote_code, weights=False)
+    dtype = _dtype(checkpoint)
+    with _model_errors(checkpoint), uncollected():
+        kind, config = _model_class(checkpoint)
+        with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
+            module = kind._from_config(config, dtype=dtype)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+
+
+def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
+    """Load a model with its weights, in evaluation mode. ``dtype`` is None for the checkpoint's own.
+
+    Raises :class:`ModelError` if a weight is missing, left over or of the wrong shape: a model that lacks an expert
+    would otherwise run on random numbers without a word.
+    """
+    checkpoint = _find(model, trust_remote_code, weights=True)
+    headers = checkpoint_headers(checkpoint.directory)
+    wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
+    place = _device(device)
+    with _model_errors(checkpoint, headers), _progress_bars_only_on_a_terminal():
+        kind, config = _model_class(checkpoint)
+        module, info = kind.from_pretrained(
+            checkpoint.directory,
+            config=config,
+            dtype=wanted,
+            use_safetensors=True,
+            local_files_only=True,
+            # Without this the names of misshapen tensors are only logged; _check_loaded refuses them.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+        _check_loaded(checkpoint, info)
+        module = module.to(place)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+
+
+def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
+    directory = Path(model)
+    if directory.is_dir():
+        name = directory.resolve().name
+    elif directory.exists():
+        raise ModelError(f"{model}: a file; a model is a directory with {CONFIG}, or a hub id")
+    elif not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise ModelError(f"{model}: no such directory")
+    else:
+        name, directory = model, _download(model, trust_remote_code, weights)
+    config = read_config(directory)
+    refuse_pickles(directory)
+    if quantization := [path for path, _ in _fields(config, "quantization_config")]:
+        raise ModelError(f"{directory / CONFIG}: {quantization[0]}: quantised checkpoints are not supported")
+    return _Checkpoint(name, directory, config, trust_remote_code)
+
+
+def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
+    """The directory of a hub id's files in the local cache, fetched if need be; never a pickle."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:
+        # The hub client raises several unrelated families of errors (HTTP, validation, missing cache entries).
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{model}: no such directory, and not to be had from the hub: {reason}") from error
+
+
+def _model_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
+    """The class that the checkpoint's config names, and the config as transformers' object."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+    path, raw, trust = checkpoint.directory / CONFIG, checkpoint.config, checkpoint.trust_remote_code
+    names = raw.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not known and "auto_map" in raw:
+        if not trust:
+            raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
+        return _remote_class(checkpoint)
+    if names and not known:
+        raise ModelError(f"{path}: architectures: transformers {transformers.__version__} has no class {names[0]!r}")
+    if not names and "model_type" not in raw:
+        raise ModelError(f"{path}: neither architectures nor model_type says what the model is")
+    if "model_type" in raw:
+        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    else:
+        config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)  # type: ignore[union-attr]
+    if known:
+        return kind, config
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{path}: architectures is missing, and model_type {raw['model_type']!r} names no language model"
+        )
+    return AutoModelForCausalLM._model_mapping[type(config)], config
+
+
+def _remote_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
+    """The class that ``auto_map`` points at, in code that lies with the checkpoint."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    places = checkpoint.config["auto_map"]
+    models = [key for key in sorted(places, key=lambda key: key != "AutoModelForCausalLM") if "AutoModel" in key]
+    if not models:
+        raise ModelError(f"{checkpoint.directory / CONFIG}: auto_map names no model class")
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True, local_files_only=True)
+    return get_class_from_dynamic_module(places[models[0]], str(checkpoint.directory), local_files_only=True), config
+
+
+def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every ``key`` that isn't null in a config and in the configs inside it, outermost first, with its path."""
+    if config.get(key) is not None:
+        yield path + key, config[key]
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            yield from _fields(value, key, f"{path}{name}.")
+
+
+def _dtype(checkpoint: _Checkpoint) -> torch.dtype:
+    """The dtype that the config states, else the one of the weights, else float32 as in transformers.
+
+    The outermost statement counts; it may be called ``dtype`` or, in older checkpoints, ``torch_dtype``.
+    """
+    for key in ("dtype", "torch_dtype"):
+        for path, value in _fields(checkpoint.config, key):
+            try:
+                return _torch_dtype(value)
+            except UsageError as error:
+                raise ModelError(f"{checkpoint.directory / CONFIG}: {path}: {error}") from None
+    try:
+        headers = checkpoint_headers(checkpoint.directory, complete=False)
+    except ModelError:
+        headers = {}
+    stated = [_SAFETENSORS_DTYPES[dtype] for dtype, _ in headers.values() if dtype in _SAFETENSORS_DTYPES]
+    return _torch_dtype(stated[0] if stated else "float32")
+
+
+def _torch_dtype(name: object) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"{name!r} is not a floating-point dtype of torch")
+    return dtype
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
+    """Raise unless every parameter got a tensor of its shape, and every tensor a parameter."""
+    found = []
+    for key, words in (
+        ("missing_keys", "missing from the checkpoint"),
+        ("unexpected_keys", "in the checkpoint, but not in the model"),
+        ("mismatched_keys", "of another shape in the checkpoint"),
+        ("error_msgs", "with errors"),
+    ):
+        names = sorted(str(entry) for entry in info.get(key) or ())
+        if names:
+            found.append(f"{len(names)} {words}, first {names[0]}")
+    if found:
+        raise ModelError(f"{checkpoint.directory}: weights don't fit the model: " + "; ".join(found))
+
+
+@contextmanager
+def _model_errors(checkpoint: _Checkpoint, headers: Header | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises over a config or a checkpoint into one error naming the directory.
+
+    It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        # A bad field surfaces as a KeyError, AttributeError, ValueError or validation error, depending on the model.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        absent = missing_expert_tensor(headers or {})
+        hint = f"{absent} is missing: " if absent else ""
+        raise ModelError(f"{checkpoint.directory}: {hint}{type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def _progress_bars_only_on_a_terminal() -> Iterator[None]:
+    """Keep transformers' bars out of logs; its own setting is put back."""
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()

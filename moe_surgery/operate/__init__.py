@@ -1,0 +1,1 @@
+"""Planning the operation, carrying it out as one transaction, and taking it back."""

@@ -1,0 +1,95 @@
+"""Putting new blocks into a model, all or none, and taking them out again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_surgery.errors import SurgeryError
+from moe_surgery.targets.base import SwappedBlock
+
+
+@dataclass(eq=False)
+class Swap:
+    """One exchange: ``new`` stands where ``old`` stood. ``old`` is None where it was given up (not undoable)."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    old: nn.Module | None
+    new: SwappedBlock
+
+    @classmethod
+    def at(cls, model: nn.Module, path: str, new: SwappedBlock) -> Swap:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        return cls(path, parent, name, parent.get_submodule(name), new)
+
+    def place(self, module: nn.Module) -> None:
+        """Put ``module`` at the swap's place; a child that is there keeps its place among its siblings."""
+        self.parent._modules[self.name] = module
+
+
+class Transaction:
+    """The swaps of one operation. Until :meth:`commit` the model is untouched; commit makes all of them or none."""
+
+    def __init__(self, swaps: Sequence[Swap]) -> None:
+        self.swaps = tuple(swaps)
+        self.committed = False
+
+    def commit(self) -> None:
+        """Put every new block in place. Any exception, an interrupt included, leaves the old ones in place."""
+        try:
+            for swap in self.swaps:
+                swap.place(swap.new)
+        except BaseException:
+            self._restore()
+            raise
+        self.committed = True
+
+    def undo(self) -> None:
+        """Put the old modules back: the same objects, with the same storages.
+
+        Raises :class:`SurgeryError` if there is nothing to undo, if the originals were given up, or if somebody else
+        has replaced a block since.
+        """
+        if not self.committed:
+            raise SurgeryError("nothing to undo: these replacements are not in the model")
+        if any(swap.old is None for swap in self.swaps):
+            raise SurgeryError("can't undo: the originals were given up (undoable=False); load the model again")
+        for swap in self.swaps:
+            if swap.parent._modules.get(swap.name) is not swap.new:
+                raise SurgeryError(f"can't undo: {swap.path} no longer holds the block that was put there")
+        self._restore()
+        self.committed = False
+
+    def _restore(self) -> None:
+        with without_interrupts():
+            for swap in self.swaps:
+                if swap.old is not None:
+                    swap.place(swap.old)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda signum, frame: held.append((signum, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held_number, _ in held:
+            signal.raise_signal(held_number)

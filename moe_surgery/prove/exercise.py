@@ -1,0 +1,147 @@
+"""Asking a block: the shapes, batch sizes and strides it is called with, and what must hold for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_surgery.prove.metrics import Truth
+from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
+
+Block = Callable[[Tensor], Tensor]
+
+# Batch sizes on both sides of those at which blocks are known to branch (1, 16, 64), and a longer one.
+_FEW, _MIDDLE, _BEYOND, _LONG = 2, 17, 72, 320
+STRIDED = "4 sequences of 6 tokens, not contiguous"
+EMPTY = "no token"
+
+
+class Misconduct(Exception):
+    """A block did something that no right block does; the message says what, and on which input."""
+
+
+class Refused(Misconduct):
+    """A block raised an error instead of answering."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One input, and which probe each of its tokens is."""
+
+    name: str
+    x: Tensor
+    tokens: Tensor
+
+
+def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
+    """The calls that ask a block about every probe, alone and in company.
+
+    A new block is asked with inputs [T, H] too, and with a long sequence. An old block gets [B, S, H] only, and no
+    more than 72 tokens at once: some copy an expert's weights for each token.
+    """
+    x, count = probes.x, len(probes.x)
+    device = x.device
+    everyone = torch.arange(count, device=device)
+    mixed = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(count), device="cpu").to(device)
+    if new:
+        part = everyone.repeat(-(-_LONG // count))[: max(count, _LONG)]
+        yield _sequence(x, part)
+        yield Call("72 tokens, 2-D", x[mixed[:_BEYOND]], mixed[:_BEYOND])
+        yield Call("one token, 2-D", x[:1].clone(), everyone[:1])
+        yield Call("17 tokens, 2-D, every other row", x[mixed[: 2 * _MIDDLE]][::2], mixed[: 2 * _MIDDLE : 2])
+    else:
+        for part in everyone.split(_BEYOND):
+            yield _sequence(x, part)
+    yield _sequence(x, mixed[-_FEW:])
+    part = mixed[:24]
+    yield Call("4 sequences of 6 tokens", x[part].view(4, 6, -1), part)
+    yield Call(STRIDED, x[part.view(4, 6).T.flatten()].view(6, 4, -1).transpose(0, 1), part)
+    for family, token in ((UNIT, 0), (UNIT, -1), (ZERO, 0)):
+        yield _sequence(x, probes.of(family)[[token]])
+    crowd = probes.of(UNIT)[-1:].repeat(_BEYOND)
+    yield Call("72 times the same token", x[crowd][None], crowd)
+    yield Call(EMPTY, x[:0][None], everyone[:0])
+
+
+def _sequence(x: Tensor, tokens: Tensor) -> Call:
+    name = f"{len(tokens)} tokens in one sequence" if len(tokens) > 1 else "one token"
+    return Call(name, x[tokens][None], tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """How a block did.
+
+    ``worst`` [families] is the greatest distance in each family and ``where`` the call it was seen on; ``flipped`` [N]
+    are the tokens that took another choice of experts in some call; ``refused`` the calls that it was excused from.
+    """
+
+    worst: list[float]
+    where: list[str]
+    flipped: Tensor
+    refused: frozenset[str]
+
+
+def exercise(block: Block, asked: Iterable[Call], truth: Truth, excused: Container[str] = ()) -> Answers:
+    """Ask a block everything; raises :class:`Misconduct`. It may refuse the calls named in ``excused``."""
+    worst = truth.norms.new_zeros(len(FAMILIES))
+    where = [""] * len(FAMILIES)
+    refused: set[str] = set()
+    flipped = torch.zeros_like(truth.family, dtype=torch.bool)
+    kept: list[tuple[Call, Tensor, Tensor]] = []
+
+    def judge(call: Call) -> Tensor:
+        nonlocal worst
+        y = ask(block, call)
+        distance, other = truth.distance(y, call.tokens)
+        here = truth.worst(distance, call.tokens)
+        for family in (here > worst).nonzero().flatten().tolist():
+            where[family] = call.name
+        worst = worst.maximum(here)
+        flipped[call.tokens[other]] = True
+        return y
+
+    for call in asked:
+        try:
+            y = judge(call)
+        except Refused:
+            if call.name not in excused:
+                raise
+            refused.add(call.name)
+            continue
+        kept.append((call, y, _bits(y)))
+    for call, y, copy in kept:
+        if not torch.equal(_bits(y), copy):
+            raise Misconduct(f"wrote over the output that it had returned for {call.name}")
+    for call, _, _ in kept[1:2]:
+        judge(replace(call, name=f"{call.name}, asked again"))
+    return Answers(worst.tolist(), where, flipped, frozenset(refused))
+
+
+def ask(block: Block, call: Call) -> Tensor:
+    """The block's output [T, H] for a call; raises :class:`Misconduct`."""
+    before = _bits(call.x)
+    try:
+        with torch.no_grad():
+            y = block(call.x)
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        raise Refused(f"raised {type(error).__name__} ({line[0] if line else ''}) on {call.name}") from error
+    if not torch.equal(_bits(call.x), before):
+        raise Misconduct(f"changed its input in place on {call.name}")
+    if not isinstance(y, Tensor):
+        raise Misconduct(f"returned a {type(y).__name__}, not a tensor, on {call.name}")
+    for what in ("shape", "dtype", "device"):
+        if getattr(y, what) != getattr(call.x, what):
+            got, want = getattr(y, what), getattr(call.x, what)
+            got, want = (tuple(got), tuple(want)) if what == "shape" else (got, want)
+            raise Misconduct(f"returned {what} {got} for an input of {what} {want} on {call.name}")
+    return y.reshape(-1, y.shape[-1])
+
+
+def _bits(x: Tensor) -> Tensor:
+    """A copy of the tensor's bits: equality of numbers would miss a NaN and the sign of a zero."""
+    return x.contiguous().view(torch.uint8).clone()

@@ -1,0 +1,255 @@
+"""The metric: the worst token's relative L2 distance from the reference, with routing judged apart from values.
+
+Where the scores of rank k and k+1 lie within the router's own rounding noise, two right blocks may choose different
+experts. Such a token is a near tie: it has several legitimate outputs, and a block is held against the nearest of
+them. A token with a clear gap has one. Cosine is not used: a shared expert added twice keeps it above 0.97.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.reference import own_scores, router_scores
+from moe_surgery.weights.tensors import OwnRouting
+
+# Right blocks that round at the same places measured 0.5 to 1.5 times the noise of plain torch (bfloat16, float16);
+# the rest is for those that round at others. It also covers a gap between two logits, each twice the noise off.
+SLACK = 4.0
+# Plain torch's matrix products add terms in blocks of about this many.
+BLOCK = 256
+# Scores are rounded to float32, and so is what they are computed from: two roundings for each of two scores.
+SCORE_ROUNDING = 2 * torch.finfo(torch.float32).eps
+# A token with more legitimate choices than this says too little to be worth asking.
+MOST_CHOICES = 24
+# How often a router of the model's own is asked again with other rounding errors.
+_SHAKES = 16
+# A token whose reference output nearly cancels is measured against this fraction of its family's median norm.
+NORM_FLOOR = 0.01
+
+
+def slack(terms: int, dtype: torch.dtype) -> float:
+    """How many times the measured noise a right block may be off, where its longest sums have ``terms`` terms.
+
+    A kernel that adds n terms one after another is off by about sqrt(n / 256) times as much as one that adds blocks of
+    256 terms and then the blocks, if the sum is kept in the block's own dtype. Sums of half-precision terms are kept in
+    float32, where this doesn't show.
+    """
+    if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
+        return SLACK
+    return float(SLACK * max(1.0, (terms / BLOCK) ** 0.5))
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The truth's routing of N tokens, in float64: everything sorted by score, best first.
+
+    ``order`` [N, E] expert ids; ``scores`` and ``logits`` [N, E], in id order. ``tokens`` [R] and ``ranks`` [R, k] are
+    the legitimate choices: rows 0..N-1 are each token's own (ranks 0..k-1), the rest are the other choices that the
+    router's noise allows. ``sure`` [N] is how many ranks belong to every choice. A
+    token that isn't ``decidable`` [N] has too many choices to list them.
+    """
+
+    order: Tensor
+    scores: Tensor
+    logits: Tensor
+    tokens: Tensor
+    ranks: Tensor
+    sure: Tensor
+    decidable: Tensor
+
+    def ids(self) -> Tensor:
+        """Expert ids [R, k] of every legitimate choice."""
+        return self.order[self.tokens].gather(1, self.ranks)
+
+    def keep(self, mask: Tensor) -> Routing:
+        """The routing of those tokens that ``mask`` [N] names."""
+        rows = mask[self.tokens]
+        place = mask.cumsum(0) - 1
+        return Routing(
+            order=self.order[mask],
+            scores=self.scores[mask],
+            logits=self.logits[mask],
+            tokens=place[self.tokens[rows]],
+            ranks=self.ranks[rows],
+            sure=self.sure[mask],
+            decidable=self.decidable[mask],
+        )
+
+    @property
+    def near_ties(self) -> int:
+        return int((torch.bincount(self.tokens, minlength=len(self.order)) > 1).sum())
+
+
+def route(spec: MoESpec, router: Tensor, probes: Probes, routing: OwnRouting | None = None) -> Routing:
+    """Every legitimate choice of experts for every token."""
+    if spec.router.scoring == "own":
+        return _own_route(spec, router, probes, routing)
+    k, count = spec.router.top_k, len(probes.x)
+    logits, scores = router_scores(spec, router, probes.x, torch.float64)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    tokens, ranks = list(range(count)), [tuple(range(k))] * count
+    sure, decidable = [k] * count, [True] * count
+    if k < spec.router.num_experts:
+        family, noise = probes.family.tolist(), _router_noise(spec, router, probes, logits)
+        ranked = zip(logits.gather(1, order).cpu(), scores.gather(1, order).cpu(), noise.tolist(), strict=True)
+        for token, ladder in enumerate(_Ladder(*values, softmax=spec.router.scoring == "softmax") for values in ranked):
+            if ladder.clear(k - 1, k) or family[token] == ZERO:
+                continue
+            found = ladder.other_choices(k)
+            decidable[token] = found is not None
+            sure[token] = ladder.certain(k)
+            tokens += [token] * len(found or ())
+            ranks += found or ()
+    return Routing(
+        order=order,
+        scores=scores,
+        logits=logits,
+        tokens=torch.tensor(tokens, device=order.device),
+        ranks=torch.tensor(ranks, device=order.device),
+        sure=torch.tensor(sure, device=order.device),
+        decidable=torch.tensor(decidable, device=order.device),
+    )
+
+
+def _own_route(spec: MoESpec, router: Tensor, probes: Probes, routing: OwnRouting | None) -> Routing:
+    """The choices of the model's own router.
+
+    It can't be told what else it might have chosen, so a token whose choice changes with the router's rounding noise
+    (measured, then added with random signs) isn't decidable.
+    """
+    k, count = spec.router.top_k, len(probes.x)
+    logits, scores = router_scores(spec, router, probes.x, torch.float64, routing)
+    noise = _router_noise(spec, router, probes, logits, routing)[:, None]
+    generator = torch.Generator("cpu").manual_seed(count)
+    chosen = scores != 0
+    decidable = chosen.sum(-1) == k
+    for _ in range(_SHAKES):
+        signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
+        shaken = own_scores(routing, probes.x, logits + signs * noise / 2, torch.float64)
+        decidable &= ((shaken != 0) == chosen).all(-1)
+    everyone = torch.arange(count, device=logits.device)
+    return Routing(
+        order=scores.argsort(dim=-1, descending=True, stable=True),
+        scores=scores,
+        logits=logits,
+        tokens=everyone,
+        ranks=torch.arange(k, device=logits.device).repeat(count, 1),
+        sure=torch.full_like(everyone, k),
+        decidable=decidable | (probes.family == ZERO),
+    )
+
+
+def _router_noise(
+    spec: MoESpec, router: Tensor, probes: Probes, logits: Tensor, routing: OwnRouting | None = None
+) -> Tensor:
+    """How far apart two logits of a token [N] must be to be clearly apart in the block's dtype, from measured errors.
+
+    A token's error is the largest one over the experts, but not less than the median of the token's family: over few
+    experts a token may be lucky.
+    """
+    rounded, _ = router_scores(spec, router, probes.x, None, routing)
+    noise = (rounded.to(torch.float64) - logits).abs().amax(-1)
+    for family in range(len(FAMILIES)):
+        mine = probes.family == family
+        if bool(mine.any()):
+            noise[mine] = noise[mine].clamp_min(float(noise[mine].median()))
+    return noise * slack(spec.hidden, rounded.dtype)
+
+
+class _Ladder:
+    """One token's experts in order of their scores, and which of them are clearly apart."""
+
+    def __init__(self, logits: Tensor, scores: Tensor, noise: float, *, softmax: bool) -> None:
+        self.logits, self.scores, self.noise = logits.tolist(), scores.tolist(), noise
+        self.softmax = softmax
+
+    def clear(self, high: int, low: int) -> bool:
+        """Does every right block rank ``high`` above ``low``? Both are ranks.
+
+        A gap between logits may still vanish in float32: where a sigmoid saturates, or in a softmax's exponent.
+        """
+        gap = self.logits[high] - self.logits[low]
+        exponent = 1 + self.logits[0] - self.logits[low] if self.softmax else 1.0
+        rounding = SCORE_ROUNDING * exponent * self.scores[high]
+        return gap > self.noise and self.scores[high] - self.scores[low] > rounding
+
+    def certain(self, k: int) -> int:
+        """How many ranks every right block chooses."""
+        return next(rank for rank in range(k + 1) if not self.clear(rank, k))
+
+    def other_choices(self, k: int) -> list[tuple[int, ...]] | None:
+        """The other k ranks that a right block may choose; None if there are too many to list."""
+        first, last = self.certain(k), k + 1
+        while last < len(self.logits) and not self.clear(k - 1, last):
+            last += 1
+        found: list[tuple[int, ...]] = []
+        for number, chosen in enumerate(combinations(range(first, last), k - first)):
+            if number > 16 * MOST_CHOICES or len(found) == MOST_CHOICES:
+                return None
+            best_left_out = min(set(range(first, last)).difference(chosen))
+            if best_left_out != k and not self.clear(best_left_out, chosen[-1]):
+                found.append((*range(first), *chosen))
+        return found
+
+
+class Truth:
+    """The legitimate outputs of the probes, and distances from them.
+
+    ``outputs`` [R, H] in float64: rows 0..N-1 are each token's own, ``tokens`` [R] says whose each row is. ``family``
+    [N] is each token's family.
+    """
+
+    def __init__(self, outputs: Tensor, tokens: Tensor, family: Tensor) -> None:
+        self.outputs = outputs
+        self.family = family
+        own = torch.arange(len(family), device=tokens.device)
+        self.norms = outputs.norm(dim=-1)
+        typical = [float(self.norms[: len(own)][family == number].median()) for number in range(len(FAMILIES))]
+        typical[ZERO] = typical[UNIT]
+        # What a distance from each row is divided by.
+        self.norms = self.norms.maximum(NORM_FLOOR * outputs.new_tensor(typical).nan_to_num()[family[tokens]])
+        # Row r of choices holds every token's r-th legitimate output, or its own again where it has fewer.
+        self.choices = [own]
+        others = tokens[len(own) :]
+        place = torch.arange(len(own), len(tokens), device=tokens.device)
+        while len(others):
+            first = torch.ones_like(others, dtype=torch.bool)
+            first[1:] = others[1:] != others[:-1]
+            row = own.clone()
+            row[others[first]] = place[first]
+            self.choices.append(row)
+            others, place = others[~first], place[~first]
+
+    def distance_from(self, y: Tensor, rows: Tensor) -> Tensor:
+        """Relative distance [M] of outputs [M, H] from the given rows [M] of the truth."""
+        distance = (y.to(torch.float64) - self.outputs[rows]).norm(dim=-1)
+        relative = distance / self.norms[rows]
+        # 0 / 0: the truth's whole family is zero, and so is the output.
+        relative = relative.where((distance != 0) | (self.norms[rows] != 0), 0.0)
+        return relative.where(relative.isfinite(), torch.inf)
+
+    def distance(self, y: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative distance [M] of outputs [M, H] for ``tokens`` [M], and where another choice was nearer [M].
+
+        An output that isn't finite is infinitely far.
+        """
+        best = self.distance_from(y, tokens)
+        flipped = torch.zeros_like(tokens, dtype=torch.bool)
+        for row in self.choices[1:]:
+            some = (row[tokens] != tokens).nonzero().flatten()
+            other = self.distance_from(y[some], row[tokens[some]])
+            nearer = other < best[some]
+            flipped[some[nearer]] = True
+            best[some] = torch.where(nearer, other, best[some])
+        return best, flipped
+
+    def worst(self, distance: Tensor, tokens: Tensor) -> Tensor:
+        """The greatest distance in each family, [families]; 0 where ``tokens`` has none of it."""
+        worst = distance.new_zeros(len(FAMILIES))
+        return worst.scatter_reduce(0, self.family[tokens], distance, "amax")

@@ -1,0 +1,165 @@
+"""Probes: the tokens a block is asked about, made from its router's weights and a seed.
+
+There are four families. ``unit`` holds tokens of root mean square 1, as a norm before the block makes them: random
+ones, one steered to each expert, and near ties between the last expert chosen and the first one not. ``small`` and
+``large`` are random tokens at other scales, for what shows only there (a clamp, an overflow, an epsilon). ``zero`` is
+the all-zero token. Errors are compared within a family, because rounding noise grows with the scale of the logits.
+
+Everything is computed on the CPU in float64 and rounded to the block's dtype last, so that a seed means the same
+tokens on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.spec import MoESpec
+
+UNIT, SMALL, LARGE, ZERO = range(4)
+FAMILIES = ("unit", "small", "large", "zero")
+SCALES = (1.0, 2.0**-4, 2.0**3, 0.0)
+
+_RANDOM = 64
+_SCALED = 16
+# Gaps between rank k and rank k+1, in units of eps(dtype) * largest logit: within the router's noise, and beyond it.
+_GAPS = (0.0, 0.0, 0.0, 0.0, 8.0, 8.0, 32.0, 32.0, 128.0, 128.0)
+# How far a steered token is pushed towards its expert, in units of the random token under it.
+_PUSHES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
+_STEPS = 500
+# A steered expert's lead over its rival, in standard deviations of the token's logits, that counts as clear.
+_CLEAR = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """``x`` [N, H] in the block's dtype and on its device, and each token's family [N] (an index of FAMILIES)."""
+
+    x: Tensor
+    family: Tensor
+
+    def keep(self, mask: Tensor) -> Probes:
+        """Those tokens that ``mask`` [N] names."""
+        return Probes(self.x[mask], self.family[mask])
+
+    def of(self, family: int) -> Tensor:
+        """Indices of a family's tokens."""
+        return (self.family == family).nonzero().flatten()
+
+
+def make_probes(spec: MoESpec, router: Tensor, seed: int) -> Probes:
+    """The probes of a block with this router [E, H]; on its device and in its dtype."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    weight = router.detach().to("cpu", torch.float64)
+    k = spec.router.top_k
+
+    def random(count: int) -> Tensor:
+        return _unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
+
+    parts = [
+        (UNIT, random(_RANDOM)),
+        (UNIT, steer(weight, k, random(len(weight)), router.dtype)),
+        # Whose scores are near to each other, only a router of known scoring tells.
+        (UNIT, near_ties(weight, k, random(0 if spec.router.scoring == "own" else len(_GAPS)), router.dtype)),
+        (SMALL, random(_SCALED) * SCALES[SMALL]),
+        (LARGE, random(_SCALED) * SCALES[LARGE]),
+        (ZERO, random(1) * SCALES[ZERO]),
+    ]
+    return Probes(
+        torch.cat([x for _, x in parts]).to(router.dtype).to(router.device),
+        torch.cat([torch.full((len(x),), family, device="cpu") for family, x in parts]).to(router.device),
+    )
+
+
+def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row ``e`` of ``x`` [E, H] moved until a top-``k`` router chooses expert ``e``, ranking it first if possible.
+
+    The least push that makes the expert first with room to spare is taken, so that the other experts' weights stay
+    visible. Where no push does, :func:`_apart` looks for a token that ranks the expert among the k at least. Experts
+    that can't be reached (a row inside the hull of the others) are left to the caller, which counts the visits.
+    """
+    experts, hidden = weight.shape
+    if experts == 1:
+        return x
+    towards = weight - weight.mean(0)
+    towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(1e-300) * hidden**0.5
+    everyone = torch.arange(experts, device="cpu")
+    best, lead = x, torch.full_like(x[:, 0], -torch.inf)
+    for push in _PUSHES:
+        best, lead = _better(best, lead, _unit(x + push * towards), _Ranking(weight, everyone, 1, dtype))
+    missing = everyone[lead <= _CLEAR]
+    if len(missing) == 0 or experts == k:
+        return best
+    ranking = _Ranking(weight, missing, k, dtype)
+    found, lead = best[missing], ranking.lead(best[missing])
+    for rank in dict.fromkeys((1, k)):
+        for direction in _apart(weight, missing, rank):
+            if bool((lead > _CLEAR).all()):
+                break
+            found, lead = _better(found, lead, _unit(direction), ranking)
+    return best.index_copy(0, missing, found)
+
+
+def _apart(weight: Tensor, experts: Tensor, rank: int) -> Iterator[Tensor]:
+    """Directions [n, H] in which each expert's row comes to exceed all others, or all but ``rank - 1`` of them.
+
+    Gilbert's algorithm (1966): the point nearest to the origin in the hull of the differences ``row - other row``. It
+    converges to a direction that ranks the expert first, if there is one. With a greater rank the nearest rivals are
+    passed over, which is a heuristic.
+    """
+    rows = weight[experts]
+    point = rows - weight.mean(0)
+    for _ in range(_STEPS):
+        rivals = (point @ weight.T).scatter(1, experts[:, None], -torch.inf)
+        step = rows - weight[rivals.topk(rank, -1).indices[:, -1]] - point
+        length = -(step * point).sum(-1) / step.pow(2).sum(-1).clamp_min(1e-300)
+        point = point + length.clamp(0, 1)[:, None] * step
+        yield point
+
+
+def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` [G, H] moved so that the scores of rank k and k+1 come as near to each other as ``_GAPS`` says."""
+    if k == len(weight) or len(x) == 0:
+        return x[:0]
+    gaps = x.new_tensor(_GAPS)
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # scores are never finer than float32
+    for _ in range(4):
+        logits = x @ weight.T
+        last, next_ = logits.topk(k + 1, -1).indices[:, -2:].T
+        apart = weight[last] - weight[next_]
+        wanted = gaps * eps * logits.abs().amax(-1)
+        excess = ((apart * x).sum(-1) - wanted) / apart.pow(2).sum(-1).clamp_min(1e-300)
+        x = _unit(x - apart * excess[:, None])
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """Tokens [n, H] against experts [n]: is token i's expert above the ``rank``-th best of the others?"""
+
+    weight: Tensor
+    experts: Tensor
+    rank: int
+    dtype: torch.dtype
+
+    def lead(self, x: Tensor) -> Tensor:
+        """The lead over that rival [n], in standard deviations of the token's logits."""
+        logits = x.to(self.dtype).to(torch.float64) @ self.weight.T
+        rivals = logits.scatter(1, self.experts[:, None], -torch.inf).topk(self.rank, -1).values
+        gap = logits.gather(1, self.experts[:, None]).squeeze(1) - rivals[:, -1]
+        return gap / logits.std(-1).clamp_min(1e-300)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows scaled to root mean square 1."""
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
+
+
+def _better(best: Tensor, lead: Tensor, x: Tensor, ranking: _Ranking) -> tuple[Tensor, Tensor]:
+    """The new tokens where the lead was not clear and has grown."""
+    now = ranking.lead(x)
+    better = (lead <= _CLEAR) & (now > lead)
+    return torch.where(better[:, None], x, best), torch.where(better, now, lead)

@@ -1,0 +1,209 @@
+"""The proof: is the new block the old one, and would this check have noticed if it weren't?
+
+``prove`` computes the reference from the spec and the weights alone, in float64, and measures three things against it
+with one metric: the old block (was it *read* right?), the new block (was it *built* right?) and wrong twins (could
+this check tell?). What an error may be is measured too: the same plain torch run in the block's own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moe_surgery.prove.exercise import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
+from moe_surgery.prove.mutants import Twin
+from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
+from moe_surgery.prove.survey import Ground, survey
+from moe_surgery.prove.verdict import Family, Mutant, Verdict
+from moe_surgery.spec import MoESpec
+from moe_surgery.weights.tensors import BlockTensors
+
+FEWEST_MUTANTS = 10
+
+
+def prove(
+    old: Block, new: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0
+) -> Verdict:
+    """Judge ``new`` as a replacement of ``old``.
+
+    Both are called with inputs ``[B, S, H]``, ``new`` also with ``[T, H]``, in the tensors' dtype and on their device,
+    without gradients. A block that raises fails the proof; the error doesn't escape.
+    """
+    ground = survey(spec, tensors, seed)
+    return _hopeless(ground, True) if isinstance(ground, str) else _judge(ground, margin, old, new)
+
+
+def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0) -> Verdict:
+    """Judge the reading alone: does ``old`` compute ``spec``? The margin is then that of the old block."""
+    ground = survey(spec, tensors, seed)
+    return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
+
+
+def prove_swapped(
+    block: Block, spec: MoESpec, tensors: BlockTensors, *, ranks: int = 1, seed: int = 0, margin: float = 5.0
+) -> Verdict:
+    """Judge a block that was swapped in where the old one can't be asked any more: does it compute ``spec``?
+
+    ``tensors`` are those of all ``ranks`` that share its work, put together; what it gives must be the sum of all.
+    """
+    ground = survey(spec, tensors, seed, ranks)
+    return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
+
+
+def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
+    faults = _ground_faults(ground)
+    reading = _examine_old(old, ground)
+    faults += _error_faults(who, reading, ground)
+    judged = reading
+    if new is not None:
+        # A right answer to an empty input is owed only where the old block gave one.
+        excused = reading.refused & {EMPTY} if isinstance(reading, Answers) else frozenset({EMPTY})
+        judged = _examine(new, ground, excused, new=True)
+        faults += _error_faults("new", judged, ground)
+    errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
+    mutants = sorted((_measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
+    # A wrong block, or an expert that isn't reached, would fail here again.
+    faults = faults or _power_faults(mutants, ground, margin)
+    verdict = Verdict(
+        passed=not faults,
+        reason="; ".join(faults),
+        reading_error=_worst(reading)[UNIT],
+        build_error=None if new is None else _worst(judged)[UNIT],
+        noise=ground.noise[UNIT],
+        margin=mutants[0][0].margin if isinstance(judged, Answers) else 0.0,
+        mutants=tuple(mutant for mutant, _ in mutants),
+        tokens=len(ground.probes.x),
+        near_ties=ground.routing.near_ties,
+        routing_flips=int(judged.flipped.sum()) if isinstance(judged, Answers) else 0,
+        families=tuple(_families(ground, _worst(reading), None if new is None else _worst(judged))),
+        left_out=ground.overflowed + ground.undecided,
+    )
+    return verdict if faults else replace(verdict, reason=_account(verdict, margin))
+
+
+def _examine(block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False) -> Answers | Misconduct:
+    try:
+        return exercise(block, calls(ground.probes, new=new), ground.truth, excused)
+    except Misconduct as misconduct:
+        return misconduct
+
+
+def _examine_old(old: Block, ground: Ground) -> Answers | Misconduct:
+    """Ask the old block, which takes ``[B, S, H]`` or, if it refuses that, only ``[T, H]``."""
+    excused = frozenset({STRIDED, EMPTY})
+    answers = _examine(old, ground, excused)
+    if isinstance(answers, Refused):
+        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused)
+        return flat if isinstance(flat, Answers) else answers
+    return answers
+
+
+def _worst(answers: Answers | Misconduct) -> list[float]:
+    return answers.worst if isinstance(answers, Answers) else [math.inf] * len(FAMILIES)
+
+
+def _families(ground: Ground, reading: list[float], build: list[float] | None) -> list[Family]:
+    tokens = torch.bincount(ground.probes.family, minlength=len(FAMILIES)).tolist()
+    return [
+        Family(name, tokens[number], reading[number], build[number] if build else None, ground.noise[number])
+        for number, name in enumerate(FAMILIES)
+    ]
+
+
+def _measure(twin: Twin, ground: Ground, errors: Sequence[float], margin: float) -> tuple[Mutant, float]:
+    """A mutant's hardest case in the family that shows it best, and its distance over what is needed to tell it."""
+    distance, _ = ground.truth.distance(twin.y, twin.tokens)
+    case = torch.zeros_like(twin.tokens) if twin.case is None else twin.case
+    cases, families = int(case.max()) + 1, len(FAMILIES)
+    worst = distance.new_zeros(cases * families)
+    worst = worst.scatter_reduce(0, case * families + ground.truth.family[twin.tokens], distance, "amax")
+    worst = worst.view(cases, families)
+    worst[:, ZERO] = 0.0  # the zero token has no output to compare mutants by
+    floor = worst.new_tensor([max(error, ground.floor) for error in errors])
+    needed = torch.maximum(margin * floor, ground.slack * worst.new_tensor(ground.noise))
+    power = worst / needed
+    best = power.amax(1)
+    hardest = int(best.argmin())
+    family = int(power[hardest].argmax())
+    found = float(worst[hardest, family])
+    name = twin.name.format(case=hardest)
+    return Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[hardest])
+
+
+def _hopeless(reason: str, new: bool) -> Verdict:
+    """The verdict where there is nothing to compare with."""
+    return Verdict(
+        passed=False,
+        reason=reason,
+        reading_error=math.inf,
+        build_error=math.inf if new else None,
+        noise=math.inf,
+        margin=0.0,
+        mutants=(),
+        tokens=0,
+        near_ties=0,
+        routing_flips=0,
+    )
+
+
+def _ground_faults(ground: Ground) -> list[str]:
+    """Why these weights don't let any block be proven."""
+    if not ground.unvisited:
+        return []
+    listed = ", ".join(map(str, ground.unvisited[:8])) + (", …" if len(ground.unvisited) > 8 else "")
+    many = f"experts {listed} ({len(ground.unvisited)} in all)" if len(ground.unvisited) > 1 else f"expert {listed}"
+    fault = f"no probe is surely routed to {many}, so nothing is known of what it computes"
+    if ground.overflowed:
+        fault += f"; {ground.overflowed} probes were left out because their outputs aren't finite"
+    return [fault]
+
+
+def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> list[str]:
+    """What is wrong with a block: its conduct, or its numbers in the family where they are worst for their noise."""
+    if isinstance(answers, Misconduct):
+        return [f"the {which} block {answers}"]
+    beyond = [error / (ground.slack * noise) for error, noise in zip(answers.worst, ground.noise, strict=True)]
+    family = max(range(len(FAMILIES)), key=beyond.__getitem__)
+    if beyond[family] <= 1:
+        return []
+    error, noise, where = answers.worst[family], ground.noise[family], answers.where[family]
+    what = "the old block is not what was read" if which == "old" else f"the {which} block is not what the spec says"
+    if math.isinf(error):
+        return [f"{what}: an output is not finite on {where}, where the reference is finite"]
+    return [
+        f"{what}: it is {error:.2g} from the reference at a {FAMILIES[family]} token ({where}), "
+        f"and {ground.slack:.2g} × the noise of the dtype is {ground.slack * noise:.2g}"
+    ]
+
+
+def _power_faults(mutants: Sequence[tuple[Mutant, float]], ground: Ground, margin: float) -> list[str]:
+    """Why the check proves nothing: mutants that it can't tell from the truth, or too few of them."""
+    faults = []
+    if weak := [mutant for mutant, power in mutants if not power >= 1]:
+        listed = ", ".join(f"“{mutant.name}” ({mutant.distance:.2g} away)" for mutant in weak[:3])
+        more = f" and {len(weak) - 3} more" if len(weak) > 3 else ""
+        faults.append(
+            f"the check has no power here: these weights and this dtype can't tell {listed}{more} from the truth "
+            f"(needed: {margin:g} × the block's error and {ground.slack:.2g} × the noise)"
+        )
+    if len(mutants) < FEWEST_MUTANTS:
+        faults.append(f"only {len(mutants)} mutants apply to this block, {FEWEST_MUTANTS} are needed")
+    return faults
+
+
+def _account(verdict: Verdict, margin: float) -> str:
+    """The sentence of a proof that holds."""
+    nearest = verdict.nearest_mutant
+    assert nearest is not None
+    error = verdict.reading_error if verdict.build_error is None else verdict.build_error
+    read = "" if verdict.build_error is None else f", old {verdict.reading_error:.2g}"
+    ties = f"; {verdict.near_ties} near ties, {verdict.routing_flips} routed the other way" if verdict.near_ties else ""
+    ties += f"; {verdict.left_out} probes say nothing in this dtype" if verdict.left_out else ""
+    return (
+        f"{'old' if verdict.build_error is None else 'new'} block {error:.2g} from the reference{read} "
+        f"(noise {verdict.noise:.2g}, {verdict.tokens} tokens); nearest of {len(verdict.mutants)} mutants: "
+        f"{nearest.name}, {nearest.distance:.2g}, {nearest.margin:.3g} × the error ({margin:g} needed){ties}"
+    )

@@ -1,0 +1,155 @@
+"""What is known before a block is asked: the probes, their true outputs, the dtype's noise, and the mutants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.prove.metrics import Routing, Truth, route, slack
+from moe_surgery.prove.mutants import F64, Parts, Twin, requests, twins
+from moe_surgery.prove.probe import UNIT, Probes, make_probes
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.reference import (
+    Visits,
+    expert_outputs,
+    gated,
+    routed_sum,
+    router_scores,
+    shared_output,
+    shared_parts,
+)
+from moe_surgery.weights.tensors import BlockTensors
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """The ground that blocks are judged on.
+
+    ``noise`` [families] is the error of plain torch in the block's own dtype, never less than ``floor``; a right block
+    may be ``slack`` times as far off. ``overflowed`` probes aren't finite in that dtype and ``undecided`` ones may be
+    routed too many ways; both are left out. ``unvisited`` experts are chosen for sure by no probe.
+    """
+
+    probes: Probes
+    routing: Routing
+    truth: Truth
+    noise: list[float]
+    slack: float
+    twins: tuple[Twin, ...]
+    overflowed: int
+    undecided: int
+    unvisited: tuple[int, ...]
+
+    @property
+    def floor(self) -> float:
+        """The least error that is worth telling from zero."""
+        return _floor(self.probes)
+
+
+def _floor(probes: Probes) -> float:
+    """One rounding of the output in the block's dtype, or what float64 itself may be off by."""
+    return max(torch.finfo(probes.x.dtype).eps / 2, 16 * torch.finfo(torch.float64).eps)
+
+
+def survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1) -> Ground | str:
+    """Everything that needs no block, in one pass over the experts' weights; or why there is no ground to judge on.
+
+    Where ``ranks`` share a block's work, partial sums that are put together wrongly are among the mutants.
+    """
+    for name, weight in vars(tensors).items():
+        # Not isfinite(): it takes twenty times as long.
+        if isinstance(weight, Tensor) and not all(bound.isfinite() for bound in weight.aminmax()):
+            return f"the weights in {name} are not all finite, so no output can be compared"
+    with torch.no_grad(), torch.autocast(tensors.router.device.type, enabled=False):
+        return _survey(spec, tensors, seed, ranks)
+
+
+def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Ground | str:
+    probes = make_probes(spec, tensors.router, seed)
+    asked = len(probes.x)
+    while not bool((routing := route(spec, tensors.router, probes, tensors.routing)).decidable.all()):
+        probes = probes.keep(routing.decidable)
+    undecided = asked - len(probes.x)
+    if len(probes.of(UNIT)) == 0:
+        return "the router's scores are within its own rounding noise on every probe, so any choice of experts is right"
+    rounded = _evaluate(spec, tensors, probes, routing, None)
+    finite = torch.ones_like(probes.family, dtype=torch.bool)
+    finite[routing.tokens[~rounded.rows.isfinite().all(-1)]] = False
+    noisy = rounded.rows[finite[routing.tokens]]
+    probes, routing = probes.keep(finite), routing.keep(finite)
+    if len(probes.of(UNIT)) == 0:
+        return "no probe's output is finite in the block's dtype: the weights are too large for it"
+    wanted = requests(spec, tensors, probes, routing, seed, ranks)
+    exact = _evaluate(spec, tensors, probes, routing, F64, [visits for _, visits in wanted.values()])
+    truth = Truth(exact.rows, routing.tokens, probes.family)
+    parts = Parts(spec, probes, routing, exact.outputs, exact.shared, exact.gate)
+    # A near tie's noise is that of its noisiest legitimate choice.
+    own = torch.arange(len(noisy), device=noisy.device)
+    noise = truth.worst(truth.distance_from(noisy, own), routing.tokens)
+    longest = max(spec.hidden, spec.experts.width, spec.shared.width if spec.shared else 0)
+    return Ground(
+        probes=probes,
+        routing=routing,
+        truth=truth,
+        noise=noise.clamp_min(_floor(probes)).tolist(),
+        slack=slack(longest, probes.x.dtype),
+        twins=tuple(twins(parts, tensors, wanted, exact.visited, ranks)),
+        overflowed=asked - undecided - len(probes.x),
+        undecided=undecided,
+        unvisited=_unvisited(spec, probes, routing),
+    )
+
+
+def _unvisited(spec: MoESpec, probes: Probes, routing: Routing) -> tuple[int, ...]:
+    """Experts that are in every legitimate choice of no unit token."""
+    k = spec.router.top_k
+    unit = probes.of(UNIT)
+    sure = torch.arange(k, device=unit.device) < routing.sure[unit][:, None]
+    visits = torch.bincount(routing.order[unit, :k][sure], minlength=spec.router.num_experts)
+    return tuple((visits == 0).nonzero().flatten().tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class _Values:
+    """One evaluation of the spec: ``rows`` [R, H] are the outputs of every legitimate choice, the rest its parts.
+
+    ``outputs`` [N, D, H] by rank, ``shared`` [N, H] ungated, ``gate`` [N, 1]; ``visited`` what was asked for besides.
+    """
+
+    rows: Tensor
+    outputs: Tensor
+    shared: Tensor | None
+    gate: Tensor | None
+    visited: list[Tensor]
+
+
+def _evaluate(
+    spec: MoESpec,
+    tensors: BlockTensors,
+    probes: Probes,
+    routing: Routing,
+    dtype: torch.dtype | None,
+    more: Sequence[Visits] = (),
+) -> _Values:
+    """Every legitimate output in ``dtype``, or in the block's own arithmetic, with the experts that the truth chose."""
+    depth = min(spec.router.top_k + 1, spec.router.num_experts)
+    x, plain = probes.x if dtype is None else probes.x.to(dtype), gated(spec.experts.activation)
+    base = Visits(x.repeat_interleave(depth, 0), routing.order[:, :depth].flatten(), plain)
+    # The other choices of near ties may need experts of a lower rank than depth.
+    tokens, ranks, ids = routing.tokens, routing.ranks, routing.ids()
+    deep = ranks >= depth
+    extra = Visits(x[tokens].repeat_interleave(deep.sum(-1), 0), ids[deep], plain)
+    flat, extras, *visited = expert_outputs(tensors, [base, extra, *more], dtype)
+    outputs = flat.view(len(x), depth, -1)
+    chosen = outputs[tokens[:, None], ranks.clamp_max(depth - 1)]
+    chosen[deep] = extras
+    _, scores = router_scores(spec, tensors.router, probes.x, dtype, tensors.routing)
+    rows = routed_sum(spec, scores[tokens], ids, chosen)
+    shared, gate = None, None
+    if spec.shared is not None:
+        shared, gate = shared_parts(tensors, x, gated(spec.shared.activation), dtype)
+        rows = rows + shared_output(spec, shared, gate)[tokens]
+    return _Values(rows, outputs, shared, gate, visited)

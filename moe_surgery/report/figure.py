@@ -1,0 +1,53 @@
+"""The terminal's rendering of a report as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_surgery.report.files import write_whole
+from moe_surgery.report.model import Report
+from moe_surgery.report.terminal import Note, render
+
+# rich's own template fetches a web font and leaves blanks to the viewer, some of which drop those that lead a line.
+_TEMPLATE = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
+<style>
+.{unique_id}-matrix {{
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: {char_height}px; line-height: {line_height}px;
+}}
+.{unique_id}-title {{ font-family: system-ui, sans-serif; font-size: 18px; font-weight: bold; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/>
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix" xml:space="preserve">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+def save_svg(
+    report: Report, path: str | Path, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128
+) -> None:
+    """Write ``report`` as an SVG of ``width`` columns; the file appears whole or not at all.
+
+    It needs nothing but itself to be shown, and the same report gives the same bytes.
+    """
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    render(report, console, notes)
+    picture = console.export_svg(title=title, unique_id="moe-surgery", code_format=_TEMPLATE)
+    write_whole(Path(path), picture)

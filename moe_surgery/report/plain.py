@@ -1,0 +1,80 @@
+"""Words and numbers as reports print them, and how they are written where the terminal can't show every character."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ASCII = str.maketrans(
+    {
+        "×": "x",
+        "→": "->",
+        "·": "|",
+        "…": "...",
+        "✓": "+",
+        "✗": "-",
+        "≠": "!=",
+        "≥": ">=",
+        "≤": "<=",
+        "−": "-",
+        "–": "-",
+        "∞": "inf",
+        "’": "'",
+    }
+)
+
+
+def writable(text: str, console: Console) -> str:
+    """``text`` in the characters that ``console``'s encoding has; the others are replaced, never an error."""
+    encoding = console.encoding
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+    return text
+
+
+def size(count: int) -> str:
+    """Bytes in binary units: ``0 B``, ``512 B``, ``1.5 MiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def error(value: float) -> str:
+    """A relative error: ``3.1e-3``, ``0`` if it is exactly that, ``∞`` if an output was not finite."""
+    if value == 0:
+        return "0"
+    return "∞" if math.isinf(value) else _short(f"{value:.1e}")
+
+
+def ratio(value: float) -> str:
+    """A factor: ``6.8×``, ``120×``, ``9.3e4×``."""
+    if math.isinf(value):
+        return "∞×"
+    if value < 10:
+        return f"{value:.1f}×"
+    return f"{value:.0f}×" if value < 1000 else _short(f"{value:.1e}") + "×"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12.3 s``, ``3 min 20 s``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _short(number: str) -> str:
+    mantissa, exponent = number.split("e")
+    return f"{mantissa}e{int(exponent)}"

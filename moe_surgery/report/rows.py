@@ -1,0 +1,67 @@
+"""The rows of a report: sites of one kind with one outcome, their indices folded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_surgery.report.folding import fold_paths
+from moe_surgery.report.model import Outcome, Report, Step
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sites that are alike in all that a report says of them.
+
+    ``paths`` are folded, ``sites`` are the single ones. ``error`` is the largest build error among them and ``margin``
+    the smallest margin, None where nothing was proven; ``reason`` is that of the site with the smallest margin.
+    """
+
+    outcome: Outcome
+    kind: str
+    target: str | None
+    rule: str | None
+    sentence: str | None
+    reason: str
+    paths: tuple[str, ...]
+    sites: tuple[str, ...]
+    passed: bool | None
+    error: float | None
+    margin: float | None
+
+
+def rows(report: Report) -> tuple[Row, ...]:
+    """Group the steps of ``report``; rows come in the order of their first site in the model."""
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in report.steps:
+        groups.setdefault(_key(step), []).append(step)
+    return tuple(_row(steps) for steps in groups.values())
+
+
+def _key(step: Step) -> tuple[object, ...]:
+    sentence = step.spec.sentence() if step.spec else None
+    # The reason of a proven or disproven site carries its own numbers: it would put every site in a row of its own.
+    measured = step.verdict is not None or step.outcome == "replaced"
+    passed = step.verdict.passed if step.verdict else None
+    reason = None if measured else step.reason
+    return step.outcome, step.kind, step.target, step.rule, sentence, passed, reason
+
+
+def _row(steps: list[Step]) -> Row:
+    first = steps[0]
+    verdicts = [step.verdict for step in steps if step.verdict]
+    errors = [verdict.build_error for verdict in verdicts if verdict.build_error is not None]
+    worst = min(steps, key=lambda step: step.verdict.margin if step.verdict else math.inf)
+    return Row(
+        outcome=first.outcome,
+        kind=first.kind,
+        target=first.target,
+        rule=first.rule,
+        sentence=first.spec.sentence() if first.spec else None,
+        reason=worst.reason,
+        paths=tuple(path for path, _ in fold_paths(step.path for step in steps)),
+        sites=tuple(step.path for step in steps),
+        passed=first.verdict.passed if first.verdict else None,
+        error=max(errors, default=None),
+        margin=min((verdict.margin for verdict in verdicts), default=None),
+    )

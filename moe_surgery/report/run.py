@@ -1,0 +1,73 @@
+"""What the processes of a run did, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from moe_surgery.report.plain import plural
+from moe_surgery.report.restored import report_from_json
+from moe_surgery.report.terminal import Note, indented, render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_surgery.engine.receipts import Receipt
+
+STYLES = {"operated": "green", "unpatched": "yellow", "failed": "red"}
+
+
+def run_data(run: str, receipts: Sequence[Receipt], error: str | None, exit_code: int) -> dict[str, Any]:
+    """JSON-ready data of the versioned schema ``moe-surgery/run/1``."""
+    told = {} if error is None else {"error": error}
+    listed = [receipt.to_json() for receipt in receipts]
+    return {"schema": "moe-surgery/run/1", "run": run, "receipts": listed, **told, "exit": exit_code}
+
+
+def run_sentence(receipts: Sequence[Receipt]) -> str:
+    """The run in one line: ``1 model in 2 processes: 2 operated, 0 unpatched, 0 failed``."""
+    models = len({receipt.model for receipt in receipts})
+    counts = [f"{sum(receipt.outcome == outcome for receipt in receipts)} {outcome}" for outcome in STYLES]
+    processes = len({receipt.pid for receipt in receipts})
+    held = "process" if processes == 1 else "processes"
+    return f"{plural(models, 'model')} in {processes} {held}: {', '.join(counts)}"
+
+
+def render_run(run: str, receipts: Sequence[Receipt], console: Console) -> None:
+    """Print one line per process, and below them the report of each model: once, if all ranks have the same."""
+    indented(console, f"run {run}", 0, "bold")
+    for model, group in groupby(receipts, key=lambda receipt: receipt.model):
+        ranks = list(group)
+        indented(console, model, 0, "bold")
+        for receipt in ranks:
+            indented(console, _line(receipt), 4, STYLES[receipt.outcome])
+            if receipt.error is not None:
+                indented(console, receipt.error, 8, "")
+        _reports(ranks, console)
+    indented(console, run_sentence(receipts), 0, "bold")
+
+
+def _line(receipt: Receipt) -> str:
+    parts = [f"rank {receipt.rank} of {receipt.world}", f"pid {receipt.pid}", receipt.outcome]
+    parts += [f"plan {receipt.fingerprint}"] if receipt.fingerprint else []
+    parts += [f"ledger {receipt.ledger}"] if receipt.ledger else []
+    return "  ".join(parts)
+
+
+def _reports(ranks: Sequence[Receipt], console: Console) -> None:
+    reported = [receipt for receipt in ranks if receipt.report is not None]
+    alike = len({repr(_substance(receipt)) for receipt in reported}) <= 1
+    for receipt in reported[:1] if alike else reported:
+        assert receipt.report is not None
+        alone = len(reported) == 1
+        whose = "measured on this rank; the other ranks did the same" if alike else "of this rank alone"
+        notes: list[Note] = [] if alone else [(f"rank {receipt.rank}", whose)]
+        render(report_from_json(receipt.report), console, notes)
+
+
+def _substance(receipt: Receipt) -> Any:
+    """What ranks that did the same agree in: not the numbers measured, nor the time taken."""
+    assert receipt.report is not None
+    numbers = ("proof", "reason")
+    return [{key: site[key] for key in site if key not in numbers} for site in receipt.report.get("sites", [])]

@@ -1,0 +1,193 @@
+"""A report as text: one row per kind of site, the sentence to quote last.
+
+A row stands on one line where the console is wide enough for all rows, else its second half goes below the first. The
+text depends on the report and the width alone, so two runs can be compared line by line; times stand in the last line
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.text import Text
+
+from moe_surgery.report.model import Memory, Outcome, Report
+from moe_surgery.report.plain import duration, error, plural, ratio, size, writable
+from moe_surgery.report.rows import Row, rows
+
+SYMBOLS: dict[Outcome, str] = {"replaced": "~", "kept": "=", "missed": "?", "refused": "!"}
+STYLES: dict[Outcome, str] = {"replaced": "green", "kept": "cyan", "missed": "yellow", "refused": "red"}
+Note = tuple[str, str]
+"""A finding below the rows: its topic in one word of at most eight letters, and a sentence."""
+
+_GAP = "  "
+_TOPIC = 9
+_DONE = {
+    "planned": ("to replace", "nothing touched"),
+    "verified": ("proven", "the model is as it was"),
+    "applied": ("replaced", ""),
+    "rolled back": ("replaced", "rolled back: the model is as it was"),
+    "undone": ("replaced", "undone: the model is as it was"),
+}
+
+
+def render(report: Report, console: Console, notes: Sequence[Note] = ()) -> None:
+    """Print ``report``; ``notes`` are further findings, put before the last line."""
+    header(report, console)
+    _table(console, [_Line.of(row) for row in rows(report)])
+    if report.memory != Memory():
+        notes = [("weights", memory_sentence(report.memory)), *notes]
+    for topic, text in notes:
+        indented(console, text, _TOPIC, "", hanging=topic)
+    _line(console, sentence(report), "bold" if report.exit_code == 0 else "bold red")
+
+
+def render_scan(report: Report, console: Console) -> None:
+    """Print what ``scan`` found: every MoE-looking site, whether it can be read, and as what or why not."""
+    header(report, console)
+    _table(console, [_Line.of_scan(row) for row in rows(report)])
+    _line(console, scan_sentence(report), "bold")
+
+
+def scan_sentence(report: Report) -> str:
+    """What ``scan`` found in one line: ``68 sites: 68 readable, 0 not · 1.2 s``."""
+    readable, sites = len(report.kept), len(report.steps)
+    return f"{plural(sites, 'site')}: {readable} readable, {sites - readable} not · {duration(report.seconds)}"
+
+
+def header(report: Report, console: Console) -> None:
+    """Print the model's name and the versions that the findings hold for."""
+    text = Text(writable(report.model, console), "bold")
+    versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
+    if versions:
+        text.append(writable(_GAP + versions, console), "not bold dim")
+    _wrapped(console, text, 0)
+
+
+def sentence(report: Report) -> str:
+    """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``."""
+    word, remark = _DONE[report.done]
+    counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"
+    parts = [f"{counts}, {len(report.refused)} refused", remark, duration(report.seconds)]
+    return " · ".join(part for part in parts if part)
+
+
+def memory_sentence(memory: Memory) -> str:
+    """What the operation cost in bytes, and what ``undo`` keeps alive."""
+    parts = [f"{size(memory.moved)} moved by reference", f"{size(memory.new)} new"]
+    parts.append(f"{size(memory.kept)} of originals kept for undo" if memory.kept else "no originals kept")
+    return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The cells of a row, and the lines below it."""
+
+    symbol: str
+    style: str
+    paths: tuple[str, ...]
+    label: str
+    numbers: tuple[str, str, str]
+    below: tuple[str, ...]
+
+    def writable(self, console: Console) -> _Line:
+        """The same in the characters that the console can show."""
+        count, rel, margin = (writable(number, console) for number in self.numbers)
+        return _Line(
+            symbol=writable(self.symbol, console),
+            style=self.style,
+            paths=tuple(writable(path, console) for path in self.paths),
+            label=writable(self.label, console),
+            numbers=(count, rel, margin),
+            below=self.below,
+        )
+
+    @classmethod
+    def of(cls, row: Row) -> _Line:
+        rel = f"rel {error(row.error)}" if row.error is not None else ""
+        margin = f"margin {ratio(row.margin)}" if row.margin is not None else ""
+        computes = " · ".join(part for part in (row.sentence, row.rule and f"rule {row.rule}") if part)
+        below = [computes] if computes else []
+        if row.outcome != "replaced":
+            below.append(row.reason)
+        return cls(
+            symbol=SYMBOLS[row.outcome],
+            style=STYLES[row.outcome],
+            paths=row.paths,
+            label=f"{row.kind} → {row.target}" if row.target else row.kind,
+            numbers=(f"×{len(row.sites)}", rel, margin),
+            below=tuple(below),
+        )
+
+    @classmethod
+    def of_scan(cls, row: Row) -> _Line:
+        readable = row.outcome == "kept"
+        return cls(
+            symbol="✓" if readable else "?",
+            style="green" if readable else "yellow",
+            paths=row.paths,
+            label=row.kind,
+            numbers=(f"×{len(row.sites)}", "", ""),
+            below=(row.sentence if readable and row.sentence else row.reason,),
+        )
+
+
+def _table(console: Console, lines: Sequence[_Line]) -> None:
+    if not lines:
+        _line(console, "no module here looks like a sparse-MoE block", "yellow")
+        return
+    lines = [line.writable(console) for line in lines]
+    numbers = [max(cell_len(line.numbers[column]) for line in lines) for column in range(3)]
+    tail = sum(len(_GAP) + width for width in numbers if width)
+    path_width = max(cell_len(path) for line in lines for path in line.paths)
+    label_width = max(cell_len(line.label) for line in lines)
+    wide = 2 + path_width + len(_GAP) + label_width + tail <= console.width
+    if not wide:
+        path_width, label_width = min(path_width, max(console.width - 2 - tail, 1)), 0
+    for line in lines:
+        count, rel, margin = line.numbers
+        cells = [_GAP + count.rjust(numbers[0]), _GAP + rel.ljust(numbers[1]), _GAP + margin]
+        first = Text(f"{line.symbol} ", line.style)
+        # A path has no blanks to wrap at: one that is too long goes on below itself, and the numbers follow it.
+        *parts, last = chop_cells(line.paths[0], console.width - 2) or [""]
+        for part in parts:
+            _print(console, first.append(part, "bold"))
+            first = Text("  ", line.style)
+        first.append(last, "bold")
+        if cell_len(last) > path_width:
+            _print(console, first)
+            first = Text("  ", line.style)
+        first.append(" " * (path_width + 2 - first.cell_len))
+        if wide:
+            first.append(_GAP + line.label.ljust(label_width))
+        _print(console, first.append("".join(cells)))
+        for path in line.paths[1:]:
+            _print(console, Text(f"  {path}", line.style))
+        for below in (*([] if wide else [line.label]), *line.below):
+            indented(console, below, 4)
+
+
+def indented(console: Console, text: str, indent: int, style: str = "dim", *, hanging: str = "") -> None:
+    """Print ``text`` wrapped at words, every line ``indent`` columns in, without blanks at line ends.
+
+    ``hanging`` stands before the first line, in the columns that are left free.
+    """
+    _wrapped(console, Text(writable(text, console), style), indent, hanging)
+
+
+def _wrapped(console: Console, text: Text, indent: int, hanging: str = "") -> None:
+    for line in text.wrap(console, max(console.width - indent, 1), overflow="fold"):
+        _print(console, Text(hanging.ljust(indent)).append_text(line))
+        hanging = ""
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    indented(console, text, 0, style)
+
+
+def _print(console: Console, text: Text) -> None:
+    text.rstrip()
+    console.print(text, overflow="fold", highlight=False)

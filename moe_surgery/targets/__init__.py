@@ -1,0 +1,41 @@
+"""What a block can be replaced with. A target is built from a :class:`~moe_surgery.spec.MoESpec` and its tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_surgery.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from moe_surgery.targets.base import Target
+
+NAMES = ("auto", "vllm", "reference")
+
+
+def get_target(name: str) -> Target:
+    """The target of that name; "auto" is the installed vLLM's shared-fused layer."""
+    if name in ("auto", "vllm"):
+        from moe_surgery.targets.vllm import VllmTarget
+
+        return VllmTarget()
+    if name == "reference":
+        from moe_surgery.targets.reference import ReferenceTarget
+
+        return ReferenceTarget()
+    raise UsageError(f"no target is named {name!r} (there are {', '.join(NAMES)})")
+
+
+def installed_engine() -> str:
+    """The engine that hosts the "auto" target, in words. Imports it.
+
+    Raises :class:`~moe_surgery.errors.UnsupportedError` if it is missing, of no known era, or of one that can't be
+    built for yet.
+    """
+    from moe_surgery.targets.vllm.eras import detect
+
+    installed = detect()
+    era = installed.era
+    text = f"vLLM {installed.version}, era {era.name} ({era.releases}), {era.layer}"
+    if era.builder is None:
+        raise UnsupportedError(f"{text}: recognised, but not yet supported")
+    return text

@@ -1,0 +1,69 @@
+"""The protocol every target fulfils."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from moe_surgery.spec import MoESpec
+from moe_surgery.weights.tensors import BlockTensors
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a block is to run: ``device`` type ("cpu", "cuda") and ``dtype`` name ("float32", "bfloat16", …).
+
+    ``live`` is false where only a plan is made, from a config: a target then answers from what it knows of the engine,
+    without importing it. Before anything is built it is asked again.
+    """
+
+    device: str
+    dtype: str
+    live: bool = True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a target can't take a spec, with the arithmetic where there is any."""
+
+    reason: str
+
+
+class SwappedBlock(nn.Module):
+    """Base of every block that this library puts into a model, so that a second run leaves it alone.
+
+    ``label`` is what reports print for it, ``rule`` the rule that put it there. ``new_bytes`` were allocated for it,
+    ``moved_bytes`` are shared with the block it replaces.
+    """
+
+    label: str = ""
+    rule: str | None = None
+    new_bytes: int = 0
+    moved_bytes: int = 0
+
+    def observe(self, name: str, router: nn.Module) -> None:
+        """Keep the old router as child ``name``, if others may have hooks on it. By default it isn't needed."""
+
+
+class Target(Protocol):
+    """A kind of block. ``name`` is what ``--target`` takes; ``label`` is what reports print."""
+
+    name: str
+
+    @property
+    def label(self) -> str: ...
+
+    def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
+        """None if ``build`` would succeed in ``context``; decided without touching weights or the GPU."""
+        ...
+
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+        """A block computing ``spec`` with ``tensors``, on their device, in their dtype.
+
+        Its forward takes ``[..., H]`` and returns the same shape. ``tensors`` are never written to; they are used by
+        reference where the kernels take them as they are. ``prefix`` is the block's path in the model, unique in it.
+        Raises :class:`~moe_surgery.errors.UnsupportedError` if the engine can't host the block.
+        """
+        ...

@@ -1,0 +1,89 @@
+"""Walking a model's module tree for places that look like sparse-MoE blocks.
+
+Looking is generous and decides nothing: a place is a site if it holds a bank of experts, told by structure. Whether it
+is a block that can be replaced is for reading to say; what can't be read is reported as missed, never passed over.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from moe_surgery.find.result import Site
+from moe_surgery.targets.base import SwappedBlock
+
+_HINT = "expert"
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every site of ``model`` in the order of its module tree; blocks swapped in before are sites too."""
+    modules = dict(model.named_modules())
+    paths = {path for path, module in modules.items() if isinstance(module, SwappedBlock)}
+    for path, module in modules.items():
+        if not any(path == done or path.startswith(f"{done}.") for done in paths):
+            paths |= {_block_path(modules, path, bank, count) for bank, count in _banks(module)}
+    inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
+    return tuple(Site(path, module) for path, module in modules.items() if path in inner)
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith(f"{outer}.") if outer else True
+
+
+def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts)``.
+
+    No name means stacked tensors of the module's own. A bank is one list of MLPs or several lists of single layers.
+    """
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        own = module.parameters(recurse=False)
+        stacked = Counter(p.shape[0] for p in own if p.ndim == 3 and min(p.shape) > 1)
+        for count, times in stacked.items():
+            if times > 1 or _HINT in type(module).__name__.lower():
+                yield (), count
+                break
+    singles: dict[int, tuple[str, ...]] = {}
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            matrices = [sum(p.ndim == 2 for p in member.parameters()) for member in child.children()]
+            count = len(matrices)
+            if min(matrices) >= 2 and (_HINT in name.lower() or _scores(module, count, without=(name,))):
+                yield (name,), count
+            elif max(matrices) == min(matrices) == 1:
+                singles[count] = (*singles.get(count, ()), name)
+    for count, names in singles.items():
+        if len(names) > 1 and _scores(module, count, without=names):
+            yield names, count
+
+
+def _scores(module: nn.Module, count: int, without: tuple[str, ...]) -> bool:
+    """Whether ``module`` holds, outside its children ``without``, a matrix with one row or column per expert.
+
+    Biases of stacked experts are such matrices too, but nothing to route with.
+    """
+    skip = tuple(f"{name}." for name in without)
+    named = (*module.named_parameters(), *module.named_buffers())
+    return any(_scoring(tensor, count) for name, tensor in named if "bias" not in name and not name.startswith(skip))
+
+
+def _scoring(matrix: Tensor, count: int) -> bool:
+    return matrix.ndim == 2 and count in matrix.shape
+
+
+def _block_path(modules: dict[str, nn.Module], path: str, bank: tuple[str, ...], count: int) -> str:
+    """The nearest module around a bank of experts that also holds something to route with; else the bank's parent."""
+    if _scores(modules[path], count, without=bank):
+        return path
+    parent, _, name = path.rpartition(".")
+    if bank or not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)):
+        return path
+    return parent if _scores(modules[parent], count, without=(name,)) or not _takes_one(modules[path]) else path
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether ``module`` is called with one tensor, as a block is; a module of experts alone is told where to route."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(parameter.default is parameter.empty for parameter in parameters) == 1

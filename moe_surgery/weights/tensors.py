@@ -1,0 +1,77 @@
+"""The tensors of a block, gathered by role; moved by reference wherever the model already holds them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.weights.layout import Layout, MLPPieces, Piece
+
+OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A model's own router: tokens [T, H] and logits [T, E] to routing weights [T, k] and expert ids [T, k]."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTensors:
+    """The weights of one block in canonical order. All share one dtype and device.
+
+    ``router`` [E, H]; ``w13`` [E, 2I, H], gate rows before up rows; ``w2`` [E, H, I]; with a shared expert of width S,
+    ``shared_gate_proj`` and ``shared_up_proj`` [S, H] and ``shared_down_proj`` [H, S]; with a gate on the shared
+    expert, ``shared_gate`` [1, H].
+
+    ``copied`` is true when ``w13`` and ``w2`` had to be stacked from single matrices, so that they are new memory.
+    ``routing`` is the router of a spec whose scoring is "own".
+    """
+
+    router: Tensor
+    w13: Tensor
+    w2: Tensor
+    shared_gate_proj: Tensor | None
+    shared_up_proj: Tensor | None
+    shared_down_proj: Tensor | None
+    shared_gate: Tensor | None
+    copied: bool
+    routing: OwnRouting | None = None
+
+
+def weight(block: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer of the block, without its gradient's history."""
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(block.get_submodule(owner), name)
+    return tensor.detach()
+
+
+def gather(block: nn.Module, layout: Layout) -> BlockTensors:
+    """Collect a block's tensors by role, without copying what already lies in the target's order."""
+
+    def matrix(piece: Piece) -> Tensor:
+        tensor = weight(block, piece.path)
+        if piece.index is not None:
+            tensor = tensor[piece.index]
+        if piece.rows is not None:
+            tensor = tensor[piece.rows[0] : piece.rows[1]]
+        return tensor.t() if piece.transposed else tensor
+
+    def gate_up(mlp: MLPPieces) -> Tensor:
+        return torch.cat([matrix(mlp.gate), matrix(mlp.up)])
+
+    packed = layout.packed
+    if packed is not None:
+        w13, w2 = (weight(block, path) for path in packed)
+    else:
+        w13 = torch.stack([gate_up(expert) for expert in layout.experts])
+        w2 = torch.stack([matrix(expert.down) for expert in layout.experts])
+    shared = layout.shared
+    return BlockTensors(
+        router=matrix(layout.router),
+        w13=w13,
+        w2=w2,
+        shared_gate_proj=matrix(shared.gate) if shared else None,
+        shared_up_proj=matrix(shared.up) if shared else None,
+        shared_down_proj=matrix(shared.down) if shared else None,
+        shared_gate=matrix(layout.shared_gate) if layout.shared_gate else None,
+        copied=packed is None,
+    )

@@ -1,0 +1,56 @@
+"""What several test modules share: a real-format Qwen3-Omni checkpoint, small enough to be written once a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from make_qwen3_omni import write
+from qwen3_omni_config import SMALL
+
+
+@pytest.fixture(scope="session")
+def omni_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-Omni checkpoint in float32 with 2 talker and 2 thinker layers. Read only: copy it to change it."""
+    directory = tmp_path_factory.mktemp("models") / "omni"
+    write(directory, replace(SMALL, thinker=replace(SMALL.thinker, layers=2), talker=replace(SMALL.talker, layers=2)))
+    return directory
+
+
+@pytest.fixture
+def omni_copy(omni_dir: Path, tmp_path: Path) -> Path:
+    """A copy of :func:`omni_dir` to damage."""
+    return Path(shutil.copytree(omni_dir, tmp_path / "omni"))
+
+
+@pytest.fixture(scope="session")
+def write_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a tiny Qwen2-MoE language model, once for each dtype asked for."""
+    written: dict[str, Path] = {}
+
+    def write_one(dtype: str) -> Path:
+        if dtype not in written:
+            import torch
+            from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+            config = Qwen2MoeConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+            )
+            torch.manual_seed(0)
+            written[dtype] = tmp_path_factory.mktemp("models") / f"tiny-{dtype}"
+            Qwen2MoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(written[dtype])
+        return written[dtype]
+
+    return write_one

@@ -1,0 +1,387 @@
+"""The commands on small real models, in process; the reference target, which builds quickly, unless said otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from typer.testing import CliRunner, Result
+
+import moe_surgery.generate
+from moe_surgery import verbs
+from moe_surgery.cli.app import app
+from moe_surgery.cli.operating import Tokens
+from moe_surgery.errors import UnsupportedError
+from moe_surgery.packfile import parse_pack
+from moe_surgery.registry import load_packs
+from moe_surgery.targets.reference import ReferenceTarget
+
+REFERENCE = ("--target", "reference")
+SPEC = "softmax top-3 of 8 renormalised · experts 32→16 silu · shared 32 silu, sigmoid gate"
+SITES = "model.layers.{0..2}.mlp"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a small Qwen2-MoE checkpoint: three MoE blocks."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    )
+    made = Qwen2MoeForCausalLM(config).eval()
+    for name, parameter in made.named_parameters():
+        if "mlp" in name:  # the default scale makes experts negligible
+            nn.init.normal_(parameter, std=0.3)
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    made.save_pretrained(directory)
+    return str(directory)
+
+
+def call(*arguments: str | Path, exit_code: int = 0) -> Result:
+    """Run a command without progress; its exit code is what is wanted."""
+    flags = () if arguments[0] == "packs" else ("--no-progress",)
+    result = CliRunner().invoke(app, [*map(str, arguments), *flags])
+    assert result.exit_code == exit_code, (result.stdout, result.stderr, result.exception)
+    return result
+
+
+def data(*arguments: str | Path, exit_code: int = 0) -> dict[str, Any]:
+    """The JSON that a command prints; it says the same exit code."""
+    found: dict[str, Any] = json.loads(call(*arguments, "--format", "json", exit_code=exit_code).stdout)
+    assert found["exit"] == exit_code
+    return found
+
+
+class Flipped(ReferenceTarget):
+    """A wrong target: its experts' weights are in the wrong order."""
+
+    def build(self, spec: Any, tensors: Any, *, prefix: str) -> Any:
+        return super().build(spec, replace(tensors, w2=tensors.w2.flip(0)), prefix=prefix)
+
+
+def test_scan_shows_every_site(model: str) -> None:
+    result = call("scan", model)
+    lines = result.stdout.splitlines()
+    assert lines[1] == f"✓ {SITES}  Qwen2MoeSparseMoeBlock  ×3"
+    assert lines[2] == f"    {SPEC}"
+    assert lines[3].startswith("3 sites: 3 readable, 0 not · ")
+    assert result.stderr == ""
+
+
+def test_scan_as_json(model: str) -> None:
+    found = data("scan", model)
+    assert found["schema"] == "moe-surgery/scan/1"
+    assert [site["path"] for site in found["sites"]] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert all(site["readable"] for site in found["sites"])
+
+
+def test_plan_touches_nothing_and_says_what_would_be_done(model: str) -> None:
+    lines = call("plan", model, *REFERENCE).stdout.splitlines()
+    assert lines[1].startswith(f"~ {SITES}  Qwen2MoeSparseMoeBlock → reference")
+    assert lines[-1].startswith("3 to replace, 0 kept, 0 missed, 0 refused · nothing touched · ")
+
+
+def test_plan_check_ends_with_10_only_if_something_would_change(model: str) -> None:
+    assert data("plan", model, *REFERENCE, "--check", exit_code=10)["done"] == "planned"
+    call("plan", model, *REFERENCE, "--check", "--skip", "**", exit_code=0)
+
+
+def test_only_and_skip_choose_sites(model: str) -> None:
+    found = data("plan", model, *REFERENCE, "--only", "**.0.mlp", "--only", "**.1.mlp", "--skip", "**.1.*")
+    assert [site["outcome"] for site in found["sites"]] == ["replaced", "kept", "kept"]
+
+
+def test_an_expectation_that_fails_ends_with_11_and_shows_what_was_found(model: str) -> None:
+    result = call("plan", model, *REFERENCE, "--expect", "4", exit_code=11)
+    assert f"~ {SITES}" in result.stdout
+    assert result.stderr == "error: expected 4 sites to replace, found 3\n"
+    found = data("plan", model, *REFERENCE, "--expect", "4", exit_code=11)
+    assert found["error"] == "expected 4 sites to replace, found 3"
+    assert len(found["sites"]) == 3
+
+
+def test_strict_ends_with_11_if_a_site_is_missed(model: str, tmp_path: Path) -> None:
+    pack = tmp_path / "none.toml"
+    pack.write_text('[pack]\nname = "none"\nversion = "1"\n[[rule]]\nname = "none"\nfind.path = "nowhere"\n')
+    assert data("plan", model, *REFERENCE, "--pack", pack)["sites"][0]["outcome"] == "missed"
+    assert "strict" in call("plan", model, *REFERENCE, "--pack", pack, "--strict", exit_code=11).stderr
+
+
+def test_a_plan_is_saved_reviewed_and_applied(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    planned = data("plan", model, *REFERENCE, "-o", file)
+    applied = data("apply", file)
+    assert applied["done"] == "applied"
+    assert applied["fingerprint"] == planned["fingerprint"]
+    assert applied["model"] == model
+    assert "would change it" in call("apply", file, "--only", "**", exit_code=2).stderr
+    assert data("verify", file)["done"] == "verified"
+
+
+def test_a_plan_that_was_edited_is_refused(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    call("plan", model, *REFERENCE, "-o", file)
+    file.write_text(file.read_text().replace('"top_k": 3', '"top_k": 2'))
+    assert "changed" in call("apply", file, exit_code=2).stderr
+
+
+def test_a_plan_that_cant_be_saved_is_one_clear_error(model: str, tmp_path: Path) -> None:
+    result = call("plan", model, *REFERENCE, "-o", tmp_path / "no" / "plan.json", exit_code=2)
+    assert result.stderr.startswith("error: can't write ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_apply_reports_proof_memory_speed_and_equal_tokens(model: str) -> None:
+    lines = call("apply", model, *REFERENCE, "--generate", "1,2,3", "--new-tokens", "5").stdout.splitlines()
+    assert lines[1].startswith(f"~ {SITES}  Qwen2MoeSparseMoeBlock → ")
+    assert " ×3  rel " in lines[1]
+    assert "margin" in lines[1]
+    assert lines[3].startswith("weights  ")
+    assert lines[4].startswith("speed    MoE block ")
+    assert " at 1 token, " in lines[4]
+    assert any(line.startswith("tokens   model: the same 5 greedy tokens, ") for line in lines)
+    assert lines[-1].startswith("3 replaced, 0 kept, 0 missed, 0 refused · ")
+
+
+def test_apply_as_json_has_speed_and_tokens(model: str) -> None:
+    found = data("apply", model, *REFERENCE, "--generate", "1,2,3", "--new-tokens", "5")
+    assert [sample["tokens"] for sample in found["speed"][0]["samples"]] == [1, 64]
+    assert found["tokens"]["equal"] is True
+    assert found["tokens"]["before"] == found["tokens"]["after"]
+    assert len(found["tokens"]["before"]["model"]) == 5
+    assert all(site["proof"]["passed"] for site in found["sites"])
+
+
+def test_apply_without_undo_keeps_and_times_nothing(model: str) -> None:
+    found = data("apply", model, *REFERENCE, "--no-undo")
+    assert found["memory"]["kept"] == 0
+    assert found["speed"] == []
+
+
+def test_a_failed_proof_ends_with_12_and_says_where(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "get_target", lambda name: Flipped())
+    result = call("apply", model, exit_code=12)
+    assert "rolled back: the model is as it was" in result.stdout
+    assert result.stderr.startswith("error: model.layers.0.mlp: ")
+    found = data("apply", model, exit_code=12)
+    assert found["done"] == "rolled back"
+    assert found["sites"][0]["outcome"] == "refused"
+    assert found["sites"][0]["proof"]["passed"] is False
+
+
+def test_verify_ends_with_12_if_a_proof_fails(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data("verify", model, *REFERENCE)["done"] == "verified"
+    monkeypatch.setattr(verbs, "get_target", lambda name: Flipped())
+    result = call("verify", model, exit_code=12)
+    assert result.stderr == "error: the proof failed at 3 sites, first model.layers.0.mlp\n"
+    assert data("verify", model, exit_code=12)["done"] == "verified"
+
+
+def test_tokens_that_differ_end_with_12(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = itertools.cycle([{"model": [1, 2, 3]}, {"model": [1, 2, 9]}])
+    monkeypatch.setattr(moe_surgery.generate, "greedy_tokens", lambda *_: next(answers))
+    result = call("apply", model, *REFERENCE, "--generate", "1,2,3", exit_code=12)
+    assert "model: GREEDY TOKENS DIFFER from number 3 on: 3 became 9" in result.stdout
+    assert result.stderr == "error: greedy tokens before and after differ\n"
+    found = data("apply", model, *REFERENCE, "--generate", "1,2,3", exit_code=12)
+    assert found["tokens"]["equal"] is False
+    result = call("apply", model, *REFERENCE, "--generate", "1,2,3", "--dtype", "bfloat16", exit_code=0)
+    assert result.stderr.startswith("warning: greedy tokens before and after differ")
+    assert "--dtype float32 tells" in result.stderr
+
+
+def test_tokens_say_where_they_part() -> None:
+    tokens = Tokens({"a": [1, 2], "b": [1, 2], "c": list(range(20))}, {"a": [1, 2], "b": [1], "c": list(range(20))})
+    assert not tokens.equal
+    assert tokens.sentences() == [
+        "a: the same 2 greedy tokens, 1 2",
+        "b: GREEDY TOKENS DIFFER: 2 before, 1 after",
+        "c: the same 20 greedy tokens, 0 1 2 3 4 5 6 7 …",
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "1,,2", "1,-2", "1.5"])
+def test_a_prompt_must_be_token_ids(model: str, prompt: str) -> None:
+    assert "--generate takes token ids" in call("apply", model, "--generate", prompt, exit_code=2).stderr
+
+
+def test_a_prompt_outside_the_vocabulary_is_one_clear_error(model: str) -> None:
+    assert "token 99 " in call("apply", model, *REFERENCE, "--generate", "1,99", exit_code=2).stderr
+
+
+def test_the_dtype_asked_for_is_used(model: str) -> None:
+    found = data("verify", model, *REFERENCE, "--dtype", "bfloat16", "--margin", "2")
+    # bfloat16 rounds at 2^-9, float32 at 2^-24: their errors can't be taken for each other.
+    assert all(site["proof"]["noise"] > 1e-4 for site in found["sites"])
+
+
+def test_explain_shows_every_rule_and_clause(model: str) -> None:
+    text = call("explain", model, "model.layers.1.mlp").stdout
+    lines = text.splitlines()
+    assert lines[:2] == ["model.layers.1.mlp  Qwen2MoeSparseMoeBlock", f"computes  {SPEC}"]
+    assert "combines  experts + sigmoid(shared_expert_gate) * shared_expert" in lines
+    assert "✓ generic/any: every clause holds" in lines
+    assert any(line.startswith("✗ qwen3-omni/thinker: ") for line in lines)
+    assert any(line.strip().startswith("✗ ") and "wanted" in line and "measured" in line for line in lines)
+    assert lines[-1] == "model.layers.1.mlp is matched by generic/any"
+
+
+def test_explain_puts_the_nearest_rule_first(model: str) -> None:
+    found = data("explain", model, "model.layers.1.mlp")
+    failed = [sum(not clause["held"] for clause in rule["clauses"]) for rule in found["rules"]]
+    assert failed == sorted(failed)
+    assert set(found["rules"][0]["clauses"][0]) == {"clause", "held", "wanted", "measured"}
+
+
+def test_explain_one_rule(model: str) -> None:
+    for name in ("thinker", "qwen3-omni/thinker"):
+        found = data("explain", model, "model.layers.1.mlp", "--rule", name)
+        assert [rule["rule"] for rule in found["rules"]] == ["qwen3-omni/thinker"]
+    assert "no rule is named" in call("explain", model, "model.layers.1.mlp", "--rule", "x", exit_code=2).stderr
+
+
+def test_explain_a_path_that_is_no_site_names_the_sites(model: str) -> None:
+    assert "model.layers.0.mlp" in call("explain", model, "model.layers.9.mlp", exit_code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["scan", "plan", "apply", "verify"])
+def test_a_model_that_isnt_there_is_a_usage_error(command: str, tmp_path: Path) -> None:
+    result = call(command, tmp_path / "nothing", exit_code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {tmp_path}/nothing")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_error_as_json(tmp_path: Path) -> None:
+    found = data("scan", tmp_path / "nothing", exit_code=2)
+    assert list(found) == ["schema", "error", "exit"]
+    assert found["schema"] == "moe-surgery/error/1"
+
+
+def test_a_bad_pack_names_file_and_line(model: str, tmp_path: Path) -> None:
+    pack = tmp_path / "bad.toml"
+    pack.write_text('[pack]\nname = "bad"\nversion = "1"\nnonsense = 1\n')
+    for arguments in (("plan", model, "--pack", pack), ("packs", "check", pack)):
+        assert call(*arguments, exit_code=2).stderr.startswith(f"error: {pack}:4: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("scan",), ("scan", "m", "--nonsense"), ("apply", "m", "--margin", "0.5"), ("plan", "m", "--expect", "-1")],
+)
+def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
+    result = call(*arguments, exit_code=2)
+    assert result.stdout == ""
+    assert result.stderr
+
+
+def test_an_unknown_target_is_a_usage_error(model: str) -> None:
+    assert "no target is named 'nonsense'" in call("plan", model, "--target", "nonsense", exit_code=2).stderr
+
+
+def test_the_result_can_go_to_a_file(model: str, tmp_path: Path) -> None:
+    for name, flags in (("report.txt", ()), ("report.json", ("--format", "json"))):
+        result = call("plan", model, *REFERENCE, "--out", tmp_path / name, *flags)
+        assert result.stdout == ""
+    assert (tmp_path / "report.txt").read_text(encoding="utf-8").splitlines()[1].startswith(f"~ {SITES}")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["exit"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.txt"]
+    assert "can't write" in call("plan", model, *REFERENCE, "--out", tmp_path / "no" / "x", exit_code=2).stderr
+
+
+def test_quiet_leaves_the_last_line(model: str) -> None:
+    result = CliRunner().invoke(app, ["plan", model, *REFERENCE, "-q"])
+    assert result.stdout.startswith("3 to replace, ")
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""
+
+
+def test_quiet_leaves_a_file_whole(model: str, tmp_path: Path) -> None:
+    assert call("plan", model, *REFERENCE, "-q", "--out", tmp_path / "report.txt").stdout == ""
+    assert len((tmp_path / "report.txt").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_a_picture_is_written(model: str, tmp_path: Path) -> None:
+    call("apply", model, *REFERENCE, "--svg", tmp_path / "report.svg")
+    picture = (tmp_path / "report.svg").read_text(encoding="utf-8")
+    assert picture.startswith("<svg")
+    assert "{0..2}.mlp" in picture
+
+
+def test_colour_only_where_it_is_asked_for(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[" not in call("plan", model, *REFERENCE).stdout
+    assert "\x1b[" not in call("plan", model, *REFERENCE, "--color", "never").stdout
+    assert "\x1b[32m" in call("plan", model, *REFERENCE, "--color", "always").stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[32m" in call("plan", model, *REFERENCE, "--color", "always").stdout
+
+
+def test_packs_are_listed_shown_and_checked(tmp_path: Path) -> None:
+    text = call("packs", "list").stdout
+    assert "qwen3-omni/talker" in text
+    assert text.splitlines()[-1].startswith("2 packs, ")
+    found = data("packs", "list")
+    assert found["schema"] == "moe-surgery/packs/1"
+    assert all(":" in rule["origin"] for pack in found["packs"] for rule in pack["rules"])
+    shown = call("packs", "show", "qwen3-omni").stdout
+    assert parse_pack(shown.encode(), "shown.toml") == load_packs(["qwen3-omni"])[0]
+    file = tmp_path / "copy.toml"
+    file.write_text(shown)
+    assert data("packs", "check", file)["packs"][0]["name"] == "qwen3-omni"
+    assert data("packs", "show", file)["pack"]["name"] == "qwen3-omni"
+    assert "no pack is named" in call("packs", "show", "nonsense", exit_code=2).stderr
+
+
+def _broken(message: str) -> Callable[[], None]:
+    def fail() -> None:
+        raise UnsupportedError(message)
+
+    return fail
+
+
+def test_doctor_finds_this_installation_sound() -> None:
+    found = data("doctor")
+    assert [check["name"] for check in found["checks"]] == [
+        "python", "torch", "transformers", "engine", "kernels", "packs", "plugin", "launcher",
+    ]  # fmt: skip
+    assert all(check["ok"] or not check["blocking"] for check in found["checks"])
+    assert "0.32" in found["checks"][3]["found"]
+    assert call("doctor").stdout.splitlines()[-1] == "ready to operate"
+
+
+def test_doctor_ends_with_14_and_a_hint_if_the_engine_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_surgery.targets.vllm import eras, target
+
+    monkeypatch.setattr(eras, "detect", _broken("vLLM is not installed"))
+    monkeypatch.setattr(target, "detect", _broken("vLLM is not installed"))
+    lines = call("doctor", exit_code=14).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("✗ engine"))
+    assert "vLLM is not installed" in lines[at]
+    assert "pip install" in lines[at + 1]
+    assert lines[-1] == "not ready: 2 problems"
+
+
+def test_plan_ends_with_14_if_the_engine_is_missing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_surgery.targets.vllm import target
+
+    monkeypatch.setattr(target, "look_up", _broken("vLLM is not installed"))
+    assert call("plan", model, exit_code=14).stderr == "error: vLLM is not installed\n"

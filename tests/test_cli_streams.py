@@ -1,0 +1,312 @@
+"""What goes to stdout and to stderr, and which exit code ends a command, as another process sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from moe_surgery import errors
+from moe_surgery.cli import exits
+from moe_surgery.cli.guard import run
+from moe_surgery.cli.options import Format, Output
+from moe_surgery.cli.progress import Lines, progress
+from moe_surgery.cli.screen import Screen
+from moe_surgery.report.model import Report, Step
+
+ROOT = Path(__file__).parent.parent
+MAIN = "from moe_surgery.cli import main; main()"
+BODY = """
+import os, sys, time
+from rich.console import Console
+from moe_surgery.cli.guard import run
+from moe_surgery.cli.options import Format, Output
+from moe_surgery.cli.screen import Screen
+
+def body(screen):
+    {code}
+    screen.result(lambda console: console.print("the result ×"), {{"exit": 0}}, "the result")
+    return 0
+
+import typer
+try:
+    run(Output({options}), body)
+except typer.Exit as end:
+    sys.exit(end.exit_code)
+"""
+CHATTER = """
+    print("python chatter"); print("python chatter", file=sys.stderr)
+    os.write(1, b"C chatter\\n"); os.write(2, b"C chatter\\n")
+    os.system("echo child chatter; echo child chatter >&2")
+"""
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=False)
+
+
+def command(code: str, options: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return python(BODY.format(code=code.strip(), options=options), **environment)
+
+
+def test_help_tells_the_exit_codes_and_imports_nothing_heavy() -> None:
+    code = f"import sys, atexit; atexit.register(lambda: print(sorted(sys.modules)));{MAIN}"
+    result = python(code, "--help")
+    assert result.returncode == 0
+    for number, meaning in exits.MEANINGS:
+        assert f"{number:>3}  {meaning}" in result.stdout
+    modules = result.stdout.splitlines()[-1]
+    assert "'moe_surgery.cli.app'" in modules
+    for heavy in ("'torch'", "'transformers'", "'vllm'"):
+        assert heavy not in modules
+
+
+def test_the_exit_codes_are_those_of_the_errors() -> None:
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert codes <= {number for number, _ in exits.MEANINGS}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError("x"), 2),
+        (errors.PackError("x"), 2),
+        (errors.ModelError("x"), 2),
+        (errors.PlanError("x"), 2),
+        (errors.GradientError("x"), 1),
+        (errors.ExpectationError("x"), 11),
+        (errors.ProofError("x"), 12),
+        (errors.UnsupportedError("x"), 14),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("form", [Format.text, Format.json])
+def test_every_error_is_one_line_and_its_exit_code(
+    error: BaseException, code: int, form: Format, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body(screen: Screen) -> int:
+        raise error
+
+    with pytest.raises(typer.Exit) as end:
+        run(Output(format=form), body)
+    assert end.value.exit_code == code
+    shown = capsys.readouterr()
+    assert shown.err == ("error: interrupted; nothing was left half done\n" if code == 130 else "error: x\n")
+    if form is Format.json:
+        assert json.loads(shown.out)["exit"] == code
+    else:
+        assert shown.out == ""
+
+
+def test_an_unexpected_error_ends_with_1_and_shows_a_traceback_only_if_verbose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def body(screen: Screen) -> int:
+        raise ZeroDivisionError("of\na kind")
+
+    for verbose in (False, True):
+        with pytest.raises(typer.Exit) as end:
+            run(Output(verbose=verbose), body)
+        assert end.value.exit_code == 1
+        text = capsys.readouterr().err
+        assert ("Traceback" in text) is verbose
+        last = text.splitlines()[-1]
+        assert last.startswith("error: unexpected ZeroDivisionError: of a kind")
+        assert ("-v shows the traceback" in last) is not verbose
+
+
+def test_the_report_of_an_error_is_shown_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("m", "planned", (Step("a.0", "Block", "missed", "odd"),), "f", {})
+
+    def body(screen: Screen) -> int:
+        raise errors.ExpectationError("too few").with_report(report)
+
+    with pytest.raises(typer.Exit) as end:
+        run(Output(format=Format.json), body)
+    data = json.loads(capsys.readouterr().out)
+    assert (end.value.exit_code, data["exit"], data["error"]) == (11, 11, "too few")
+    assert data["sites"][0]["path"] == "a.0"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_stdout_has_the_result_alone_and_stderr_nothing(form: str) -> None:
+    result = command(CHATTER, f"format=Format.{form}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == ("the result ×\n" if form == "text" else '{\n  "exit": 0\n}\n')
+
+
+def test_verbose_lets_everything_through_to_stderr() -> None:
+    result = command(CHATTER, "verbose=True")
+    assert result.stdout == "the result ×\n"
+    for source in ("python", "C", "child"):
+        assert result.stderr.count(f"{source} chatter") == 2
+
+
+def test_the_streams_are_put_back() -> None:
+    code = BODY.format(code="pass", options="").replace(
+        "sys.exit(end.exit_code)",
+        'print("print"); os.write(1, b"write\\n"); print("print", file=sys.stderr); os.write(2, b"write\\n")',
+    )
+    result = python(code, PYTHONUNBUFFERED="1")
+    assert (result.stdout, result.stderr) == ("the result ×\nprint\nwrite\n", "print\nwrite\n")
+
+
+def test_a_stdout_that_isnt_utf8_gets_plain_characters() -> None:
+    result = command("pass", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stdout) == (0, "the result \\xd7\n")
+    code = """
+    from moe_surgery.report.model import Report
+    screen.report(Report("mödel ×", "planned", (), "f", {}))
+    """
+    for form in ("text", "json"):
+        result = command(code, f"format=Format.{form}", PYTHONIOENCODING="ascii")
+        assert result.returncode == 0
+        assert result.stdout.isascii()
+        assert "m\\xf6del x" in result.stdout or "m\\u00f6del \\u00d7" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_130_and_is_not_taken_twice(number: signal.Signals) -> None:
+    code = """
+    try:
+        screen.say("ready")
+        time.sleep(60)
+    finally:
+        screen.say("putting back")
+        time.sleep(0.5)
+        screen.say("put back")
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", BODY.format(code=code.strip(), options="")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stderr.readline() == "putting back\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, err) == ("", "put back\nerror: interrupted; nothing was left half done\n")
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(typer.Exit):
+        run(Output(), lambda screen: 0)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    code = 'screen.result(lambda console: [console.print("line " * 9) for _ in range(2999)], {}, "")'
+    with subprocess.Popen(
+        [sys.executable, "-c", BODY.format(code=code, options="")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:
+    page = io.StringIO()
+    lines = Lines(page)
+    lines.phase("operating")
+    for done in range(68):
+        lines.step(done, 68, f"layers.{done}")
+    lines.step(68, 68, "")
+    found = page.getvalue().splitlines()
+    assert found[0] == "operating"
+    assert found[1] == "10% (7 of 68) layers.7"
+    assert found[-1] == "100% (68 of 68)"
+    assert len(found) == 11
+    lines.phase("again")
+    lines.step(1, 2, "b")
+    assert page.getvalue().splitlines()[-2:] == ["again", "50% (1 of 2) b"]
+
+
+@pytest.mark.parametrize("output", [Output(no_progress=True), Output(quiet=True)], ids=["no-progress", "quiet"])
+def test_no_progress_if_it_isnt_wanted(output: Output, capsys: pytest.CaptureFixture[str]) -> None:
+    def body(screen: Screen) -> int:
+        with screen.progress() as shown:
+            shown.phase("operating")
+            shown.step(1, 2, "x")
+        return 0
+
+    with pytest.raises(typer.Exit):
+        run(output, body)
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def _read(leader: int) -> str:
+    """All that was written to a pseudo-terminal, whose other end is closed."""
+    parts = []
+    # Linux tells the end of it by an error.
+    with os.fdopen(leader, "rb", buffering=0) as file, contextlib.suppress(OSError):
+        while part := file.read(4096):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+def test_a_terminal_gets_one_bar_that_goes_away() -> None:
+    leader, follower = pty.openpty()
+    terminal = os.fdopen(follower, "w", encoding="utf-8")
+    with terminal, progress(terminal, wanted=True, no_color=True) as shown:
+        shown.phase("operating")
+        for done in range(4):
+            shown.step(done, 3, f"layers.{done}")
+            time.sleep(0.15)
+    text = _read(leader)
+    assert "layers.2" in text
+    assert "2/3" in text
+    assert text.rstrip().endswith(("\x1b[2K", "\x1b[?25h"))
+
+
+@pytest.mark.slow
+def test_the_real_thing_keeps_stdout_clean_and_stderr_quiet(omni_dir: Path) -> None:
+    arguments = ["apply", str(omni_dir), "--format", "json", "--generate", "1,2,3", "--new-tokens", "3"]
+    result = python(MAIN, *arguments, "--no-progress")
+    assert result.stderr == ""
+    data = json.loads(result.stdout)
+    assert (result.returncode, data["exit"]) == (0, 0)
+    assert [site["outcome"] for site in data["sites"]] == ["replaced"] * 4
+    assert data["tokens"]["equal"] is True
+
+
+@pytest.mark.slow
+def test_the_real_thing_ends_with_130_on_sigterm(omni_dir: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "apply", str(omni_dir)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"loading {omni_dir}\n"
+    assert process.stderr.readline() == "operating\n"
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "error: interrupted; nothing was left half done"

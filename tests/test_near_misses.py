@@ -1,0 +1,125 @@
+"""Near misses: after ``apply`` every block does what it did, replaced or not, and what is left alone says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zoo import nearmiss, plain
+from zoo.same import FEW, SHAPES, TOLERANCE, Holder, assert_reads_right, distance, outputs
+
+import moe_surgery
+from moe_surgery.errors import ProofError
+from moe_surgery.find.result import Unreadable
+from moe_surgery.read import read
+from moe_surgery.report.model import Step
+from moe_surgery.targets.base import SwappedBlock
+
+GENERIC = Path(__file__).parent.parent / "rules" / "generic.toml"
+
+
+def operate(model: nn.Module) -> Step:
+    """Apply the reference target to whatever can be read; the step of the model's only site."""
+    report = moe_surgery.apply(model, target="reference", packs=[GENERIC])
+    assert [step.path for step in report.steps] == ["mlp"]
+    return report.steps[0]
+
+
+def assert_same_outputs(before: list[Any], after: list[Any], replaced: bool) -> None:
+    for one, other in zip(before, after, strict=True):
+        if not isinstance(one, torch.Tensor):
+            assert isinstance(other, type(one))
+        elif replaced:
+            assert distance(other, one) < TOLERANCE
+        else:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", nearmiss.CASES, ids=str)
+def test_a_near_miss_is_replaced_by_its_equal_or_left_alone(case: nearmiss.Case) -> None:
+    shapes = FEW if case.words else SHAPES  # what isn't replaced can't do otherwise
+    before = outputs(Holder(case.make()), shapes=shapes)  # of one that is thrown away: some change when called
+    block = case.make()
+    model = Holder(block)
+    step = operate(model)
+    if case.words:
+        assert step.outcome in ("missed", "refused")
+        assert any(word in step.reason for word in case.words), step.reason
+        assert model.mlp is block
+    else:
+        assert step.outcome == "replaced"
+        assert isinstance(model.mlp, SwappedBlock)
+    assert_same_outputs(before, outputs(model, shapes=shapes), replaced=not case.words)
+
+
+def test_there_are_many_of_them() -> None:
+    assert len({case.name for case in nearmiss.CASES}) == len(nearmiss.CASES) > 200
+    assert sum(bool(case.words) for case in nearmiss.CASES) > 180
+
+
+def test_only_the_plain_one_of_many_layers_is_replaced() -> None:
+    cases = [nearmiss.case(name) for name in ("NormAfter", "SelectionBiasBuffer", "BranchAbove64", "hook")]
+    blocks = [plain.make(plain.block_class()), *(case.make() for case in cases), plain.make(plain.block_class(), 1)]
+    model = nn.Sequential(*map(Holder, blocks))
+    before = outputs(model)
+    report = moe_surgery.apply(model, target="reference")
+    assert [step.outcome for step in report.steps] == ["replaced", *["missed"] * 4, "replaced"]
+    assert_same_outputs(before, outputs(model), replaced=True)
+    moe_surgery.undo(report)
+    assert [holder.mlp for holder in model] == blocks
+    assert_same_outputs(before, outputs(model), replaced=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_cant_be_proven_leave_the_model_alone(value: float) -> None:
+    block: Any = plain.make(plain.block_class())
+    block.down_proj[3] = value
+    model = Holder(block)
+    with pytest.raises(ProofError, match="finite"):
+        moe_surgery.apply(model, target="reference")
+    assert model.mlp is block
+
+
+# Combinations: any spelling, any sizes, up to two changes.
+
+DRAWN_SIZES = [
+    plain.Sizes(experts=4),
+    plain.Sizes(experts=3, k=1),
+    plain.Sizes(experts=5, k=3, width=24, shared=40),
+    plain.Sizes(hidden=16, experts=4, k=4, width=8, shared=8),
+]
+READABLE = [case.cls for case in nearmiss.CASES if case.cls is not None and not case.words]
+UNREADABLE = [case.cls for case in nearmiss.CASES if case.cls is not None and case.words]
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[str, nn.Module, int]:
+    """A name, a block, and its hidden size."""
+    changes = draw(st.lists(st.sampled_from(READABLE), max_size=2, unique=True))
+    changes += draw(st.lists(st.sampled_from(UNREADABLE), max_size=1))
+    parts = [draw(st.sampled_from(options)) for options in (plain.ACTS, plain.FORWARDS) if draw(st.booleans())]
+    parts += [
+        draw(st.sampled_from(options)) for options in (plain.ROUTERS, plain.STORES, plain.DISPATCHES, plain.SHAREDS)
+    ]
+    sizes = draw(st.sampled_from(DRAWN_SIZES))
+    chosen = [*changes, *parts]
+    name = ", ".join(part.__name__ for part in chosen) + f" {sizes}"
+    cls = plain.block_class(*chosen)
+    return name, plain.make(lambda: cls(sizes), draw(st.integers(0, 9))), sizes.hidden
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(blocks())
+def test_combinations_are_never_read_wrong(found: tuple[str, nn.Module, int]) -> None:
+    _, block, hidden = found
+    try:
+        reading = read(block)
+    except Unreadable as error:
+        assert str(error)
+        return
+    assert_reads_right(block, reading, hidden)

@@ -1,0 +1,114 @@
+"""The probes reach every expert and come near ties; the metric knows which choices of experts are legitimate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof_blocks import DTYPES, TALKER, THINKER, weights
+
+from moe_surgery.prove.metrics import Truth, route, slack
+from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
+from moe_surgery.spec import MoESpec
+
+
+def probes_of(spec: MoESpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
+    return make_probes(spec, weights(spec, dtype).router, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_families_have_their_scales(dtype: torch.dtype) -> None:
+    probes = probes_of(TALKER, dtype)
+    assert probes.x.dtype == dtype
+    scale = probes.x.double().pow(2).mean(-1).sqrt()
+    for family, wanted in ((UNIT, 1.0), (SMALL, 1 / 16), (LARGE, 8.0), (ZERO, 0.0)):
+        assert len(probes.of(family))
+        torch.testing.assert_close(
+            scale[probes.of(family)], torch.full_like(scale[probes.of(family)], wanted), rtol=0.01, atol=0
+        )
+    assert len(probes.of(UNIT)) > 64
+    assert torch.equal(probes.x, probes_of(TALKER, dtype).x)
+    assert not torch.equal(probes.x, probes_of(TALKER, dtype, seed=1).x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    experts=st.sampled_from([2, 8, 24, 48]),
+    k=st.integers(1, 8),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 999),
+    spread=st.floats(0.0, 2.0),
+    common=st.floats(0.0, 3.0),
+)
+def test_every_expert_is_reached_where_rows_are_independent(
+    experts: int, k: int, dtype: torch.dtype, seed: int, spread: float, common: float
+) -> None:
+    """Rows of very different lengths, and with much in common: the popular experts don't hide the others."""
+    hidden = 48
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(experts, hidden, generator=generator) * torch.linspace(-spread, spread, experts).exp()[:, None]
+    router = ((rows + common * torch.randn(1, hidden, generator=generator)) / hidden**0.5).to(dtype)
+    k = min(k, experts)
+    spec = replace(THINKER, hidden=hidden, router=replace(THINKER.router, num_experts=experts, top_k=k))
+    probes = make_probes(spec, router, seed)
+    unit = probes.x[probes.of(UNIT)].double() @ router.double().T
+    assert set(unit.topk(k, -1).indices.flatten().tolist()) == set(range(experts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_tokens_are_near_ties_and_some_only_nearly(dtype: torch.dtype) -> None:
+    tensors = weights(TALKER, dtype)
+    probes = make_probes(TALKER, tensors.router, 0)
+    routing = route(TALKER, tensors.router, probes)
+    assert bool(routing.decidable.all())
+    assert routing.near_ties >= 4
+    k = TALKER.router.top_k
+    ranked = routing.logits.gather(1, routing.order)
+    gaps = ranked[:, k - 1] - ranked[:, k]
+    tied = torch.bincount(routing.tokens, minlength=len(probes.x)) > 1
+    clear = ~tied & (probes.family == UNIT)
+    # A router that rounds a few bits worse than the dtype does would get the nearest of the clear ones wrong.
+    assert float(gaps[tied].max()) < 0.2
+    assert float(gaps[clear].min()) < 100 * torch.finfo(dtype).eps * float(ranked.abs().max())
+    assert int(routing.sure[tied].max()) < k
+    assert bool((routing.sure[~tied] == k).all())
+
+
+def test_the_choices_of_a_tie_are_those_that_noise_allows() -> None:
+    spec = replace(THINKER, hidden=4, router=replace(THINKER.router, num_experts=4, top_k=2, logits_dtype="float32"))
+    router = torch.eye(4)
+    x = torch.tensor([[4.0, 2.0, 2.0, 0.0], [4.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    routing = route(spec, router, Probes(x, torch.tensor([UNIT, UNIT, UNIT, ZERO])))
+    pairs = list(zip(routing.tokens.tolist(), routing.ids().tolist(), strict=True))
+    choices = [{frozenset(ids) for owner, ids in pairs if owner == token} for token in range(4)]
+    assert choices[0] == {frozenset({0, 1}), frozenset({0, 2})}
+    assert choices[1] == {frozenset({0, 1})}
+    assert len(choices[2]) == 6
+    # Every output of the zero token is zero, whoever computes it.
+    assert len(choices[3]) == 1
+    assert routing.sure.tolist() == [1, 2, 0, 2]
+
+
+def test_a_distance_is_that_of_the_worst_token_from_its_nearest_choice() -> None:
+    outputs = torch.tensor([[1.0, 0.0], [0.0, 10.0], [0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    truth = Truth(outputs, torch.tensor([0, 1, 2, 0]), torch.tensor([UNIT, UNIT, ZERO]))
+    y = torch.tensor([[0.0, 2.2], [0.0, 10.5], [0.0, 0.0]])
+    distance, other = truth.distance(y, torch.arange(3))
+    torch.testing.assert_close(distance, torch.tensor([0.1, 0.05, 0.0], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert other.tolist() == [True, False, False]
+    worst = truth.worst(distance, torch.arange(3))
+    torch.testing.assert_close(worst, distance.new_tensor([0.1, 0.0, 0.0, 0.0]), rtol=1e-6, atol=0)
+    assert len(worst) == len(FAMILIES)
+    y[1, 0] = torch.nan
+    assert truth.distance(y, torch.arange(3))[0].isinf().tolist() == [False, True, False]
+    # Anything but zero for a zero token counts, as a fraction of what the others return.
+    y[2, 0] = 1e-3
+    assert float(truth.distance(y, torch.arange(3))[0][2]) > 0.01
+
+
+def test_longer_sums_may_be_further_off_only_where_they_are_kept_in_the_dtype() -> None:
+    assert slack(256, torch.float32) == slack(64, torch.float32) == slack(4096, torch.bfloat16)
+    assert slack(1024, torch.float32) == 2 * slack(256, torch.float32)

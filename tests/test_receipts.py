@@ -1,0 +1,226 @@
+"""What processes leave behind, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import moe_surgery
+from moe_surgery.cli.app import app
+from moe_surgery.engine.receipts import Receipt, check, first_failure, new_run, read_all, write
+from moe_surgery.errors import ProofError, ReceiptError, SurgeryError, UsageError
+from moe_surgery.report.model import Report
+from moe_surgery.report.restored import report_from_json
+
+ONE = Receipt(11, 0, 1, "Model", "operated", "abc", "def", None)
+
+
+def ranks(count: int, **changes: Any) -> list[Receipt]:
+    return [
+        replace(ONE, pid=11 + rank, rank=rank, world=count, ledger=f"own{rank}", **changes) for rank in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def applied(write_tiny: Callable[[str], Path]) -> Report:
+    """The report of an operation on a tiny model."""
+    from transformers import Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM.from_pretrained(write_tiny("float32"))
+    return moe_surgery.apply(model, target="reference")
+
+
+def test_receipts_come_back_as_they_went(tmp_path: Path, applied: Report) -> None:
+    full = replace(ONE, report=applied.to_json(), error="why", exit_code=12)
+    path = write(tmp_path, full)
+    assert path == tmp_path / "Model-rank0-11.json"
+    assert json.loads(path.read_text())["schema"] == "moe-surgery/receipt/1"
+    assert read_all(tmp_path) == (full,)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_receipts_come_by_model_rank_and_process(tmp_path: Path) -> None:
+    told = [*ranks(11), replace(ONE, model="A", pid=99)]
+    for receipt in told:
+        write(tmp_path, receipt)
+    assert list(read_all(tmp_path)) == [told[-1], *told[:-1]]
+
+
+def test_names_are_safe_and_apart(tmp_path: Path) -> None:
+    models = ["../up", "a/b", "a_b", "a b", "ß", "m" * 300, "m" * 301, ".."]
+    for model in models:
+        assert write(tmp_path, replace(ONE, model=model)).parent == tmp_path
+    assert sorted(receipt.model for receipt in read_all(tmp_path)) == sorted(models)
+    assert not list(tmp_path.parent.glob("up*"))
+
+
+def test_a_restarted_process_replaces_what_it_left_before(tmp_path: Path) -> None:
+    old = write(tmp_path, replace(ONE, pid=99, outcome="failed", error="out of memory"))
+    os.utime(old, ns=(1, 1))
+    new = replace(ONE, pid=12)
+    write(tmp_path, new)
+    assert read_all(tmp_path) == (new,)
+    check(read_all(tmp_path))
+
+
+def test_other_files_in_the_folder_are_no_receipts(tmp_path: Path) -> None:
+    for name in ("plan.json", "notes.txt", ".Model-rank0-1.json.x.part"):
+        (tmp_path / name).write_text("{")
+    assert read_all(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("", "Expecting value"),
+        ("[]", "not a receipt of schema moe-surgery/receipt/1"),
+        ({"schema": "moe-surgery/receipt/2"}, "not a receipt of schema"),
+        ({"more": 1}, "more missing or unknown"),
+        ({"outcome": "fine"}, "outcome can't be 'fine'"),
+        ({"rank": "0"}, "rank can't be '0'"),
+        ({"rank": 1}, "rank can't be 1"),
+        ({"report": []}, r"report can't be \[\]"),
+    ],
+)
+def test_an_unreadable_receipt_is_named(tmp_path: Path, change: str | dict[str, Any], message: str) -> None:
+    path = write(tmp_path, ONE)
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match=rf"{re.escape(str(path))}: not a receipt.*|.*{message}") as caught:
+        read_all(tmp_path)
+    assert str(caught.value).startswith(str(path)) and re.search(message, str(caught.value))
+
+
+def test_a_folder_that_isnt_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not the folder of a run: No such file"):
+        read_all(tmp_path / "none")
+    with pytest.raises(UsageError, match="can't write"):
+        write(tmp_path / "none", ONE)
+
+
+def test_a_new_run_needs_a_folder_without_receipts(tmp_path: Path) -> None:
+    assert new_run(tmp_path / "a" / "b").is_dir()
+    write(tmp_path, ONE)
+    with pytest.raises(UsageError, match="receipts of an earlier run"):
+        new_run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't make"):
+        new_run(tmp_path / "file" / "sub")
+
+
+@pytest.mark.parametrize(
+    "receipts",
+    [
+        [ONE],
+        ranks(3),
+        ranks(2, outcome="unpatched", fingerprint=None),
+        [*ranks(2), replace(ONE, model="Draft", fingerprint="other", outcome="unpatched")],
+    ],
+)
+def test_ranks_that_agree(receipts: list[Receipt]) -> None:
+    check(receipts)
+
+
+@pytest.mark.parametrize(
+    "receipts, message",
+    [
+        ([], "surgery was asked for, but no process loaded a model with it"),
+        (ranks(2)[1:], r"Model: no receipt of rank 0 \(of 2\)"),
+        (ranks(4)[1:3], r"Model: no receipt of ranks 0, 3 \(of 4\)"),
+        ([ranks(2)[0], ranks(3)[1]], "Model: processes disagree on how many ranks there are: 2, 3"),
+        (
+            [ranks(2)[0], replace(ranks(2)[1], fingerprint="x")],
+            "Model: plans differ between ranks: rank 0 abc, rank 1 x$",
+        ),
+        ([ranks(2)[0], replace(ranks(2)[1], fingerprint=None)], "plans differ between ranks: rank 0 abc, rank 1 none"),
+        (
+            [ranks(2)[0], replace(ranks(2)[1], outcome="unpatched")],
+            "outcomes differ .* rank 0 operated, rank 1",
+        ),
+        ([replace(ONE, model="A"), *ranks(2)[:1]], r"Model: no receipt of rank 1 \(of 2\)"),
+    ],
+)
+def test_ranks_that_dont(receipts: list[Receipt], message: str) -> None:
+    with pytest.raises(ReceiptError, match=message) as caught:
+        check(receipts)
+    assert caught.value.exit_code == 15
+
+
+def test_a_failure_comes_first_with_its_own_exit_code() -> None:
+    failed = replace(ranks(2)[1], outcome="failed", fingerprint=None, error="layer 3 is wrong", exit_code=12)
+    with pytest.raises(SurgeryError, match="^Model: rank 1 of 2: layer 3 is wrong$") as caught:
+        check([failed])
+    assert caught.value.exit_code == 12
+    assert SurgeryError.exit_code == ProofError("x").with_code(1).exit_code == 1
+    assert ProofError("x").exit_code == 12
+    told = first_failure([replace(ONE, outcome="failed")])
+    assert told is not None and (str(told), told.exit_code) == ("Model: failed without saying why", 1)
+    assert first_failure(ranks(2)) is None
+
+
+def test_a_report_is_restored(applied: Report) -> None:
+    restored = report_from_json(json.loads(json.dumps(applied.to_json())))
+    assert restored.to_json() == applied.to_json()
+    assert restored.steps[0].verdict == applied.steps[0].verdict
+    plan = moe_surgery.Plan(applied.model, "reference", applied.steps).report()
+    assert report_from_json(plan.to_json()).to_json() == plan.to_json()
+
+
+@pytest.mark.parametrize("broken", [{}, {"schema": "moe-surgery/report/1"}, {"schema": "moe-surgery/report/9"}])
+def test_what_is_no_report_isnt_restored(broken: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="not a report"):
+        report_from_json(broken)
+
+
+def call(*arguments: str | Path, exit_code: int) -> Result:
+    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    assert result.exit_code == exit_code, (result.stdout, result.stderr, result.exception)
+    return result
+
+
+def test_the_command_shows_equal_reports_once(tmp_path: Path, applied: Report) -> None:
+    for receipt in ranks(2, fingerprint=applied.fingerprint, report=applied.to_json()):
+        write(tmp_path, receipt)
+    result = call(tmp_path, exit_code=0)
+    lines = result.stdout.splitlines()
+    assert f"    rank 0 of 2  pid 11  operated  plan {applied.fingerprint}  ledger own0" in lines
+    assert f"    rank 1 of 2  pid 12  operated  plan {applied.fingerprint}  ledger own1" in lines
+    assert result.stdout.count("~ model.layers.{0,1}.mlp") == 1
+    assert "rank 0   measured on this rank; the other ranks did the same" in lines
+    assert lines[-1] == "1 model in 2 processes: 2 operated, 0 unpatched, 0 failed"
+    assert result.stderr == ""
+
+
+def test_the_command_shows_reports_that_differ(tmp_path: Path, applied: Report) -> None:
+    first, second = ranks(2, fingerprint="f", report=applied.to_json())
+    write(tmp_path, first)
+    write(tmp_path, replace(second, report=applied.but(steps=applied.steps[:1]).to_json()))
+    lines = call(tmp_path, exit_code=0).stdout.splitlines()
+    assert [line for line in lines if line.endswith("of this rank alone")] == [
+        "rank 0   of this rank alone",
+        "rank 1   of this rank alone",
+    ]
+
+
+def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
+    assert "no process loaded a model" in call(tmp_path, exit_code=15).stderr
+    write(tmp_path, replace(ONE, outcome="failed", error="one\nreason", exit_code=12))
+    result = call(tmp_path, exit_code=12)
+    assert result.stderr == "error: Model: one reason\n"
+    assert "0 operated, 0 unpatched, 1 failed" in result.stdout
+    found = json.loads(call(tmp_path, "--format", "json", exit_code=12).stdout)
+    assert (found["schema"], found["exit"], found["error"]) == ("moe-surgery/run/1", 12, "Model: one reason")
+    assert found["receipts"] == [json.loads((tmp_path / "Model-rank0-11.json").read_text())]
+    call(tmp_path / "none", exit_code=2)
+
+
+def test_the_command_says_what_runs_unpatched(tmp_path: Path) -> None:
+    write(tmp_path, replace(ONE, outcome="unpatched", fingerprint=None, error="no kernels"))
+    assert call(tmp_path, exit_code=0).stderr == "warning: Model runs unpatched in process 11: no kernels\n"

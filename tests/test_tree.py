@@ -1,0 +1,147 @@
+"""Where sparse-MoE blocks are looked for: in real architectures, in hand-made ones, and not in dense models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from zoo import plain
+
+from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.tree import find_sites
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+MOE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def build(config_class: str, model_class: str, **changes: Any) -> nn.Module:
+    """A tiny model of a transformers architecture, without weights."""
+    config = getattr(transformers, config_class)(**{**TINY, **changes})
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, model_class)(config)
+    return model
+
+
+def paths(model: nn.Module) -> list[str]:
+    return [site.path for site in find_sites(model)]
+
+
+def layers(name: str, count: int = 2, first: int = 0) -> list[str]:
+    return [f"model.layers.{number}.{name}" for number in range(first, count)]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "changes", "expected"),
+    [
+        ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 16}, layers("mlp")),
+        ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {}, layers("mlp")),
+        ("Qwen3NextConfig", "Qwen3NextForCausalLM", {"shared_expert_intermediate_size": 16}, layers("mlp")),
+        ("MixtralConfig", "MixtralForCausalLM", {}, layers("mlp")),
+        ("OlmoeConfig", "OlmoeForCausalLM", {}, layers("mlp")),
+        (
+            "DeepseekV3Config",
+            "DeepseekV3ForCausalLM",
+            {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8,
+             "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            layers("mlp", first=1),
+        ),
+        ("GptOssConfig", "GptOssForCausalLM", {}, layers("mlp")),
+        ("GraniteMoeConfig", "GraniteMoeForCausalLM", {}, layers("block_sparse_moe")),
+        ("PhimoeConfig", "PhimoeForCausalLM", {}, layers("mlp")),
+        ("JambaConfig", "JambaForCausalLM", {"use_mamba_kernels": False}, layers("feed_forward", first=1)),
+        ("Glm4MoeConfig", "Glm4MoeForCausalLM", {"n_routed_experts": 8, "first_k_dense_replace": 1},
+         layers("mlp", first=1)),
+        ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {}, layers("mlp")),
+        ("Llama4TextConfig", "Llama4ForCausalLM", {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+         layers("feed_forward")),
+    ],
+    ids=lambda value: value.removesuffix("Config") if isinstance(value, str) and value.endswith("Config") else "",
+)  # fmt: skip
+def test_finds_every_block_of_a_sparse_model(
+    config_class: str, model_class: str, changes: dict[str, Any], expected: list[str]
+) -> None:
+    assert paths(build(config_class, model_class, **{**MOE, **changes})) == expected
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "changes"),
+    [
+        ("LlamaConfig", "LlamaForCausalLM", {}),
+        ("Qwen3Config", "Qwen3ForCausalLM", {}),
+        ("Gemma2Config", "Gemma2ForCausalLM", {}),
+        ("WhisperConfig", "WhisperForConditionalGeneration",
+         {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+          "pad_token_id": 0}),
+        ("MambaConfig", "MambaForCausalLM", {"state_size": 8}),
+        ("Wav2Vec2Config", "Wav2Vec2Model", {"conv_dim": (16,) * 7}),
+        ("EncodecConfig", "EncodecModel", {"num_filters": 4, "codebook_size": 16, "codebook_dim": 8}),
+    ],
+    ids=lambda value: value.removesuffix("Config") if isinstance(value, str) and value.endswith("Config") else "",
+)  # fmt: skip
+def test_finds_nothing_in_a_dense_model(config_class: str, model_class: str, changes: dict[str, Any]) -> None:
+    assert paths(build(config_class, model_class, **changes)) == []
+
+
+def test_finds_talker_and_thinker_and_nothing_else_in_qwen3_omni(omni_dir: Any) -> None:
+    from moe_surgery.load import open_meta
+
+    found = paths(open_meta(str(omni_dir)).module)
+    assert found == [f"{part}.model.layers.{number}.mlp" for part in ("thinker", "talker") for number in (0, 1)]
+
+
+class Model(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def stack(*mlps: nn.Module) -> nn.Module:
+    return Model(layers=nn.ModuleList(Model(mlp=mlp) for mlp in mlps))
+
+
+@pytest.mark.parametrize("part", [*plain.ROUTERS, *plain.STORES, *plain.SHAREDS, *plain.WHOLES])
+def test_finds_plain_blocks_however_they_are_stored(part: type[plain.Base]) -> None:
+    if part is plain.Flat:
+        pytest.skip("matrices of all experts in one two-dimensional tensor look like any dense layer's")
+    make = plain.block_class(part)
+    assert paths(stack(make(), plain.MLP(32, 48), make())) == ["layers.0.mlp", "layers.2.mlp"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: nn.ModuleList(plain.MLP(32, 48) for _ in range(4)),
+        lambda: Model(layers=nn.ModuleList(Model(mlp=plain.MLP(32, 48)) for _ in range(4)), head=nn.Linear(32, 5)),
+        lambda: Model(heads=nn.ModuleList(nn.Linear(32, 16) for _ in range(8))),
+        lambda: Model(codebooks=nn.ModuleList(nn.Embedding(16, 8) for _ in range(8))),
+        lambda: Model(a=nn.Conv1d(8, 8, 3), b=nn.Conv1d(8, 8, 3)),
+        lambda: Model(rnn=nn.LSTM(8, 8, 2), attention=nn.MultiheadAttention(8, 2)),
+    ],
+    ids=["list of MLPs", "layers", "heads", "codebooks", "convolutions", "recurrent"],
+)
+def test_finds_nothing_in_dense_modules(module: Callable[[], nn.Module]) -> None:
+    assert paths(module()) == []
+
+
+def test_a_swapped_block_is_a_site_and_nothing_inside_it_is() -> None:
+    class Swapped(SwappedBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain.block_class()()
+
+    assert paths(stack(Swapped(), plain.block_class()())) == ["layers.0.mlp", "layers.1.mlp"]
+
+
+def test_the_order_is_that_of_the_module_tree() -> None:
+    make = plain.block_class()
+    assert paths(Model(z=make(), a=make(), m=stack(make()))) == ["z", "a", "m.layers.0.mlp"]
