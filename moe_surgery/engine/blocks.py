@@ -30,7 +30,7 @@ class EngineBlock(SwappedBlock):
     """
 
     def __init__(self, old: nn.Module, router: str, name: str, runner: nn.Module, logits: nn.Module | None) -> None:
-        """``router`` is the child that gives the logits, "" if the routed layer calls it; ``logits`` stands in for it."""
+        """``router``: the child that gives the logits, "" if the routed layer calls it; ``logits`` stands in for it."""
         super().__init__()
         self.label = LABEL
         for key, child in old.named_children():

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Ledger:
 
         def restore() -> None:
             if own is None:
-                del parameter.weight_loader
+                del parameter.weight_loader  # type: ignore[attr-defined]
             else:
                 parameter.weight_loader = own  # type: ignore[attr-defined]
 
@@ -177,5 +177,5 @@ def _folder(names: list[str]) -> str:
     """What the names of a block's tensors begin with in the checkpoint, up to a dot; "" if that can't be told."""
     if len(names) < 2:
         return ""
-    common = commonprefix([name.split(".") for name in names])
-    return "".join(f"{part}." for part in common)
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".") for name in names), strict=False))
+    return "".join(f"{parts[0]}." for parts in common)

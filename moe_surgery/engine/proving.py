@@ -42,7 +42,7 @@ def to_prove(steps: Iterable[Step], *, everything: bool) -> tuple[str, ...]:
 
 @dataclass(eq=False)
 class Exam:
-    """One block's proof: ``small`` are its loaded weights but the experts', whole; ``verdict`` comes with the kernels."""
+    """One block's proof. ``small`` are its loaded weights, whole, but for the experts'; ``verdict`` comes later."""
 
     path: str
     spec: MoESpec

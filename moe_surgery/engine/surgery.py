@@ -8,7 +8,7 @@ and the experts that vLLM's layer already holds stay where they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,7 @@ class Surgery:
         self.seconds = time.perf_counter() - self.started
 
     def _watch_loading(self) -> None:
-        load = self.model.load_weights
+        load: Callable[..., Any] = self.model.load_weights  # type: ignore[assignment]
 
         def load_weights(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
             vars(self.model).pop("load_weights", None)

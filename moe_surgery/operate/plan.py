@@ -212,7 +212,7 @@ def _decide(
 def check_expectations(
     plan: Plan, matched: list[str | None], packs: Sequence[Pack], config: object, selection: Selection
 ) -> None:
-    """Raises :class:`ExpectationError` if a rule, of which ``matched`` lists every match, or the caller wanted other counts."""
+    """Raises :class:`ExpectationError` if a rule or the caller wanted other counts; ``matched``: each match's rule."""
     for pack in packs:
         for rule in pack.rules:
             wanted, found = rule.expected(config), matched.count(rule.full_name)
