@@ -73,8 +73,9 @@ def readable(block: nn.Module) -> Iterator[Routed | None]:
     group = get_tp_group()
     try:
         routed = _routed(block)
+        bias = None if routed is None else _bias(routed.runner)  # known before the experts' parameters are stood in for
         for module in list(block.modules()):
-            stand_in = _stand_in(module, block, routed)
+            stand_in = _stand_in(module, block, routed, bias)
             if stand_in is not None:
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
@@ -155,10 +156,10 @@ def _bias(runner: MoERunner) -> Tensor | None:
     return bias
 
 
-def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None) -> dict[str, Any] | None:
+def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: Tensor | None) -> dict[str, Any] | None:
     """The attributes that make a known layer plain; None for any other module."""
     if isinstance(module, LinearBase):
-        return _linear(module, None if routed is None else _bias(routed.runner))
+        return _linear(module, bias)
     if isinstance(module, CustomOp):
         return {"forward": module.forward_native}
     if routed is None:

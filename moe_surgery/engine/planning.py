@@ -25,7 +25,8 @@ TARGET = "vllm"
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
     """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
 
-    The counts that rules expect are those of a whole model; under pipeline parallelism a rank holds only some layers.
+    The counts that rules expect, and the sites of a plan, are those of a whole model; under pipeline parallelism a rank
+    holds only some of its layers.
     """
     packs = load_packs(orders.packs)
     checkpoint = checkpoint_config(config)
@@ -33,11 +34,12 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     obstacle = _obstacle(config)
     steps = tuple(_decide(item, matches[item.site.path], packs, obstacle, config) for item in sites)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", TARGET, steps)
-    if config.parallel_config.pipeline_parallel_size == 1:
+    whole = config.parallel_config.pipeline_parallel_size == 1
+    if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
         check_expectations(plan, matched, packs, checkpoint, Selection())
     if orders.plan is not None:
-        _check_same(Plan.load(orders.plan), plan, orders.plan)
+        _check_same(Plan.load(orders.plan), plan, orders.plan, whole=whole)
     return plan
 
 
@@ -95,13 +97,15 @@ def _obstacle(config: VllmConfig) -> str | None:
     return f"the swap is not supported under {' and '.join(found)}" if found else None
 
 
-def _check_same(wanted: Plan, plan: Plan, file: str) -> None:
+def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:
     if wanted.model != plan.model:
         raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
     if wanted.fingerprint == plan.fingerprint:
         return
-    before = {step.path: step for step in wanted.steps}
     after = {step.path: step for step in plan.steps}
+    before = {step.path: step for step in wanted.steps if whole or step.path in after}
+    if not whole and before == after:
+        return
     path = next((path for path in {**before, **after} if before.get(path) != after.get(path)), "the order of its sites")
     had, has = (_told(steps.get(path)) for steps in (before, after))
     raise PlanError(f"{file}: the plan no longer fits: at {path} it says {had}, but now it would be {has}")

@@ -24,6 +24,7 @@ from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.report.model import Step
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.vllm.era_d import drop_shared_output
 from moe_surgery.weights.layout import Layout, Piece
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -68,7 +69,9 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Ca
         lay_out(layer)
         cancel()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(_asked(block, config), exam.spec, tensors, ranks=get_tp_group().world_size)
+            exam.verdict = prove_swapped(
+                _asked(block, runner, config), exam.spec, tensors, ranks=get_tp_group().world_size
+            )
 
     def cancel() -> None:
         vars(method).pop("process_weights_after_loading", None)
@@ -77,11 +80,15 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Ca
     return cancel
 
 
-def _asked(block: nn.Module, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+def _asked(block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tensor], Tensor]:
     def ask(x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
-            out: Tensor = block(x.contiguous())
+        try:
+            with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
+                out: Tensor = block(x.contiguous())
+        except BaseException:
+            drop_shared_output(runner)
+            raise
         return out.clone()
 
     return ask

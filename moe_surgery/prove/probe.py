@@ -57,7 +57,7 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int) -> Probes:
     k = spec.router.top_k
 
     def random(count: int) -> Tensor:
-        return _unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
+        return random_unit(count, spec.hidden, generator)
 
     parts = [
         (UNIT, random(_RANDOM)),
@@ -74,6 +74,18 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int) -> Probes:
     )
 
 
+def random_unit(count: int, hidden: int, generator: torch.Generator) -> Tensor:
+    """Random tokens [count, hidden] of root mean square 1, in float64 on the CPU."""
+    return _unit(torch.randn(count, hidden, generator=generator, dtype=torch.float64, device="cpu"))
+
+
+def pushed(weight: Tensor, experts: Tensor, x: Tensor, push: float) -> Tensor:
+    """Rows of ``x`` [n, H] pushed towards the router's rows of ``experts`` [n], by ``push`` times their own length."""
+    towards = (weight - weight.mean(0))[experts]
+    towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(1e-300) * weight.shape[1] ** 0.5
+    return _unit(x + push * towards)
+
+
 def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Row ``e`` of ``x`` [E, H] moved until a top-``k`` router chooses expert ``e``, ranking it first if possible.
 
@@ -81,15 +93,13 @@ def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     visible. Where no push does, :func:`_apart` looks for a token that ranks the expert among the k at least. Experts
     that can't be reached (a row inside the hull of the others) are left to the caller, which counts the visits.
     """
-    experts, hidden = weight.shape
+    experts = len(weight)
     if experts == 1:
         return x
-    towards = weight - weight.mean(0)
-    towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(1e-300) * hidden**0.5
     everyone = torch.arange(experts, device="cpu")
     best, lead = x, torch.full_like(x[:, 0], -torch.inf)
     for push in _PUSHES:
-        best, lead = _better(best, lead, _unit(x + push * towards), _Ranking(weight, everyone, 1, dtype))
+        best, lead = _better(best, lead, pushed(weight, everyone, x, push), _Ranking(weight, everyone, 1, dtype))
     missing = everyone[lead <= _CLEAR]
     if len(missing) == 0 or experts == k:
         return best

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_surgery.prove.metrics import Routing, Truth, route, slack
 from moe_surgery.prove.mutants import F64, Parts, Twin, requests, twins
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
+from moe_surgery.prove.reach import reach
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.reference import (
     Visits,
@@ -69,6 +70,8 @@ def survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1) -> G
 
 def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Ground | str:
     probes = make_probes(spec, tensors.router, seed)
+    if spec.router.scoring == "own":
+        probes = reach(spec, tensors, probes, seed)
     asked = len(probes.x)
     while not bool((routing := route(spec, tensors.router, probes, tensors.routing)).decidable.all()):
         probes = probes.keep(routing.decidable)
