@@ -57,11 +57,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None."""
+    """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None,
+    where ``plan`` is the path of one. ``fault`` names what goes wrong in that process; see ``engine_faults``.
+    """
 
     folder: str
     options: dict[str, Any] = field(default_factory=dict)
     surgery: dict[str, Any] | None = None
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,15 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 def _result(run: Run) -> Result:
     if run.surgery is None:
         return Result(_outputs(run), [])
+    from engine_faults import faulty
+
     import moe_surgery
     from moe_surgery.engine.receipts import read_all
 
-    with moe_surgery.install(**run.surgery) as handle:
+    surgery = dict(run.surgery)
+    if "plan" in surgery:
+        surgery["plan_or_packs"] = moe_surgery.Plan.load(surgery.pop("plan"))
+    with faulty(run.fault), moe_surgery.install(**surgery) as handle:
         try:
             outputs, error = _outputs(run), None
         except Exception as failure:
@@ -138,6 +146,7 @@ def _outputs(run: Run) -> list[Output]:
         "disable_log_stats": True,
         **({} if own_process else {"distributed_executor_backend": "uni"}),
     }
+    llm = None
     try:
         llm = LLM(run.folder, **{**defaults, **run.options})
         greedy = SamplingParams(
@@ -155,9 +164,10 @@ def _outputs(run: Run) -> list[Output]:
                     prompt_logprobs=[at[token].logprob for token, at in prompt],
                 )
             )
-        llm.llm_engine.engine_core.shutdown()
         return outputs
     finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         llm = None
         gc.collect()
         if not own_process:

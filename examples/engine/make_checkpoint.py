@@ -2,9 +2,10 @@
 
     python examples/engine/make_checkpoint.py KIND DIR [--seed 0] [--layers 3] [--fused]
 
-KIND is naive_talker, unfused_qwen2, unfused_deepseek or list_moe. Routed experts are written as one 2-D tensor per
-expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and ``down_proj`` of each block.
-The same arguments write the same files; a fused checkpoint has the values of the one that isn't.
+KIND is naive_talker, unfused_qwen2, unfused_deepseek, list_moe or list_moe_whole. Routed experts are written as one 2-D
+tensor per expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and ``down_proj``.
+The same arguments write the same files; a fused checkpoint has the values of the one that isn't. The tokenizer knows
+one word per token, w000 to w127, so that a server can be asked in text.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **QWEN,
     },
 }
+CONFIGS["list_moe_whole"] = {**CONFIGS["list_moe"], "whole_shared_expert": True}
 
 Draw = Callable[..., "torch.Tensor"]
 
@@ -159,8 +161,20 @@ def make(kind: str, folder: Path, *, seed: int = 0, layers: int = 3, fused: bool
     if any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty")
     save_torch_state_dict(_tensors(kind, seed=seed, layers=layers, fused=fused), folder, max_shard_size="400KB")
+    _write_tokenizer(folder)
     config = {**CONFIGS[kind], **COMMON, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number:03}": number for number in range(VOCAB)}, unk_token="w000"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w000", eos_token="w001").save_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
@@ -79,8 +78,9 @@ def readable(block: nn.Module) -> Iterator[Routed | None]:
             if stand_in is not None:
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
-        saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
-        vars(block)["forward"] = _flat(block.forward)
+        if routed is None or routed.routes != "given":
+            saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
+            vars(block)["forward"] = _flat(block.forward)
         # With weights of their full size there are no partial sums.
         vars(group)["all_reduce"] = lambda tensor: tensor
         yield routed
@@ -98,7 +98,7 @@ _ABSENT = object()
 
 
 def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """vLLM's blocks take tokens [T, H]; reading asks with leading dimensions too."""
+    """Blocks written for vLLM take tokens [T, H]; reading asks with leading dimensions too."""
 
     def flat(hidden_states: Tensor) -> Tensor:
         return forward(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
@@ -178,9 +178,9 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
         raise Unreadable(f"its {type(module).__name__} is quantised ({type(module.quant_method).__name__})")
     if module.skip_bias_add and module.has_bias:
         raise Unreadable(f"its {type(module).__name__} hands its bias to others")
-    own = {"weight": _meta((module.output_size, module.input_size), module.weight.dtype)}
+    own = {"weight": _full_size((module.output_size, module.input_size), module.weight)}
     if module.has_bias:
-        own["bias"] = _meta((module.output_size,), module.weight.dtype)
+        own["bias"] = _full_size((module.output_size,), module.weight)
     # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
     own |= {name: p for name, p in module._parameters.items() if p is not None and name not in own and p is not bias}
     dtype = getattr(module, "out_dtype", None)
@@ -197,10 +197,10 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
 
 def _experts(runner: MoERunner) -> dict[str, Any]:
     """Stacked weights of all experts in their full width, and nothing else: maps and masks are about placement."""
-    config, dtype = runner.moe_config, runner.routed_experts.params_dtype
+    config, like = runner.moe_config, runner.routed_experts.w13_weight
     experts, hidden, width = config.num_logical_experts, config.hidden_dim_unpadded, config.intermediate_size
-    weights = {"w13_weight": _meta((experts, 2 * width, hidden), dtype)}
-    weights["w2_weight"] = _meta((experts, hidden, width), dtype)
+    weights = {"w13_weight": _full_size((experts, 2 * width, hidden), like)}
+    weights["w2_weight"] = _full_size((experts, hidden, width), like)
     return {"_parameters": weights, "_buffers": {}}
 
 
@@ -250,5 +250,6 @@ def _beside(block: nn.Module, runner: nn.Module) -> Iterator[nn.Module]:
                 waiting.append(child)
 
 
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+def _full_size(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    """A weight of another size than ``like``, on its device and in its dtype; it takes no memory."""
+    return nn.Parameter(like.new_empty(()).expand(shape), requires_grad=False)
