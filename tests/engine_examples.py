@@ -57,14 +57,17 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None,
-    where ``plan`` is the path of one. ``fault`` names what goes wrong in that process; see ``engine_faults``.
+    """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None.
+
+    In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process (see
+    ``engine_faults``). Unless ``ask``, the engine is only started.
     """
 
     folder: str
     options: dict[str, Any] = field(default_factory=dict)
     surgery: dict[str, Any] | None = None
     fault: str | None = None
+    ask: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _outputs(run: Run) -> list[Output]:
             temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
         )
         outputs = []
-        for result in llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False):
+        prompts = [{"prompt_token_ids": prompt} for prompt in (PROMPTS if run.ask else [])]
+        for result in llm.generate(prompts, greedy, use_tqdm=False):
             completion = result.outputs[0]
             tokens = list(completion.token_ids)
             prompt = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)

@@ -25,7 +25,7 @@ def talker_reference(folder: Path) -> Logits:
     config = AutoConfig.from_pretrained(folder)
     config.rope_parameters["mrope_section"] = [8, 4, 4]  # text positions: the same in all three sections
     model = Qwen3OmniMoeTalkerModel(config).eval()
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors(folder).items()}
+    weights = {n.removeprefix("talker.").removeprefix("model."): tensor for n, tensor in tensors(folder).items()}
     head, embedding = weights.pop("lm_head.weight"), weights.pop("embed_tokens.weight")
     for layer in range(config.num_hidden_layers):
         experts = f"layers.{layer}.mlp.experts"
@@ -39,7 +39,7 @@ def talker_reference(folder: Path) -> Logits:
 
 
 def reference(kind: str, folder: Path) -> Logits:
-    if kind == "naive_talker":
+    if kind in ("naive_talker", "omni_talker"):
         return talker_reference(folder)
     from transformers import Glm4MoeForCausalLM, Qwen2MoeForCausalLM
 

@@ -2,8 +2,9 @@
 
     python examples/engine/make_checkpoint.py KIND DIR [--seed 0] [--layers 3] [--fused]
 
-KIND is naive_talker, unfused_qwen2, unfused_deepseek, list_moe or list_moe_whole. Routed experts are written as one 2-D
-tensor per expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and ``down_proj``.
+KIND is naive_talker, omni_talker, unfused_qwen2, unfused_deepseek, list_moe or list_moe_whole. Routed experts are
+written as one 2-D tensor per expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and
+``down_proj``.
 The same arguments write the same files; a fused checkpoint has the values of the one that isn't. The tokenizer knows
 one word per token, w000 to w127, so that a server can be asked in text.
 """
@@ -82,7 +83,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **QWEN,
     },
 }
+CONFIGS["omni_talker"] = {**CONFIGS["naive_talker"], "architectures": ["OmniTalkerForCausalLM"]}
 CONFIGS["list_moe_whole"] = {**CONFIGS["list_moe"], "whole_shared_expert": True}
+
+_TALKERS = ("naive_talker", "omni_talker")
 
 Draw = Callable[..., "torch.Tensor"]
 
@@ -137,11 +141,12 @@ def _tensors(kind: str, *, seed: int, layers: int, fused: bool) -> dict[str, tor
     for index in range(layers):
         layer = f"model.layers.{index}"
         out[f"{layer}.input_layernorm.weight"] = 1 + draw(HIDDEN, std=0.1)
-        out |= _attention(draw, f"{layer}.self_attn", head_norms=kind == "naive_talker")
+        out |= _attention(draw, f"{layer}.self_attn", head_norms=kind in _TALKERS)
         out[f"{layer}.post_attention_layernorm.weight"] = 1 + draw(HIDDEN, std=0.1)
         out |= _block(draw, f"{layer}.mlp", deepseek=kind == "unfused_deepseek", fused=fused)
     out["model.norm.weight"] = 1 + draw(HIDDEN, std=0.1)
-    return out | {"lm_head.weight": draw(VOCAB, HIDDEN)}
+    out["lm_head.weight"] = draw(VOCAB, HIDDEN)
+    return {f"talker.{name}": tensor for name, tensor in out.items()} if kind == "omni_talker" else out
 
 
 def make(kind: str, folder: Path, *, seed: int = 0, layers: int = 3, fused: bool = False) -> None:

@@ -93,11 +93,20 @@ class Surgery:
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
         if self.items:
-            # Compiled graphs are cached under a hash of the config, in which the module tree has no part.
-            self.config.additional_config[KEY] = self.plan.fingerprint
+            self._mark_configs()
         self.items.clear()
         self.done = True
         self.seconds += time.perf_counter() - started
+
+    def _mark_configs(self) -> None:
+        """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
+
+        A model inside a model was built with a copy of the config, which its compiled parts hold.
+        """
+        held = [value for module in self.model.modules() for value in vars(module).values()]
+        for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
+            assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
+            config.additional_config[KEY] = self.plan.fingerprint
 
     def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> None:
         parent, _, name = path.rpartition(".")
