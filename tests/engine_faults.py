@@ -28,14 +28,14 @@ def _doubled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def faulty(name: str | None) -> Iterator[None]:
-    """While this lasts, something fails: reading, building the second block, loading, or proving; or is built wrong."""
+    """While this lasts, something fails: reading a block, building, loading or proving one; or one is built wrong."""
     if name is None:
         yield
         return
     from moe_surgery.engine import blocks, ledger, proving, sites, surgery
 
     places: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-        "reading": (sites, "read", lambda original: _fails_at(2, original, "reading")),
+        "reading": (sites, "read", lambda original: _fails_at(1, original, "reading")),
         "building": (surgery, "build", lambda original: _fails_at(2, original, "building")),
         "loading": (ledger.Ledger, "_note", lambda original: _fails_at(40, original, "loading")),
         "proving": (proving, "prove_swapped", lambda original: _fails_at(2, original, "proving")),

@@ -8,7 +8,7 @@ plain torch here is :class:`~moe_surgery.find.result.Unreadable`, with the reaso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -61,21 +61,33 @@ def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
     return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A block under the lens: its routed layer, if it has one, and what each of vLLM's layers in it means now."""
+
+    routed: Routed | None
+    meanings: dict[nn.Module, Hashable]
+
+
 @contextmanager
-def readable(block: nn.Module) -> Iterator[Routed | None]:
-    """While this lasts, ``block`` takes ``[..., H]`` and can be recorded; yields its routed layer, if it has one.
+def readable(block: nn.Module) -> Iterator[Seen]:
+    """While this lasts, ``block`` takes ``[..., H]`` and can be recorded.
 
     Raises :class:`~moe_surgery.find.result.Unreadable` for a layer that has more to it. The block is put back as it was
     in any case.
     """
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    meanings: dict[nn.Module, Hashable] = {}
     group = get_tp_group()
     try:
         routed = _routed(block)
-        bias = None if routed is None else _bias(routed.runner)  # known before the experts' parameters are stood in for
+        # Asked before any attribute of the routed layer is stood in for.
+        bias = None if routed is None else _bias(routed.runner)
+        meaning = None if routed is None else _routing(routed, block)
         for module in list(block.modules()):
             stand_in = _stand_in(module, block, routed, bias)
             if stand_in is not None:
+                meanings[module] = (_meaning(module, stand_in), meaning)
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
         if routed is None or routed.routes != "given":
@@ -83,7 +95,7 @@ def readable(block: nn.Module) -> Iterator[Routed | None]:
             vars(block)["forward"] = _flat(block.forward)
         # With weights of their full size there are no partial sums.
         vars(group)["all_reduce"] = lambda tensor: tensor
-        yield routed
+        yield Seen(routed, meanings)
     finally:
         vars(group).pop("all_reduce", None)
         for module, attributes in reversed(saved):
@@ -169,6 +181,29 @@ def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: 
     if module is routed.runner.routed_experts:
         return _experts(routed.runner)
     return None
+
+
+def _meaning(module: nn.Module, stand_in: dict[str, Any]) -> Hashable:
+    """All that a stand-in's forward depends on beside the elements of its weights, and what :func:`_routing` says."""
+    weights = tuple((name, tuple(p.shape), p.dtype) for name, p in stand_in.get("_parameters", {}).items())
+    more: tuple[Hashable, ...] = tuple(stand_in.get("_modules", ()))
+    if isinstance(module, LinearBase):
+        more = getattr(module, "out_dtype", None), module.return_bias
+    elif isinstance(module, CustomOp):  # runs a forward of its own
+        more = tuple(item for item in sorted(vars(module).items()) if _is_plain(item[1]))
+    return type(module), weights, more
+
+
+def _routing(routed: Routed, block: nn.Module) -> Hashable:
+    """What a routed layer's forward depends on beside its weights."""
+    runner, experts = routed.runner, routed.runner.routed_experts
+    gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
+    chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
+    return *chosen, gate, experts.activation.value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm.config import VllmConfig
 
@@ -44,13 +45,23 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
 
 
 def checkpoint_config(config: VllmConfig) -> object:
-    """The config that rules read: the checkpoint's own file where there is one, else what vLLM made of it."""
+    """The config that rules read: the checkpoint's own file with the user's overrides, else what vLLM made of it."""
     assert config.model_config is not None
-    file = Path(config.model_config.model) / "config.json"
-    if file.is_file():
-        loaded: object = json.loads(file.read_text(encoding="utf-8"))
-        return loaded
-    return config.model_config.hf_config
+    file, overrides = Path(config.model_config.model) / "config.json", config.model_config.hf_overrides
+    if not file.is_file() or callable(overrides):
+        hf_config: object = config.model_config.hf_config
+        return hf_config
+    return _overridden(json.loads(file.read_text(encoding="utf-8")), overrides or {})
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with other values; those of inner configs are overridden one by one."""
+    out = dict(data)
+    for key, value in overrides.items():
+        inner = out.get(key)
+        both = isinstance(inner, dict) and isinstance(value, Mapping)
+        out[key] = _overridden(inner, value) if both else value  # type: ignore[arg-type]
+    return out
 
 
 def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match | Miss | None:

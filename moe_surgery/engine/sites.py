@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
 from moe_surgery.engine.lens import Routed, readable
+from moe_surgery.find.check import check_site
 from moe_surgery.find.result import Reading, Site, Unreadable
+from moe_surgery.find.structure import structure
 from moe_surgery.read import read
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.tree import find_sites
@@ -32,8 +35,9 @@ class EngineSite:
 
 
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
-    """Every site of ``model`` in the order of its module tree, read."""
-    return tuple(_survey(site) for site in _sites(model))
+    """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once."""
+    known: dict[Hashable, Reading | str] = {}
+    return tuple(_survey(site, known) for site in _sites(model))
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -51,18 +55,31 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _survey(site: Site) -> EngineSite:
+def _survey(site: Site, known: dict[Hashable, Reading | str]) -> EngineSite:
     block = site.module
     if isinstance(block, SwappedBlock) or any(
         isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
     ):
         return EngineSite(site)
     try:
-        with readable(block) as routed:
-            reading = read(block)
+        with readable(block) as seen:
+            check_site(block)
+            reading = _read(block, structure(block, site.path, seen.meanings), known)
     except Unreadable as error:
         return EngineSite(site, unread=str(error))
-    return EngineSite(site, _as_routed(reading, routed), routed)
+    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed)
+
+
+def _read(block: nn.Module, key: Hashable, known: dict[Hashable, Reading | str]) -> Reading:
+    if key not in known:
+        try:
+            known[key] = read(block)
+        except Unreadable as error:
+            known[key] = str(error)
+    found = known[key]
+    if isinstance(found, str):
+        raise Unreadable(found)
+    return found
 
 
 def _as_routed(reading: Reading, routed: Routed | None) -> Reading:
