@@ -1,0 +1,1 @@
+"""What testing a pack needs: tiny real models of every family."""
