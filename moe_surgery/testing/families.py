@@ -85,15 +85,23 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
     return model, _INPUTS[chosen.inputs](config, generator)
 
 
-def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What a model computes for ``inputs``: its logits, or else its last hidden state or feature maps.
+def model_config(chosen: Family) -> Any:
+    """The transformers config that :func:`build` builds a family's model from."""
+    return _config(chosen, {})[1]
 
-    Float, of shape (batch, sequence, vocabulary or hidden size); feature maps (batch, patches, hidden size).
+
+def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """What a model computes for ``inputs``: the tensor it returns, or else logits, last hidden state or feature maps.
+
+    Of the models of families: float, of shape (batch, sequence, vocabulary or hidden size); feature maps (batch,
+    patches, hidden size).
     """
     import torch
 
     with torch.no_grad():
         result = model(**inputs)
+    if isinstance(result, torch.Tensor):
+        return result
     for key in ("logits", "last_hidden_state"):
         if result.get(key) is not None:
             return result[key]
