@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,18 @@ def attempt(
 
     With ``compile`` the outputs after the operation are those of the model under ``torch.compile``.
     """
+    with _one_thread():
+        return _attempt(model, inputs, outputs, packs, target, compile)
+
+
+def _attempt(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    outputs: Outputs,
+    packs: Sequence[str | Path | Pack] | None,
+    target: str,
+    compile: bool,
+) -> Trial:
     before, picture = outputs(model, inputs), _picture(model)
     fault = None
     try:
@@ -111,6 +124,17 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape or not found.isfinite().all():
         return float("inf")
     return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they save; on a busy machine, waiting for each other, ten times as much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _picture(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int, int]]]:
