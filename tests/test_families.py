@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,15 @@ WITHOUT_EFFECT = {("deepseek_v2", "raw"), ("hy_v3", "same-dtype")}
 # Experts that a few tokens needn't reach: one a token in Switch; in NLLB-MoE, as written in transformers 5.19, never
 # any but the first two.
 UNREACHED = {"nllb_moe": r"expert_[2-7]\.", "switch_transformers": r"expert_\d\."}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost models of this size more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
