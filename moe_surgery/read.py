@@ -65,6 +65,8 @@ def read(block: nn.Module) -> Reading:
         records += _if_it_takes(block, (few[0] * few[1], width), own, plain=False)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
+    if any(expert.identity for expert in experts):
+        raise Unreadable("some of what its router scores are experts that return their input")
     layout = Layout(
         router=router.piece,
         experts=tuple(expert.pieces for expert in experts),

@@ -66,7 +66,7 @@ def read_experts(module: nn.Module) -> Reading:
     everyone = [replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records]
     experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
-    check_complete(state, layout)
+    check_complete(state, layout, range(total, total + identities))
     found = replace(experts_spec(experts, first), identities=identities)
     spec = MoESpec(
         hidden=width,
@@ -89,8 +89,11 @@ def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
                 batch = odd_batch(state, 1, total, few)
                 rows = batch[0] * batch[1]
                 record = _record(module, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
-                layout = Layout(Piece(""), tuple(e.pieces for e in same_experts([record], record.tokens[0], total)))
-                check_complete(state, layout)
+                experts = same_experts([record], record.tokens[0], total)
+                if any(expert.identity for expert in experts):
+                    raise Unreadable("some of its experts return their input")
+                layout = Layout(Piece(""), tuple(expert.pieces for expert in experts))
+                check_complete(state, layout, range(total, 1 << 30))
                 return width, total, few
             except Unreadable as error:
                 known = problem is not None and not isinstance(problem, Unfollowed)

@@ -227,7 +227,7 @@ class ReferenceExperts(ReferenceBlock):
         )
         [outputs] = expert_outputs(self._tensors(), [visits], work)
         scaled = weights.to(work) * self.spec.router.scale
-        out = weighted_sum(outputs.view(*ids.shape, -1), scaled, work)
+        out = weighted_sum(outputs.view(*ids.shape, x.shape[-1]), scaled, work)
         return out.to(x.dtype).view(x.shape)
 
 
