@@ -94,6 +94,7 @@ def read(block: nn.Module) -> Reading:
             groups=router.groups,
             epsilon=router.epsilon,
             floor=router.floor,
+            norm=router.norm,
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
@@ -301,9 +302,7 @@ def _owner(pieces: Iterable[Piece], role: str) -> str:
 
 def _names(layout: Layout) -> tuple[str, str, str]:
     experts = _owner((piece for mlp in layout.experts for piece in mlp.pieces() if piece.path), "experts")
-    shared = (
-        _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
-    )
+    shared = _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
     gate = _owner((layout.shared_gate,), "") if layout.shared_gate else ""
     return experts, shared, gate
 

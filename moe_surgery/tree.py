@@ -59,9 +59,7 @@ def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int]]:
             count, named = len(matrices), _HINT in name.lower()
             if count < 2 or max(matrices) > _MOST_MATRICES:
                 continue
-            if min(matrices) >= 2 and (named or _scores(module, count, without=(name,))):
-                yield (name,), count
-            elif max(matrices) == min(matrices) == 1 and named:
+            if (named and min(matrices) >= 1) or (min(matrices) >= 2 and _scores(module, count, without=(name,))):
                 yield (name,), count
             elif max(matrices) == min(matrices) == 1:
                 singles[count] = (*singles.get(count, ()), name)
@@ -81,9 +79,9 @@ def _around_stacked(modules: dict[str, nn.Module], path: str) -> set[str]:
         outer = outer.rpartition(".")[0]
         inside = f"{path[len(outer) :].lstrip('.')}."
         for name, tensor in modules[outer].named_parameters() if outer in modules else ():
-            if not name.startswith(inside) and tensor.ndim == 2 and tensor.shape[1] == shape[1]:
-                if 1 < tensor.shape[0] < shape[0] and shape[0] % tensor.shape[0] == 0:
-                    return {outer}
+            fits = tensor.ndim == 2 and tensor.shape[1] == shape[1] and 1 < tensor.shape[0] < shape[0]
+            if fits and shape[0] % tensor.shape[0] == 0 and not name.startswith(inside):
+                return {outer}
     return set()
 
 

@@ -251,7 +251,7 @@ class Recorder(TorchDispatchMode):
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
         alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
-        if tuple(output.shape) != shape and not (self.route is _no_choice and alike) or output.dtype != self.dtype:
+        if (tuple(output.shape) != shape and not (self.route is _no_choice and alike)) or output.dtype != self.dtype:
             raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
         while waiting:
