@@ -75,7 +75,7 @@ def test_the_text_groups_settings_that_end_alike_and_the_page_says_how_it_was_ma
 
 def test_what_is_not_replaced_says_why_and_ends_with_11_under_strict() -> None:
     result = call("--family", "vitpose_backbone")
-    assert "\n    no module of the model looks like a sparse-MoE block\n" in result.stdout
+    assert "\n    its forward takes (hidden_state: torch.Tensor, indices: torch.Tensor), not" in result.stdout
     assert call("--family", "vitpose_backbone", "--strict", exit_code=11)
 
 
