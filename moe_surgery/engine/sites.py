@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from moe_surgery.engine.lens import Routed, readable
 from moe_surgery.find.check import check_site
 from moe_surgery.find.result import Reading, Site, Unreadable
-from moe_surgery.find.structure import structure
+from moe_surgery.find.structure import Readings, structure
 from moe_surgery.read import read
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.tree import find_sites
@@ -36,7 +35,7 @@ class EngineSite:
 
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
     """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once."""
-    known: dict[Hashable, Reading | str] = {}
+    known = Readings()
     return tuple(_survey(site, known) for site in _sites(model))
 
 
@@ -55,7 +54,7 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _survey(site: Site, known: dict[Hashable, Reading | str]) -> EngineSite:
+def _survey(site: Site, known: Readings) -> EngineSite:
     block = site.module
     if isinstance(block, SwappedBlock) or any(
         isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
@@ -64,22 +63,10 @@ def _survey(site: Site, known: dict[Hashable, Reading | str]) -> EngineSite:
     try:
         with readable(block) as seen:
             check_site(block)
-            reading = _read(block, structure(block, site.path, seen.meanings), known)
+            reading = known.once(structure(block, site.path, seen.meanings), lambda: read(block))
     except Unreadable as error:
         return EngineSite(site, unread=str(error))
     return EngineSite(site, _as_routed(reading, seen.routed), seen.routed)
-
-
-def _read(block: nn.Module, key: Hashable, known: dict[Hashable, Reading | str]) -> Reading:
-    if key not in known:
-        try:
-            known[key] = read(block)
-        except Unreadable as error:
-            known[key] = str(error)
-    found = known[key]
-    if isinstance(found, str):
-        raise Unreadable(found)
-    return found
 
 
 def _as_routed(reading: Reading, routed: Routed | None) -> Reading:

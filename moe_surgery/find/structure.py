@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -11,51 +11,88 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.find.result import Reading, Unreadable
+from moe_surgery.find.watch import functions
+
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_RUN = frozenset(["__init__", "extra_repr", "load_weights", "weight_loader"])
 _PLAIN = (bool, int, str, torch.dtype, torch.device, type)
 _DEPTH = 4
+# Code with one of these may look at attributes that it doesn't name.
+_BLIND = frozenset(["getattr", "vars", "__dict__", "__getattribute__", "dir"])
+
+
+class Readings:
+    """What was read of blocks so far, by their structure. Holds as long as the blocks live and nobody changes them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Reading | str] = {}
+
+    def once(self, key: Hashable, read: Callable[[], Reading]) -> Reading:
+        """What was read, or is now, of blocks that share ``key``. Raises :class:`Unreadable` as ``read`` did."""
+        if key not in self._known:
+            try:
+                self._known[key] = read()
+            except Unreadable as error:
+                self._known[key] = str(error)
+        found = self._known[key]
+        if isinstance(found, str):
+            raise Unreadable(found)
+        return found
 
 
 def structure(block: nn.Module, place: str, known: Mapping[nn.Module, Hashable] | None = None) -> Hashable:
     """A key that two blocks share only if their forwards do the same to tensors that differ only in their elements.
 
-    It holds the class, forward and attributes of every submodule, and shape, strides, dtype and device of every
+    It holds the class and attributes of every submodule, and shape, strides, dtype and device of every
     tensor. A function, such as a forward patched onto an instance, counts by its code and what it closes over; what is
-    of no known kind counts by its identity. ``place`` is the block's path in the model: a name that begins with it is
-    taken for its own name, unless code of the module that has it looks at it. ``known`` says of some submodules all
-    that there is to say. Keys may be compared as long as the blocks live.
+    of no known kind counts by its identity. Plain attributes that no code of the block names, such as a layer's number,
+    are left out. ``place`` is the block's path in the model, and stands for itself at the beginning of texts. ``known``
+    says of some submodules all that there is to say.
     """
-    paths = {id(module): path for path, module in block.named_modules()}
+    modules = dict(block.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    told = known or {}
+    looked = [module for module in modules.values() if module not in told]
+    named = frozenset(name for module in looked for name in _named(module))
     return tuple(
-        (path, (known or {}).get(module) or _Module(place, paths, module).key())
+        (path, told[module] if module in told else _Module(place, paths, named, module).key())
         for path, module in block.named_modules(remove_duplicate=False)
     )
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One submodule of a block at ``place``; ``paths`` are the block's modules by identity."""
+    """One submodule of a block at ``place``.
+
+    ``paths`` are the block's modules by identity, ``named`` the names that occur in its code.
+    """
 
     place: str
     paths: Mapping[int, str]
+    named: frozenset[str]
     module: nn.Module
 
     def key(self) -> Hashable:
-        named = frozenset(_named(self.module))
         attributes = tuple(
-            (name, self._attribute(name, value, named)) for name, value in sorted(vars(self.module).items())
+            (name, self._attribute(name, value))
+            for name, value in sorted(vars(self.module).items())
+            if not self._unseen(name, value)
         )
-        return type(self.module), type(self.module).forward, attributes
+        return type(self.module), attributes
 
-    def _attribute(self, name: str, value: Any, named: frozenset[str]) -> Hashable:
+    def _unseen(self, name: str, value: Any) -> bool:
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return plain and name not in _INTERNAL and name not in self.named and not self.named & _BLIND
+
+    def _attribute(self, name: str, value: Any) -> Hashable:
         if name in ("_parameters", "_buffers"):
             return tuple((key, _tensor(tensor)) for key, tensor in value.items())
         if name == "_modules":
-            return tuple(value)
+            return tuple(value.keys())
         if name in _INTERNAL and isinstance(value, (dict, set)):
             return "internal", len(value)  # hooks and the like, which no site may have
-        if isinstance(value, str) and name not in named and self.place and value.startswith(self.place):
+        if isinstance(value, str) and name not in self.named and self.place and value.startswith(self.place):
             return "own name", value[len(self.place) :]
         return self._value(value, 0)
 
@@ -71,6 +108,8 @@ class _Module:
         if depth < _DEPTH:
             if isinstance(value, (tuple, list)):
                 return type(value).__name__, tuple(self._value(item, depth + 1) for item in value)
+            if type(value) is dict:
+                return "dict", self._value(tuple(value.items()), depth)
             if isinstance(value, MethodType):
                 return "method", self._value(value.__self__, depth + 1), self._value(value.__func__, depth + 1)
             if isinstance(value, functools.partial):
@@ -96,18 +135,25 @@ def _tensor(tensor: Tensor | None) -> Hashable:
 
 
 def _named(module: nn.Module) -> Iterator[str]:
-    """The names, and the texts that may be names, in all code of a module that a forward may run."""
-    for cls in type(module).__mro__:
+    """The names, and the texts that may be names, in all code that a module's forward may run."""
+    yield from _named_by(type(module))  # type: ignore[arg-type]
+    for value in vars(module).values():
+        for function in functions(value):
+            yield from _words(function.__code__)
+
+
+@functools.cache
+def _named_by(kind: type) -> frozenset[str]:
+    found: set[str] = set()
+    for cls in kind.__mro__:
         if cls is nn.Module:
             break
         for name, value in vars(cls).items():
             function = getattr(value, "fget", value)
-            if isinstance(function, FunctionType) and name not in _NOT_RUN:
-                yield from _words(function.__code__)
-    for value in vars(module).values():
-        function = value.__func__ if isinstance(value, MethodType) else value
-        if isinstance(function, FunctionType):
-            yield from _words(function.__code__)
+            if name not in _NOT_RUN and isinstance(function, FunctionType):
+                for other in (function, *functions(function)):
+                    found.update(_words(other.__code__))
+    return frozenset(found)
 
 
 def _words(code: CodeType) -> Iterator[str]:
