@@ -48,10 +48,17 @@ class Trial:
         return self.wrong is None
 
     @property
+    def loud(self) -> bool:
+        """Whether nothing was wrong on the quiet: right, or an error that left the model as it was."""
+        return self._changed is None
+
+    @property
     def wrong(self) -> str | None:
         """What went wrong, in a sentence; None if nothing did."""
-        if self.fault is not None:
-            return str(self.fault)
+        return self._changed or (str(self.fault) if self.fault is not None else None)
+
+    @property
+    def _changed(self) -> str | None:
         if not self.moved <= TOLERANCE:
             return f"outputs moved by {self.moved:.1e}, more than {TOLERANCE:.0e}"
         return None if self.restored else "undo did not leave the model as it was"
@@ -59,9 +66,9 @@ class Trial:
     @property
     def exit_code(self) -> int:
         """0, or that of the first thing that went wrong."""
-        if self.fault is not None:
-            return self.fault.exit_code
-        return 0 if self.right else 12
+        if self._changed is not None:
+            return 12
+        return self.fault.exit_code if self.fault is not None else 0
 
 
 Outputs = Callable[[nn.Module, Mapping[str, Any]], Tensor]
