@@ -161,3 +161,13 @@ def test_a_family_counts_as_replaced_only_if_all_that_was_tried_is() -> None:
     assert replaced(tried("default", "replaced"), tried("top1", "replaced")) == ("mixtral",)
     assert replaced(tried("default", "replaced"), tried("top1", "refused")) == ()
     assert replaced(tried("default", "replaced", moved=1.0)) == ()
+
+
+def test_the_built_in_packs_are_short_and_each_of_their_rules_replaces_a_block() -> None:
+    names = {rule.full_name for pack in load_packs() for rule in pack.rules}
+    for file in (Path(__file__).parents[1] / "rules").glob("*.toml"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 40, file
+    found = data("--family", "qwen3_omni_moe", "--family", "qwen3_omni_moe#talker", "--family", "qwen3_moe")
+    used = {block["rule"] for model in found["models"] for block in model["blocks"]}
+    assert used == names
+    assert call("qwen3-omni").stdout.count("\n~ ") == 2
