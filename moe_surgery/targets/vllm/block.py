@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.reference import within
+from moe_surgery.targets.vllm.routing import handed
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -28,6 +30,7 @@ class FusedMoEBlock(SwappedBlock):
         self.spec = spec
         self.label = label
         self.router_weight = nn.Parameter(tensors.router, requires_grad=False)
+        self.router_bias, self.output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
         self.fused = fused
         self._observed: nn.Module | None = None
         self.new_bytes, self.moved_bytes = _measure(self, tensors)
@@ -43,11 +46,12 @@ class FusedMoEBlock(SwappedBlock):
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         if self._observed is not None and self._observed._forward_hooks:
             self._observed(x)
-        if self.spec.router.logits_dtype == "float32":
-            logits = F.linear(x.float(), self.router_weight.float())
-        else:
-            logits = F.linear(x, self.router_weight)
+        work = torch.float32 if self.spec.router.logits_dtype == "float32" else x.dtype
+        bias = None if self.router_bias is None else self.router_bias.to(work)
+        logits = F.linear(x.to(work), self.router_weight.to(work), bias)
         out: Tensor = self.fused(x, logits)
+        if self.output_bias is not None:
+            out = out + self.output_bias
         return out.view(hidden_states.shape)
 
     def observe(self, name: str, router: nn.Module) -> None:
@@ -104,6 +108,32 @@ class FusedMoEBlock(SwappedBlock):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SurgeryError("a swapped MoE block can't be copied or pickled; undo first, then operate on the copy")
+
+
+class FusedExperts(FusedMoEBlock):
+    """The routed experts alone, behind the router of the model's own, computed by vLLM's kernels, for inference.
+
+    Takes tokens ``[..., H]``, expert ids [T, k] and routing weights [T, k], and returns the weighted sum ``[..., H]``.
+    Ids beyond the experts stand for none, as they do for transformers' experts.
+    """
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """See :meth:`FusedMoEBlock.forward` for the errors it raises."""
+        hidden_states, ids, weights = self.arguments(given, named)
+        self._refuse_what_kernels_cannot(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        experts, count = self.spec.experts, ids.shape[-1]
+        ids, weights = ids.reshape(-1, count), weights.reshape(-1, count).float() * self.spec.router.scale
+        kept, scaled = within(ids, weights, experts.num_experts)
+        out: Tensor = self.fused(x, handed(scaled, kept))
+        if experts.identities:
+            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
+        return out.view(hidden_states.shape)
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 def _measure(block: nn.Module, tensors: BlockTensors) -> tuple[int, int]:
