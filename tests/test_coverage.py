@@ -126,6 +126,18 @@ def test_a_wrong_target_is_rolled_back_and_ends_with_12(monkeypatch: pytest.Monk
     assert not trial.right and trial.restored and trial.moved == 0
 
 
+def test_an_unexpected_error_is_that_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ReferenceTarget):
+        def build(self, *arguments: Any, **named: Any) -> Any:
+            raise IndexError("out of bounds")
+
+    monkeypatch.setattr(verbs, "get_target", lambda name: Broken())
+    result = call("--family", "qwen2_moe", "--family", "vitpose_backbone", exit_code=1)
+    assert "unexpected IndexError: out of bounds" in result.stdout
+    assert "1 of 2 models right" in result.stdout
+    assert not attempt_family(families()["qwen2_moe"], "default").loud
+
+
 def test_outputs_that_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where every proof passes: the comparison of whole models is a check of its own."""
     model, inputs = build("qwen2_moe")

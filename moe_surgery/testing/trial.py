@@ -40,7 +40,7 @@ class Trial:
     report: Report | None
     moved: float
     restored: bool
-    fault: SurgeryError | None = None
+    fault: Exception | None = None
 
     @property
     def right(self) -> bool:
@@ -49,13 +49,16 @@ class Trial:
 
     @property
     def loud(self) -> bool:
-        """Whether nothing was wrong on the quiet: right, or an error that left the model as it was."""
-        return self._changed is None
+        """Whether nothing was wrong on the quiet: right, or an error on purpose that left the model as it was."""
+        return self._changed is None and (self.fault is None or isinstance(self.fault, SurgeryError))
 
     @property
     def wrong(self) -> str | None:
         """What went wrong, in a sentence; None if nothing did."""
-        return self._changed or (str(self.fault) if self.fault is not None else None)
+        if self._changed is not None or self.fault is None:
+            return self._changed
+        unexpected = "" if isinstance(self.fault, SurgeryError) else f"unexpected {type(self.fault).__name__}: "
+        return f"{unexpected}{self.fault}"
 
     @property
     def _changed(self) -> str | None:
@@ -68,7 +71,7 @@ class Trial:
         """0, or that of the first thing that went wrong."""
         if self._changed is not None:
             return 12
-        return self.fault.exit_code if self.fault is not None else 0
+        return 0 if self.fault is None else getattr(self.fault, "exit_code", 1)
 
 
 Outputs = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -100,11 +103,13 @@ def _attempt(
     compile: bool,
 ) -> Trial:
     before, picture = outputs(model, inputs), _picture(model)
-    fault = None
+    fault: Exception | None = None
     try:
         report: Report | None = moe_surgery.apply(model, packs=packs, target=target)
     except SurgeryError as error:
         report, fault = error.report, error
+    except Exception as error:  # one family's failure must not hide what becomes of the others
+        report, fault = None, error
     operated = model
     if compile:
         torch._dynamo.reset()
