@@ -65,6 +65,8 @@ def read(block: nn.Module) -> Reading:
         records += _if_it_takes(block, (few[0] * few[1], width), own, plain=False)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
+    if any(expert.identity for expert in experts):
+        raise Unreadable("some of what its router scores are experts that return their input")
     layout = Layout(
         router=router.piece,
         experts=tuple(expert.pieces for expert in experts),
@@ -92,6 +94,7 @@ def read(block: nn.Module) -> Reading:
             groups=router.groups,
             epsilon=router.epsilon,
             floor=router.floor,
+            norm=router.norm,
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
@@ -299,9 +302,7 @@ def _owner(pieces: Iterable[Piece], role: str) -> str:
 
 def _names(layout: Layout) -> tuple[str, str, str]:
     experts = _owner((piece for mlp in layout.experts for piece in mlp.pieces() if piece.path), "experts")
-    shared = (
-        _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
-    )
+    shared = _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
     gate = _owner((layout.shared_gate,), "") if layout.shared_gate else ""
     return experts, shared, gate
 

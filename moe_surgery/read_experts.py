@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -52,10 +53,11 @@ def read_experts(module: nn.Module) -> Reading:
         k = min(3, total)
         records = [
             _record(module, width, spread(count, total, k), torch.float32, torch.float32),
-            _record(module, width, spread(count, total, 1), torch.bfloat16, torch.float32),
             _record(module, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
             _record(module, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
         ]
+        with suppress(Unfollowed):  # some modules take no single choice
+            records.append(_record(module, width, spread(count, total, 1), torch.bfloat16, torch.float32))
         router = records[0].tokens[0].router
         identities = _beyond(module, width, total, own)
     first = records[0].tokens[0]
@@ -63,10 +65,12 @@ def read_experts(module: nn.Module) -> Reading:
         raise Unreadable("its experts add what has no routing weight")
     if first.on_input:
         raise Unreadable("its experts weight their inputs")
-    everyone = [replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records]
+    everyone = [
+        replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records
+    ]
     experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
-    check_complete(state, layout)
+    check_complete(state, layout, range(total, total + identities))
     found = replace(experts_spec(experts, first), identities=identities)
     spec = MoESpec(
         hidden=width,
@@ -89,8 +93,11 @@ def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
                 batch = odd_batch(state, 1, total, few)
                 rows = batch[0] * batch[1]
                 record = _record(module, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
-                layout = Layout(Piece(""), tuple(e.pieces for e in same_experts([record], record.tokens[0], total)))
-                check_complete(state, layout)
+                experts = same_experts([record], record.tokens[0], total)
+                if any(expert.identity for expert in experts):
+                    raise Unreadable("some of its experts return their input")
+                layout = Layout(Piece(""), tuple(expert.pieces for expert in experts))
+                check_complete(state, layout, range(total, 1 << 30))
                 return width, total, few
             except Unreadable as error:
                 known = problem is not None and not isinstance(problem, Unfollowed)
@@ -125,16 +132,13 @@ def _beyond(module: nn.Module, width: int, total: int, dtype: torch.dtype) -> in
     """
 
     def kind(expert: int) -> str:
-        ids = torch.stack([torch.tensor([expert]), torch.tensor([expert])])
+        ids = torch.tensor([[expert, 0], [expert, 0]])
         try:
             [one, _] = _record(module, width, ids, dtype, torch.float32, plain=True).tokens
         except Unfollowed:
             return "error"
-        except Unreadable as error:
-            if "no routed experts" in str(error) or "doesn't depend on its input" in str(error):
-                return "none"
-            raise
-        return "identity" if one.slots[0] is not None and one.slots[0].identity else "other"
+        slot = one.slots[0]
+        return "none" if slot is None else "identity" if slot.identity else "other"
 
     first = kind(total)
     if first in ("error", "none"):

@@ -56,7 +56,7 @@ class RouterSpec:
     hands over ids and weights; how it finds them is not said here.
 
     ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
-    divided by ``max(sum + epsilon, floor)``.
+    divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
 
     num_experts: int
@@ -73,6 +73,7 @@ class RouterSpec:
     groups: Groups | None = None
     epsilon: float = 0.0
     floor: float = 0.0
+    norm: float = 1.0
 
     @property
     def ranks_by_logits(self) -> bool:
@@ -89,8 +90,8 @@ class Mix:
     """What stands between the matrices of an MLP: ``act(gate) * up``, and what models add to it.
 
     ``gated`` is false where there is no up projection. ``limit`` clamps ``gate`` from above and ``up`` from both sides;
-    with ``limit_after`` the activated gate is clamped instead of the gate. ``alpha`` is the factor inside the sigmoid of
-    a silu; ``offset`` is added to ``up``.
+    with ``limit_after`` the activated gate is clamped instead of the gate. ``alpha`` is the factor inside a silu's
+    sigmoid; ``offset`` is added to ``up``.
     """
 
     activation: Activation
@@ -205,10 +206,30 @@ class MoESpec:
             g = r.groups
             text += f" in {g.chosen} of {g.count} groups ({g.score}, {g.outside:g} outside)"
         if r.renormalize:
-            text += " renormalised"
+            text += " renormalised" + (f" by its {r.norm:g}-norm" if r.norm != 1.0 else "")
         if r.scale != 1.0:
             text += f" ×{r.scale:g}"
         return text
+
+    def beyond_plain(self) -> tuple[str, ...]:
+        """What it has beyond a plain router (softmax or sigmoid of one map), gated MLPs and their sum."""
+        r, e, s = self.router, self.experts, self.shared
+        has = {
+            "only its experts": self.at == "experts",
+            "a logit bias": r.bias,
+            "a soft cap": r.soft_cap is not None,
+            "a correction bias": r.correction_bias,
+            "groups": r.groups is not None,
+            "an epsilon, floor or norm": (r.epsilon, r.floor, r.norm) != (0.0, 0.0, 1.0),
+            f"scores of {r.scoring}": r.scoring == "sqrtsoftplus",
+            f"experts of {e.mix}": not e.mix.plain,
+            "biases in its experts": e.bias,
+            "weighted inputs": e.weights_on == "input",
+            "identity experts": e.identities > 0,
+            "a shared expert of another kind": s is not None and not s.mix.plain,
+            "an output bias": self.output_bias,
+        }
+        return tuple(what for what, held in has.items() if held)
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = _finite(asdict(self))

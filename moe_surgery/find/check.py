@@ -58,8 +58,11 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     return state
 
 
-def check_complete(state: dict[str, Tensor], layout: Layout) -> None:
-    """Every element of every parameter and buffer must have exactly one role."""
+def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = range(0)) -> None:
+    """Every element of every parameter and buffer must have exactly one role.
+
+    Matrices number ``spare`` of stacked ones may have none: those of experts that need no matrices.
+    """
     used: dict[tuple[str, int | None], set[int]] = {}
     totals: Counter[str] = Counter()
     for piece in layout.pieces():
@@ -72,7 +75,8 @@ def check_complete(state: dict[str, Tensor], layout: Layout) -> None:
     for name, tensor in state.items():
         if name not in totals:
             raise Unreadable(f"{name} takes no part in what was read")
-        if totals[name] != tensor.numel():
+        unused = len(spare[: max(tensor.shape[0] - spare.start, 0)]) if spare and tensor.ndim == 3 else 0
+        if totals[name] != tensor.numel() - unused * tensor[0].numel():
             raise Unreadable(f"{totals[name]} of {name}'s {tensor.numel()} elements take part in what was read")
 
 

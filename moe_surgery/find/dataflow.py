@@ -236,7 +236,8 @@ class Recorder(TorchDispatchMode):
         shape = scores.meta["val"].shape
         if dim not in (-1, len(shape) - 1):
             raise self.object_to("it ranks along another dimension than the last")
-        ids = self.route(shape[:-1].numel(), shape[-1], k)
+        # Not the same ids for two choices of one size, so that each is told by its own.
+        ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
         self.fixed.update((k, shape[-1]))
         self.choices.append(_Choice(scores, k, ids, largest))
         real = ids.reshape(indices.shape).clone()
@@ -250,8 +251,8 @@ class Recorder(TorchDispatchMode):
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
         alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
-        if tuple(output.shape) != shape and not (self.route is _no_choice and alike) or output.dtype != self.dtype:
-            raise self.object_to(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
+        if (tuple(output.shape) != shape and not (self.route is _no_choice and alike)) or output.dtype != self.dtype:
+            raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
         while waiting:
             node = waiting.pop()
@@ -330,6 +331,8 @@ def _recorded(
             with Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         flow = recorder.flow(output, shape)
+    except Unfollowed:
+        raise
     except Exception as error:
         if recorder.objections:
             raise Unreadable(recorder.objections[0]) from error

@@ -154,7 +154,8 @@ def _select(run: Interpreter, op: Op) -> Mats | Rows:
 
 
 def _bias(run: Interpreter, value: Mats, number: int) -> Term:
-    return run.terms.param(row(value.lead[()], number), value.cols)
+    piece: Piece = value.lead[()]  # type: ignore[assignment]
+    return run.terms.param(row(piece, number), value.cols)
 
 
 def _index(run: Interpreter, op: Op) -> Mats | Rows:

@@ -5,6 +5,7 @@ Everything between the router's linear map and that weight must find its place; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -47,6 +48,7 @@ class RouterRead:
     groups: Groups | None = None
     epsilon: float = 0.0
     floor: float = 0.0
+    norm: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class RouterParser:
         return term, 0
 
     def _router(self, vector: Term, scale: float) -> tuple[RouterRead, Precision]:
-        renormalize, epsilon, floor, inside = False, 0.0, 0.0, 1.0
+        renormalize, epsilon, floor, norm, inside = False, 0.0, 0.0, 1.0, 1.0
         while True:  # from the outside in
             vector = self.bare(vector)
             if vector.op == "mul":
@@ -112,18 +114,18 @@ class RouterParser:
                     scale, inside = (scale, inside * constant) if renormalize else (scale * constant, inside)
                 vector = rest[0]
             elif vector.op == "div":
-                again, (extra, least) = renormalize, self._divisor(*vector.args)
-                if again and (epsilon or floor):
+                divisor = self._divisor(*vector.args)
+                if renormalize and (epsilon or floor):
                     raise Unreadable("routing weights are divided twice")
-                if not again:  # what is divided by its plain sum may have been divided before
-                    epsilon, floor = extra, least
+                if not renormalize:  # what is divided by its plain sum may have been divided before
+                    epsilon, floor, norm = divisor
                 renormalize, vector = True, vector.args[0]
             else:
                 break
         if inside != 1.0 and (epsilon or floor):
             raise Unreadable(f"routing weights are multiplied by {inside:g} before they are renormalised")
         found = self._scores(vector)
-        if found.summed and (epsilon or floor > 1.0):
+        if found.summed and (epsilon or floor > 1.0 or norm != 1.0):
             raise Unreadable("routing weights that sum to one are divided by their sum plus a constant")
         floor = 0.0 if found.summed else floor
         read = replace(
@@ -132,26 +134,26 @@ class RouterParser:
             scale=scale,
             epsilon=epsilon,
             floor=floor,
+            norm=norm,
         )
         return read, found.logits_dtype
 
-    def _divisor(self, over: Term, under: Term) -> tuple[float, float]:
-        """``(epsilon, floor)`` of a division of weights by their sum."""
+    def _divisor(self, over: Term, under: Term) -> tuple[float, float, float]:
+        """``(epsilon, floor, norm)`` of a division of weights by their norm."""
         under, epsilon, floor = self.bare(under), 0.0, 0.0
         if under.op == "clamp" and under.args[2] == float("inf"):
             floor, under = under.args[1], self.bare(under.args[0])
         if under.op == "add" and len(under.args) == 2 and any(arg.op == "const" for arg in under.args):
             epsilon = next(arg.args[0] for arg in under.args if arg.op == "const")
             under = self.bare(next(arg for arg in under.args if arg.op != "const"))
-        if under.op == "norm" and under.args[1] != 1.0:
-            raise Unreadable(f"routing weights are divided by their {under.args[1]:g}-norm")
+        norm = under.args[1] if under.op == "norm" else 1.0
         # Every scoring that is known gives weights above zero, so that the sum is the 1-norm.
         whole = under.args[0] if under.op in ("sum", "norm") else under
         if self.bare(whole) is not self.bare(over) or (under.op not in ("sum", "norm") and over.size != 1):
             raise Unreadable(f"routing weights are divided by {short(under)}")
         if epsilon < 0 or floor < 0:
             raise Unreadable("routing weights are divided by their sum less a constant")
-        return epsilon, floor
+        return epsilon, floor, norm
 
     @dataclass(frozen=True)
     class _Found:
@@ -189,6 +191,10 @@ class RouterParser:
         correction = None
         if ranked is not values and self.bare(logits) is not ranked:
             correction = self._correction(values, ranked)
+        if groups is not None and groups.outside != -math.inf and correction is not None:
+            raise Unreadable(
+                f"experts outside its groups rank as {groups.outside:g}, and its correction bias may rank others lower"
+            )
         if groups is not None and self.bare(logits) is ranked:
             raise Unreadable("its groups rank logits, not scores")
         return self._found(scoring, self.bare(logits), number, term.size, correction, groups, False)
@@ -233,9 +239,7 @@ class RouterParser:
             raise Unreadable(f"the router's logits are {short(start)}, not one linear map of its input")
         _, piece, dtype = logits.args
         self._account(number, groups)
-        read = RouterRead(
-            piece, logits.size, top_k, scoring, False, 1.0, number, bias, cap, correction, groups
-        )
+        read = RouterRead(piece, logits.size, top_k, scoring, False, 1.0, number, bias, cap, correction, groups)
         return self._Found(read, "native" if dtype == self.native else "float32", summed)
 
     def _capped(self, term: Term) -> tuple[float, Term]:
@@ -310,7 +314,9 @@ class RouterParser:
                 explained.add(ranking.number)
                 explained |= set(_numbers(ranking.scores))
         if left := set(by_number) - explained:
-            raise Unreadable(f"it ranks {len(by_number)} times, and {len(left)} of them choose neither experts nor groups")
+            raise Unreadable(
+                f"it ranks {len(by_number)} times, and {len(left)} of them choose neither experts nor groups"
+            )
 
 
 def _numbers(term: Term) -> Iterator[int]:

@@ -274,8 +274,12 @@ class Terms:
             inner, piece, dtype = first.args
             start = piece.rows[0] if piece.rows else 0
             bands = [(start + place * width, start + (place + 1) * width) for place in range(len(parts))]
-            if piece.rows and piece.out is None and all(
-                part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
+            if (
+                piece.rows
+                and piece.out is None
+                and all(
+                    part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
+                )
             ):
                 return self.lin(inner, replace(piece, rows=(start, bands[-1][1])), width * len(parts), dtype)
         return None
@@ -313,5 +317,5 @@ class Terms:
         return self.make("norm", (arg, power), 1)
 
     def chosen(self, values: Term, scores: Term, number: int, count: int) -> Term:
-        """``values`` at the places of the ``count`` highest ``scores``, as choice ``number`` of the record found them."""
+        """``values`` at the places of the ``count`` highest ``scores``, found by choice ``number`` of the record."""
         return self.make("chosen", (values, scores, number), count)

@@ -80,9 +80,7 @@ def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
         raise Unreadable(f"it is one module at several places: {', '.join(shared[id(site.module)])}")
 
 
-def _read(
-    module: nn.Module, known: dict[Hashable, Reading | str], reader: Callable[[nn.Module], Reading]
-) -> Reading:
+def _read(module: nn.Module, known: dict[Hashable, Reading | str], reader: Callable[[nn.Module], Reading]) -> Reading:
     key = structure(module)
     result = known.get(key) if key is not None else None
     if result is None:

@@ -50,7 +50,9 @@ class SwappedBlock(nn.Module):
         """The tokens, ids and weights that a module of experts alone was called with."""
         found = [*given, *(named[name] for name in self.names[len(given) :] if name in named)]
         if len(found) != 3 or len(given) + len(named) != 3:
-            raise TypeError(f"experts take {', '.join(self.names) or 'tokens, ids and weights'}, got {len(found)} of them")
+            raise TypeError(
+                f"experts take {', '.join(self.names) or 'tokens, ids and weights'}, got {len(found)} of them"
+            )
         return found[0], found[1], found[2]
 
     def observe(self, name: str, router: nn.Module) -> None:

@@ -83,7 +83,9 @@ def weighted(router: RouterSpec, scores: Tensor, ids: Tensor) -> Tensor:
     """Weights [T, k] of the chosen experts ``ids`` [T, k], renormalised and scaled."""
     weights = scores.gather(-1, ids)
     if router.renormalize:
-        total = weights.sum(-1, keepdim=True)
+        total = (
+            weights.norm(p=router.norm, dim=-1, keepdim=True) if router.norm != 1.0 else weights.sum(-1, keepdim=True)
+        )
         if router.epsilon:
             total = total + router.epsilon
         if router.floor:

@@ -22,6 +22,7 @@ from moe_surgery.targets.base import Context, Refusal, SwappedBlock
 from moe_surgery.targets.formula import Mixer, capped, mixer, ranked, score, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
+
 def gated(activation: Activation) -> Mixer:
     """``act(gate) * up``."""
     return mixer(Mix(activation))
@@ -222,12 +223,10 @@ class ReferenceExperts(ReferenceBlock):
         flat, count = x.reshape(-1, x.shape[-1]), ids.shape[-1]
         total = self.spec.experts.num_experts + self.spec.experts.identities
         ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), total)
-        visits = Visits(
-            flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix)
-        )
+        visits = Visits(flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix))
         [outputs] = expert_outputs(self._tensors(), [visits], work)
         scaled = weights.to(work) * self.spec.router.scale
-        out = weighted_sum(outputs.view(*ids.shape, -1), scaled, work)
+        out = weighted_sum(outputs.view(*ids.shape, x.shape[-1]), scaled, work)
         return out.to(x.dtype).view(x.shape)
 
 

@@ -84,7 +84,7 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
 
     packed = layout.packed
     if packed is not None:
-        w13, w2 = (weight(block, path) for path in packed)
+        w13, w2 = (weight(block, path)[: len(layout.experts)] for path in packed)
     else:
         w13 = torch.stack([gate_up(expert) for expert in layout.experts])
         w2 = torch.stack([matrix(expert.down) for expert in layout.experts])

@@ -67,7 +67,7 @@ class FusedLayer(nn.Module):
         return out
 
 
-class ExpertsInTurn(CPUUnquantizedExperts):
+class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]
     """Experts of vLLM's layer whose function its kernels don't have, one after another in torch."""
 
     spec: ExpertsSpec
@@ -141,7 +141,7 @@ def _free(runner: nn.Module) -> None:
         module._parameters.clear()
 
 
-_ALONE = {"tp_size": 1, "dp_size": 1, "pcp_size": 1}
+_ALONE: dict[str, Any] = {"tp_size": 1, "dp_size": 1, "pcp_size": 1}
 
 
 def platform() -> str:
@@ -161,7 +161,7 @@ def construct(
     name: str,
     shared: nn.Module | None,
     routing: Routing | Handed | None = None,
-    **sizes: int,
+    **sizes: Any,
 ) -> Any:
     """vLLM's layer for ``spec``, registered as ``name`` in the current config, its weights empty.
 

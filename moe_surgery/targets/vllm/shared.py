@@ -10,6 +10,7 @@ from moe_surgery.spec import SharedSpec
 from moe_surgery.targets.formula import mixer
 from moe_surgery.weights.tensors import BlockTensors
 
+
 class SharedExpert(nn.Module):
     """One MLP, times its sigmoid gate and scale, over the given tensors by reference.
 

@@ -125,7 +125,7 @@ def _check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
         "correction_bias": (experts,) if spec.router.correction_bias else None,
         "output_bias": (hidden,) if spec.output_bias else None,
         "shared_gate_proj": (shared, hidden) if shared else None,
-        "shared_up_proj": (shared, hidden) if spec.shared is not None and spec.shared.gated else None,
+        "shared_up_proj": (shared, hidden) if shared and spec.shared is not None and spec.shared.gated else None,
         "shared_down_proj": (hidden, shared) if shared else None,
         "shared_gate": (1, hidden) if gated else None,
     }
@@ -135,7 +135,11 @@ def _check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
         if got != shape:
             raise SurgeryError(f"{prefix}: {name} has shape {got}, the spec wants {shape}")
         loose = name == "correction_bias"  # models keep it in float32
-        if tensor is not None and not loose and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device):
+        if (
+            tensor is not None
+            and not loose
+            and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device)
+        ):
             raise SurgeryError(
                 f"{prefix}: {name} is {tensor.dtype} on {tensor.device}, the experts are {tensors.w13.dtype} on "
                 f"{tensors.w13.device}"
