@@ -16,8 +16,9 @@ from moe_surgery import verbs
 from moe_surgery.cli.app import app
 from moe_surgery.errors import UsageError
 from moe_surgery.registry import load_packs
+from moe_surgery.report.model import Report
 from moe_surgery.targets.reference import ReferenceTarget
-from moe_surgery.testing import table
+from moe_surgery.testing import coverage, table
 from moe_surgery.testing.coverage import Coverage, Line, Tried, choose
 from moe_surgery.testing.families import build, families, outputs
 from moe_surgery.testing.trial import Trial, attempt, attempt_family, distance
@@ -74,8 +75,8 @@ def test_the_text_groups_settings_that_end_alike_and_the_page_says_how_it_was_ma
 
 
 def test_what_is_not_replaced_says_why_and_ends_with_11_under_strict() -> None:
-    result = call("--family", "vitpose_backbone")
-    assert "\n    no module of the model looks like a sparse-MoE block\n" in result.stdout
+    lines = call("--family", "vitpose_backbone").stdout.splitlines()
+    assert lines[1] == "? vitpose_backbone  VitPoseBackboneMoeMLP" and lines[2].startswith("    its forward takes ")
     assert call("--family", "vitpose_backbone", "--strict", exit_code=11)
 
 
@@ -150,6 +151,24 @@ def test_outputs_that_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trial.wrong == "outputs moved by 1.0e-03, more than 1e-04" and trial.exit_code == 12
 
 
+def test_a_new_block_that_is_never_called_is_found() -> None:
+    model, inputs = build("qwen2_moe")
+    first = model.model.layers[0]
+    forward, block = first.forward, first.mlp
+
+    def around(*arguments: Any, **named: Any) -> Any:
+        """The layer calls a block that it holds on to, whatever stands at its place."""
+        held, first._modules["mlp"] = first.mlp, block
+        try:
+            return forward(*arguments, **named)
+        finally:
+            first._modules["mlp"] = held
+
+    first.forward = around
+    trial = attempt(model, inputs, outputs=outputs, target="reference")
+    assert trial.wrong == "model.layers.0.mlp: replaced, but the model didn't call the new block"
+
+
 def test_an_undo_that_leaves_something_behind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_surgery, "undo", lambda report: None)
     trial = attempt_family(families()["qwen2_moe"], "default", target="reference")
@@ -160,6 +179,15 @@ def test_the_distance_of_tensors_that_can_not_be_compared_is_infinite() -> None:
     one = torch.ones(2, 3)
     assert distance(one, one) == 0 and distance(one * 1.5, one) == pytest.approx(0.5)
     assert distance(one[:1], one) == float("inf") == distance(one / 0, one)
+
+
+def test_a_model_without_any_site_is_a_miss_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_seen(*arguments: Any, **named: Any) -> Trial:
+        return Trial(Report("some", "applied", (), "", {}), 0.0, True)
+
+    monkeypatch.setattr(coverage, "attempt_family", nothing_seen)
+    assert "\n    no module of the model looks like a sparse-MoE block\n" in call("--family", "mixtral").stdout
+    assert call("--family", "mixtral", "--strict", exit_code=11)
 
 
 def test_a_family_counts_as_replaced_only_if_all_that_was_tried_is() -> None:
