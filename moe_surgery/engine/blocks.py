@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vllm.model_executor.layers.linear import (
 
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
-from moe_surgery.spec import Activation
+from moe_surgery.spec import Activation, MoESpec, RouterSpec
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.layout import MLPPieces, Piece
 
@@ -43,6 +44,8 @@ class EngineBlock(SwappedBlock):
                 self.add_module(key, child)
         for key, parameter in old.named_parameters(recurse=False):
             self.register_parameter(key, parameter)
+        for key, buffer in old.named_buffers(recurse=False):
+            self.register_buffer(key, buffer, persistent=key not in old._non_persistent_buffers_set)
         self.add_module(name, runner)
         self._router = router if logits is None else "router_logits"
         self._routed = name
@@ -118,7 +121,7 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
         return f"its routed layer lies deeper than a child of the block ({item.routed.path})"
     if spec.router.scale != 1.0 and config.model_config.dtype == torch.float16:
         return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"
-    if more := spec.beyond_plain():
+    if more := _plainly_routed(spec).beyond_plain():
         return f"a block with {', '.join(more)} is not rebuilt inside an engine yet"
     if any(piece.transposed or piece.out is not None for piece in layout.pieces()):
         return "its weights are stored transposed or interleaved"
@@ -127,6 +130,8 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
     router = owner(block, layout.router)
     if copies(router) < _ranks():
         return "its router's weight is shared out over the ranks"
+    if spec.router.bias and not is_linear(router):
+        return "its router's bias is not that of a linear layer"
     if is_linear(router) and spec.router.logits_dtype == "float32" and router.weight.dtype != torch.float32:
         return "its router's linear layer is not called as it is"
     if spec.shared is None or layout.shared is None:
@@ -134,6 +139,12 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
     if spec.shared.activation not in _ACTIVATIONS:
         return f"vLLM has no fused activation {spec.shared.activation} for a shared expert"
     return _misplaced(block, layout.shared, layout.shared_gate)
+
+
+def _plainly_routed(spec: MoESpec) -> MoESpec:
+    """``spec`` with another router: routing is a function of the logits here, and can be any."""
+    plain = RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", spec.router.renormalize)
+    return replace(spec, router=plain)
 
 
 def _misplaced(block: nn.Module, shared: MLPPieces, gate: Piece | None) -> str | None:

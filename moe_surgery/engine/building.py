@@ -18,6 +18,7 @@ from moe_surgery.find.result import Reading
 from moe_surgery.targets.vllm.era_d import construct
 from moe_surgery.targets.vllm.routing import Routing
 from moe_surgery.weights.layout import MLPPieces, Piece
+from moe_surgery.weights.tensors import weight
 
 
 def build(item: EngineSite, book: LayerBook) -> EngineBlock:
@@ -35,7 +36,7 @@ def build(item: EngineSite, book: LayerBook) -> EngineBlock:
         child = reading.layout.experts[0].gate.path.split(".")[0]
         runner = _stacked(block, reading, f"{item.site.path}.{child}", shared)
     else:
-        child, runner = item.routed.path, _regrouped(item.routed, reading, shared)
+        child, runner = item.routed.path, _regrouped(block, item.routed, reading, shared)
     return EngineBlock(block, router, child, runner, gate)
 
 
@@ -53,14 +54,14 @@ def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
     return RouterLogits(layer, piece.path.rpartition(".")[2], wide), ""
 
 
-def _regrouped(routed: Routed, reading: Reading, shared: nn.Module | None) -> MoERunner:
+def _regrouped(block: nn.Module, routed: Routed, reading: Reading, shared: nn.Module | None) -> MoERunner:
     """vLLM's runner anew, around the experts that the old one had, with the shared expert inside."""
     old, spec = routed.runner, reading.spec.router
     config = copy.copy(old.moe_config)
     config.skip_final_all_reduce = False
     router, scale = old.router, spec.scale
     if routed.routes == "given":
-        routing = Routing(spec, old.routed_experts.params_dtype)  # applies the scale itself
+        routing = _routing(block, reading, old.routed_experts.params_dtype)  # applies the scale itself
         router, scale = (
             create_fused_moe_router(
                 top_k=spec.top_k,
@@ -83,12 +84,18 @@ def _regrouped(routed: Routed, reading: Reading, shared: nn.Module | None) -> Mo
     )
 
 
+def _routing(block: nn.Module, reading: Reading, dtype: torch.dtype) -> Routing:
+    correction = reading.layout.correction_bias
+    return Routing(reading.spec.router, dtype, None if correction is None else weight(block, correction.path))
+
+
 def _stacked(block: nn.Module, reading: Reading, name: str, shared: nn.Module | None) -> MoERunner:
     """A new runner, filled from single MLPs."""
     first = owner(block, reading.layout.experts[0].down).weight
     assert isinstance(first, Tensor)
     with torch.device(first.device):
-        runner: MoERunner = construct(reading.spec, first.dtype, name, shared)
+        routing = _routing(block, reading, first.dtype)
+        runner: MoERunner = construct(reading.spec, first.dtype, name, shared, routing)
     experts = runner.routed_experts
     width = runner.moe_config.intermediate_size_per_partition_unpadded
     assert width is not None

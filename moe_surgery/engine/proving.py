@@ -28,7 +28,7 @@ from moe_surgery.report.model import Step
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.vllm.era_d import drop_shared_output
 from moe_surgery.weights.layout import Layout, Piece
-from moe_surgery.weights.tensors import BlockTensors, OwnRouting
+from moe_surgery.weights.tensors import BlockTensors, OwnRouting, weight
 
 MOST_EXAMPLES = 2
 
@@ -122,6 +122,8 @@ def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> Bloc
         shared_gate=_matrix(block, layout.shared_gate) if layout.shared_gate else None,
         copied=True,
         routing=routing,
+        router_bias=_vector(block, layout.router_bias),
+        correction_bias=_vector(block, layout.correction_bias),
     )
 
 
@@ -140,6 +142,10 @@ def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
 def _matrix(block: nn.Module, piece: Piece) -> Tensor:
     weight: Tensor = getattr(owner(block, piece), piece.path.rpartition(".")[2])
     return weight.detach().clone()
+
+
+def _vector(block: nn.Module, piece: Piece | None) -> Tensor | None:
+    return None if piece is None else weight(block, piece.path).reshape(-1).clone()
 
 
 def _rows(block: nn.Module, piece: Piece) -> Tensor:
