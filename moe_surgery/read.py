@@ -257,7 +257,7 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
         mix.limit_after,
         mix.alpha,
         mix.offset,
-        bias=pieces.down_bias is not None,
+        biases=pieces.down_bias is not None,
         weights_on="input" if first.on_input else "output",
         identities=len(experts) - len(real),
     )

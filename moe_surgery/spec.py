@@ -118,7 +118,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The routed experts: ``num_experts`` MLPs of one width. ``bias`` says that every matrix has one.
+    """The routed experts: ``num_experts`` MLPs of one width. ``biases`` says that every matrix has one.
 
     ``weights_on`` is where routing weights apply: to the experts' outputs or to their inputs. Ids from ``num_experts``
     up to ``num_experts + identities - 1`` are experts that return their input.
@@ -132,7 +132,7 @@ class ExpertsSpec:
     limit_after: bool = False
     alpha: float = 1.0
     offset: float = 0.0
-    bias: bool = False
+    biases: bool = False
     weights_on: Literal["output", "input"] = "output"
     identities: int = 0
 
@@ -180,7 +180,7 @@ class MoESpec:
         e, s = self.experts, self.shared
         parts = ["experts alone, behind its own router"] if self.at == "experts" else [self._routing()]
         count = f"{e.num_experts} " if self.at == "experts" else ""
-        parts.append(f"{count}experts {self.hidden}→{e.width} {e.mix}" + (" with biases" if e.bias else ""))
+        parts.append(f"{count}experts {self.hidden}→{e.width} {e.mix}" + (" with biases" if e.biases else ""))
         if e.weights_on == "input":
             parts[-1] += ", weighted inputs"
         if e.identities:
@@ -223,7 +223,7 @@ class MoESpec:
             "an epsilon, floor or norm": (r.epsilon, r.floor, r.norm) != (0.0, 0.0, 1.0),
             f"scores of {r.scoring}": r.scoring == "sqrtsoftplus",
             f"experts of {e.mix}": not e.mix.plain,
-            "biases in its experts": e.bias,
+            "biases in its experts": e.biases,
             "weighted inputs": e.weights_on == "input",
             "identity experts": e.identities > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,

@@ -70,19 +70,29 @@ def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int]]:
 
 def _around_stacked(modules: dict[str, nn.Module], path: str) -> set[str]:
     """The nearest module around experts stacked in matrices, ``[E * I, H]`` each, that holds a matrix ``[E, H]``."""
+    if isinstance(modules[path], (nn.RNNBase, nn.RNNCellBase)):
+        return set()
     own = Counter(p.shape for p in modules[path].parameters(recurse=False) if p.ndim == 2)
     shape, times = own.most_common(1)[0] if own else (torch.Size(), 0)
-    if times < 2 or _HINT not in type(modules[path]).__name__.lower():
+    if times < (2 if _HINT in type(modules[path]).__name__.lower() else 3):
         return set()
-    outer = path
-    while outer:
-        outer = outer.rpartition(".")[0]
-        inside = f"{path[len(outer) :].lstrip('.')}."
+    for outer in _outwards(path):
+        inside = f"{path[len(outer) :].lstrip('.')}." if outer != path else ""
         for name, tensor in modules[outer].named_parameters() if outer in modules else ():
+            if not inside and "." not in name:
+                continue
             fits = tensor.ndim == 2 and tensor.shape[1] == shape[1] and 1 < tensor.shape[0] < shape[0]
-            if fits and shape[0] % tensor.shape[0] == 0 and not name.startswith(inside):
+            if fits and shape[0] % tensor.shape[0] == 0 and not (inside and name.startswith(inside)):
                 return {outer}
     return set()
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """A path and those of all modules around it."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _scores(module: nn.Module, count: int, without: tuple[str, ...]) -> bool:

@@ -114,12 +114,14 @@ class RouterParser:
                     scale, inside = (scale, inside * constant) if renormalize else (scale * constant, inside)
                 vector = rest[0]
             elif vector.op == "div":
-                divisor = self._divisor(*vector.args)
+                over, constant = self._scaled(*vector.args)
+                divisor = self._divisor(over, vector.args[1])
+                scale = scale if renormalize else scale * constant
                 if renormalize and (epsilon or floor):
                     raise Unreadable("routing weights are divided twice")
                 if not renormalize:  # what is divided by its plain sum may have been divided before
                     epsilon, floor, norm = divisor
-                renormalize, vector = True, vector.args[0]
+                renormalize, vector = True, over
             else:
                 break
         if inside != 1.0 and (epsilon or floor):
@@ -137,6 +139,21 @@ class RouterParser:
             norm=norm,
         )
         return read, found.logits_dtype
+
+    def _scaled(self, over: Term, under: Term) -> tuple[Term, float]:
+        """What is divided without constant factors that its divisor doesn't have, and these."""
+        bare = self.bare(over)
+        constants = [arg.args[0] for arg in bare.args if arg.op == "const"] if bare.op == "mul" else []
+        if not constants or any(inner is bare for inner in self._within(under)):
+            return over, 1.0
+        return self.terms.mul(*(arg for arg in bare.args if arg.op != "const")), math.prod(constants)
+
+    def _within(self, term: Term) -> Iterator[Term]:
+        """A divisor and what it is made of."""
+        yield self.bare(term)
+        if self.bare(term).op in ("add", "clamp", "sum", "norm"):
+            for inner in self.terms.inner(self.bare(term)):
+                yield from self._within(inner)
 
     def _divisor(self, over: Term, under: Term) -> tuple[float, float, float]:
         """``(epsilon, floor, norm)`` of a division of weights by their norm."""

@@ -156,6 +156,8 @@ class Terms:
         """An element-wise function of one argument, such as ``silu`` or ``sigmoid``."""
         if arg.op == "const" and name in _FOLDED:
             return self.const(_FOLDED[name](arg.args[0]))
+        if arg.op == "vec":
+            return self._element_by_element(lambda element: self.fn(name, element), (arg,))
         return self.make(name, (arg,), arg.size)
 
     def clamp(self, arg: Term, low: float, high: float) -> Term:

@@ -102,7 +102,7 @@ def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
             if ladder.clear(k - 1, k):
                 continue
             if family[token] == ZERO:
-                decidable[token] = not spec.experts.bias  # without biases all experts give zero
+                decidable[token] = not spec.experts.biases  # without biases all experts give zero
                 continue
             found = ladder.other_choices(k)
             decidable[token] = found is not None
@@ -137,7 +137,7 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
         signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
         decidable &= (_chosen(_shaken(spec, tensors, x, logits + signs * noise / 2, signs), k) == chosen).all(-1)
     everyone = torch.arange(len(x), device=logits.device)
-    zero = (probes.family == ZERO) & (not spec.experts.bias)
+    zero = (probes.family == ZERO) & (not spec.experts.biases)
     return Routing(
         order=ranked.argsort(dim=-1, descending=True, stable=True),
         scores=scores,

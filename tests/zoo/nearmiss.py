@@ -840,7 +840,7 @@ class OneExpertDead(Base):
         return super().routed(x, weights * (ids != 5), ids)
 
 
-@near_miss("identity experts")
+@near_miss("return their input")
 class IdentityExpert(Base):
     def expert(self, number: Any, x: Tensor) -> Tensor:
         return x if int(number) == 3 else super().expert(number, x)

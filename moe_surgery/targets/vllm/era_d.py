@@ -174,7 +174,7 @@ def construct(
         intermediate_size=spec.experts.width,
         params_dtype=dtype,
         activation=kernel_activation(spec.experts) or "silu",
-        has_bias=spec.experts.bias,
+        has_bias=spec.experts.biases,
         renormalize=spec.router.renormalize,
         custom_routing_function=routing or Routing(spec.router, dtype),
         shared_experts=shared,

@@ -59,7 +59,7 @@ class Kernels:
         small = replace(
             spec,
             router=replace(spec.router, num_experts=1, top_k=1, correction_bias=False, groups=None),
-            experts=replace(spec.experts, num_experts=1, bias=False),
+            experts=replace(spec.experts, num_experts=1, biases=False),
             shared=None,
             at="block",
         )
