@@ -32,14 +32,16 @@ def let_next_start(PDL: tl.constexpr):
 def activate(gate, up, ACT: tl.constexpr):
     """``act(gate) * up`` in float32."""
     if ACT == "silu":
-        return gate * tl.sigmoid(gate) * up
-    if ACT == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    if ACT == "gelu_tanh":
+        value = gate * tl.sigmoid(gate)
+    elif ACT == "gelu":
+        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(2.0 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
-    tl.static_assert(ACT == "relu")
-    return tl.maximum(gate, 0.0) * up
+        value = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    else:
+        tl.static_assert(ACT == "relu")
+        value = tl.maximum(gate, 0.0)
+    return value * up
 
 
 @triton.jit

@@ -87,13 +87,13 @@ def pair_gate_up(
             g = tl.load(at, mask=inside & (columns < H)[None, :], other=0.0)
             u = tl.load(at + I * H, mask=inside & (columns < H)[None, :], other=0.0)
             for t in range(token, last):
-                source = x + t.to(tl.int64) * H + columns
+                source = x + t * H + columns
                 value = tl.load(source, mask=columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
                 gate = tl.sum(g.to(tl.float32) * value, axis=1)
                 up = tl.sum(u.to(tl.float32) * value, axis=1)
                 if slot >= K:
                     wait(PDL)
-                to = act + (t.to(tl.int64) * (K + M) + slot) * I + rows
+                to = act + (t * (K + M) + slot) * I + rows
                 tl.store(to, activate(gate, up, ACT).to(act.dtype.element_ty), mask=rows < I)
     else:
         gates = tl.zeros([BI, BK], tl.float32)
