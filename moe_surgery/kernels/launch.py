@@ -34,7 +34,8 @@ def _pairs(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tensor:
     )  # fmt: skip
     pairs.pair_gate_up[tokens * _tiles(terms.width, two["BI"]), terms.pairs](
         x, logits, weights.w13, shared13, act, tokens, R=terms.rows, E=terms.experts, K=terms.top_k, M=terms.slices,
-        H=terms.hidden, I=terms.width, ACT=terms.activation, SIGMOID=terms.sigmoid, BE=ranked, **two, **pdl,
+        H=terms.hidden, I=terms.width, ACT=terms.activation, SIGMOID=terms.sigmoid, BE=ranked,
+        TOGETHER=tokens > 1 and two["BK"] >= terms.hidden, **two, **pdl,
     )  # fmt: skip
     pairs.pair_down[_tiles(terms.hidden, three["BH"]), tokens](
         act, logits, weights.w2, shared2, out, terms.scale, terms.shared_scale, R=terms.rows, E=terms.experts,

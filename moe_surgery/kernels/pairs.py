@@ -57,13 +57,13 @@ def pair_logits(
 def pair_gate_up(
     x, logits, w13, shared, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, SIGMOID: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * cdiv(I, BI), K + M).
 
     Slots of the shared expert come first: they need no routing, so they begin while the logits are being computed.
-    Where a tile holds whole rows (BK >= H), one program computes such a slot for all tokens. Tokens are the fastest
-    index, so that programs that read the same weights run together.
+    With TOGETHER, for which a tile must hold whole rows (BK >= H), one program computes such a slot for all tokens.
+    Tokens are the fastest index, so that programs that read the same weights run together.
     """
     token = tl.program_id(0) % tokens
     slot = (tl.program_id(1) + K) % (K + M)
@@ -75,14 +75,14 @@ def pair_gate_up(
         for _ in range(slot):
             keys = without(keys, tl.max(keys, axis=0), BE)
         expert = expert_of(tl.max(keys, axis=0), BE)
-    elif BK >= H:
+    elif TOGETHER:
         last = tl.where(token == 0, tokens, 0)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
     rows = tl.program_id(0) // tokens * BI + tl.arange(0, BI)
     at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[:, None] * H + columns[None, :]
     inside = (rows < I)[:, None]
-    if BK >= H:
+    if TOGETHER:
         if last > 0:
             g = tl.load(at, mask=inside & (columns < H)[None, :], other=0.0)
             u = tl.load(at + I * H, mask=inside & (columns < H)[None, :], other=0.0)
