@@ -25,6 +25,21 @@ def record(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def timed_replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    return _timed(graph.replay)
+
+
+def timed_eager(calls: Sequence[Call]) -> float:
+    """Microseconds of all calls one after another, the host's time included where it is the longer."""
+
+    def every() -> None:
+        for call in calls:
+            call()
+
+    return _timed(every)
+
+
 def graph_us(calls: Sequence[Call], *, replays: int = 30, warm_up: int = 3) -> float:
     """Median microseconds of one call out of a graph of all of them.
 
@@ -32,38 +47,24 @@ def graph_us(calls: Sequence[Call], *, replays: int = 30, warm_up: int = 3) -> f
     the L2 cache. The launch of the graph is divided by the number of calls like everything else.
     """
     graph = record(calls)
-    for _ in range(warm_up):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+    times = [timed_replay(graph) for _ in range(warm_up + replays)]
+    return statistics.median(times[warm_up:]) / len(calls)
 
 
-def eager_us(calls: Sequence[Call], *, rounds: int = 20, warm_up: int = 3) -> float:
-    """Median microseconds of one call out of a stack of them, called one after another without a graph."""
-    times = []
-    for turn in range(warm_up + rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        if turn >= warm_up:
-            times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def copy_rate() -> float:
-    """Bytes per second that a large copy reads and writes on this device."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def memory_rate() -> float:
+    """Bytes per second that this device's memory gives: of a large copy or of a large sum, whichever is the faster."""
+    source = torch.randn(1 << 29, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    us = graph_us([lambda: target.copy_(source)] * 4, replays=10)
-    return 2 * source.numel() / us * 1e6
+    copied = graph_us([lambda: target.copy_(source)] * 4, replays=10)
+    read = graph_us([lambda: source.sum()] * 4, replays=10)
+    return max(2 * source.nbytes / copied, source.nbytes / read) * 1e6
+
+
+def _timed(call: Call) -> float:
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3

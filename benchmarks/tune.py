@@ -3,8 +3,8 @@
     python benchmarks/tune.py [--cases talker ...] [--tokens 1 2 ...]
 
 For each number of tokens and each path, the tiles of one product after another are varied and the fastest kept, timed
-as a whole block in a CUDA graph of several layers. Writes moe_surgery/kernels/configs/<shape>.json; every time that was
-taken goes to --log.
+as a whole block in a CUDA graph of several layers. Writes moe_surgery/kernels/configs/<shape>.json, in which rows of
+other numbers of tokens are kept; every time that was taken goes to --log.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moe_surgery.kernels.choice import FOLDER, Choice, shape_name  # noqa: E402
 from moe_surgery.kernels.terms import WIDE_ROWS, Terms, Weights  # noqa: E402
 from moe_surgery.targets.folded.fold import fold, terms_of  # noqa: E402
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 PAIRS_UP_TO = 16
 Row = dict[str, Any]
 
@@ -43,17 +43,18 @@ def _tiles(names: str, *rows: tuple[int, ...]) -> list[dict[str, int]]:
 PAIRS = {
     "logits": _tiles(
         "BR BK", (4, 1024, 4, 1), (1, 1024, 1, 1), (2, 1024, 2, 1), (2, 1024, 4, 1), (4, 512, 4, 1), (8, 512, 4, 1),
-        (1, 1024, 4, 1), (2, 512, 4, 1), (1, 512, 2, 1),
+        (1, 1024, 4, 1), (2, 512, 4, 1), (1, 2048, 4, 1), (2, 2048, 4, 1), (4, 1024, 8, 1),
     ),
     "gate_up": _tiles(
-        "BI BK", (8, 1024, 4, 1), (4, 1024, 4, 1), (4, 1024, 2, 1), (8, 512, 4, 3), (8, 512, 4, 1), (16, 512, 4, 1),
-        (16, 512, 8, 1), (8, 1024, 8, 1), (16, 1024, 8, 1), (4, 512, 4, 1), (2, 1024, 2, 1), (16, 256, 4, 3),
-        (8, 256, 2, 3), (4, 512, 2, 3), (2, 512, 1, 1), (4, 256, 1, 1),
+        "BI BK", (8, 1024, 4, 1), (4, 1024, 4, 1), (4, 1024, 2, 1), (8, 512, 4, 3), (8, 512, 4, 1), (16, 512, 8, 1),
+        (8, 1024, 8, 1), (16, 1024, 8, 1), (4, 512, 4, 1), (16, 256, 4, 3), (8, 256, 2, 3), (4, 512, 2, 3),
+        (16, 256, 4, 4), (16, 256, 8, 3), (32, 256, 8, 3), (16, 128, 4, 4), (8, 256, 4, 3), (32, 128, 4, 3),
+        (4, 2048, 4, 1), (4, 2048, 8, 1), (2, 2048, 4, 1), (2, 4096, 4, 1), (4, 4096, 8, 1), (2, 4096, 8, 1),
     ),
     "down": _tiles(
         "BH BK", (8, 512, 8, 1), (4, 512, 8, 1), (4, 512, 4, 1), (8, 128, 8, 1), (2, 512, 4, 1), (4, 128, 4, 1),
         (8, 128, 4, 1), (16, 128, 8, 1), (4, 256, 4, 1), (8, 256, 8, 1), (2, 512, 8, 1), (2, 256, 4, 1), (2, 128, 4, 1),
-        (4, 128, 8, 1),
+        (16, 128, 4, 1), (8, 64, 4, 1), (16, 64, 4, 1), (8, 128, 2, 1), (4, 128, 2, 1),
     ),
 }  # fmt: skip
 
@@ -67,6 +68,7 @@ def grouped(tokens: int, per_expert: float) -> dict[str, list[dict[str, int]]]:
                 (32, 128, 4, 3), (32, 128, 4, 4), (32, 64, 4, 5), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3),
                 (16, 256, 4, 3), (16, 128, 4, 5), (32, 256, 4, 3), (32, 256, 8, 2), (64, 64, 8, 4), (128, 64, 8, 3),
                 (32, 128, 8, 3), (16, 128, 2, 4), (16, 256, 2, 3), (64, 256, 8, 2),
+                (32, 512, 4, 2), (32, 256, 4, 2), (16, 512, 4, 2),
             )
         ]  # fmt: skip
         down = [
@@ -74,7 +76,7 @@ def grouped(tokens: int, per_expert: float) -> dict[str, list[dict[str, int]]]:
             for h, k, w, s in (
                 (64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (128, 64, 4, 4), (32, 128, 4, 4), (64, 64, 4, 5),
                 (128, 128, 8, 3), (64, 128, 8, 3), (32, 128, 2, 3), (128, 64, 8, 4), (256, 64, 8, 3), (32, 256, 4, 2),
-                (64, 256, 8, 2), (16, 128, 4, 5),
+                (64, 256, 8, 2), (16, 128, 4, 5), (128, 128, 4, 2), (32, 64, 4, 5), (64, 128, 2, 3),
             )
         ]  # fmt: skip
         if per_expert > 6:
@@ -90,8 +92,9 @@ def grouped(tokens: int, per_expert: float) -> dict[str, list[dict[str, int]]]:
             down += [(m, 128, 128, 4, 2), (m, 64, 128, 4, 3), (m, 128, 128, 8, 2), (m, 64, 64, 4, 4)]
     logits = [(16, 16, 128, 4, 3), (16, 32, 128, 4, 3), (16, 16, 256, 4, 2), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3)]
     logits += [(64, 32, 128, 4, 3), (128, 64, 64, 4, 3)] if tokens > 128 else []
+    few = PAIRS["logits"][:8] if tokens <= 64 else []
     return {
-        "logits": _tiles("BT BR BK", *logits),
+        "logits": _tiles("BT BR BK", *logits) + few,
         "gate_up": _tiles("BM BI BK", *up),
         "down": _tiles("BM BH BK", *down),
     }
@@ -205,10 +208,13 @@ def main() -> None:
             warm(pool, arguments.workers, case, arguments.tokens)
     for case in arguments.cases:
         bench = Bench(CASES[case])
-        rows, log[case] = [], []
+        name = shape_name(bench.terms)
+        path = FOLDER / f"{name}.json"
+        known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        found, log[case] = {row["tokens"]: row for row in known}, []
         for tokens in arguments.tokens:
-            rows.append(tune(bench, tokens, log[case], deadline))
-            name = shape_name(bench.terms)
+            found[tokens] = tune(bench, tokens, log[case], deadline)
+            rows = [found[tokens] for tokens in sorted(found)]
             table = {"case": case, "device": torch.cuda.get_device_name(), "dtype": "bfloat16", "rows": rows}
             (arguments.out / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
             arguments.log.write_text(json.dumps(log) + "\n", encoding="utf-8")

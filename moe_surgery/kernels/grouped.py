@@ -80,30 +80,29 @@ def group_route(
 
 
 @triton.jit
-def find_rows(
-    counts, lists, tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr,
-):  # fmt: skip
-    """The expert that row block ``block`` belongs to, and its pairs [BM], -1 where there is none.
+def shared_rows(tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """As :func:`find_rows`, for the blocks of the shared expert: all tokens, in order, for each of its slices."""
+    expert = E + block % M
+    place = block // M * BM + tl.arange(0, BM)
+    return expert, tl.where(place < tokens, place * (K + M) + K + block % M, -1)
 
-    Blocks are numbered through the experts in order, the shared expert's slices last. An expert of E + M or more means
-    that there is no such block.
+
+@triton.jit
+def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """The routed expert that row block ``block`` belongs to, and its pairs [BM], -1 where there is none.
+
+    Blocks are numbered through the experts in order. E and beyond for an expert means that there is no such block.
     """
     every = tl.arange(0, BE)
     count = tl.load(counts + every, mask=every < E, other=0, cache_modifier=".cg")
-    count = tl.where((every >= E) & (every < E + M), tokens, count)
     ends = tl.cumsum((count + BM - 1) // BM, axis=0)
     before = ends <= block
-    expert = tl.sum(before.to(tl.int32), axis=0)
+    expert = tl.sum((before & (every < E)).to(tl.int32), axis=0)
     first = block - tl.max(tl.where(before, ends, 0), axis=0)
     size = tl.sum(tl.where(every == expert, count, 0), axis=0)
     place = first * BM + tl.arange(0, BM)
-    if expert < E:
-        at = lists + expert.to(tl.int64) * tokens + place
-        pairs = tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
-    else:
-        pairs = tl.where(place < size, place * (K + M) + K + (expert - E), -1)
-    return expert, pairs
+    at = lists + expert.to(tl.int64) * tokens + place
+    return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -112,12 +111,20 @@ def group_gate_up(
     I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together."""
-    wait(PDL)
-    let_next_start(PDL)
+    """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
+
+    The shared expert's blocks come first: they need no routing, so they begin while it is being computed.
+    """
     tiles: tl.constexpr = (I + BI - 1) // BI
-    expert, pairs = find_rows(counts, lists, tokens, tl.program_id(0) // tiles, E, K, M, BE, BM)
-    if expert >= E + M:
+    block = tl.program_id(0) // tiles
+    early = M * ((tokens + BM - 1) // BM)
+    if block < early:
+        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+    else:
+        wait(PDL)
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+    let_next_start(PDL)
+    if (block >= early) & (expert >= E):
         return
     valid = pairs >= 0
     token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
@@ -141,6 +148,8 @@ def group_gate_up(
         gate = tl.dot(value, g, gate, input_precision="ieee")
         up = tl.dot(value, u, up, input_precision="ieee")
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
+    if block < early:
+        wait(PDL)
     tl.store(to, activate(gate, up, ACT).to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
 
 
@@ -155,10 +164,15 @@ def group_down(
     The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
-    expert, pairs = find_rows(counts, lists, tokens, tl.program_id(0) // tiles, E, K, M, BE, BM)
+    block = tl.program_id(0) // tiles
+    early = M * ((tokens + BM - 1) // BM)
+    if block < early:
+        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+    else:
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
     wait(PDL)
     let_next_start(PDL)
-    if expert >= E + M:
+    if (block >= early) & (expert >= E):
         return
     valid = pairs >= 0
     pair = tl.maximum(pairs, 0).to(tl.int64)

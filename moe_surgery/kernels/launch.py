@@ -30,7 +30,8 @@ def _pairs(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tensor:
     pdl = _dependent(x.device)
     one, two, three = choice.logits, choice.gate_up, choice.down
     pairs.pair_logits[_tiles(terms.rows, one["BR"]), tokens](
-        x, weights.router, logits, R=terms.rows, E=terms.experts, H=terms.hidden, NATIVE=terms.native, **one, **pdl,
+        x, weights.router, logits, logits, R=terms.rows, E=terms.experts, H=terms.hidden, NATIVE=terms.native, CLEAR=0,
+        **one, **pdl,
     )  # fmt: skip
     pairs.pair_gate_up[tokens * _tiles(terms.width, two["BI"]), terms.pairs](
         x, logits, weights.w13, shared13, act, tokens, R=terms.rows, E=terms.experts, K=terms.top_k, M=terms.slices,
@@ -58,22 +59,26 @@ def _grouped(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tenso
     shared13, shared2 = weights.offsets()
     pdl = _dependent(x.device)
     one, two, three = choice.logits, choice.gate_up, choice.down
-    every = _power(terms.experts + terms.slices)
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
-    grouped.group_logits[_tiles(terms.rows, one["BR"]), _tiles(tokens, one["BT"])](
-        x, weights.router, logits, counts, tokens, R=terms.rows, E=terms.experts, H=terms.hidden, BE=ranked,
-        NATIVE=terms.native, **one, **pdl,
-    )  # fmt: skip
+    routing = {"R": terms.rows, "E": terms.experts, "H": terms.hidden, "NATIVE": terms.native}
+    if "BT" in one:
+        grouped.group_logits[_tiles(terms.rows, one["BR"]), _tiles(tokens, one["BT"])](
+            x, weights.router, logits, counts, tokens, BE=ranked, **routing, **one, **pdl
+        )
+    else:
+        pairs.pair_logits[_tiles(terms.rows, one["BR"]), tokens](
+            x, weights.router, logits, counts, CLEAR=ranked, **routing, **one, **pdl
+        )
     grouped.group_route[(tokens,)](
         logits, visits, counts, lists, tokens, terms.scale, terms.shared_scale, R=terms.rows, E=terms.experts,
         K=terms.top_k, M=terms.slices, P=_power(terms.pairs), SIGMOID=terms.sigmoid,
         RENORMALIZE=terms.renormalize, GATED=terms.gated, BE=ranked, **pdl,
     )  # fmt: skip
     grouped.group_gate_up[(_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]),)](
-        x, weights.w13, shared13, act, counts, lists, tokens, BE=every, ACT=terms.activation, **sizes, **two, **pdl
+        x, weights.w13, shared13, act, counts, lists, tokens, BE=ranked, ACT=terms.activation, **sizes, **two, **pdl
     )
     grouped.group_down[(_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]),)](
-        act, weights.w2, shared2, visits, rows, counts, lists, tokens, BE=every, **sizes, **three, **pdl
+        act, weights.w2, shared2, visits, rows, counts, lists, tokens, BE=ranked, **sizes, **three, **pdl
     )
     block = min(_power(terms.hidden), 1024)
     grouped.group_sum[tokens, _tiles(terms.hidden, block)](rows, out, P=terms.pairs, H=terms.hidden, BH=block, **pdl)

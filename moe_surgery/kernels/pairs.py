@@ -26,12 +26,13 @@ from moe_surgery.kernels.device import (
 
 @triton.jit
 def pair_logits(
-    x, router, logits, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
+    x, router, logits, counts, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    NATIVE: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``logits[t, r] = router[r] · x[t]`` in float32; rows below E are rounded to the input's dtype if NATIVE.
 
-    Grid: (cdiv(R, BR), tokens). The router's weights are fetched before waiting for ``x``.
+    Grid: (cdiv(R, BR), tokens). The router's weights are fetched before waiting for ``x``. CLEAR is a power of two, E
+    or more, where the experts' ``counts`` are to be set to zero for the grouped path, else 0.
     """
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     token = tl.program_id(1).to(tl.int64)
@@ -40,6 +41,10 @@ def pair_logits(
     w = tl.load(at, mask=(rows < R)[:, None] & (columns < H)[None, :], other=0.0)
     wait(PDL)
     let_next_start(PDL)
+    if CLEAR > 0:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            every = tl.arange(0, CLEAR)
+            tl.store(counts + every, tl.zeros([CLEAR], tl.int32), mask=every < E)
     total = tl.zeros([BR, BK], tl.float32)
     for k in tl.static_range(0, H, BK):
         value = tl.load(x + token * H + k + columns, mask=k + columns < H, other=0.0, cache_modifier=".cg")
