@@ -19,6 +19,7 @@ from moe_surgery.kernels.device import (
     activate,
     choose,
     expert_offset,
+    fetch_rows,
     let_next_start,
     wait,
 )
@@ -107,8 +108,8 @@ def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_gate_up(
-    x, w13, shared, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
-    I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr,
+    x, w13, shared: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
@@ -155,13 +156,14 @@ def group_gate_up(
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_down(
-    act, w2, shared, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    PDL: tl.constexpr,
+    act, w2, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
-    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
+    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it; with
+    PREFETCH the weights that they name are sent for, too.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
     block = tl.program_id(0) // tiles
@@ -170,6 +172,10 @@ def group_down(
         expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
     else:
         expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
+    matrix = w2 + expert_offset(expert, H * I, shared, E)
+    if PREFETCH and (block < early or expert < E):
+        fetch_rows(matrix, tl.minimum(rows, H - 1), I, PDL)
     wait(PDL)
     let_next_start(PDL)
     if (block >= early) & (expert >= E):
@@ -177,8 +183,7 @@ def group_down(
     valid = pairs >= 0
     pair = tl.maximum(pairs, 0).to(tl.int64)
     columns = tl.arange(0, BK)
-    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
-    at = w2 + expert_offset(expert, H * I, shared, E) + rows[None, :] * I + columns[:, None]
+    at = matrix + rows[None, :] * I + columns[:, None]
     source = act + pair[:, None] * I + columns[None, :]
     total = tl.zeros([BM, BH], tl.float32)
     for k in range(0, I, BK):

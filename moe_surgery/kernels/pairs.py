@@ -60,76 +60,57 @@ def pair_logits(
 
 @triton.jit(do_not_specialize=["tokens"])
 def pair_gate_up(
-    x, logits, w13, shared, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    x, logits, w13, shared: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, SIGMOID: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * cdiv(I, BI), K + M).
+    """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
     Slots of the shared expert come first: they need no routing, so they begin while the logits are being computed.
-    With TOGETHER, for which a tile must hold whole rows (BK >= H), one program computes such a slot for all tokens.
-    Tokens are the fastest index, so that programs that read the same weights run together.
+    All pairs of a tile run together, so that an expert which several tokens visit is read from memory once.
     """
     token = tl.program_id(0) % tokens
-    slot = (tl.program_id(1) + K) % (K + M)
-    last = token + 1
+    slot = (tl.program_id(0) // tokens + K) % (K + M)
     expert = E + slot - K
     if slot < K:
         wait(PDL)
-        keys = ranking_keys(logits + token.to(tl.int64) * R, E, BE, SIGMOID)
+        keys = ranking_keys(logits + token * R, E, BE, SIGMOID)
         for _ in range(slot):
             keys = without(keys, tl.max(keys, axis=0), BE)
         expert = expert_of(tl.max(keys, axis=0), BE)
-    elif TOGETHER:
-        last = tl.where(token == 0, tokens, 0)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
-    rows = tl.program_id(0) // tokens * BI + tl.arange(0, BI)
+    rows = tl.program_id(1) * BI + tl.arange(0, BI)
     at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[:, None] * H + columns[None, :]
-    inside = (rows < I)[:, None]
-    if TOGETHER:
-        if last > 0:
-            g = tl.load(at, mask=inside & (columns < H)[None, :], other=0.0)
-            u = tl.load(at + I * H, mask=inside & (columns < H)[None, :], other=0.0)
-            for t in range(token, last):
-                source = x + t * H + columns
-                value = tl.load(source, mask=columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
-                gate = tl.sum(g.to(tl.float32) * value, axis=1)
-                up = tl.sum(u.to(tl.float32) * value, axis=1)
-                if slot >= K:
-                    wait(PDL)
-                to = act + (t * (K + M) + slot) * I + rows
-                tl.store(to, activate(gate, up, ACT).to(act.dtype.element_ty), mask=rows < I)
-    else:
-        gates = tl.zeros([BI, BK], tl.float32)
-        ups = tl.zeros([BI, BK], tl.float32)
-        for k in range(0, H, BK):
-            mask = inside & (k + columns < H)[None, :]
-            g = tl.load(at + k, mask=mask, other=0.0)
-            u = tl.load(at + k + I * H, mask=mask, other=0.0)
-            source = x + token.to(tl.int64) * H + k + columns
-            value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
-            gates += g.to(tl.float32) * value
-            ups += u.to(tl.float32) * value
-        result = activate(tl.sum(gates, axis=1), tl.sum(ups, axis=1), ACT)
-        if slot >= K:
-            wait(PDL)
-        to = act + (token.to(tl.int64) * (K + M) + slot) * I + rows
-        tl.store(to, result.to(act.dtype.element_ty), mask=rows < I)
+    gates = tl.zeros([BI, BK], tl.float32)
+    ups = tl.zeros([BI, BK], tl.float32)
+    for k in range(0, H, BK):
+        mask = (rows < I)[:, None] & (k + columns < H)[None, :]
+        g = tl.load(at + k, mask=mask, other=0.0)
+        u = tl.load(at + k + I * H, mask=mask, other=0.0)
+        source = x + token * H + k + columns
+        value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
+        gates += g.to(tl.float32) * value
+        ups += u.to(tl.float32) * value
+    result = activate(tl.sum(gates, axis=1), tl.sum(ups, axis=1), ACT)
+    if slot >= K:
+        wait(PDL)
+    to = act + (token * (K + M) + slot) * I + rows
+    tl.store(to, result.to(act.dtype.element_ty), mask=rows < I)
 
 
 @triton.jit
 def pair_down(
-    act, logits, w2, shared, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    act, logits, w2, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     BE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (cdiv(H, BH), tokens); P = next power of K+M.
+    """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 
     The experts are known before ``act`` is, so the first weights are fetched before waiting for it.
     """
-    token = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, P)
     experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
     experts = tl.where(slots < K, experts, E + slots - K)
@@ -139,7 +120,7 @@ def pair_down(
             gate = shared_scale * tl.sigmoid(tl.load(logits + token * R + E, cache_modifier=".cg"))
         weights = tl.where(slots < K, weights, gate)
     there = slots < K + M
-    rows = tl.program_id(0) * BH + tl.arange(0, BH)
+    rows = tl.program_id(1) * BH + tl.arange(0, BH)
     columns = tl.arange(0, BK)
     offset = expert_offset(experts, H * I, shared, E)
     at = w2 + offset[:, None, None] + rows[None, :, None] * I + columns[None, None, :]
