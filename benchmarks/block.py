@@ -46,7 +46,7 @@ OURS = "folded"
 FARTHEST = 3e-2
 """Relative L2 error of the worst token in bfloat16: several times what rounding gives, far below any real mistake."""
 
-SLOW = 20_000.0
+SLOW = 5_000.0
 """Microseconds of a call after which an implementation is not tried on more tokens."""
 
 MANY = 1024
@@ -148,7 +148,7 @@ def measure(calls: dict[str, list[Callable[[], object]]], mode: str, budget: flo
     for _ in range(2):
         first = {name: runs[name]() for name in names}
     longest = sum(first.values()) * max(len(stack) for stack in calls.values())
-    rounds = int(min(60, max(5, budget * 1e6 / longest)))
+    rounds = int(min(60, max(7, budget * 1e6 / longest)))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -109,8 +109,8 @@ def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, B
 @triton.jit(do_not_specialize=["tokens"])
 def group_gate_up(
     x, w13, shared: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr,
-    PDL: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
 
@@ -157,8 +157,8 @@ def group_gate_up(
 @triton.jit(do_not_specialize=["tokens"])
 def group_down(
     act, w2, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
