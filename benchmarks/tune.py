@@ -147,11 +147,6 @@ def tune(bench: Bench, tokens: int, log: list[Row], deadline: float) -> Row:
                 log.append(trial)
                 if trial["us"] < row["us"]:
                     row = trial
-        if path == "grouped":
-            trial = {**row, "down": {**row["down"], "PREFETCH": 1}}
-            trial["us"] = bench.us(tokens, trial)
-            log.append(trial)
-            row = min(row, trial, key=lambda found: found["us"])
         print(f"{tokens} {path} {row['us']:.2f} {row['gate_up']} {row['down']} {row['logits']}", flush=True)
         best = min(best, row, key=lambda found: found["us"])
     return best

@@ -29,19 +29,6 @@ def let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def fetch_rows(matrix, rows, LENGTH: tl.constexpr, PDL: tl.constexpr):
-    """Bring rows of a matrix into the L2 cache, where launches may overlap: one hint for each line of 128 bytes."""
-    if PDL:
-        size: tl.constexpr = 128 * 8 // matrix.dtype.element_ty.primitive_bitwidth
-        lines: tl.constexpr = (LENGTH + size - 1) // size
-        for line in tl.static_range(0, lines):
-            address = (matrix + rows * LENGTH + line * size).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-            )
-
-
-@triton.jit
 def activate(gate, up, ACT: tl.constexpr):
     """``act(gate) * up`` in float32."""
     if ACT == "silu":

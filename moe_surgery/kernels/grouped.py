@@ -19,7 +19,6 @@ from moe_surgery.kernels.device import (
     activate,
     choose,
     expert_offset,
-    fetch_rows,
     let_next_start,
     wait,
 )
@@ -158,12 +157,11 @@ def group_gate_up(
 def group_down(
     act, w2, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
-    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it; with
-    PREFETCH the weights that they name are sent for, too.
+    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
     block = tl.program_id(0) // tiles
@@ -174,8 +172,6 @@ def group_down(
         expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
     rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
     matrix = w2 + expert_offset(expert, H * I, shared, E)
-    if PREFETCH and (block < early or expert < E):
-        fetch_rows(matrix, tl.minimum(rows, H - 1), I, PDL)
     wait(PDL)
     let_next_start(PDL)
     if (block >= early) & (expert >= E):

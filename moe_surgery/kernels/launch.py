@@ -121,7 +121,7 @@ def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dt
     known = {
         **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
         "SIGMOID": terms.sigmoid, "RENORMALIZE": terms.renormalize, "GATED": terms.gated, "NATIVE": terms.native,
-        "CLEAR": ranked if choice.path == "grouped" else 0, "PREFETCH": 0, "PDL": dependent,
+        "CLEAR": ranked if choice.path == "grouped" else 0, "PDL": dependent,
     }  # fmt: skip
 
     def kernel(function: Any, **tiles: int) -> Kernel:

@@ -113,6 +113,8 @@ def _missing() -> tuple[str, ...]:
     """What this machine lacks."""
     if find_spec("triton") is None:
         return ("the folded kernels need Triton, which isn't installed",)
+    if torch.version.cuda is None:
+        return ("the folded kernels are for NVIDIA GPUs, and this torch isn't built for them",)
     capability = torch.cuda.get_device_capability()
     if capability < NEEDS_CAPABILITY:
         found, needed = (".".join(map(str, numbers)) for numbers in (capability, NEEDS_CAPABILITY))
