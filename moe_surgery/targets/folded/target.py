@@ -49,13 +49,14 @@ class FoldedTarget:
 
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> FoldedMoEBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`. Routed experts are used as they lie in memory."""
-        from moe_surgery.targets.folded.block import FoldedMoEBlock
-        from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
-
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         refusal = self.accepts(spec, context)
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
+        # Only now, since these need Triton.
+        from moe_surgery.targets.folded.block import FoldedMoEBlock
+        from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
+
         terms = terms_of(spec)
         check_tensors(tensors, terms, prefix)
         return FoldedMoEBlock(spec, tensors, fold(tensors, terms), terms)
