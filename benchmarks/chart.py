@@ -49,15 +49,18 @@ def draw(result: dict[str, Any]) -> str:
             y = y_of(10.0**power)
             parts.append(f'<path d="M0 {y:.1f}H{WIDTH}" stroke="#ddd"/>')
             parts.append(text(-6, y + 4, f"{10.0 ** (power - 3):g} ms", 11, "end"))
-        for count in tokens:
+        for count in tokens[:: -(-len(tokens) // 8)]:
             parts.append(text(x_of(count), HEIGHT + 16, str(count), 11, "middle"))
         parts.append(text(WIDTH / 2, HEIGHT + 34, "tokens", 11, "middle"))
         for impl in dict.fromkeys(row["impl"] for row in rows):
             line = [r for r in rows if (r["dtype"], r["mode"], r["impl"]) == (dtype, mode, impl)]
+            if not line:
+                continue
             parts.append(curve([(x_of(row["tokens"]), y_of(row["us"])) for row in line], COLOURS.get(impl, "#000")))
         parts.append("</g>")
-    for number, impl in enumerate(dict.fromkeys(row["impl"] for row in rows)):
-        x, y = LEFT + number * 125, TOP + HEIGHT + FOOT - 14
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    for number, impl in enumerate(impls):
+        x, y = LEFT + number * min(125, (whole - LEFT) // len(impls)), TOP + HEIGHT + FOOT - 14
         parts.append(f'<path d="M{x} {y - 4}h22" stroke="{COLOURS.get(impl, "#000")}" stroke-width="2.5"/>')
         parts.append(text(x + 28, y, impl, 12))
     return "\n".join([*parts, "</svg>"]) + "\n"
