@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from moe_surgery.errors import ExpectationError
 from moe_surgery.find.clauses import (
@@ -14,14 +13,19 @@ from moe_surgery.find.clauses import (
     ClassNamed,
     Clause,
     Combines,
+    ConfigAt,
     Installed,
     Letters,
     ModelType,
     Reads,
 )
 from moe_surgery.find.config import ROOT, Absent, Key, View
+from moe_surgery.find.edits import Edit, edits
 from moe_surgery.find.pattern import Pattern
-from moe_surgery.find.result import Match, Miss, Reading, Site
+from moe_surgery.find.result import Clue, Match, Miss, Reading, Site
+from moe_surgery.tomltext import pairs
+
+OUTSIDE = (At, ClassNamed, ConfigAt, ModelType, Installed)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,18 @@ class Rule:
         if not all(clue.held for clue in trail):
             return Miss(site, trail)
         return Match(site, reading, self.full_name, tuple(sorted(case.letters.sizes.items())), trail)
+
+    def edits(self, found: Miss, reading: Reading, config: object) -> tuple[Edit, ...]:
+        """What to change in this rule, so that it matches the site that it missed."""
+        clauses = (*self.clauses, *self.requires.releases)
+        return edits(clauses, found.trail, found.site, reading, self.view(config))
+
+    def glance(self, site: Site, config: object) -> tuple[Clue, ...]:
+        """The clauses that can be held against a site which could not be read: all but those on what was read."""
+        # None of these looks at the reading.
+        case = Case(site, cast("Reading", None), self.view(config), Letters())
+        clauses = (*self.clauses, *self.requires.releases)
+        return tuple(clause.check(case) for clause in clauses if isinstance(clause, OUTSIDE))
 
     def view(self, config: object) -> View:
         """``config`` as this rule's ``@`` keys see it."""
@@ -160,12 +176,12 @@ class Pack:
     def to_toml(self) -> str:
         """The pack as the text of a pack file: reading it gives an equal pack."""
         data = self.to_data()
-        lines = ["[pack]", *_pairs(data["pack"])]
+        lines = ["[pack]", *pairs(data["pack"])]
         for rule in data["rule"]:
-            lines += ["", "[[rule]]", *_pairs({k: v for k, v in rule.items() if not isinstance(v, dict)})]
+            lines += ["", "[[rule]]", *pairs({k: v for k, v in rule.items() if not isinstance(v, dict)})]
             for name, table in rule.items():
                 if isinstance(table, dict):
-                    lines += ["", f"[rule.{name}]", *_pairs(table)]
+                    lines += ["", f"[rule.{name}]", *pairs(table)]
         return "\n".join(lines) + "\n"
 
 
@@ -175,25 +191,3 @@ def _globs(globs: tuple[Pattern, ...]) -> str | list[str]:
 
 def _one_or_list(texts: list[str]) -> str | list[str]:
     return texts[0] if len(texts) == 1 else texts
-
-
-def _pairs(table: dict[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        yield f"{_key(key)} = {_value(value)}"
-
-
-def _key(key: str) -> str:
-    return key if key.isascii() and key.replace("-", "_").isidentifier() else _value(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(_pairs(value)) + " }"
-    return str(value)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from moe_surgery.find.check import check_complete, check_site
 from moe_surgery.find.dataflow import record
 from moe_surgery.find.experts import own_forward
-from moe_surgery.find.flow import Flow, Route
+from moe_surgery.find.flow import Choice, Flow, Route
 from moe_surgery.find.interpret import Interpreter
-from moe_surgery.find.parse import MLPRead, SharedRead, TokenParser, TokenRead
+from moe_surgery.find.mlps import MLPRead
+from moe_surgery.find.parse import SharedRead, TokenParser, TokenRead
 from moe_surgery.find.result import ChildShape, Reading, Unfollowed, Unreadable
+from moe_surgery.find.routing import Ranking
 from moe_surgery.find.rows import vectors
 from moe_surgery.find.terms import Terms
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
@@ -32,7 +34,9 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
+    """One record, parsed: what every token's output is, and the experts it was sent to, ``ids`` [T, k]."""
+
     tokens: tuple[TokenRead, ...]
     ids: Tensor
 
@@ -43,30 +47,37 @@ def read(block: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.find.result.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(block)
-    hidden = _hidden_sizes(state)
+    hidden = hidden_sizes(state)
     with own_forward(block):
         crowded = _first(block, hidden, state)
         router = crowded.tokens[0].router
         width = crowded.width
         own = next(iter(state.values())).dtype
         tokens = max(_MANY, router.num_experts // router.top_k + 1)
-        batch = _batch(state, tokens, router.num_experts, router.top_k)
+        batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            _tokens(block, (*batch, width), torch.float32, _spread),
-            _parse(record(block, (1, 1, width), own, _spread, plain=True), own),
+            _tokens(block, (*batch, width), torch.float32, spread),
+            _parse(record(block, (1, 1, width), own, spread, plain=True), own),
         ]
         records += _if_it_takes(block, (2, 3, width), own, plain=True)
-        few = _batch(state, 16, router.num_experts, router.top_k)
+        few = odd_batch(state, 16, router.num_experts, router.top_k)
         records += _if_it_takes(block, (few[0] * few[1], width), own, plain=False)
     first = crowded.tokens[0]
-    experts = _experts(records, first)
+    experts = same_experts(records, first, router.num_experts)
+    if any(expert.identity for expert in experts):
+        raise Unreadable("some of what its router scores are experts that return their input")
     layout = Layout(
         router=router.piece,
         experts=tuple(expert.pieces for expert in experts),
         shared=first.shared.mlp.pieces if first.shared else None,
         shared_gate=first.shared.gate if first.shared else None,
+        router_bias=router.bias,
+        correction_bias=router.correction,
+        output_bias=first.output_bias,
     )
+    if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
+        raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
     spec = MoESpec(
         hidden=width,
         router=RouterSpec(
@@ -77,15 +88,23 @@ def read(block: nn.Module) -> Reading:
             scale=router.scale,
             logits_dtype=first.logits_dtype,
             weights_dtype=first.weights_dtype,
+            bias=router.bias is not None,
+            soft_cap=router.soft_cap,
+            correction_bias=router.correction is not None,
+            groups=router.groups,
+            epsilon=router.epsilon,
+            floor=router.floor,
+            norm=router.norm,
         ),
-        experts=ExpertsSpec(len(experts), experts[0].width, experts[0].activation),
+        experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
+        output_bias=first.output_bias is not None,
     )
-    check_complete(state, layout, spec)
+    check_complete(state, layout)
     return Reading(spec, layout, _combine(spec, layout), _children(spec, layout))
 
 
-def _hidden_sizes(state: dict[str, Tensor]) -> list[int]:
+def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
     """The sizes that the input's last dimension may have, likeliest first: those most weights share."""
     count: Counter[int] = Counter()
     for tensor in state.values():
@@ -94,7 +113,7 @@ def _hidden_sizes(state: dict[str, Tensor]) -> list[int]:
     return [size for size, _ in count.most_common()]
 
 
-def _batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, int]:
+def odd_batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, int]:
     """A batch of at least ``tokens`` tokens whose sizes are mistaken for no other size in the block.
 
     One more than a size is a size too: of one-hot masks with a class for no expert.
@@ -108,7 +127,7 @@ def _batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, int
 
 @dataclass(frozen=True)
 class _Crowded:
-    record: _Record
+    record: Record
     width: int
 
     @property
@@ -124,10 +143,10 @@ def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Cr
     problem: Unreadable = Unreadable("it has no weights")
     for width in widths:
         try:
-            batch = _batch(state, 1)
+            batch = odd_batch(state, 1)
             found = _tokens(block, (*batch, width), torch.bfloat16, _crowded)
             router = found.tokens[0].router
-            known = _batch(state, 1, router.top_k, router.num_experts)
+            known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
                 found = _tokens(block, (*known, width), torch.bfloat16, _crowded)
             return _Crowded(found, width)
@@ -141,7 +160,7 @@ def _crowded(rows: int, choices: int, k: int) -> Tensor:
     return (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
 
 
-def _spread(rows: int, choices: int, k: int) -> Tensor:
+def spread(rows: int, choices: int, k: int) -> Tensor:
     """Sets of experts without a pattern, of which the first visit every expert."""
     generator = torch.Generator().manual_seed(rows)
     order = torch.randperm(choices, generator=generator)
@@ -150,7 +169,7 @@ def _spread(rows: int, choices: int, k: int) -> Tensor:
     return torch.cat([torch.stack(first)[:rows], others])
 
 
-def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, plain: bool) -> list[_Record]:
+def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, plain: bool) -> list[Record]:
     """A record; none where the block's own forward doesn't take such an input."""
     try:
         flow = record(block, shape, dtype, _crowded, plain=plain)
@@ -159,50 +178,93 @@ def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, p
     return [_parse(flow, dtype)]
 
 
-def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> _Record:
+def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> Record:
     return _parse(record(block, shape, dtype, route), dtype)
 
 
-def _parse(flow: Flow, dtype: torch.dtype) -> _Record:
+def _parse(flow: Flow, dtype: torch.dtype) -> Record:
+    return parse_record(flow, dtype)
+
+
+def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
+    """What a record says of every token."""
     terms = Terms()
     run = Interpreter(flow, terms)
     output = vectors(run.rows(flow.output), terms)
-    size = flow.ops[flow.output.index].shape[-1]
+    size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     native = str(dtype).removeprefix("torch.")
-    if len(flow.choices) != 1:
-        raise Unreadable(f"it ranks {len(flow.choices)} times, not once" if flow.choices else "it has no top-k")
-    choice = flow.choices[0]
-    if not choice.largest:
-        raise Unreadable("it chooses the lowest scores")
+    if not flow.choices:
+        raise Unreadable("it has no top-k")
+    count = output.lead.size
+    rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     tokens = tuple(
-        TokenParser(terms.token(number, size), native).parse(term)
+        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings]).parse(term)
         for number, term in enumerate(output.lead.reshape(-1))
     )
-    ids = choice.ids.reshape(len(tokens), -1) if choice.ids.numel() == len(tokens) * choice.k else None
-    if ids is None:
-        raise Unreadable("it doesn't rank once per token")
-    return _Record(tokens, ids)
+    ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
+    return Record(tokens, ids)
 
 
-def _experts(records: Iterable[_Record], first: TokenRead) -> tuple[MLPRead, ...]:
+def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
+    """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
+    scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
+    if len(scores) != count:
+        return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
+    ids = choice.ids.reshape(count, -1).tolist()
+    return [Ranking(number, scores[row], choice.k, tuple(ids[row]), choice.largest) for row in range(count)]
+
+
+def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:
     """Every expert's MLP, checked to be met by the routing weight of its own number, the same in all records."""
     found: dict[int, MLPRead] = {}
     for record_ in records:
         for number, (token, ids) in enumerate(zip(record_.tokens, record_.ids.tolist(), strict=True)):
-            if (token.router, token.shared) != (first.router, first.shared):
+            if _but_slots(token) != _but_slots(first):
                 raise Unreadable(f"it treats tokens or batches differently: {_difference(token, first)}")
+            if len(ids) != len(token.slots):
+                raise Unreadable(f"it uses {len(token.slots)} of {len(ids)} routing weights")
             for expert, mlp in zip(ids, token.slots, strict=True):
+                if mlp is None:
+                    raise Unreadable(f"expert {expert} takes no part in the output of token {number}")
                 if found.setdefault(expert, mlp) != mlp:
                     raise Unreadable(f"expert {expert} is {mlp.pieces.down} for token {number}, elsewhere another")
-    total = first.router.num_experts
     if sorted(found) != list(range(total)):
         raise Unreadable(f"its router scores {total} experts, of which {len(found)} are used")
-    experts = tuple(found[number] for number in range(total))
-    for what in ("width", "activation"):
-        values = {getattr(expert, what) for expert in experts}
+    return tuple(found[number] for number in range(total))
+
+
+def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
+    """What all experts have in common, with those that return their input last."""
+    real = [expert for expert in experts if not expert.identity]
+    if any(expert.identity for expert in experts[: len(real)]):
+        raise Unreadable("its identity experts aren't its last ones")
+    for what, values in (
+        ("width", {expert.width for expert in real}),
+        ("activation", {str(expert.mix) for expert in real}),
+        ("biases", {(expert.biased, expert.pieces.down_bias is not None) for expert in real}),
+    ):
         if len(values) > 1:
-            raise Unreadable(f"its experts differ in {what}: {', '.join(map(str, sorted(values)))}")
-    return experts
+            raise Unreadable(f"its experts differ in {what}: {', '.join(sorted(map(str, values)))}")
+    pieces, mix = real[0].pieces, real[0].mix
+    if (pieces.gate_bias is None) != (pieces.down_bias is None):
+        raise Unreadable("its experts have biases in some of their projections only")
+    return ExpertsSpec(
+        len(real),
+        real[0].width,
+        mix.activation,
+        mix.gated,
+        mix.limit,
+        mix.limit_after,
+        mix.alpha,
+        mix.offset,
+        biases=pieces.down_bias is not None,
+        weights_on="input" if first.on_input else "output",
+        identities=len(experts) - len(real),
+    )
+
+
+def _but_slots(token: TokenRead) -> tuple[object, ...]:
+    return token.router, token.shared, token.output_bias, token.on_input
 
 
 def _difference(token: TokenRead, first: TokenRead) -> str:
@@ -218,8 +280,18 @@ def _difference(token: TokenRead, first: TokenRead) -> str:
 def _shared_spec(shared: SharedRead | None) -> SharedSpec | None:
     if shared is None:
         return None
-    gate = "sigmoid" if shared.gate is not None else None
-    return SharedSpec(shared.mlp.width, shared.mlp.activation, gate, shared.scale)  # type: ignore[arg-type]
+    mlp, mix = shared.mlp, shared.mlp.mix
+    return SharedSpec(
+        mlp.width,
+        mix.activation,
+        "sigmoid" if shared.gate is not None else None,
+        shared.scale,
+        mix.gated,
+        mix.limit,
+        mix.limit_after,
+        mix.alpha,
+        mix.offset,
+    )
 
 
 def _owner(pieces: Iterable[Piece], role: str) -> str:
@@ -229,10 +301,8 @@ def _owner(pieces: Iterable[Piece], role: str) -> str:
 
 
 def _names(layout: Layout) -> tuple[str, str, str]:
-    experts = _owner((piece for mlp in layout.experts for piece in (mlp.gate, mlp.up, mlp.down)), "experts")
-    shared = (
-        _owner((layout.shared.gate, layout.shared.up, layout.shared.down), "shared_expert") if layout.shared else ""
-    )
+    experts = _owner((piece for mlp in layout.experts for piece in mlp.pieces() if piece.path), "experts")
+    shared = _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
     gate = _owner((layout.shared_gate,), "") if layout.shared_gate else ""
     return experts, shared, gate
 

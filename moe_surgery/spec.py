@@ -5,14 +5,19 @@ truth of the proof: the reference forward is computed from the spec and the weig
 
 For a token ``x`` of width H, with experts ``e`` of width I and a shared expert of width S::
 
-    logits  = W_router x                                       [E]
-    scores  = softmax(logits)  or  sigmoid(logits)             [E]
+    logits  = W_router x  (+ b_router)                         [E]
+              c * tanh(logits / c)  with a soft cap c
+    scores  = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
               or the weights that the model's own router gives, as it is
-    ids     = the k experts of the highest scores
-    w       = scores[ids]; w = w / sum(w) if renormalize; w = w * scale
-    routed  = sum_j w[j] * W_down[ids[j]] (act(W_gate[ids[j]] x) * (W_up[ids[j]] x))
-    shared  = g * scale_s * V_down (act(V_gate x) * (V_up x)),  g = sigmoid(W_g x) or 1
+    ranked  = scores  (+ correction bias)
+              in the best groups only, where groups limit the choice
+    ids     = the k experts that rank highest
+    w       = scores[ids];  w = w / max(sum(w) + epsilon, floor) if renormalize;  w = w * scale
+    routed  = sum_j w[j] * MLP[ids[j]](x)          or  sum_j MLP[ids[j]](w[j] * x)
+    shared  = g * scale_s * MLP_s(x),  g = sigmoid(W_g x) or 1
     out     = routed + shared
+
+where ``MLP(x) = W_down mix(W_gate x + b_gate, W_up x + b_up) + b_down`` and :class:`Mix` says what stands between.
 """
 
 from __future__ import annotations
@@ -21,9 +26,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Scoring = Literal["softmax", "sigmoid", "own"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "own"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Precision = Literal["native", "float32"]
+GroupScore = Literal["max", "top2"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Experts may be chosen from the ``chosen`` best of ``count`` equal groups only.
+
+    A group's score is the highest of its experts' ranked scores ("max") or the sum of the two highest ("top2"). Experts
+    of the other groups rank as ``outside``, which is 0 or minus infinity.
+    """
+
+    count: int
+    chosen: int
+    score: GroupScore
+    outside: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,9 @@ class RouterSpec:
     the experts' outputs, are kept in the input's dtype ("native") or in float32. ``scores_dtype`` says the same of the
     scores themselves, which models keep in float32. With ``scoring`` "own" the model's own router runs as it is and
     hands over ids and weights; how it finds them is not said here.
+
+    ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
+    divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
 
     num_experts: int
@@ -44,60 +67,192 @@ class RouterSpec:
     logits_dtype: Precision = "native"
     weights_dtype: Precision = "native"
     scores_dtype: Precision = "float32"
+    bias: bool = False
+    soft_cap: float | None = None
+    correction_bias: bool = False
+    groups: Groups | None = None
+    epsilon: float = 0.0
+    floor: float = 0.0
+    norm: float = 1.0
+
+    @property
+    def ranks_by_logits(self) -> bool:
+        """Whether the experts of the highest logits are those chosen."""
+        return self.scoring != "own" and not self.correction_bias and self.groups is None
+
+    @property
+    def own(self) -> bool:
+        return self.scoring == "own"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What stands between the matrices of an MLP: ``act(gate) * up``, and what models add to it.
+
+    ``gated`` is false where there is no up projection. ``limit`` clamps ``gate`` from above and ``up`` from both sides;
+    with ``limit_after`` the activated gate is clamped instead of the gate. ``alpha`` is the factor inside a silu's
+    sigmoid; ``offset`` is added to ``up``.
+    """
+
+    activation: Activation
+    gated: bool = True
+    limit: float | None = None
+    limit_after: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is ``act(gate) * up`` and nothing more."""
+        return self == Mix(self.activation)
+
+    def __str__(self) -> str:
+        text: str = self.activation
+        text += f"(α {self.alpha:g})" if self.alpha != 1.0 else ""
+        text += " ungated" if not self.gated else ""
+        text += f", up + {self.offset:g}" if self.offset else ""
+        if self.limit is not None:
+            text += f" clamped at {self.limit:g}" + (" after" if self.limit_after else "")
+        return text
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The routed experts: ``num_experts`` gated MLPs of one width."""
+    """The routed experts: ``num_experts`` MLPs of one width. ``biases`` says that every matrix has one.
+
+    ``weights_on`` is where routing weights apply: to the experts' outputs or to their inputs. Ids from ``num_experts``
+    up to ``num_experts + identities - 1`` are experts that return their input.
+    """
 
     num_experts: int
     width: int
     activation: Activation
+    gated: bool = True
+    limit: float | None = None
+    limit_after: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+    biases: bool = False
+    weights_on: Literal["output", "input"] = "output"
+    identities: int = 0
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.activation, self.gated, self.limit, self.limit_after, self.alpha, self.offset)
 
 
 @dataclass(frozen=True)
 class SharedSpec:
-    """The shared expert: one gated MLP that every token visits, times ``gate`` and ``scale``."""
+    """The shared expert: one MLP that every token visits, times ``gate`` and ``scale``."""
 
     width: int
     activation: Activation
     gate: Literal["sigmoid"] | None
     scale: float = 1.0
+    gated: bool = True
+    limit: float | None = None
+    limit_after: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.activation, self.gated, self.limit, self.limit_after, self.alpha, self.offset)
 
 
 @dataclass(frozen=True)
 class MoESpec:
-    """A sparse-MoE block as a function of its input ``[..., hidden]``; it returns one tensor of the same shape."""
+    """A sparse-MoE block as a function of its input ``[..., hidden]``; it returns one tensor of the same shape.
+
+    ``at`` is "block" where the whole block was read. It is "experts" where only the module of its routed experts was:
+    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is.
+    """
 
     hidden: int
     router: RouterSpec
     experts: ExpertsSpec
     shared: SharedSpec | None
+    at: Literal["block", "experts"] = "block"
+    output_bias: bool = False
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
-        r, e, s = self.router, self.experts, self.shared
-        parts = [f"{'its own' if r.scoring == 'own' else r.scoring} top-{r.top_k} of {r.num_experts}"]
-        if r.renormalize:
-            parts[0] += " renormalised"
-        if r.scale != 1.0:
-            parts[0] += f" ×{r.scale:g}"
-        parts.append(f"experts {self.hidden}→{e.width} {e.activation}")
+        e, s = self.experts, self.shared
+        parts = ["experts alone, behind its own router"] if self.at == "experts" else [self._routing()]
+        count = f"{e.num_experts} " if self.at == "experts" else ""
+        parts.append(f"{count}experts {self.hidden}→{e.width} {e.mix}" + (" with biases" if e.biases else ""))
+        if e.weights_on == "input":
+            parts[-1] += ", weighted inputs"
+        if e.identities:
+            parts[-1] += f", {e.identities} identity experts"
         if s is not None:
             gate = f", {s.gate} gate" if s.gate else ""
             scale = f", ×{s.scale:g}" if s.scale != 1.0 else ""
-            parts.append(f"shared {s.width} {s.activation}{gate}{scale}")
+            parts.append(f"shared {s.width} {s.mix}{gate}{scale}")
+        if self.output_bias:
+            parts.append("output bias")
         return " · ".join(parts)
 
+    def _routing(self) -> str:
+        r = self.router
+        text = f"{'its own' if r.own else r.scoring} top-{r.top_k} of {r.num_experts}"
+        if r.bias:
+            text += " with logit bias"
+        if r.soft_cap is not None:
+            text += f" soft-capped at {r.soft_cap:g}"
+        if r.correction_bias:
+            text += " with correction bias"
+        if r.groups is not None:
+            g = r.groups
+            text += f" in {g.chosen} of {g.count} groups ({g.score}, {g.outside:g} outside)"
+        if r.renormalize:
+            text += " renormalised" + (f" by its {r.norm:g}-norm" if r.norm != 1.0 else "")
+        if r.scale != 1.0:
+            text += f" ×{r.scale:g}"
+        return text
+
+    def beyond_plain(self) -> tuple[str, ...]:
+        """What it has beyond a plain router (softmax or sigmoid of one map), gated MLPs and their sum."""
+        r, e, s = self.router, self.experts, self.shared
+        has = {
+            "only its experts": self.at == "experts",
+            "a logit bias": r.bias,
+            "a soft cap": r.soft_cap is not None,
+            "a correction bias": r.correction_bias,
+            "groups": r.groups is not None,
+            "an epsilon, floor or norm": (r.epsilon, r.floor, r.norm) != (0.0, 0.0, 1.0),
+            f"scores of {r.scoring}": r.scoring == "sqrtsoftplus",
+            f"experts of {e.mix}": not e.mix.plain,
+            "biases in its experts": e.biases,
+            "weighted inputs": e.weights_on == "input",
+            "identity experts": e.identities > 0,
+            "a shared expert of another kind": s is not None and not s.mix.plain,
+            "an output bias": self.output_bias,
+        }
+        return tuple(what for what, held in has.items() if held)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data: dict[str, Any] = _finite(asdict(self))
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MoESpec:
-        shared = data["shared"]
+        router, shared = dict(data["router"]), data["shared"]
+        if router.get("groups") is not None:
+            groups = dict(router["groups"])
+            router["groups"] = Groups(**{**groups, "outside": float(groups["outside"])})
         return cls(
             hidden=data["hidden"],
-            router=RouterSpec(**data["router"]),
+            router=RouterSpec(**router),
             experts=ExpertsSpec(**data["experts"]),
             shared=None if shared is None else SharedSpec(**shared),
+            at=data.get("at", "block"),
+            output_bias=data.get("output_bias", False),
         )
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON has no form for, as text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and value in (float("inf"), -float("inf")) else value

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from moe_surgery.errors import UsageError
-from moe_surgery.find.result import Match, Miss
+from moe_surgery.find.edits import Edit
+from moe_surgery.find.result import ChildShape, Match, Miss
 from moe_surgery.operate.apply import Operation, Progress, Settings
 from moe_surgery.operate.plan import Plan, Selection, make_plan, trails
 from moe_surgery.operate.survey import Surveyed, survey
@@ -20,6 +21,9 @@ from moe_surgery.registry import load_packs
 from moe_surgery.report.model import Report, Step
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import get_target
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Model = nn.Module | str | Path
 Packs = Sequence[str | Path | Pack] | None
@@ -163,7 +167,12 @@ def undo(report: Report) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Why a site is, or isn't, matched: what was read there, and every rule's clauses, nearest rule first."""
+    """Why a site is, or isn't, matched: what was read there, and every rule's clauses, nearest rule first.
+
+    ``alike`` are the other sites that were read the same. ``edits`` has, by a rule's full name, the smallest change
+    that makes it match. Of a site that can't be read, ``unread`` is the reason, and the trails hold only the clauses
+    that don't need a reading. Printing it shows all of this.
+    """
 
     path: str
     kind: str
@@ -171,6 +180,20 @@ class Explanation:
     combine: str | None
     unread: str | None
     trails: tuple[tuple[Rule, Match | Miss], ...]
+    children: tuple[tuple[str, ChildShape], ...] = ()
+    alike: tuple[str, ...] = ()
+    edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
+
+    def render(self, console: Console) -> None:
+        """Print what was read and the tree of every rule's clauses."""
+        from moe_surgery.report.trail import render_trail
+
+        render_trail(self, console)
+
+    def __str__(self) -> str:
+        from moe_surgery.report.trail import text
+
+        return text(self)
 
 
 def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: bool = False) -> Explanation:
@@ -181,12 +204,29 @@ def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: 
     if item is None:
         known = ", ".join(item.site.path for item in sites[:5]) or "none"
         raise UsageError(f"no MoE-looking site at {path!r}; there are {len(sites)}: {known}{' …' * (len(sites) > 5)}")
-    if item.reading is None:
-        return Explanation(path, item.site.kind, None, None, item.unread or "already fused", ())
-    held = sorted(trails(item, load_packs(packs), subject.config), key=lambda pair: _open(pair[1]))
-    reading = item.reading
-    return Explanation(path, item.site.kind, reading.spec, reading.combine, None, tuple(held))
+    site, reading, chosen = item.site, item.reading, load_packs(packs)
+    if reading is None:
+        rules = () if item.swapped else tuple(rule for pack in chosen for rule in pack.rules)
+        glances = [(rule, Miss(site, rule.glance(site, subject.config), item.unread)) for rule in rules]
+        unread = item.unread or "already fused"
+        return Explanation(path, site.kind, None, None, unread, tuple(sorted(glances, key=_nearness)))
+    held = sorted(trails(item, chosen, subject.config), key=_nearness)
+    return Explanation(
+        path,
+        site.kind,
+        reading.spec,
+        reading.combine,
+        None,
+        tuple(held),
+        children=reading.children,
+        alike=tuple(other.site.path for other in sites if other is not item and other.reading == reading),
+        edits={
+            rule.full_name: rule.edits(found, reading, subject.config)
+            for rule, found in held
+            if isinstance(found, Miss)
+        },
+    )
 
 
-def _open(result: Match | Miss) -> int:
-    return sum(not clue.held for clue in result.trail)
+def _nearness(held: tuple[Rule, Match | Miss]) -> int:
+    return sum(not clue.held for clue in held[1].trail)

@@ -59,11 +59,11 @@ def test_a_near_miss_is_replaced_by_its_equal_or_left_alone(case: nearmiss.Case)
 
 def test_there_are_many_of_them() -> None:
     assert len({case.name for case in nearmiss.CASES}) == len(nearmiss.CASES) > 200
-    assert sum(bool(case.words) for case in nearmiss.CASES) > 180
+    assert sum(bool(case.words) for case in nearmiss.CASES) > 160
 
 
 def test_only_the_plain_one_of_many_layers_is_replaced() -> None:
-    cases = [nearmiss.case(name) for name in ("NormAfter", "SelectionBiasBuffer", "BranchAbove64", "hook")]
+    cases = [nearmiss.case(name) for name in ("NormAfter", "CosineRouter", "BranchAbove64", "hook")]
     blocks = [plain.make(plain.block_class()), *(case.make() for case in cases), plain.make(plain.block_class(), 1)]
     model = nn.Sequential(*map(Holder, blocks))
     before = outputs(model)

@@ -161,7 +161,7 @@ CASES: list[tuple[str, int, str]] = [
     (swap("experts + 2.5 * shared", "experts + + shared"), 16, "combine: formula"),
     (swap("experts + 2.5 * shared", "experts + tanh(shared)"), 16, 'unknown function "tanh"'),
     (swap("experts + 2.5 * shared", "expert + shared"), 16, 'not among the children; did you mean "experts"'),
-    (swap('scoring = "softmax"', 'scoring = "sotfmax"'), 19, 'scoring must be one of softmax, sigmoid, or "@key"'),
+    (swap('scoring = "softmax"', 'scoring = "sotfmax"'), 19, "scoring must be one of softmax, sigmoid, sqrtsoftplus"),
     (swap('"@top_k|k"', '"six"'), 20, 'top_k must be an integer above 0, or "@key" of the config; it is "six"'),
     (swap('"@top_k|k"', "true"), 20, "top_k must be an integer above 0"),
     (swap('"@top_k|k"', "6.0"), 20, "top_k must be an integer above 0"),

@@ -62,7 +62,7 @@ def test_every_expert_is_reached_where_rows_are_independent(
 def test_some_tokens_are_near_ties_and_some_only_nearly(dtype: torch.dtype) -> None:
     tensors = weights(TALKER, dtype)
     probes = make_probes(TALKER, tensors.router, 0)
-    routing = route(TALKER, tensors.router, probes)
+    routing = route(TALKER, tensors, probes)
     assert bool(routing.decidable.all())
     assert routing.near_ties >= 4
     k = TALKER.router.top_k
@@ -81,7 +81,8 @@ def test_the_choices_of_a_tie_are_those_that_noise_allows() -> None:
     spec = replace(THINKER, hidden=4, router=replace(THINKER.router, num_experts=4, top_k=2, logits_dtype="float32"))
     router = torch.eye(4)
     x = torch.tensor([[4.0, 2.0, 2.0, 0.0], [4.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    routing = route(spec, router, Probes(x, torch.tensor([UNIT, UNIT, UNIT, ZERO])))
+    tensors = replace(weights(spec, torch.float32), router=router)
+    routing = route(spec, tensors, Probes(x, torch.tensor([UNIT, UNIT, UNIT, ZERO])))
     pairs = list(zip(routing.tokens.tolist(), routing.ids().tolist(), strict=True))
     choices = [{frozenset(ids) for owner, ids in pairs if owner == token} for token in range(4)]
     assert choices[0] == {frozenset({0, 1}), frozenset({0, 2})}

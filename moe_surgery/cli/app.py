@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_surgery.cli import exits, launching, operating, reading, tools
+from moe_surgery.cli import exits, launching, operating, reading, testing, tools
 from moe_surgery.cli.command import grouped
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import (
@@ -246,3 +246,34 @@ def packs_check(
 ) -> None:
     """Check that packs can be read; the error names file and line."""
     run(output, lambda screen: tools.packs_check(screen, files))
+
+
+@packs.command("test")
+@grouped
+def packs_test(
+    output: Output,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PACK]…", help="Packs' names or .toml files.", show_default="all installed"),
+    ] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", metavar="F", help="Only this family; repeatable.", show_default="all"),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting", metavar="S", help='A setting such as "top1", or "all"; repeatable.', show_default="default"
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 11 if a block is missed or refused.")] = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
+    ] = None,
+) -> None:
+    """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
+    run(
+        output,
+        lambda screen: testing.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
+    )

@@ -105,6 +105,10 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
         return f"its routed layer lies deeper than a child of the block ({item.routed.path})"
     if spec.router.scale != 1.0 and config.model_config.dtype == torch.float16:
         return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"
+    if more := spec.beyond_plain():
+        return f"a block with {', '.join(more)} is not rebuilt inside an engine yet"
+    if any(piece.transposed or piece.out is not None for piece in layout.pieces()):
+        return "its weights are stored transposed or interleaved"
     if spec.experts.activation not in _ACTIVATIONS:
         return f"vLLM's fused layer has no activation {spec.experts.activation}"
     router = owner(block, layout.router)

@@ -9,19 +9,17 @@ from torch import Tensor, nn
 
 from moe_surgery.find.result import Unreadable
 from moe_surgery.find.watch import scripted
-from moe_surgery.spec import MoESpec
-from moe_surgery.weights.layout import Layout, MLPPieces, Piece
+from moe_surgery.weights.layout import Layout, Piece
 
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ALL_ROWS = 1 << 62
 
 
-def check_site(block: nn.Module) -> dict[str, Tensor]:
+def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.find.result.Unreadable` for hooks, for other arguments than one tensor, for tied
-    weights (stacking would part them), and for weights of several dtypes or devices.
+    Raises :class:`~moe_surgery.find.result.Unreadable` for hooks, for other than ``inputs`` arguments, for tied
+    weights (stacking would part them), and for matrices of several dtypes or weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -34,8 +32,9 @@ def check_site(block: nn.Module) -> dict[str, Tensor]:
             raise Unreadable(f"{name or 'the block'} has a hook")
     parameters = list(inspect.signature(block.forward).parameters.values())
     plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(parameters) != 1 or len(plain) != 1:
-        raise Unreadable(f"its forward takes ({', '.join(map(str, parameters))}), not one tensor")
+    if len(parameters) != inputs or len(plain) != inputs:
+        wanted = "one tensor" if inputs == 1 else f"{inputs} tensors"
+        raise Unreadable(f"its forward takes ({', '.join(map(str, parameters))}), not {wanted}")
     state: dict[str, Tensor] = {}
     owners: dict[object, str] = {}
     for source in (block.named_parameters(remove_duplicate=False), block.named_buffers(remove_duplicate=False)):
@@ -48,38 +47,49 @@ def check_site(block: nn.Module) -> dict[str, Tensor]:
             owners[storage] = name
             state[name] = tensor
     dtypes = {tensor.dtype for tensor in state.values()}
+    if strange := [dtype for dtype in dtypes if not dtype.is_floating_point]:
+        raise Unreadable(f"its weights are {strange[0]}, not floating point")
+    # Vectors, such as a correction bias kept in float32, are read at any precision.
+    dtypes = {tensor.dtype for tensor in state.values() if sum(size > 1 for size in tensor.shape) > 1} or dtypes
     if len(dtypes) > 1:
         raise Unreadable(f"its weights have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-    if any(not dtype.is_floating_point for dtype in dtypes):
-        raise Unreadable(f"its weights are {dtypes.pop()}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:
         raise Unreadable("its weights are on several devices")
     return state
 
 
-def check_complete(state: dict[str, Tensor], layout: Layout, spec: MoESpec) -> None:
-    """Every element of every parameter and buffer must have exactly one role."""
-    used: Counter[str] = Counter()
-    pieces: list[tuple[Piece, int]] = [(layout.router, spec.router.num_experts * spec.hidden)]
-    for mlp in layout.experts:
-        pieces += _sized(mlp, spec.experts.width * spec.hidden)
-    if layout.shared and spec.shared:
-        pieces += _sized(layout.shared, spec.shared.width * spec.hidden)
-    if layout.shared_gate:
-        pieces.append((layout.shared_gate, spec.hidden))
-    ends: dict[tuple[str, int | None], int] = {}
-    for piece, size in sorted(pieces, key=lambda sized: sized[0].rows or (0, 0)):
-        start, end = piece.rows or (0, _ALL_ROWS)
-        if start < ends.get((piece.path, piece.index), 0):
+def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = range(0)) -> None:
+    """Every element of every parameter and buffer must have exactly one role.
+
+    Matrices number ``spare`` of stacked ones may have none: those of experts that need no matrices.
+    """
+    used: dict[tuple[str, int | None], set[int]] = {}
+    totals: Counter[str] = Counter()
+    for piece in layout.pieces():
+        places, size = _places(piece, tuple(state[piece.path].shape))
+        known = used.setdefault((piece.path, piece.index), set())
+        if not known.isdisjoint(places):
             raise Unreadable(f"{piece} is used in two places")
-        ends[piece.path, piece.index] = end
-        used[piece.path] += size
+        known.update(places)
+        totals[piece.path] += len(places) * size
     for name, tensor in state.items():
-        if name not in used:
+        if name not in totals:
             raise Unreadable(f"{name} takes no part in what was read")
-        if used[name] != tensor.numel():
-            raise Unreadable(f"{used[name]} of {name}'s {tensor.numel()} elements take part in what was read")
+        unused = len(spare[: max(tensor.shape[0] - spare.start, 0)]) if spare and tensor.ndim == 3 else 0
+        if totals[name] != tensor.numel() - unused * tensor[0].numel():
+            raise Unreadable(f"{totals[name]} of {name}'s {tensor.numel()} elements take part in what was read")
 
 
-def _sized(mlp: MLPPieces, size: int) -> list[tuple[Piece, int]]:
-    return [(mlp.gate, size), (mlp.up, size), (mlp.down, size)]
+def _places(piece: Piece, shape: tuple[int, ...]) -> tuple[range, int]:
+    """Which rows (or columns, or elements of a vector) of its parameter a piece is, and how many elements each has."""
+    shape = shape[1:] if piece.index is not None else shape
+    if len(shape) == 1:
+        places, size = range(shape[0]), 1
+    elif piece.transposed and piece.rows is None:
+        places, size = range(shape[1]), shape[0]
+    else:
+        places, size = range(shape[0]), shape[1]
+        if piece.transposed and piece.out is not None:
+            raise Unreadable(f"{piece} is a block of a weight")
+    places = places[slice(*piece.rows)] if piece.rows is not None else places
+    return places if piece.out is None else places[slice(*piece.out)], size

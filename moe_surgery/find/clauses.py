@@ -14,7 +14,7 @@ from moe_surgery.find.config import Absent, Key, View
 from moe_surgery.find.formula import Formula, FormulaError
 from moe_surgery.find.pattern import Pattern
 from moe_surgery.find.result import ChildShape, Clue, Reading, Site
-from moe_surgery.spec import Activation, MoESpec, Precision, Scoring
+from moe_surgery.spec import Activation, GroupScore, MoESpec, Precision, Scoring
 
 Plain = bool | int | float | str
 LETTERS = {"E": "experts", "I": "expert width", "S": "shared width", "H": "hidden"}
@@ -221,6 +221,30 @@ FACTS: dict[str, Fact] = {
     "shared_width": Fact(int, lambda spec: spec.shared.width if spec.shared else None, "S"),
     "shared_activation": Fact(get_args(Activation), lambda spec: spec.shared.activation if spec.shared else None),
     "shared_scale": Fact(float, lambda spec: spec.shared.scale if spec.shared else None),
+    "bias": Fact(bool, lambda spec: spec.router.bias),
+    "soft_cap": Fact(float, lambda spec: spec.router.soft_cap),
+    "correction_bias": Fact(bool, lambda spec: spec.router.correction_bias),
+    "groups": Fact(int, lambda spec: spec.router.groups.count if spec.router.groups else 1),
+    "groups_chosen": Fact(int, lambda spec: spec.router.groups.chosen if spec.router.groups else 1),
+    "group_score": Fact(get_args(GroupScore), lambda spec: spec.router.groups.score if spec.router.groups else None),
+    "epsilon": Fact(float, lambda spec: spec.router.epsilon),
+    "floor": Fact(float, lambda spec: spec.router.floor),
+    "norm": Fact(float, lambda spec: spec.router.norm),
+    "gated": Fact(bool, lambda spec: spec.experts.gated),
+    "limit": Fact(float, lambda spec: spec.experts.limit),
+    "limit_after": Fact(bool, lambda spec: spec.experts.limit_after),
+    "alpha": Fact(float, lambda spec: spec.experts.alpha),
+    "offset": Fact(float, lambda spec: spec.experts.offset),
+    "biases": Fact(bool, lambda spec: spec.experts.biases),
+    "weights_on": Fact(("output", "input"), lambda spec: spec.experts.weights_on),
+    "identities": Fact(int, lambda spec: spec.experts.identities),
+    "shared_gated": Fact(bool, lambda spec: spec.shared.gated if spec.shared else None),
+    "shared_limit": Fact(float, lambda spec: spec.shared.limit if spec.shared else None),
+    "shared_limit_after": Fact(bool, lambda spec: spec.shared.limit_after if spec.shared else None),
+    "shared_alpha": Fact(float, lambda spec: spec.shared.alpha if spec.shared else None),
+    "shared_offset": Fact(float, lambda spec: spec.shared.offset if spec.shared else None),
+    "output_bias": Fact(bool, lambda spec: spec.output_bias),
+    "at": Fact(("block", "experts"), lambda spec: spec.at),
     "logits_dtype": Fact(get_args(Precision), lambda spec: spec.router.logits_dtype),
     "scores_dtype": Fact(get_args(Precision), lambda spec: spec.router.scores_dtype),
     "weights_dtype": Fact(get_args(Precision), lambda spec: spec.router.weights_dtype),
@@ -237,7 +261,8 @@ class Reads:
     def check(self, case: Case) -> Clue:
         fact, clause = FACTS[self.fact], f"read.{self.fact}"
         found = fact.get(case.reading.spec)
-        shown = "no shared expert" if found is None else _show(found)
+        absent = "no shared expert" if self.fact.startswith("shared_") and case.reading.spec.shared is None else "none"
+        shown = absent if found is None else _show(found)
         if isinstance(self.wanted, Key):
             value = case.view.read(self.wanted)
             if isinstance(value, Absent):

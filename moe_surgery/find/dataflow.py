@@ -16,6 +16,7 @@ recorded. Two things make control flow safe to follow:
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,18 @@ class Recorder(TorchDispatchMode):
         entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
         self.entries.guarded[entry.storage] = "its input"
         return tensor
+
+    def given(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The ids [T, k] and weights [T, k] that a module of experts alone is called with; ids count as chosen."""
+        weights = torch.empty(ids.shape, dtype=dtype, device="meta")
+        entry = self._enter(weights, self.graph.placeholder("weights"), weights)
+        self.entries.guarded[entry.storage] = "its weights"
+        real = ids.clone()
+        entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        self.entries.guarded[entry.storage] = "its ids"
+        self.fixed.add(ids.shape[-1])
+        self.choices.append(_Choice(self._entry(weights).node, ids.shape[-1], ids, True))
+        return real, weights
 
     def symbolic(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the block's input, or is a weight of it."""
@@ -213,6 +226,7 @@ class Recorder(TorchDispatchMode):
             self._enter(part, item, part)
             parts.append(part)
         if name == "topk":
+            record.meta["choice"] = len(self.choices)
             parts[1] = self._choose(record, parts[1], args)
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
 
@@ -222,7 +236,8 @@ class Recorder(TorchDispatchMode):
         shape = scores.meta["val"].shape
         if dim not in (-1, len(shape) - 1):
             raise self.object_to("it ranks along another dimension than the last")
-        ids = self.route(shape[:-1].numel(), shape[-1], k)
+        # Not the same ids for two choices of one size, so that each is told by its own.
+        ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
         self.fixed.update((k, shape[-1]))
         self.choices.append(_Choice(scores, k, ids, largest))
         real = ids.reshape(indices.shape).clone()
@@ -235,8 +250,9 @@ class Recorder(TorchDispatchMode):
         entry = self._entry(output)
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
-        if tuple(output.shape) != shape or output.dtype != self.dtype:
-            raise self.object_to(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
+        alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
+        if (tuple(output.shape) != shape and not (self.route is _no_choice and alike)) or output.dtype != self.dtype:
+            raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
         while waiting:
             node = waiting.pop()
@@ -254,7 +270,7 @@ class Recorder(TorchDispatchMode):
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
         if node.op == "placeholder":
-            return Op("input", (), {}, shape, dtype)
+            return Op("input", (node.target,), {}, shape, dtype)
         if node.op == "get_attr":
             const = self.consts.get(str(node.target))
             if const is None:
@@ -262,7 +278,8 @@ class Recorder(TorchDispatchMode):
             return Op("const", (const,), {}, shape, dtype)
         operands: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: index[arg])  # type: ignore[arg-type, return-value]
         name = "item" if node.target is operator.getitem else node.meta["name"]
-        return Op(name, tuple(operands[0]), dict(operands[1]), shape, dtype)
+        chosen = {"choice": node.meta["choice"]} if "choice" in node.meta else {}
+        return Op(name, tuple(operands[0]), {**operands[1], **chosen}, shape, dtype)
 
 
 def _selected(entry: Entry | None, index: Any) -> list[Any]:
@@ -281,13 +298,41 @@ def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: 
     the first exception, and :class:`Unfollowed` if the block raises an error of its own.
     """
     recorder = Recorder(block, dtype, route)
+    return _recorded(recorder, block, shape, plain, lambda hidden_states: (hidden_states,))
+
+
+def record_experts(
+    module: nn.Module, width: int, ids: Tensor, dtype: torch.dtype, weights_dtype: torch.dtype, *, plain: bool = False
+) -> Flow:
+    """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
+    recorder = Recorder(module, dtype, _no_choice)
+
+    def inputs(hidden_states: Tensor) -> tuple[Tensor, ...]:
+        return hidden_states, *recorder.given(ids, weights_dtype)
+
+    return _recorded(recorder, module, (len(ids), width), plain, inputs)
+
+
+def _no_choice(rows: int, choices: int, k: int) -> Tensor:
+    raise Unreadable("its experts choose among themselves")
+
+
+def _recorded(
+    recorder: Recorder,
+    block: nn.Module,
+    shape: tuple[int, ...],
+    plain: bool,
+    inputs: Callable[[Tensor], tuple[Tensor, ...]],
+) -> Flow:
     before = watched(block)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
-            hidden_states = recorder.input(shape, strided=plain)
+            arguments = inputs(recorder.input(shape, strided=plain))
             with Sizes(recorder, marks=not plain), recorder:
-                output = block(hidden_states)
+                output = block(*arguments)
         flow = recorder.flow(output, shape)
+    except Unfollowed:
+        raise
     except Exception as error:
         if recorder.objections:
             raise Unreadable(recorder.objections[0]) from error

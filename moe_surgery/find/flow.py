@@ -23,6 +23,9 @@ class Ref:
 class Op:
     """One recorded operation. ``name`` is "input", "param", "const", "item" or an aten name without underscores.
 
+    An input's only operand is its name: "hidden_states", or "weights" where experts alone were recorded. A top-k has
+    the number of its choice among the keyword operands.
+
     Operands that are results of other operations are :class:`Ref`; ``shape`` and ``dtype`` are the result's.
     """
 

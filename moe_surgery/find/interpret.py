@@ -18,6 +18,7 @@ from moe_surgery.find.matrices import Mats
 from moe_surgery.find.result import Unreadable
 from moe_surgery.find.rows import Rows, objects
 from moe_surgery.find.terms import Terms
+from moe_surgery.weights.layout import Piece
 
 _ON_ROWS = {**vectors.MEANINGS, **moves.MEANINGS}
 
@@ -50,6 +51,9 @@ class Interpreter:
         if isinstance(value, (bool, int, float)):
             return Rows(objects([self.terms.const(value)], ()), None)
         if isinstance(value, Mats):
+            if (pieces := matrices.as_rows(value)) is not None:
+                shape = tuple(value.shape)
+                return Rows(objects([self.terms.param(piece, shape[-1]) for piece in pieces], shape[:-1]), shape[-1])
             raise Unreadable(f"it uses {value.sample} other than as the matrix of a linear map")
         raise Unreadable("it calculates with what is no tensor")
 
@@ -67,8 +71,8 @@ class Interpreter:
 
     def _evaluate(self, op: Op) -> Any:
         if op.name == "input":
-            count = torch.Size(op.shape[:-1]).numel()
-            tokens = [self.terms.token(number, op.shape[-1]) for number in range(count)]
+            make = self.terms.token if op.args[0] == "hidden_states" else self.terms.given
+            tokens = [make(number, op.shape[-1]) for number in range(torch.Size(op.shape[:-1]).numel())]
             return Rows(objects(tokens, op.shape[:-1]), op.shape[-1])
         if op.name == "const":
             return op.args[0]
@@ -80,6 +84,8 @@ class Interpreter:
         first = self.value(first)
         by_kind = matrices.MEANINGS if isinstance(first, Mats) else _ON_ROWS
         handler = vectors.PRODUCTS.get(op.name) or by_kind.get(op.name)
+        if handler is None and isinstance(first, Mats) and matrices.as_rows(first) is not None:
+            handler = _ON_ROWS.get(op.name)
         if handler is None:
             what = first.sample if isinstance(first, Mats) else "its values"
             raise Unreadable(f"it applies aten.{op.name} to {what}, which reading has no meaning for")
@@ -91,7 +97,7 @@ class Interpreter:
     def _param(self, op: Op) -> Any:
         name, shape = op.args[0], op.shape
         if len(shape) == 0:
-            return Rows(objects([self.terms.param(name, 1)], ()), None)
+            return Rows(objects([self.terms.param(Piece(name), 1)], ()), None)
         if len(shape) == 1:
-            return Rows(objects([self.terms.param(name, shape[0])], ()), shape[0])
+            return Rows(objects([self.terms.param(Piece(name), shape[0])], ()), shape[0])
         return matrices.of(name, shape)

@@ -12,13 +12,15 @@ import numpy as np
 from moe_surgery.find.flow import Op
 from moe_surgery.find.moves import known_places, order, parts, span
 from moe_surgery.find.result import Unreadable
-from moe_surgery.find.rows import Array, Shape, each, objects
+from moe_surgery.find.rows import Array, Rows, Shape, each, objects
+from moe_surgery.find.terms import Term
 from moe_surgery.weights.layout import Piece
 
 if TYPE_CHECKING:
     from moe_surgery.find.interpret import Interpreter
 
 ROWS, COLS = -2, -1
+_MOST_ROWS = 1 << 12
 Dims = tuple[tuple[int, ...], ...]
 
 
@@ -115,6 +117,23 @@ def of(path: str, shape: Shape) -> Mats:
     raise Unreadable(f"{path} has {len(shape)} dimensions")
 
 
+def as_rows(mats: Mats) -> list[Piece] | None:
+    """The rows of matrices in order, one piece each, if the last dimension runs along them; else None."""
+    axes = [axis for dim in mats.dims for axis in dim]
+    last = mats.dims[-1] if mats.dims else ()
+    along = last == (COLS,) or (last == (ROWS, COLS) and mats.rows == 1)
+    if not along or axes != [*range(mats.lead.ndim), ROWS, COLS] or mats.lead.size * mats.rows > _MOST_ROWS:
+        return None
+    return [row(piece, number) for piece in mats.lead.reshape(-1) for number in range(mats.rows)]
+
+
+def row(piece: Piece, number: int) -> Piece:
+    """Row ``number`` of a matrix that is a whole parameter, as the bias that it may be."""
+    if piece.index is not None or piece.transposed or piece.out is not None:
+        raise Unreadable(f"it uses single rows of {piece.path}")
+    return Piece(piece.path, number + (piece.rows[0] if piece.rows else 0))
+
+
 def band(piece: Piece, start: int, stop: int) -> Piece:
     """Rows ``start:stop`` of a piece."""
     first = piece.rows[0] if piece.rows else 0
@@ -127,15 +146,26 @@ def _same(run: Interpreter, op: Op) -> Mats:
     return value
 
 
-def _select(run: Interpreter, op: Op) -> Mats:
+def _select(run: Interpreter, op: Op) -> Mats | Rows:
     value: Mats = run.value(op.args[0])
+    if value.dims == ((ROWS,), (COLS,)) and op.args[1] % 2 == 0:
+        return Rows(objects([_bias(run, value, op.args[2] % value.rows)], ()), value.cols)
     return value.taken(op.args[1] % len(value.shape), op.args[2])
 
 
-def _index(run: Interpreter, op: Op) -> Mats:
+def _bias(run: Interpreter, value: Mats, number: int) -> Term:
+    piece: Piece = value.lead[()]  # type: ignore[assignment]
+    return run.terms.param(row(piece, number), value.cols)
+
+
+def _index(run: Interpreter, op: Op) -> Mats | Rows:
     value: Mats = run.value(op.args[0])
     places = known_places(run, op.args[1] if op.name == "index" else [op.args[2]])
     first = 0 if op.name == "index" else op.args[1] % len(value.shape)
+    if value.dims == ((ROWS,), (COLS,)) and first == 0 and len(places) == 1 and not isinstance(places[0], slice):
+        numbers = np.arange(value.rows)[places[0]]
+        items = [_bias(run, value, number) for number in numbers.reshape(-1).tolist()]
+        return Rows(objects(items, numbers.shape), value.cols)
     axes = [value.alone(first + number) for number in range(len(places))]
     if min(axes) < 0 or any(isinstance(place, slice) for place in places):
         raise Unreadable(f"it uses single rows of {value.sample}")

@@ -109,18 +109,19 @@ def _taken(run: Interpreter, value: Rows, places: Any, dim: int) -> Rows:
     return value.take(places, dim)
 
 
-def _cut(run: Interpreter, value: Rows, dim: int, start: int, stop: int) -> Rows:
+def _cut(run: Interpreter, value: Rows, dim: int, start: int, stop: int, step: int = 1) -> Rows:
     if value.axis(dim) is None:
-        return Rows(each(value.lead, lambda term: run.terms.part(term, start, stop)), stop - start, value.after)
+        count = len(range(start, stop, step))
+        return Rows(each(value.lead, lambda term: run.terms.part(term, start, stop, step)), count, value.after)
     return value.take(range(start, stop), dim)
 
 
 def _slice(run: Interpreter, op: Op) -> Rows:
     value = run.rows(op.args[0])
     dim, start, stop, step = span(value.shape, op)
-    if step != 1:
+    if step != 1 and (value.axis(dim) is not None or value.size is None):
         return rows.moved(value, lambda places: torch.ops.aten.slice(places, *op.args[1:]), run.terms)
-    return _cut(run, value, dim, start, stop)
+    return _cut(run, value, dim, start, stop, step)
 
 
 def _split(run: Interpreter, op: Op) -> tuple[Rows, ...]:

@@ -53,12 +53,14 @@ class Reading:
 
     ``combine`` is the formula in the block's own child names, such as
     ``experts + sigmoid(shared_expert_gate) * shared_expert``. ``children`` maps each child's name to its shape.
+    ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
     spec: MoESpec
     layout: Layout
     combine: str
     children: tuple[tuple[str, ChildShape], ...]
+    around: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ the same however its code is spelled. Rewrites are exact in real arithmetic; rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,15 @@ from typing import Any
 from moe_surgery.weights.layout import Piece
 
 # Terms whose elements don't come each from the same element of their arguments.
-_WHOLE = frozenset(["x", "param", "lin", "softmax", "sum", "chosen", "part", "elem", "vec", "cat"])
+_WHOLE = frozenset(
+    ["x", "given", "param", "lin", "softmax", "sum", "norm", "largest", "chosen", "part", "elem", "vec", "cat"]
+)
+_FOLDED: dict[str, Callable[[float], float]] = {
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > -700 else 0.0,
+    "silu": lambda x: x / (1 + math.exp(-x)) if x > -700 else 0.0,
+    "tanh": math.tanh,
+    "relu": lambda x: max(x, 0.0),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,12 +74,16 @@ class Terms:
         """Row ``number`` of the block's input."""
         return self.make("x", (number,), size)
 
+    def given(self, number: int, count: int) -> Term:
+        """Row ``number`` of the routing weights that experts are called with."""
+        return self.make("given", (number,), count)
+
     def const(self, value: float) -> Term:
         return self.make("const", (float(value),), 1)
 
-    def param(self, path: str, size: int) -> Term:
-        """A one-dimensional parameter or buffer of the block."""
-        return self.make("param", (path,), size)
+    def param(self, piece: Piece, size: int) -> Term:
+        """A one-dimensional parameter or buffer of the block, or a row of a larger one."""
+        return self.make("param", (piece,), size)
 
     def add(self, *args: Term) -> Term:
         """A sum; scalars broadcast. Constants are folded and zeros dropped."""
@@ -141,7 +154,17 @@ class Terms:
 
     def fn(self, name: str, arg: Term) -> Term:
         """An element-wise function of one argument, such as ``silu`` or ``sigmoid``."""
+        if arg.op == "const" and name in _FOLDED:
+            return self.const(_FOLDED[name](arg.args[0]))
+        if arg.op == "vec":
+            return self._element_by_element(lambda element: self.fn(name, element), (arg,))
         return self.make(name, (arg,), arg.size)
+
+    def clamp(self, arg: Term, low: float, high: float) -> Term:
+        """The term between two bounds, either of which may be infinite."""
+        if (low, high) == (-math.inf, math.inf):
+            return arg
+        return self.make("clamp", (arg, low, high), arg.size)
 
     def cast(self, arg: Term, dtype: str) -> Term:
         """The term rounded to ``dtype``. Rounding of known numbers is left out, as all rounding of weights is."""
@@ -164,20 +187,22 @@ class Terms:
                 return self.mul(*scalars, self.lin(self.mul(*vectors), matrix, rows, dtype))
         return self.make("lin", (arg, matrix, dtype), rows)
 
-    def part(self, arg: Term, start: int, stop: int) -> Term:
-        """Elements ``start:stop`` of a vector; rows of a linear map become rows of its matrix."""
-        if arg.size == 1 or (start, stop) == (0, arg.size):
+    def part(self, arg: Term, start: int, stop: int, step: int = 1) -> Term:
+        """Elements ``start:stop:step`` of a vector; rows of a linear map become rows of its matrix."""
+        count = len(range(start, stop, step))
+        if arg.size == 1 or (start, count, step) == (0, arg.size, 1):
             return arg
         if arg.op == "lin":
             inner, piece, dtype = arg.args
-            if not piece.transposed:
-                first = piece.rows[0] if piece.rows else 0
-                rows = Piece(piece.path, piece.index, (first + start, first + stop))
-                return self.lin(inner, rows, stop - start, dtype)
+            return self.lin(inner, piece.outputs(start, stop, step), count, dtype)
+        if arg.op == "param":
+            return self.param(arg.args[0].outputs(start, stop, step), count)
         if arg.op == "cast":
-            return self.cast(self.part(arg.args[0], start, stop), arg.args[1])
+            return self.cast(self.part(arg.args[0], start, stop, step), arg.args[1])
         if arg.op == "vec":
-            return self.vec(list(arg.args[start:stop]))
+            return self.vec(list(arg.args[start:stop:step]))
+        if step != 1 and arg.op in _WHOLE:
+            return self.vec([self.elem(arg, place) for place in range(start, stop, step)])
         if arg.op == "cat":
             width, *terms = arg.args
             if start // width == (stop - 1) // width:
@@ -189,13 +214,40 @@ class Terms:
         if stop - start == 1:
             return self.make("elem", (arg, start), 1)
         if arg.op not in _WHOLE:
-            return self._rebuilt(arg, [self.part(inner, start, stop) for inner in arg.args])
+            return self._rebuilt(arg, [self.part(inner, start, stop, step) for inner in self.inner(arg)])
         return self.make("part", (arg, start, stop), stop - start)
+
+    def inner(self, term: Term) -> list[Term]:
+        """The terms among a term's arguments."""
+        return [arg for arg in term.args if isinstance(arg, Term)]
 
     def _rebuilt(self, term: Term, args: list[Term]) -> Term:
         """An element-wise term with other arguments."""
         makers: dict[str, Callable[..., Term]] = {"add": self.add, "mul": self.mul, "div": self.div}
+        if term.op == "clamp":
+            return self.clamp(args[0], *term.args[1:])
         return makers[term.op](*args) if term.op in makers else self.fn(term.op, *args)
+
+    def whole(self, element: Term, place: int, size: int) -> Term | None:
+        """The vector of ``size`` elements that ``element`` is number ``place`` of, if it can be one."""
+        if element.op == "const":
+            return element
+        if element.op == "elem":
+            vector: Term = element.args[0]
+            return vector if element.args[1] == place and vector.size == size else None
+        if element.op in ("lin", "param"):
+            piece = element.args[-2] if element.op == "lin" else element.args[0]
+            complete = replace(piece, rows=None, out=None)
+            if element.size != 1 or complete.outputs(place, place + 1) != piece:
+                return None
+            if element.op == "param":
+                return self.param(complete, size)
+            return self.lin(element.args[0], complete, size, element.args[2])
+        parts = [self.whole(arg, place, size) for arg in self.inner(element)]
+        if not parts or element.op in _WHOLE or any(part is None for part in parts):
+            return None
+        known = [part for part in parts if part is not None]
+        return self.cast(known[0], element.args[1]) if element.op == "cast" else self._rebuilt(element, known)
 
     def elem(self, arg: Term, index: int) -> Term:
         """One element of a vector, as a scalar."""
@@ -224,8 +276,12 @@ class Terms:
             inner, piece, dtype = first.args
             start = piece.rows[0] if piece.rows else 0
             bands = [(start + place * width, start + (place + 1) * width) for place in range(len(parts))]
-            if piece.rows and all(
-                part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
+            if (
+                piece.rows
+                and piece.out is None
+                and all(
+                    part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
+                )
             ):
                 return self.lin(inner, replace(piece, rows=(start, bands[-1][1])), width * len(parts), dtype)
         return None
@@ -254,6 +310,14 @@ class Terms:
             return self.cast(self.total(arg.args[0]), arg.args[1])
         return arg if arg.size == 1 else self.make("sum", (arg,), 1)
 
-    def chosen(self, values: Term, scores: Term, count: int) -> Term:
-        """``values`` at the places of the ``count`` highest ``scores``, highest first."""
-        return self.make("chosen", (values, scores), count)
+    def largest(self, arg: Term) -> Term:
+        """The largest element of a vector, a scalar."""
+        return arg if arg.size == 1 else self.make("largest", (arg,), 1)
+
+    def norm(self, arg: Term, power: float) -> Term:
+        """The p-norm of a vector, a scalar."""
+        return self.make("norm", (arg, power), 1)
+
+    def chosen(self, values: Term, scores: Term, number: int, count: int) -> Term:
+        """``values`` at the places of the ``count`` highest ``scores``, found by choice ``number`` of the record."""
+        return self.make("chosen", (values, scores, number), count)

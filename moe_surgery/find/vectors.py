@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
@@ -30,6 +31,37 @@ def _elementwise(run: Interpreter, op: Op) -> Rows:
     given += [f"{key}={value}" for key, value in op.kwargs.items()]
     name = " ".join([op.name, *given])
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.fn(name, term), run.terms)
+
+
+def _clamp(run: Interpreter, op: Op) -> Rows:
+    bounds = dict(zip(("min", "max"), op.args[1:], strict=False)) | dict(op.kwargs)
+    if op.name != "clamp":
+        bounds = {op.name.removeprefix("clamp_"): op.args[1]}
+    low, high = bounds.get("min"), bounds.get("max")
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        raise Unreadable("it clamps by computed bounds")
+    low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    return rows.combine([run.rows(op.args[0])], lambda term: run.terms.clamp(term, low, high), run.terms)
+
+
+def _largest(run: Interpreter, op: Op) -> Any:
+    """The largest element along the last dimension, of which only the value is known."""
+    if len(op.args) < 2 or op.args[1] not in (-1, [-1], len(run.rows(op.args[0]).shape) - 1):
+        raise Unreadable("it takes the largest of more than one vector")
+    value = run.vectors(op.args[0])
+    lead = each(value.lead, run.terms.largest)
+    kept = bool(op.args[2]) if len(op.args) > 2 else bool(op.kwargs.get("keepdim", False))
+    found = Rows(lead, 1) if kept else Rows(lead, None)
+    return found if op.name == "amax" else (found, None)
+
+
+def _norm(run: Interpreter, op: Op) -> Rows:
+    value = run.vectors(op.args[0])
+    power, dims, kept = (*op.args[1:4], *(2, None, False)[len(op.args) - 1 :])[:3]
+    if dims not in ([-1], [len(value.shape) - 1]) or not isinstance(power, (int, float)):
+        raise Unreadable("it takes a norm of more than one vector")
+    lead = each(value.lead, lambda term: run.terms.norm(term, float(power)))
+    return Rows(lead, 1) if kept else Rows(lead, None)
 
 
 def _compared(run: Interpreter, op: Op) -> Rows:
@@ -167,8 +199,8 @@ def _sum(run: Interpreter, op: Op) -> Rows:
 
 
 def _topk(run: Interpreter, op: Op) -> tuple[Rows, None]:
-    scores = run.vectors(op.args[0])
-    return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, op.args[1])), op.args[1]), None
+    scores, number, count = run.vectors(op.args[0]), op.kwargs["choice"], op.args[1]
+    return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
 
 
 def _gather(run: Interpreter, op: Op) -> Rows:
@@ -176,25 +208,29 @@ def _gather(run: Interpreter, op: Op) -> Rows:
     if not isinstance(index, Tensor):
         raise Unreadable("it gathers by computed places")
     last = op.args[1] in (-1, len(op.shape) - 1)
-    choice = next((choice for choice in run.flow.choices if last and _same_ids(choice, index)), None)
-    if choice is None:
+    numbered = enumerate(run.flow.choices)
+    number = next((number for number, choice in numbered if last and _same_ids(run, choice, index, values)), None)
+    if number is None:
         return rows.moved(values, lambda places: places.gather(op.args[1], index), run.terms)
+    choice = run.flow.choices[number]
     scores = run.vectors(choice.scores)
     lead = rows.reshaped(scores, (*values.lead.shape, scores.size or 1), run.terms)
-    return Rows(
-        rows.combine([values, lead], lambda value, score: run.terms.chosen(value, score, choice.k), run.terms).lead,
-        choice.k,
-    )
+
+    def pick(value: Term, score: Term) -> Term:
+        return run.terms.chosen(value, score, number, choice.k)
+
+    return Rows(rows.combine([values, lead], pick, run.terms).lead, choice.k)
 
 
-def _same_ids(choice: Choice, index: Tensor) -> bool:
-    return choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
+def _same_ids(run: Interpreter, choice: Choice, index: Tensor, values: Rows) -> bool:
+    same = choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
+    return same and run.flow.ops[choice.scores.index].shape[-1] == values.shape[-1]
 
 
 _Meaning = Callable[["Interpreter", Op], Any]
 _ELEMENTWISE = (
     "silu sigmoid relu relu6 tanh exp abs sqrt rsqrt reciprocal log log1p square mish erf sign hardswish hardtanh "
-    "hardsigmoid softplus leaky_relu elu celu selu threshold pow clamp clamp_min clamp_max round floor ceil nan_to_num"
+    "hardsigmoid softplus leaky_relu elu celu selu threshold pow round floor ceil nan_to_num"
 )
 _COMPARED = "eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or maximum minimum"
 
@@ -205,6 +241,9 @@ MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(["add", "sub", "rsub"], _add),
     **dict.fromkeys(["sum", "mean"], _sum),
     **dict.fromkeys(["where", "masked_fill"], _where),
+    **dict.fromkeys(["clamp", "clamp_min", "clamp_max"], _clamp),
+    **dict.fromkeys(["max", "amax"], _largest),
+    "linalg_vector_norm": _norm,
     "gelu": _gelu,
     "neg": _neg,
     "_to_copy": _cast,

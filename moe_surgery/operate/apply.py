@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,7 @@ class Operation:
         reading = self.readings[path]
         new = self.targets[path].build(reading.spec, tensors or gather(block, reading.layout), prefix=path)
         new.rule = self.rules[path]
+        new.names = tuple(inspect.signature(block.forward).parameters)
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
             new.observe(owner, block.get_submodule(owner))

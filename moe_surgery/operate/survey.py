@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from moe_surgery.collection import uncollected
 from moe_surgery.find.check import check_site
 from moe_surgery.find.result import Reading, Site, Unreadable
 from moe_surgery.read import read
+from moe_surgery.read_experts import experts_modules, read_experts
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.tree import find_sites
 
@@ -33,7 +34,7 @@ class Surveyed:
 
 
 def survey(model: nn.Module) -> tuple[Surveyed, ...]:
-    """Every site of ``model``, read."""
+    """Every site of ``model``, read. Where only a block's module of experts can be read, that module is the site."""
     known: dict[Hashable, Reading | str] = {}
     shared = _shared_modules(model)
     return tuple(_survey(site, known, shared) for site in find_sites(model))
@@ -43,24 +44,49 @@ def _survey(site: Site, known: dict[Hashable, Reading | str], shared: dict[int, 
     if isinstance(site.module, SwappedBlock):
         return Surveyed(site, None, None)
     try:
-        if not site.path:
-            raise Unreadable("it is the whole model; a block can be replaced only inside a model")
-        if len(shared[id(site.module)]) > 1:
-            raise Unreadable(f"it is one module at several places: {', '.join(shared[id(site.module)])}")
-        check_site(site.module)
-        reading = _read(site.module, known)
+        return _whole(site, known, shared)
     except Unreadable as error:
-        return Surveyed(site, None, str(error))
-    return Surveyed(site, reading, None)
+        inside = _inside(site, known, shared, str(error))
+        return inside if inside is not None else Surveyed(site, None, str(error))
 
 
-def _read(module: nn.Module, known: dict[Hashable, Reading | str]) -> Reading:
+def _whole(site: Site, known: dict[Hashable, Reading | str], shared: dict[int, list[str]]) -> Surveyed:
+    _check_place(site, shared)
+    check_site(site.module)
+    return Surveyed(site, _read(site.module, known, read), None)
+
+
+def _inside(
+    site: Site, known: dict[Hashable, Reading | str], shared: dict[int, list[str]], reason: str
+) -> Surveyed | None:
+    """The only module of experts inside a block that can't be read for ``reason``, if it can be."""
+    found = list(experts_modules(site.module))
+    if len(found) != 1:
+        return None
+    path, module = found[0]
+    inner = Site(f"{site.path}.{path}" if site.path else path, module)
+    try:
+        _check_place(inner, shared)
+        check_site(module, inputs=3)
+        return Surveyed(inner, replace(_read(module, known, read_experts), around=reason), None)
+    except Unreadable:
+        return None
+
+
+def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
+    if not site.path:
+        raise Unreadable("it is the whole model; a block can be replaced only inside a model")
+    if len(shared[id(site.module)]) > 1:
+        raise Unreadable(f"it is one module at several places: {', '.join(shared[id(site.module)])}")
+
+
+def _read(module: nn.Module, known: dict[Hashable, Reading | str], reader: Callable[[nn.Module], Reading]) -> Reading:
     key = structure(module)
     result = known.get(key) if key is not None else None
     if result is None:
         try:
             with uncollected():
-                result = read(module)
+                result = reader(module)
         except Unreadable as error:
             result = str(error)
         if key is not None:

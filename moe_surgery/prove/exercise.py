@@ -59,7 +59,8 @@ def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
     part = mixed[:24]
     yield Call("4 sequences of 6 tokens", x[part].view(4, 6, -1), part)
     yield Call(STRIDED, x[part.view(4, 6).T.flatten()].view(6, 4, -1).transpose(0, 1), part)
-    for family, token in ((UNIT, 0), (UNIT, -1), (ZERO, 0)):
+    zero = ((ZERO, 0),) if len(probes.of(ZERO)) else ()
+    for family, token in ((UNIT, 0), (UNIT, -1), *zero):
         yield _sequence(x, probes.of(family)[[token]])
     crowd = probes.of(UNIT)[-1:].repeat(_BEYOND)
     yield Call("72 times the same token", x[crowd][None], crowd)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import own_scores, router_scores
-from moe_surgery.weights.tensors import OwnRouting
+from moe_surgery.targets.reference import own_scores, ranking, router_scores, scores_of
+from moe_surgery.weights.tensors import BlockTensors
 
 # Right blocks that round at the same places measured 0.5 to 1.5 times the noise of plain torch (bfloat16, float16);
 # the rest is for those that round at others. It also covers a gap between two logits, each twice the noise off.
@@ -86,20 +86,23 @@ class Routing:
         return int((torch.bincount(self.tokens, minlength=len(self.order)) > 1).sum())
 
 
-def route(spec: MoESpec, router: Tensor, probes: Probes, routing: OwnRouting | None = None) -> Routing:
+def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
     """Every legitimate choice of experts for every token."""
-    if spec.router.scoring == "own":
-        return _own_route(spec, router, probes, routing)
+    if not spec.router.ranks_by_logits or spec.experts.weights_on == "input":
+        return _shaken_route(spec, tensors, probes)
     k, count = spec.router.top_k, len(probes.x)
-    logits, scores = router_scores(spec, router, probes.x, torch.float64)
+    logits, scores = router_scores(spec, tensors.router, probes.x, torch.float64, bias=tensors.router_bias)
     order = logits.argsort(dim=-1, descending=True, stable=True)
     tokens, ranks = list(range(count)), [tuple(range(k))] * count
     sure, decidable = [k] * count, [True] * count
     if k < spec.router.num_experts:
-        family, noise = probes.family.tolist(), _router_noise(spec, router, probes, logits)
+        family, noise = probes.family.tolist(), _router_noise(spec, tensors, probes, logits)
         ranked = zip(logits.gather(1, order).cpu(), scores.gather(1, order).cpu(), noise.tolist(), strict=True)
         for token, ladder in enumerate(_Ladder(*values, softmax=spec.router.scoring == "softmax") for values in ranked):
-            if ladder.clear(k - 1, k) or family[token] == ZERO:
+            if ladder.clear(k - 1, k):
+                continue
+            if family[token] == ZERO:
+                decidable[token] = not spec.experts.biases  # without biases all experts give zero
                 continue
             found = ladder.other_choices(k)
             decidable[token] = found is not None
@@ -117,43 +120,56 @@ def route(spec: MoESpec, router: Tensor, probes: Probes, routing: OwnRouting | N
     )
 
 
-def _own_route(spec: MoESpec, router: Tensor, probes: Probes, routing: OwnRouting | None) -> Routing:
-    """The choices of the model's own router.
+def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
+    """The choices of a router whose ranking isn't that of its logits, or that is the model's own.
 
-    It can't be told what else it might have chosen, so a token whose choice changes with the router's rounding noise
+    What else it might have chosen isn't listed. A token whose choice changes with the router's rounding noise
     (measured, then added with random signs) isn't decidable.
     """
-    k, count = spec.router.top_k, len(probes.x)
-    logits, scores = router_scores(spec, router, probes.x, torch.float64, routing)
-    noise = _router_noise(spec, router, probes, logits, routing)[:, None]
-    generator = torch.Generator("cpu").manual_seed(count)
-    chosen = scores != 0
-    decidable = chosen.sum(-1) == k
-    for _ in range(_SHAKES):
+    k, x = spec.router.top_k, probes.x
+    logits, scores = router_scores(spec, tensors.router, x, torch.float64, tensors.routing, tensors.router_bias)
+    noise = _router_noise(spec, tensors, probes, logits)[:, None]
+    generator = torch.Generator("cpu").manual_seed(len(x))
+    ranked = ranking(spec, logits, scores, tensors, torch.float64)
+    chosen = _chosen(ranked, k)
+    decidable = (scores != 0).sum(-1) == k if spec.router.own else torch.ones_like(chosen[:, 0])
+    for _ in range(_SHAKES if k < spec.router.num_experts else 0):
         signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
-        shaken = own_scores(routing, probes.x, logits + signs * noise / 2, torch.float64)
-        decidable &= ((shaken != 0) == chosen).all(-1)
-    everyone = torch.arange(count, device=logits.device)
+        decidable &= (_chosen(_shaken(spec, tensors, x, logits + signs * noise / 2, signs), k) == chosen).all(-1)
+    everyone = torch.arange(len(x), device=logits.device)
+    zero = (probes.family == ZERO) & (not spec.experts.biases)
     return Routing(
-        order=scores.argsort(dim=-1, descending=True, stable=True),
+        order=ranked.argsort(dim=-1, descending=True, stable=True),
         scores=scores,
         logits=logits,
         tokens=everyone,
-        ranks=torch.arange(k, device=logits.device).repeat(count, 1),
+        ranks=torch.arange(k, device=logits.device).repeat(len(x), 1),
         sure=torch.full_like(everyone, k),
-        decidable=decidable | (probes.family == ZERO),
+        decidable=decidable | zero,
     )
 
 
-def _router_noise(
-    spec: MoESpec, router: Tensor, probes: Probes, logits: Tensor, routing: OwnRouting | None = None
-) -> Tensor:
+def _shaken(spec: MoESpec, tensors: BlockTensors, x: Tensor, logits: Tensor, signs: Tensor) -> Tensor:
+    """The ranking [T, E] of logits that rounding has moved, itself rounded."""
+    if spec.router.own:
+        return own_scores(tensors.routing, x, logits, torch.float64)
+    scores = scores_of(spec, logits, torch.float64)
+    ranked = ranking(spec, logits, scores, tensors, torch.float64)
+    return ranked + signs * SCORE_ROUNDING * ranked.abs().clamp(1e-30, 1e30)
+
+
+def _chosen(ranked: Tensor, k: int) -> Tensor:
+    """Which experts [T, E] have the ``k`` highest ranks."""
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(k, -1).indices, True)
+
+
+def _router_noise(spec: MoESpec, tensors: BlockTensors, probes: Probes, logits: Tensor) -> Tensor:
     """How far apart two logits of a token [N] must be to be clearly apart in the block's dtype, from measured errors.
 
     A token's error is the largest one over the experts, but not less than the median of the token's family: over few
     experts a token may be lucky.
     """
-    rounded, _ = router_scores(spec, router, probes.x, None, routing)
+    rounded, _ = router_scores(spec, tensors.router, probes.x, None, tensors.routing, tensors.router_bias)
     noise = (rounded.to(torch.float64) - logits).abs().amax(-1)
     for family in range(len(FAMILIES)):
         mine = probes.family == family

@@ -10,23 +10,26 @@ that the *weights* make equal to the truth stays in, and fails the proof.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_surgery.prove.metrics import Routing
-from moe_surgery.prove.probe import LARGE, UNIT, Probes
-from moe_surgery.spec import Activation, MoESpec
+from moe_surgery.prove.probe import LARGE, UNIT, ZERO, Probes
+from moe_surgery.spec import Activation, Mix, MoESpec, RouterSpec
+from moe_surgery.targets.formula import Mixer, mixer, ranked
 from moe_surgery.targets.reference import (
-    Mix,
     Visits,
-    gated,
+    applied_weights,
     routing_weights,
+    scores_of,
     shared_output,
     shared_parts,
+    visited,
     weighted_sum,
 )
 from moe_surgery.weights.tensors import BlockTensors
@@ -38,6 +41,10 @@ _FEW = 8
 _EXCHANGES = 3
 # Entries of each weight that stand for an expert when looking for the one most like it.
 _SKETCH = 1024
+# The share of projections that must reach a clamp before leaving it out is a mistake that shows.
+_REACHED = 0.01
+# A bias or epsilon below this changes weights, which are of the order of one, by less than rounding in half precision.
+_VISIBLE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,7 @@ class Parts:
     """
 
     spec: MoESpec
+    tensors: BlockTensors
     probes: Probes
     routing: Routing
     outputs: Tensor
@@ -60,7 +68,7 @@ class Parts:
 
     @cached_property
     def weights(self) -> Tensor:
-        return routing_weights(self.spec, self.routing.scores, self.ids)
+        return applied_weights(self.spec, self.routing.scores, self.ids)
 
     @cached_property
     def routed(self) -> Tensor:
@@ -68,10 +76,11 @@ class Parts:
 
     @cached_property
     def shared_sum(self) -> Tensor:
-        """The shared expert's share of the output [N, H]; zeros where there is none."""
-        if self.shared is None:
-            return torch.zeros_like(self.outputs[:, 0])
-        return shared_output(self.spec, self.shared, self.gate)
+        """The shared expert's share of the output [N, H], with the output's bias; zeros where there is none."""
+        shared = torch.zeros_like(self.outputs[:, 0])
+        if self.shared is not None:
+            shared = shared_output(self.spec, self.shared, self.gate)
+        return shared if self.tensors.output_bias is None else shared + self.tensors.output_bias.to(F64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +99,8 @@ class Twin:
 
 def few_tokens(probes: Probes) -> Tensor:
     """The tokens on which mutants that need new expert outputs are judged."""
-    return torch.cat([probes.of(family)[:_FEW] for family in (UNIT, LARGE)])
+    large = probes.of(LARGE)
+    return torch.cat([probes.of(UNIT)[:_FEW], large[:_FEW], large[_FEW:][-_FEW:]])
 
 
 def other_activation(activation: Activation) -> Activation:
@@ -98,7 +108,7 @@ def other_activation(activation: Activation) -> Activation:
     return "gelu" if activation == "silu" else "silu"
 
 
-def first_share(mix: Mix, ranks: int) -> Mix:
+def first_share(mix: Mixer, ranks: int) -> Mixer:
     """What the first of ``ranks`` computes of a gated MLP that is cut along its width."""
 
     def share(gate: Tensor, up: Tensor) -> Tensor:
@@ -131,33 +141,42 @@ def requests(
     ids = routing.order[:, :k]
     weights = routing_weights(spec, routing.scores, ids)
     few = few_tokens(probes)
-    x, plain = probes.x[few].to(F64), gated(spec.experts.activation)
-    wide = x.repeat_interleave(k, 0)
+    x, mix = probes.x[few].to(F64), spec.experts.mix
+    plain, inputs = mixer(mix), visited(spec, x, routing.scores[few], ids[few])
+    real = spec.experts.num_experts
 
-    def visit(chosen: Tensor, mix: Mix = plain, x: Tensor = wide) -> tuple[Tensor, Visits]:
-        return few, Visits(x, chosen.flatten(), mix)
+    def visit(chosen: Tensor, mix: Mixer = plain, x: Tensor = inputs, tokens: Tensor = few) -> tuple[Tensor, Visits]:
+        return tokens, Visits(x, chosen.flatten(), mix)
 
-    act = spec.experts.activation
-    wanted = {
-        "gate and up swapped": visit(ids[few], lambda gate, up: plain(up, gate)),
-        f"{other_activation(act)} for {act}": visit(ids[few], gated(other_activation(act))),
-        "up projection left out": visit(ids[few], lambda gate, up: plain(gate, torch.ones_like(up))),
-    }
+    wanted = {name: visit(ids[few], other) for name, other in mixed_otherwise(mix).items()}
+    if not reached(spec, tensors, probes):
+        wanted.pop("clamp left out", None)
     if ranks > 1:
         wanted["routed experts not reduced"] = visit(ids[few], first_share(plain, ranks))
     if experts > 1:
         wanted["router rows shifted by one expert"] = visit((ids[few] + 1) % experts)
-        unit, others = probes.of(UNIT), siblings(tensors, seed)
-        full = weights.new_zeros(len(unit), experts).scatter(1, ids[unit], weights[unit])
+    if real > 1:
+        unit, others = torch.cat([probes.of(UNIT), probes.of(LARGE)]), siblings(tensors, seed)
+        full = weights.new_zeros(len(unit), experts).scatter(1, ids[unit], weights[unit])[:, :real]
         count = min(_EXCHANGES, len(unit))
         # For each expert those unit tokens that choose it where exchanging it moves the most weight.
         moved = (full - full[:, others]).abs().where(full > 0, -1.0)
-        tokens = unit[moved.topk(count, 0).indices].flatten()
-        wanted["experts exchanged"] = tokens, Visits(probes.x[tokens].to(F64), others.repeat(count), plain)
-    if k < experts and spec.router.scoring != "own":  # else there is no other choice
-        wanted["lowest scores chosen"] = visit(routing.order[few][:, -k:])
+        chosen = moved.topk(count, 0).indices
+        given = probes.x[unit[chosen.flatten()]].to(F64)
+        if spec.experts.weights_on == "input":
+            given = given * full.gather(0, chosen).reshape(-1, 1)
+        wanted["experts exchanged"] = unit[chosen].flatten(), Visits(given, others.repeat(count), plain)
+    if k < experts and not spec.router.own:  # else there is no other choice
+        lowest = routing.order[few][:, -k:]
+        wanted["lowest scores chosen"] = visit(lowest, x=visited(spec, x, routing.scores[few], lowest))
+    for name, (tokens, chosen) in chosen_otherwise(spec, tensors, probes, routing).items():
+        given = visited(spec, probes.x[tokens].to(F64), routing.scores[tokens], chosen)
+        wanted[name] = visit(chosen, x=given, tokens=tokens)
     if not _one_weight(spec):  # else every weight is 1
-        wanted["weights on the inputs"] = visit(ids[few], x=wide * weights[few].reshape(-1, 1))
+        raw = x.repeat_interleave(k, 0)
+        on_input = spec.experts.weights_on == "input"
+        name = f"weights on the {'outputs' if on_input else 'inputs'}"
+        wanted[name] = visit(ids[few], x=raw if on_input else raw * weights[few].reshape(-1, 1))
     return wanted
 
 
@@ -179,6 +198,7 @@ def twins(
             yield Twin("shared expert reduced twice", parts.routed + ranks * parts.shared_sum, everyone)
     yield _zeroed(parts, everyone)
     few = few_tokens(parts.probes)
+    others = chosen_otherwise(spec, tensors, parts.probes, parts.routing)
     for (name, (tokens, visits)), out in zip(wanted.items(), outputs, strict=True):
         if name == "experts exchanged":
             yield _exchanged(parts, tokens, visits.experts, out)
@@ -186,22 +206,71 @@ def twins(
         weights = parts.weights[tokens]
         if name == "weights on the inputs":
             weights = torch.ones_like(weights)
-        if name == "lowest scores chosen":
-            ids = parts.routing.order[tokens][:, -spec.router.top_k :]
-            weights = routing_weights(spec, parts.routing.scores[tokens], ids)
+        if name == "weights on the outputs":
+            weights = routing_weights(spec, parts.routing.scores[tokens], parts.ids[tokens])
+        ids = others[name][1] if name in others else parts.routing.order[tokens][:, -spec.router.top_k :]
+        if name in others or name == "lowest scores chosen":
+            weights = applied_weights(spec, parts.routing.scores[tokens], ids)
         routed = weighted_sum(out.view(*weights.shape, -1), weights, F64)
         yield Twin(name, routed + parts.shared_sum[tokens], tokens)
     if spec.shared is not None:
-        act, plain = spec.shared.activation, gated(spec.shared.activation)
-        mixes: dict[str, Mix] = {
-            "shared gate and up swapped": lambda gate, up: plain(up, gate),
-            f"shared {other_activation(act)} for {act}": gated(other_activation(act)),
-        }
+        mixes = {f"shared {name}": mix for name, mix in mixed_otherwise(spec.shared.mix).items()}
+        mixes.pop("shared clamp left out", None)
+        mixes.pop("shared up projection left out", None)
         if ranks > 1:
-            mixes["shared expert not reduced"] = first_share(plain, ranks)
+            mixes["shared expert not reduced"] = first_share(mixer(spec.shared.mix), ranks)
+        bias = 0.0 if tensors.output_bias is None else tensors.output_bias.to(F64)
         for name, mix in mixes.items():
             out, gate = shared_parts(tensors, parts.probes.x[few], mix, F64)
-            yield Twin(name, parts.routed[few] + shared_output(spec, out, gate), few)
+            yield Twin(name, parts.routed[few] + shared_output(spec, out, gate) + bias, few)
+
+
+def mixed_otherwise(mix: Mix) -> dict[str, Mixer]:
+    """What may wrongly stand between an MLP's matrices, by name."""
+    plain, act = mixer(mix), mix.activation
+    other = other_activation(act)
+    found: dict[str, Mixer] = {f"{other} for {act}": mixer(replace(mix, activation=other, alpha=1.0))}
+    if mix.gated:
+        found["gate and up swapped"] = lambda gate, up: plain(up, gate)
+        found["up projection left out"] = lambda gate, up: plain(gate, torch.ones_like(up))
+    if mix.limit is not None:
+        found["clamp left out"] = mixer(replace(mix, limit=None, limit_after=False))
+    if mix.alpha != 1.0:
+        found["α left out"] = mixer(replace(mix, alpha=1.0))
+    if mix.offset:
+        found["up offset left out"] = mixer(replace(mix, offset=0.0))
+    return found
+
+
+def reached(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> bool:
+    """Whether any probe reaches the experts' clamp: where none does, leaving it out can't show."""
+    if spec.experts.limit is None:
+        return False
+    half = F.linear(probes.x[few_tokens(probes)].to(F64), tensors.w13[0].to(F64))
+    return bool((half.abs() > spec.experts.limit).double().mean() > _REACHED)
+
+
+def chosen_otherwise(
+    spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Wrong choices of experts: by name, the tokens [M] that they differ at and what these choose [M, k].
+
+    A correction bias that is the same for all experts, among whom nothing else is told apart, changes no choice.
+    """
+    router, bias, found = spec.router, tensors.correction_bias, {}
+    others: dict[str, Tensor] = {}
+    if bias is not None and (router.groups is not None or bool((bias != bias.flatten()[0]).any())):
+        others["correction bias left out"] = ranked(router, routing.scores, None)
+    if router.groups is not None:
+        others["groups ignored"] = ranked(replace(router, groups=None), routing.scores, bias)
+    mine = routing.order[:, : router.top_k].sort(-1).values
+    for name, ranks in others.items():
+        ids = ranks.topk(router.top_k, -1).indices
+        differ = (ids.sort(-1).values != mine).any(-1) & (probes.family != ZERO)
+        tokens = differ.nonzero().flatten()[:_FEW]
+        if len(tokens):
+            found[name] = tokens, ids[tokens]
+    return found
 
 
 def _recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
@@ -212,6 +281,8 @@ def _recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
 
     def weighted(ids: Tensor, scores: Tensor = routing.scores, first: int = 0) -> Tensor:
         chosen = routing_weights(spec, scores, ids)
+        if spec.experts.weights_on == "input":  # the outputs have the right weights in them
+            chosen = torch.ones_like(chosen) if scores is routing.scores else chosen
         return weighted_sum(parts.outputs[:, first:], chosen, F64) + shared
 
     def reweighted(weights: Tensor) -> Tensor:
@@ -221,9 +292,9 @@ def _recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     yield "routed experts doubled", 2 * routed + shared
     yield "tokens shifted by one", (routed + shared).roll(1, 0)
     # What else the model's own router might have done isn't known; it is taken as it is, and not on trial.
-    own = spec.router.scoring == "own"
+    own, on_output = spec.router.own, spec.experts.weights_on == "output"
     # A softmax over all experts sums to 1 already.
-    if not (own or (k == experts and spec.router.scoring == "softmax")):
+    if on_output and not (own or (k == experts and spec.router.scoring == "softmax" and not spec.router.epsilon)):
         raw = routing.scores.gather(1, ids)
         if spec.router.renormalize:
             yield "not renormalised", reweighted(raw * scale)
@@ -232,16 +303,19 @@ def _recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     if not (own or (k == 1 and spec.router.renormalize)):  # a single renormalised weight is 1 whatever the score
         softmax = spec.router.scoring == "softmax"
         other = routing.logits.sigmoid() if softmax else routing.logits.softmax(-1)
-        yield f"{'sigmoid for softmax' if softmax else 'softmax for sigmoid'}", weighted(ids, other)
+        yield f"{'sigmoid for softmax' if softmax else 'softmax for ' + spec.router.scoring}", weighted(ids, other)
+        yield from _rescored(parts, reweighted)
     if k > 1:
         yield "top-k less one", weighted(ids[:, :-1])
+    if k > 1 and on_output:
         yield "uniform routing weights", reweighted(weights.mean(-1, keepdim=True).expand_as(weights))
         yield "routing weights in reverse order", reweighted(weights.flip(-1))
-    if k < experts and not own:
+    if k < experts and not own and spec.router.groups is None:
         yield "top-k plus one", weighted(routing.order[:, : k + 1])
         yield "ranks shifted by one", weighted(routing.order[:, 1 : k + 1], first=1)
-    if scale != 1.0:
+    if scale != 1.0 and on_output:
         yield "routed scale dropped", routed / scale + shared
+    yield from _without(parts)
     if spec.shared is None:
         return
     assert parts.shared is not None
@@ -255,6 +329,40 @@ def _recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         yield "routed scale on the shared expert too", routed + scale * shared
 
 
+def _rescored(parts: Parts, reweighted: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Mutants that weight the right experts by other scores."""
+    spec, routing, tensors = parts.spec, parts.routing, parts.tensors
+    bias = tensors.correction_bias
+
+    def by(scores: Tensor, router: RouterSpec = spec.router) -> Tensor:
+        return reweighted(routing_weights(replace(spec, router=router), scores, parts.ids))
+
+    if spec.experts.weights_on == "input":
+        return
+    if bias is not None and float(bias.abs().max()) > _VISIBLE:
+        yield "correction bias in the weights", by(routing.scores + bias.to(F64))
+    if tensors.router_bias is not None and float(tensors.router_bias.abs().max()) > _VISIBLE:
+        yield "router bias left out", by(scores_of(spec, routing.logits - tensors.router_bias.to(F64), F64))
+    if spec.router.soft_cap is not None:
+        uncapped = replace(spec, router=replace(spec.router, soft_cap=None))
+        yield "soft cap left out", by(scores_of(uncapped, routing.logits, F64))
+    if spec.router.epsilon > _VISIBLE:
+        yield "epsilon left out", by(routing.scores, replace(spec.router, epsilon=0.0))
+
+
+def _without(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """Mutants that leave out a bias, or what stands for an expert."""
+    spec, tensors, whole = parts.spec, parts.tensors, parts.routed + parts.shared_sum
+    real = parts.ids < spec.experts.num_experts
+    if tensors.w2_bias is not None:
+        biases = tensors.w2_bias.to(F64)[parts.ids.clamp_max(spec.experts.num_experts - 1)]
+        yield "down biases left out", whole - weighted_sum(biases, parts.weights * real, F64)
+    if tensors.output_bias is not None:
+        yield "output bias left out", whole - tensors.output_bias.to(F64)
+    if spec.experts.identities:
+        yield "identity experts left out", weighted_sum(parts.outputs, parts.weights * real, F64) + parts.shared_sum
+
+
 def _zeroed(parts: Parts, everyone: Tensor) -> Twin:
     """One expert zeroed, for every expert."""
     whole = parts.routed + parts.shared_sum
@@ -266,7 +374,10 @@ def _zeroed(parts: Parts, everyone: Tensor) -> Twin:
 def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twin:
     """Every expert exchanged with the one most like it, judged on a few tokens for each."""
     ids, weights, outputs = parts.ids[tokens], parts.weights[tokens], parts.outputs[tokens]
-    experts = torch.arange(len(tokens), device=tokens.device) % parts.spec.router.num_experts
+    experts = torch.arange(len(tokens), device=tokens.device) % parts.spec.experts.num_experts
+    seen = (ids == experts[:, None]).any(-1)  # where no token is sent, an expert has no case
+    tokens, others, out, experts = tokens[seen], others[seen], out[seen], experts[seen]
+    ids, weights, outputs = ids[seen], weights[seen], outputs[seen]
     mine, theirs = ids == experts[:, None], ids == others[:, None]
     own = weighted_sum(outputs, mine.to(F64), F64)
     mine_weight = (weights * mine).sum(-1, keepdim=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.weights.tensors import BlockTensors
 
 UNIT, SMALL, LARGE, ZERO = range(4)
 FAMILIES = ("unit", "small", "large", "zero")
@@ -32,6 +33,8 @@ _PUSHES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
 _STEPS = 500
 # A steered expert's lead over its rival, in standard deviations of the token's logits, that counts as clear.
 _CLEAR = 0.25
+# How far beyond the clamp of the experts the median of their inputs lies, where probes are made to reach it.
+_BEYOND_CLAMP = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +53,18 @@ class Probes:
         return (self.family == family).nonzero().flatten()
 
 
-def make_probes(spec: MoESpec, router: Tensor, seed: int) -> Probes:
-    """The probes of a block with this router [E, H]; on its device and in its dtype."""
+def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors | None = None) -> Probes:
+    """The probes of a block with this router [E, H]; on its device and in its dtype.
+
+    With ``tensors`` of experts that clamp, large tokens reach the clamp, and as far as can be without being routed
+    otherwise for it: most of them lies where the router doesn't look.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     weight = router.detach().to("cpu", torch.float64)
     k = spec.router.top_k
 
     def random(count: int) -> Tensor:
-        return _unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
+        return unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
 
     parts = [
         (UNIT, random(_RANDOM)),
@@ -66,12 +73,26 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int) -> Probes:
         (UNIT, near_ties(weight, k, random(0 if spec.router.scoring == "own" else len(_GAPS)), router.dtype)),
         (SMALL, random(_SCALED) * SCALES[SMALL]),
         (LARGE, random(_SCALED) * SCALES[LARGE]),
+        (LARGE, _clamped(spec, tensors, weight, random(_SCALED))),
         (ZERO, random(1) * SCALES[ZERO]),
     ]
     return Probes(
         torch.cat([x for _, x in parts]).to(router.dtype).to(router.device),
         torch.cat([torch.full((len(x),), family, device="cpu") for family, x in parts]).to(router.device),
     )
+
+
+def _clamped(spec: MoESpec, tensors: BlockTensors | None, router: Tensor, x: Tensor) -> Tensor:
+    """``x`` [n, H] with as much added where the router doesn't look as makes half of all gates exceed the clamp."""
+    limit = spec.experts.limit
+    if limit is None or tensors is None or len(router) >= spec.hidden:
+        return x[:0]
+    away = x.roll(1, 0)
+    basis = torch.linalg.qr(router.T).Q
+    away = unit(away - away @ basis @ basis.T)
+    first = tensors.w13[0].detach().to("cpu", torch.float64)
+    reach = (away @ first.T).abs().median().clamp_min(1e-300)
+    return x + away * (_BEYOND_CLAMP * limit / reach)
 
 
 def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,15 +102,14 @@ def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     visible. Where no push does, :func:`_apart` looks for a token that ranks the expert among the k at least. Experts
     that can't be reached (a row inside the hull of the others) are left to the caller, which counts the visits.
     """
-    experts, hidden = weight.shape
+    experts = len(weight)
     if experts == 1:
         return x
-    towards = weight - weight.mean(0)
-    towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(1e-300) * hidden**0.5
+    directions = towards(weight)
     everyone = torch.arange(experts, device="cpu")
     best, lead = x, torch.full_like(x[:, 0], -torch.inf)
     for push in _PUSHES:
-        best, lead = _better(best, lead, _unit(x + push * towards), _Ranking(weight, everyone, 1, dtype))
+        best, lead = _better(best, lead, unit(x + push * directions), _Ranking(weight, everyone, 1, dtype))
     missing = everyone[lead <= _CLEAR]
     if len(missing) == 0 or experts == k:
         return best
@@ -99,8 +119,15 @@ def steer(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
         for direction in _apart(weight, missing, rank):
             if bool((lead > _CLEAR).all()):
                 break
-            found, lead = _better(found, lead, _unit(direction), ranking)
+            found, lead = _better(found, lead, unit(direction), ranking)
     return best.index_copy(0, missing, found)
+
+
+def towards(weight: Tensor) -> Tensor:
+    """For each expert the direction [E, H] that its logit rises in against the mean of all, of unit scale."""
+    apart = weight - weight.mean(0)
+    scaled: Tensor = apart / apart.norm(dim=-1, keepdim=True).clamp_min(1e-300) * weight.shape[1] ** 0.5
+    return scaled
 
 
 def _apart(weight: Tensor, experts: Tensor, rank: int) -> Iterator[Tensor]:
@@ -132,7 +159,7 @@ def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
         apart = weight[last] - weight[next_]
         wanted = gaps * eps * logits.abs().amax(-1)
         excess = ((apart * x).sum(-1) - wanted) / apart.pow(2).sum(-1).clamp_min(1e-300)
-        x = _unit(x - apart * excess[:, None])
+        x = unit(x - apart * excess[:, None])
     return x
 
 
@@ -153,7 +180,7 @@ class _Ranking:
         return gap / logits.std(-1).clamp_min(1e-300)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Rows scaled to root mean square 1."""
     return x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
 

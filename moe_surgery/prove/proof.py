@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from moe_surgery.prove.exercise import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
+from moe_surgery.prove.given import behind_a_router
 from moe_surgery.prove.mutants import Twin
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
 from moe_surgery.prove.survey import Ground, survey
@@ -32,12 +33,16 @@ def prove(
     Both are called with inputs ``[B, S, H]``, ``new`` also with ``[T, H]``, in the tensors' dtype and on their device,
     without gradients. A block that raises fails the proof; the error doesn't escape.
     """
+    if spec.at == "experts":
+        spec, tensors, (old, new) = behind_a_router(spec, tensors, seed, old, new)
     ground = survey(spec, tensors, seed)
     return _hopeless(ground, True) if isinstance(ground, str) else _judge(ground, margin, old, new)
 
 
 def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0) -> Verdict:
     """Judge the reading alone: does ``old`` compute ``spec``? The margin is then that of the old block."""
+    if spec.at == "experts":
+        spec, tensors, (old,) = behind_a_router(spec, tensors, seed, old)
     ground = survey(spec, tensors, seed)
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
 

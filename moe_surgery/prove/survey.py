@@ -10,16 +10,18 @@ from torch import Tensor
 
 from moe_surgery.prove.metrics import Routing, Truth, route, slack
 from moe_surgery.prove.mutants import F64, Parts, Twin, requests, twins
-from moe_surgery.prove.probe import UNIT, Probes, make_probes
+from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
+from moe_surgery.prove.reach import reach, unreachable
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.reference import (
     Visits,
     expert_outputs,
-    gated,
     routed_sum,
     router_scores,
     shared_output,
     shared_parts,
+    visited,
 )
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -68,9 +70,11 @@ def survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1) -> G
 
 
 def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Ground | str:
-    probes = make_probes(spec, tensors.router, seed)
+    probes = make_probes(spec, tensors.router, seed, tensors)
+    if not spec.router.ranks_by_logits and not spec.router.own:
+        probes = reach(spec, tensors, probes)
     asked = len(probes.x)
-    while not bool((routing := route(spec, tensors.router, probes, tensors.routing)).decidable.all()):
+    while not bool((routing := route(spec, tensors, probes)).decidable.all()):
         probes = probes.keep(routing.decidable)
     undecided = asked - len(probes.x)
     if len(probes.of(UNIT)) == 0:
@@ -85,7 +89,7 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Grou
     wanted = requests(spec, tensors, probes, routing, seed, ranks)
     exact = _evaluate(spec, tensors, probes, routing, F64, [visits for _, visits in wanted.values()])
     truth = Truth(exact.rows, routing.tokens, probes.family)
-    parts = Parts(spec, probes, routing, exact.outputs, exact.shared, exact.gate)
+    parts = Parts(spec, tensors, probes, routing, exact.outputs, exact.shared, exact.gate)
     # A near tie's noise is that of its noisiest legitimate choice.
     own = torch.arange(len(noisy), device=noisy.device)
     noise = truth.worst(truth.distance_from(noisy, own), routing.tokens)
@@ -99,17 +103,18 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Grou
         twins=tuple(twins(parts, tensors, wanted, exact.visited, ranks)),
         overflowed=asked - undecided - len(probes.x),
         undecided=undecided,
-        unvisited=_unvisited(spec, probes, routing),
+        unvisited=_unvisited(spec, tensors, probes, routing),
     )
 
 
-def _unvisited(spec: MoESpec, probes: Probes, routing: Routing) -> tuple[int, ...]:
-    """Experts that are in every legitimate choice of no unit token."""
+def _unvisited(spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing) -> tuple[int, ...]:
+    """Experts that are in every legitimate choice of no unit or large token, though some input may choose them."""
     k = spec.router.top_k
-    unit = probes.of(UNIT)
-    sure = torch.arange(k, device=unit.device) < routing.sure[unit][:, None]
-    visits = torch.bincount(routing.order[unit, :k][sure], minlength=spec.router.num_experts)
-    return tuple((visits == 0).nonzero().flatten().tolist())
+    some = torch.cat([probes.of(UNIT), probes.of(LARGE)])
+    sure = torch.arange(k, device=some.device) < routing.sure[some][:, None]
+    visits = torch.bincount(routing.order[some, :k][sure], minlength=spec.router.num_experts)
+    never = unreachable(spec, tensors)
+    return tuple(expert for expert in (visits == 0).nonzero().flatten().tolist() if expert not in never)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,20 +141,31 @@ def _evaluate(
 ) -> _Values:
     """Every legitimate output in ``dtype``, or in the block's own arithmetic, with the experts that the truth chose."""
     depth = min(spec.router.top_k + 1, spec.router.num_experts)
-    x, plain = probes.x if dtype is None else probes.x.to(dtype), gated(spec.experts.activation)
-    base = Visits(x.repeat_interleave(depth, 0), routing.order[:, :depth].flatten(), plain)
+    x, plain = probes.x if dtype is None else probes.x.to(dtype), mixer(spec.experts.mix)
+    _, scores = router_scores(spec, tensors.router, probes.x, dtype, tensors.routing, tensors.router_bias)
+    base = Visits(_given(spec, x, scores, routing, depth), routing.order[:, :depth].flatten(), plain)
     # The other choices of near ties may need experts of a lower rank than depth.
     tokens, ranks, ids = routing.tokens, routing.ranks, routing.ids()
     deep = ranks >= depth
     extra = Visits(x[tokens].repeat_interleave(deep.sum(-1), 0), ids[deep], plain)
-    flat, extras, *visited = expert_outputs(tensors, [base, extra, *more], dtype)
+    flat, extras, *visited_ = expert_outputs(tensors, [base, extra, *more], dtype)
     outputs = flat.view(len(x), depth, -1)
     chosen = outputs[tokens[:, None], ranks.clamp_max(depth - 1)]
     chosen[deep] = extras
-    _, scores = router_scores(spec, tensors.router, probes.x, dtype, tensors.routing)
     rows = routed_sum(spec, scores[tokens], ids, chosen)
     shared, gate = None, None
     if spec.shared is not None:
-        shared, gate = shared_parts(tensors, x, gated(spec.shared.activation), dtype)
+        shared, gate = shared_parts(tensors, x, mixer(spec.shared.mix), dtype)
         rows = rows + shared_output(spec, shared, gate)[tokens]
-    return _Values(rows, outputs, shared, gate, visited)
+    if tensors.output_bias is not None:
+        rows = rows + tensors.output_bias.to(rows.dtype)
+    return _Values(rows, outputs, shared, gate, visited_)
+
+
+def _given(spec: MoESpec, x: Tensor, scores: Tensor, routing: Routing, depth: int) -> Tensor:
+    """What the experts of the first ``depth`` ranks are given [N * depth, H]."""
+    k, order = spec.router.top_k, routing.order
+    mine = visited(spec, x, scores, order[:, :k]).view(len(x), k, -1)
+    if depth == k:
+        return mine.flatten(0, 1)
+    return torch.cat([mine, visited(spec, x, scores, order[:, k : k + 1])[:, None]], 1).flatten(0, 1)

@@ -1,40 +1,122 @@
-"""Why one site is read as it is: every rule's clauses, what each wanted and what was measured."""
+"""Why one site is read as it is: every rule as a tree of its clauses, with what each wanted and what was measured."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from moe_surgery.report.folding import fold_paths
 from moe_surgery.report.plain import plural, writable
 from moe_surgery.report.terminal import indented
 
 if TYPE_CHECKING:
-    from moe_surgery.find.result import Clue
+    from moe_surgery.find.edits import Edit
+    from moe_surgery.find.result import Clue, Match, Miss
+    from moe_surgery.packs import Rule
     from moe_surgery.verbs import Explanation
+
+# Where a clause stands in a pack: the table of the rule that says it.
+_TABLES = {"config": "config", "model_type": "config", "read": "read", "requires": "requires"}
+_FIND = "find"
 
 
 def render_trail(explanation: Explanation, console: Console) -> None:
-    """Print what was read at the site, then every rule, nearest first, clause by clause."""
+    """Print what was read at the site, then every rule, nearest first, clause by clause; the sentence to quote last."""
     head = Text(writable(explanation.path or "the root module", console), "bold")
     console.print(head.append(writable(f"  {explanation.kind}", console), "not bold dim"), overflow="fold")
-    if explanation.spec is not None:
-        indented(console, explanation.spec.sentence(), 10, "", hanging="computes")
-        indented(console, str(explanation.combine), 10, "", hanging="combines")
-    else:
+    for topic, text in _read(explanation):
+        indented(console, text, 10, "", hanging=topic)
+    if explanation.unread is not None:
         indented(console, f"not readable: {explanation.unread}", 0, "yellow")
     for rule, found in explanation.trails:
-        count, failed = len(found.trail), sum(not clue.held for clue in found.trail)
-        verdict = f"{failed} of {plural(count, 'clause')} failed" if failed else "every clause holds"
-        indented(console, f"{_mark(not failed)} {rule.full_name}: {verdict}", 0, "red" if failed else "green")
-        width = max((cell_len(clue.clause) for clue in found.trail), default=0)
-        for clue in found.trail:
-            start = f"    {_mark(clue.held)} {clue.clause.ljust(width)}  "
-            text = f"wanted {clue.wanted}, measured {clue.measured}"
-            indented(console, text, cell_len(start), "dim" if clue.held else "", hanging=writable(start, console))
+        console.print()
+        _rule(rule, found, explanation, console)
+    if explanation.trails:
+        console.print()
     indented(console, trail_sentence(explanation), 0, "bold")
+
+
+def text(explanation: Explanation) -> str:
+    """What :func:`render_trail` prints, without colours, 100 columns wide."""
+    page = io.StringIO()
+    render_trail(explanation, Console(file=page, width=100, color_system=None))
+    return page.getvalue().rstrip("\n")
+
+
+def _read(explanation: Explanation) -> Iterator[tuple[str, str]]:
+    if explanation.spec is not None:
+        yield "computes", explanation.spec.sentence()
+        yield "combines", str(explanation.combine)
+    if explanation.children:
+        yield "children", " · ".join(f"{name} {shape}" for name, shape in explanation.children)
+    if explanation.alike:
+        yield "alike", ", ".join(path for path, _ in fold_paths(explanation.alike))
+
+
+def _rule(rule: Rule, found: Match | Miss, explanation: Explanation, console: Console) -> None:
+    count, failed = len(found.trail), sum(not clue.held for clue in found.trail)
+    unread = explanation.unread is not None
+    verdict = f"{failed} of {plural(count, 'clause')} failed" if failed else "every clause holds"
+    if unread:
+        verdict = f"{failed} of {plural(count, 'clause')} that need no reading failed" if failed else "would be tried"
+    style = "red" if failed else "yellow" if unread else "green"
+    mark = "?" if unread and not failed else _mark(not failed)
+    head = Text(writable(f"{mark} {rule.full_name}: {verdict}", console), style)
+    console.print(head.append(writable(f"  {rule.origin}", console), "dim"), overflow="fold", highlight=False)
+    _tree(found.trail, console)
+    changes = explanation.edits.get(rule.full_name, ())
+    if changes:
+        indented(console, f"it would match with {_lines(changes)}:", 2)
+        for edit in changes:
+            # Not wrapped: it is there to be copied.
+            line = Text(writable(f"      {edit}", console), "bold")
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def _lines(changes: Sequence[Edit]) -> str:
+    return "this line" if len(changes) == 1 else f"these {len(changes)} lines"
+
+
+def _tree(trail: Sequence[Clue], console: Console) -> None:
+    """The clauses under the tables of the rule that say them."""
+    tables: dict[str, list[Clue]] = {}
+    for clue in trail:
+        tables.setdefault(_TABLES.get(clue.clause.partition(".")[0], _FIND), []).append(clue)
+    width = max((cell_len(_leaf(clue)) for clue in trail), default=0)
+    for at, (table, clues) in enumerate(tables.items()):
+        last = at == len(tables) - 1
+        held = all(clue.held for clue in clues)
+        branch = f"{'└─' if last else '├─'} {_mark(held)} {table}"
+        console.print(Text(writable(branch, console), "dim" if held else ""), overflow="fold", highlight=False)
+        for number, clue in enumerate(clues):
+            stem = "   " if last else "│  "
+            start = f"{stem}{'└─' if number == len(clues) - 1 else '├─'} {_mark(clue.held)} "
+            start += f"{_leaf(clue).ljust(width)}  "
+            _clue(clue, start, console)
+
+
+def _clue(clue: Clue, start: str, console: Console) -> None:
+    """A clause that holds on one line; of one that fails, wanted and measured below each other."""
+    indent, start = cell_len(start), writable(start, console)
+    if clue.held:
+        same = clue.wanted == clue.measured
+        shown = clue.measured if same else f"{clue.measured}  (wanted {clue.wanted})"
+        indented(console, shown, indent, "dim", hanging=start)
+        return
+    indented(console, f"wanted   {clue.wanted}", indent, "", hanging=start)
+    stem = start[0].ljust(3) if start[0] not in " " else "   "
+    indented(console, f"measured {clue.measured}", indent, "", hanging=stem)
+
+
+def _leaf(clue: Clue) -> str:
+    """A clause's name below its table."""
+    table, _, rest = clue.clause.partition(".")
+    return rest if rest and table in _TABLES else clue.clause
 
 
 def trail_sentence(explanation: Explanation) -> str:
@@ -45,8 +127,11 @@ def trail_sentence(explanation: Explanation) -> str:
     for rule, found in explanation.trails:
         if found:
             return f"{path} is matched by {rule.full_name}"
-    nearest = f"; the nearest is {explanation.trails[0][0].full_name}" if explanation.trails else ""
-    return f"{path} is matched by no rule{nearest}"
+    if not explanation.trails:
+        return f"{path} is matched by no rule"
+    nearest, found = explanation.trails[0]
+    failed = ", ".join(clue.clause for clue in found.trail if not clue.held)
+    return f"{path} is matched by no rule; the nearest is {nearest.full_name}, which fails at {failed}"
 
 
 def trail_data(explanation: Explanation) -> dict[str, Any]:
@@ -56,7 +141,8 @@ def trail_data(explanation: Explanation) -> dict[str, Any]:
             "rule": rule.full_name,
             "origin": rule.origin,
             "held": bool(found),
-            "clauses": [_clue(clue) for clue in found.trail],
+            "clauses": [_clue_data(clue) for clue in found.trail],
+            "edits": [_edit_data(edit) for edit in explanation.edits.get(rule.full_name, ())],
         }
         for rule, found in explanation.trails
     ]
@@ -66,14 +152,20 @@ def trail_data(explanation: Explanation) -> dict[str, Any]:
         "kind": explanation.kind,
         "spec": explanation.spec.to_json() if explanation.spec else None,
         "combine": explanation.combine,
+        "children": {name: str(shape) for name, shape in explanation.children},
+        "alike": list(explanation.alike),
         "unread": explanation.unread,
         "rules": rules,
         "exit": 0,
     }
 
 
-def _clue(clue: Clue) -> dict[str, Any]:
+def _clue_data(clue: Clue) -> dict[str, Any]:
     return {"clause": clue.clause, "held": clue.held, "wanted": clue.wanted, "measured": clue.measured}
+
+
+def _edit_data(edit: Edit) -> dict[str, Any]:
+    return {"key": edit.key, "value": edit.value, "install": edit.install, "line": str(edit)}
 
 
 def _mark(held: bool) -> str:

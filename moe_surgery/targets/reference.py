@@ -10,47 +10,59 @@ Weights are converted one expert at a time, so a float64 copy of all experts nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_surgery.spec import Activation, ExpertsSpec, MoESpec
+from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, SwappedBlock
+from moe_surgery.targets.formula import Mixer, capped, mixer, ranked, score, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
-Mix = Callable[[Tensor, Tensor], Tensor]
-"""What stands between a gated MLP's matrices: ``(gate, up) -> input of down``, all of one shape."""
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-def gated(activation: Activation) -> Mix:
+def gated(activation: Activation) -> Mixer:
     """``act(gate) * up``."""
-    act = _ACTIVATIONS[activation]
-    return lambda gate, up: act(gate) * up
+    return mixer(Mix(activation))
 
 
 def router_scores(
-    spec: MoESpec, router: Tensor, x: Tensor, dtype: torch.dtype | None, routing: OwnRouting | None = None
+    spec: MoESpec,
+    router: Tensor,
+    x: Tensor,
+    dtype: torch.dtype | None,
+    routing: OwnRouting | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and scores [T, E] of tokens [T, H]; scores are float32 unless ``dtype`` says otherwise.
 
     A router of the model's own gives the experts it chooses their weights for scores, and all others zero.
     """
     work = dtype or (torch.float32 if spec.router.logits_dtype == "float32" else x.dtype)
-    logits = F.linear(x.to(work), router.to(work))
-    if spec.router.scoring == "own":
+    logits = F.linear(x.to(work), router.to(work), None if bias is None else bias.to(work))
+    if spec.router.own:
         return logits, own_scores(routing, x, logits, dtype)
+    return logits, scores_of(spec, logits, dtype)
+
+
+def scores_of(spec: MoESpec, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The scores [T, E] of logits [T, E]; float32 unless ``dtype`` says otherwise."""
     wide = logits.to(dtype or (torch.float32 if spec.router.scores_dtype == "float32" else logits.dtype))
-    return logits, wide.softmax(-1) if spec.router.scoring == "softmax" else wide.sigmoid()
+    return score(spec.router.scoring, capped(spec.router, wide))
+
+
+def ranking(spec: MoESpec, logits: Tensor, scores: Tensor, tensors: BlockTensors, dtype: torch.dtype | None) -> Tensor:
+    """What experts are ranked by [T, E]: of two experts the one with the greater is chosen.
+
+    A saturated sigmoid ties experts whose logits differ: blocks rank what they round, the truth doesn't round.
+    """
+    if spec.router.own:
+        return scores
+    if spec.router.ranks_by_logits:
+        return scores if dtype is None else logits
+    return ranked(spec.router, scores, tensors.correction_bias)
 
 
 def own_scores(routing: OwnRouting | None, x: Tensor, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -67,10 +79,7 @@ def own_scores(routing: OwnRouting | None, x: Tensor, logits: Tensor, dtype: tor
 
 def routing_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
     """Weights [T, k] of the chosen experts ``ids`` [T, k], renormalised and scaled as the spec says."""
-    weights = scores.gather(-1, ids)
-    if spec.router.renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights * spec.router.scale
+    return weighted(spec.router, scores, ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +88,7 @@ class Visits:
 
     x: Tensor
     experts: Tensor
-    mix: Mix
+    mix: Mixer
 
 
 def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch.dtype | None) -> list[Tensor]:
@@ -87,34 +96,44 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 
     Only the experts that are visited are read, and each is converted to ``dtype`` once.
     """
-    work = dtype or tensors.w13.dtype
-    results = [torch.empty_like(visit.x, dtype=work) for visit in visits]
+    work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
+    # What no expert below fills in belongs to experts that return their input.
+    results = [visit.x.to(work).clone() for visit in visits]
     orders = [visit.experts.argsort(stable=True) for visit in visits]
-    counts = torch.stack([torch.bincount(v.experts, minlength=tensors.w13.shape[0]) for v in visits]).tolist()
+    counts = torch.stack([torch.bincount(v.experts.clamp_max(total), minlength=total + 1) for v in visits]).tolist()
     starts = [0] * len(visits)
-    for expert in range(tensors.w13.shape[0]):
+    gated_experts = tensors.w13.shape[1] != tensors.w2.shape[2]
+    for expert in range(total):
         sizes = [count[expert] for count in counts]
         if not any(sizes):
             continue
         picks = [order[start : start + size] for order, start, size in zip(orders, starts, sizes, strict=True)]
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
         x = torch.cat([visit.x[pick] for visit, pick in zip(visits, picks, strict=True)]).to(work)
-        gate, up = F.linear(x, tensors.w13[expert].to(work)).chunk(2, -1)
+        both = F.linear(x, tensors.w13[expert].to(work), _row(tensors.w13_bias, expert, work))
+        gate, up = both.chunk(2, -1) if gated_experts else (both, both)
         parts = zip(visits, gate.split(sizes), up.split(sizes), strict=True)
         mixed = torch.cat([visit.mix(g, u) for visit, g, u in parts])
-        y = F.linear(mixed, tensors.w2[expert].to(work))
+        y = F.linear(mixed, tensors.w2[expert].to(work), _row(tensors.w2_bias, expert, work))
         for result, pick, rows in zip(results, picks, y.split(sizes), strict=True):
             result[pick] = rows
     return results
 
 
-def shared_parts(tensors: BlockTensors, x: Tensor, mix: Mix, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[expert].to(dtype)
+
+
+def shared_parts(
+    tensors: BlockTensors, x: Tensor, mix: Mixer, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
     """The shared expert's ungated output [T, H] and its gate's logit [T, 1], or None where nothing gates it."""
     gate, up, down = tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj
-    assert gate is not None and up is not None and down is not None
+    assert gate is not None and down is not None
     work = dtype or x.dtype
     x = x.to(work)
-    out = F.linear(mix(F.linear(x, gate.to(work)), F.linear(x, up.to(work))), down.to(work))
+    half = F.linear(x, gate.to(work))
+    out = F.linear(mix(half, half if up is None else F.linear(x, up.to(work))), down.to(work))
     return out, None if tensors.shared_gate is None else F.linear(x, tensors.shared_gate.to(work))
 
 
@@ -136,24 +155,38 @@ def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor
 
 def routed_sum(spec: MoESpec, scores: Tensor, ids: Tensor, outputs: Tensor) -> Tensor:
     """The routed experts' share [T, H] of the output, from ``outputs`` [T, k, H] of the experts ``ids`` [T, k]."""
-    weights = routing_weights(spec, scores, ids)
+    weights = applied_weights(spec, scores, ids)
     if spec.router.weights_dtype == "native":
         weights = weights.to(outputs.dtype)
     return weighted_sum(outputs, weights, outputs.dtype)
 
 
+def applied_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
+    """The weights [T, k] of the experts' outputs: one, where the routing weights apply to their inputs."""
+    weights = routing_weights(spec, scores, ids)
+    return torch.ones_like(weights) if spec.experts.weights_on == "input" else weights
+
+
+def visited(spec: MoESpec, x: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
+    """What the experts ``ids`` [T, k] are given: tokens [T, H], repeated [T * k, H], weighted where weights go in."""
+    wide = x.repeat_interleave(ids.shape[1], 0)
+    if spec.experts.weights_on == "output":
+        return wide
+    weights = routing_weights(spec, scores, ids).reshape(-1, 1)
+    return wide * weights.to(x.dtype)
+
+
 def forward(spec: MoESpec, tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The block's output [T, H] for tokens [T, H], in ``dtype`` or in the block's own arithmetic."""
-    logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing)
-    # A saturated sigmoid ties experts whose logits differ: blocks rank what they round, the truth doesn't round.
-    ranked = scores if dtype is None or spec.router.scoring == "own" else logits
-    ids = ranked.topk(spec.router.top_k, -1).indices
-    visits = Visits(x.repeat_interleave(ids.shape[1], 0), ids.flatten(), gated(spec.experts.activation))
+    logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing, tensors.router_bias)
+    ids = ranking(spec, logits, scores, tensors, dtype).topk(spec.router.top_k, -1).indices
+    wide = x if dtype is None else x.to(dtype)
+    visits = Visits(visited(spec, wide, scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
     out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, x.shape[-1]))
     if spec.shared is not None:
-        out = out + shared_output(spec, *shared_parts(tensors, x, gated(spec.shared.activation), dtype))
-    return out
+        out = out + shared_output(spec, *shared_parts(tensors, x, mixer(spec.shared.mix), dtype))
+    return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
 
 
 class ReferenceBlock(SwappedBlock):
@@ -173,15 +206,48 @@ class ReferenceBlock(SwappedBlock):
         stacked = tensors.w13.nbytes + tensors.w2.nbytes if tensors.copied else 0
         self.new_bytes, self.moved_bytes = stacked, size - stacked
 
+    def _tensors(self) -> BlockTensors:
+        return BlockTensors(**{name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}, copied=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        weights = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
-        tensors = BlockTensors(**weights, copied=False)
         work = torch.promote_types(x.dtype, torch.float32)
-        return forward(self.spec, tensors, x.reshape(-1, x.shape[-1]), work).to(x.dtype).view(x.shape)
+        return forward(self.spec, self._tensors(), x.reshape(-1, x.shape[-1]), work).to(x.dtype).view(x.shape)
+
+
+class ReferenceExperts(ReferenceBlock):
+    """The module of routed experts alone: tokens ``[..., H]``, ids [T, k] and weights [T, k] to ``[..., H]``."""
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        x, ids, weights = self.arguments(given, named)
+        work = torch.promote_types(x.dtype, torch.float32)
+        flat, count = x.reshape(-1, x.shape[-1]), ids.shape[-1]
+        total = self.spec.experts.num_experts + self.spec.experts.identities
+        ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), total)
+        visits = Visits(flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix))
+        [outputs] = expert_outputs(self._tensors(), [visits], work)
+        scaled = weights.to(work) * self.spec.router.scale
+        out = weighted_sum(outputs.view(*ids.shape, x.shape[-1]), scaled, work)
+        return out.to(x.dtype).view(x.shape)
+
+
+def within(ids: Tensor, weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Ids and weights [T, k] in which ids beyond the experts, which stand for none, have weight zero."""
+    beyond = ids >= total
+    return ids.masked_fill(beyond, 0), weights.masked_fill(beyond, 0)
 
 
 _REQUIRED = ("router", "w13", "w2")
-_OPTIONAL = ("shared_gate_proj", "shared_up_proj", "shared_down_proj", "shared_gate")
+_OPTIONAL = (
+    "shared_gate_proj",
+    "shared_up_proj",
+    "shared_down_proj",
+    "shared_gate",
+    "router_bias",
+    "correction_bias",
+    "w13_bias",
+    "w2_bias",
+    "output_bias",
+)
 
 
 class ReferenceTarget:
@@ -199,15 +265,16 @@ class ReferenceTarget:
         return None
 
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
-        return ReferenceBlock(spec, tensors)
+        return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def _misfit(experts: ExpertsSpec, spec: MoESpec) -> str | None:
-    if experts.num_experts != spec.router.num_experts:
-        return f"the router scores {spec.router.num_experts} experts, but there are {experts.num_experts}"
-    if not 1 <= spec.router.top_k <= experts.num_experts:
-        return f"top-{spec.router.top_k} of {experts.num_experts} experts can't be chosen"
+    total = experts.num_experts + experts.identities
+    if total != spec.router.num_experts:
+        return f"the router scores {spec.router.num_experts} experts, but there are {total}"
+    if not 1 <= spec.router.top_k <= total:
+        return f"top-{spec.router.top_k} of {total} experts can't be chosen"
     return None

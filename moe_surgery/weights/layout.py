@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,63 +11,99 @@ class Piece:
     """A matrix inside a parameter of the block: ``parameter[index][rows[0]:rows[1]]``, then transposed if it says so.
 
     ``path`` is relative to the block. ``index`` is None for a parameter that is itself a matrix. The matrix that a
-    piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``.
+    piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only
+    ``out = (start, stop, step)`` are meant, where given: a band of a transposed parameter, or every other row.
+
+    A bias is a piece too: of a parameter that is a vector, or row ``index`` of one that is a matrix.
     """
 
     path: str
     index: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    out: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         text = self.path + (f"[{self.index}]" if self.index is not None else "")
         text += f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
-        return text + (".T" if self.transposed else "")
+        text += ".T" if self.transposed else ""
+        return text + (f"[{self.out[0]}:{self.out[1]}:{self.out[2]}]" if self.out else "")
+
+    def outputs(self, start: int, stop: int, step: int = 1) -> Piece:
+        """Outputs ``start:stop:step`` of this piece."""
+        if step == 1 and self.out is None and not self.transposed:
+            first = self.rows[0] if self.rows else 0
+            return replace(self, rows=(first + start, first + stop))
+        first, _, stride = self.out or (0, 0, 1)
+        count = len(range(start, stop, step))
+        begin = first + start * stride
+        return replace(self, out=(begin, begin + (count - 1) * stride * step + 1, stride * step))
 
 
 @dataclass(frozen=True)
 class MLPPieces:
-    """The three matrices of a gated MLP: ``down(act(gate(x)) * up(x))``."""
+    """The matrices of an MLP: ``down(act(gate(x)) * up(x))``, with their biases where it has them.
+
+    An MLP without an up projection, ``down(act(gate(x)))``, has ``up`` equal to ``gate``.
+    """
 
     gate: Piece
     up: Piece
     down: Piece
+    gate_bias: Piece | None = None
+    up_bias: Piece | None = None
+    down_bias: Piece | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece once."""
+        yield self.gate
+        yield from (self.up,) if self.up != self.gate else ()
+        yield self.down
+        yield from (piece for piece in (self.gate_bias, self.up_bias, self.down_bias) if piece is not None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All weights of a block, by role. ``experts[e]`` is routed expert ``e``."""
+    """All weights of a block, by role. ``experts[e]`` is routed expert ``e``.
+
+    ``router.path`` is empty where only the experts' module was read.
+    """
 
     router: Piece
     experts: tuple[MLPPieces, ...]
     shared: MLPPieces | None = None
     shared_gate: Piece | None = None
+    router_bias: Piece | None = None
+    correction_bias: Piece | None = None
+    output_bias: Piece | None = None
 
     @property
     def packed(self) -> tuple[str, str] | None:
         """``(gate_up, down)`` parameter paths if the experts are two stacked tensors in the target's own order.
 
-        That order is ``[E, 2I, H]`` with gate before up, and ``[E, H, I]``; such tensors are moved by reference.
+        That order is ``[E, 2I, H]`` with gate before up (``[E, I, H]`` without an up projection), and ``[E, H, I]``;
+        such tensors are moved by reference.
         """
         first = self.experts[0]
-        if first.gate.rows is None or first.up.rows is None or first.gate.path != first.up.path:
-            return None
-        width = first.gate.rows[1]
         for number, expert in enumerate(self.experts):
-            wanted = MLPPieces(
-                Piece(first.gate.path, number, (0, width)),
-                Piece(first.gate.path, number, (width, 2 * width)),
-                Piece(first.down.path, number),
-            )
-            if expert != wanted:
+            gate = up = Piece(first.gate.path, number)
+            if first.up != first.gate:
+                if first.gate.rows is None:
+                    return None
+                width = first.gate.rows[1]
+                gate, up = replace(gate, rows=(0, width)), replace(gate, rows=(width, 2 * width))
+            if (expert.gate, expert.up, expert.down) != (gate, up, Piece(first.down.path, number)):
                 return None
         return first.gate.path, first.down.path
 
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every role."""
+        yield from (self.router,) if self.router.path else ()
+        for mlp in (*self.experts, *((self.shared,) if self.shared else ())):
+            yield from mlp.pieces()
+        alone = (self.shared_gate, self.router_bias, self.correction_bias, self.output_bias)
+        yield from (piece for piece in alone if piece is not None)
+
     def paths(self) -> frozenset[str]:
         """Every parameter this layout reads, relative to the block."""
-        pieces = [self.router]
-        for mlp in (*self.experts, *([self.shared] if self.shared else [])):
-            pieces += [mlp.gate, mlp.up, mlp.down]
-        if self.shared_gate is not None:
-            pieces.append(self.shared_gate)
-        return frozenset(piece.path for piece in pieces)
+        return frozenset(piece.path for piece in self.pieces())

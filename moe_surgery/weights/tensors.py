@@ -16,14 +16,15 @@ OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class BlockTensors:
-    """The weights of one block in canonical order. All share one dtype and device.
+    """The weights of one block in canonical order. All matrices share one dtype and device.
 
-    ``router`` [E, H]; ``w13`` [E, 2I, H], gate rows before up rows; ``w2`` [E, H, I]; with a shared expert of width S,
-    ``shared_gate_proj`` and ``shared_up_proj`` [S, H] and ``shared_down_proj`` [H, S]; with a gate on the shared
-    expert, ``shared_gate`` [1, H].
+    ``router`` [E, H]; ``w13`` [E, 2I, H], gate rows before up rows ([E, I, H] without an up projection); ``w2``
+    [E, H, I]; with a shared expert of width S, ``shared_gate_proj`` and ``shared_up_proj`` [S, H] and
+    ``shared_down_proj`` [H, S]; with a gate on the shared expert, ``shared_gate`` [1, H].
 
     ``copied`` is true when ``w13`` and ``w2`` had to be stacked from single matrices, so that they are new memory.
-    ``routing`` is the router of a spec whose scoring is "own".
+    ``routing`` is the router of a spec whose scoring is "own". ``router_bias`` and ``correction_bias`` [E],
+    ``w13_bias`` [E, 2I], ``w2_bias`` [E, H] and ``output_bias`` [H] are None where the spec has none.
     """
 
     router: Tensor
@@ -35,6 +36,11 @@ class BlockTensors:
     shared_gate: Tensor | None
     copied: bool
     routing: OwnRouting | None = None
+    router_bias: Tensor | None = None
+    correction_bias: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    output_bias: Tensor | None = None
 
 
 def weight(block: nn.Module, path: str) -> Tensor:
@@ -53,25 +59,48 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
             tensor = tensor[piece.index]
         if piece.rows is not None:
             tensor = tensor[piece.rows[0] : piece.rows[1]]
-        return tensor.t() if piece.transposed else tensor
+        if piece.transposed:
+            tensor = tensor.t()
+        return tensor if piece.out is None else tensor[slice(*piece.out)]
+
+    def optional(piece: Piece | None) -> Tensor | None:
+        return None if piece is None else matrix(piece)
+
+    def vector(piece: Piece | None) -> Tensor | None:
+        if piece is None:
+            return None
+        tensor = weight(block, piece.path)
+        tensor = tensor.reshape(-1) if piece.index is None else tensor[piece.index]
+        tensor = tensor if piece.rows is None else tensor[piece.rows[0] : piece.rows[1]]
+        return tensor if piece.out is None else tensor[slice(*piece.out)]
 
     def gate_up(mlp: MLPPieces) -> Tensor:
-        return torch.cat([matrix(mlp.gate), matrix(mlp.up)])
+        return matrix(mlp.gate) if mlp.up == mlp.gate else torch.cat([matrix(mlp.gate), matrix(mlp.up)])
+
+    def biases(*names: str) -> Tensor | None:
+        rows = [[vector(getattr(mlp, name)) for name in names] for mlp in layout.experts]
+        known = [[bias for bias in row if bias is not None] for row in rows]
+        return torch.stack([torch.cat(row) for row in known]) if all(known) else None
 
     packed = layout.packed
     if packed is not None:
-        w13, w2 = (weight(block, path) for path in packed)
+        w13, w2 = (weight(block, path)[: len(layout.experts)] for path in packed)
     else:
         w13 = torch.stack([gate_up(expert) for expert in layout.experts])
         w2 = torch.stack([matrix(expert.down) for expert in layout.experts])
     shared = layout.shared
     return BlockTensors(
-        router=matrix(layout.router),
+        router=matrix(layout.router) if layout.router.path else w13.new_empty(0, w13.shape[-1]),
         w13=w13,
         w2=w2,
         shared_gate_proj=matrix(shared.gate) if shared else None,
-        shared_up_proj=matrix(shared.up) if shared else None,
+        shared_up_proj=matrix(shared.up) if shared and shared.up != shared.gate else None,
         shared_down_proj=matrix(shared.down) if shared else None,
-        shared_gate=matrix(layout.shared_gate) if layout.shared_gate else None,
+        shared_gate=optional(layout.shared_gate),
         copied=packed is None,
+        router_bias=vector(layout.router_bias),
+        correction_bias=vector(layout.correction_bias),
+        w13_bias=biases("gate_bias", "up_bias"),
+        w2_bias=biases("down_bias"),
+        output_bias=vector(layout.output_bias),
     )

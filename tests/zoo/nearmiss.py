@@ -214,13 +214,13 @@ class Residual(Base):
         return hidden_states + super().forward(hidden_states)
 
 
-@near_miss("its activation", "activation", "up projection", "input")
+@near_miss("between its maps")
 class ResidualInsideExpert(Base):
     def act(self, x: Tensor) -> Tensor:
         return F.silu(x) + x
 
 
-@near_miss("gate.bias", "logits")
+@near_miss()
 class RouterBias(Base):
     def make_router(self) -> None:
         self.gate = nn.Linear(self.hidden, self.num_experts)
@@ -250,19 +250,19 @@ class DownBiasMLP(BiasedMLP):
     biased = "down_proj"
 
 
-@near_miss("gate_proj.bias", parts=(ListOfMLPs,))
+@near_miss("bias in only one", parts=(ListOfMLPs,))
 class ExpertGateBias(Base):
     def make_expert(self) -> nn.Module:
         return GateBiasMLP(self.hidden, self.width)
 
 
-@near_miss("up_proj.bias", parts=(ListOfMLPs,))
+@near_miss("bias in only one", parts=(ListOfMLPs,))
 class ExpertUpBias(Base):
     def make_expert(self) -> nn.Module:
         return UpBiasMLP(self.hidden, self.width)
 
 
-@near_miss("down_proj.bias", parts=(ListOfMLPs,))
+@near_miss("some of their projections", parts=(ListOfMLPs,))
 class ExpertDownBias(Base):
     def make_expert(self) -> nn.Module:
         return DownBiasMLP(self.hidden, self.width)
@@ -282,7 +282,7 @@ class SharedGateBias(Base):
         self.shared_expert_gate = nn.Linear(self.hidden, 1)
 
 
-@near_miss("output_bias")
+@near_miss()
 class BlockBias(Base):
     def make_more(self) -> None:
         self.register_buffer("output_bias", torch.randn(self.hidden))
@@ -299,19 +299,19 @@ class SelectionBias(Base):
         return weights / weights.sum(-1, keepdim=True), ids
 
 
-@near_miss("other scores", "e_score_correction_bias")
+@near_miss()
 class SelectionBiasBuffer(SelectionBias):
     def make_more(self) -> None:
         self.register_buffer("e_score_correction_bias", 0.3 * torch.randn(self.num_experts))
 
 
-@near_miss("other scores", "e_score_correction_bias")
+@near_miss()
 class SelectionBiasParameter(SelectionBias):
     def make_more(self) -> None:
         self.e_score_correction_bias = nn.Parameter(0.3 * torch.randn(self.num_experts))
 
 
-@near_miss("other scores", "e_score_correction_bias")
+@near_miss()
 class SelectionBiasOfZeros(SelectionBias):
     def make_more(self) -> None:
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
@@ -329,7 +329,7 @@ class UnusedParameter(Base):
         self.unused = nn.Parameter(torch.ones(3, 3))
 
 
-@near_miss("dtypes")
+@near_miss("floating point")
 class IntegerBuffer(Base):
     def make_more(self) -> None:
         self.register_buffer("mask_of_experts", torch.ones(self.num_experts, dtype=torch.long))
@@ -365,7 +365,7 @@ class LogitsClamped(Base):
         return super().logits(x).clamp(-2, 2)
 
 
-@near_miss("tanh")
+@near_miss()
 class LogitsCapped(Base):
     def logits(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(super().logits(x) / 3)
@@ -467,13 +467,13 @@ class ReluExperts(Base):
         return torch.relu(x)
 
 
-@near_miss("activation", "relu")
+@near_miss()
 class Relu2(Base):
     def act(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
 
 
-@near_miss("activation", "sigmoid")
+@near_miss()
 class QuickGelu(Base):
     def act(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -485,7 +485,7 @@ class TanhExperts(Base):
         return torch.tanh(x)
 
 
-@near_miss("between its maps")
+@near_miss()
 class UngatedExperts(Base):
     def make_experts(self) -> None:
         self.up_proj = parameter(self.num_experts, self.width, self.hidden)
@@ -495,7 +495,7 @@ class UngatedExperts(Base):
         return F.linear(F.silu(F.linear(x, self.up_proj[number])), self.down_proj[number])
 
 
-@near_miss("up projection", "between its maps")
+@near_miss()
 class SwigluOai(Base):
     """gpt-oss: clamps, a steeper sigmoid, and up + 1."""
 
@@ -505,7 +505,7 @@ class SwigluOai(Base):
         return F.linear((up + 1) * gate * torch.sigmoid(gate * 1.702), self.down_proj[number])
 
 
-@near_miss("up projection", "between its maps")
+@near_miss()
 class UpPlusOne(Base):
     def expert(self, number: Any, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up_proj[number]).chunk(2, -1)
@@ -519,14 +519,14 @@ class InterleavedGateUp(Base):
         return F.linear(F.silu(F.linear(x, weight[::2])) * F.linear(x, weight[1::2]), self.down_proj[number])
 
 
-@near_miss("projection", "between its maps")
+@near_miss()
 class InterleavedAfterwards(Base):
     def expert(self, number: Any, x: Tensor) -> Tensor:
         both = F.linear(x, self.gate_up_proj[number])
         return F.linear(F.silu(both[..., ::2]) * both[..., 1::2], self.down_proj[number])
 
 
-@near_miss("columns", "projection", "between its maps")
+@near_miss()
 class TransposedGateUp(Base):
     """Stored [E, H, 2I]."""
 
@@ -693,21 +693,21 @@ class WeightsSquared(Base):
         return weights * weights, ids
 
 
-@near_miss("plus 1e-06", "divided")
+@near_miss()
 class Epsilon(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.logits(x).sigmoid().topk(self.top_k)
         return weights / (weights.sum(-1, keepdim=True) + 1e-6), ids
 
 
-@near_miss("divided")
+@near_miss()
 class LargeEpsilon(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.logits(x).sigmoid().topk(self.top_k)
         return weights / (weights.sum(-1, keepdim=True) + 0.1), ids
 
 
-@near_miss("divided", "clamp")
+@near_miss()
 class ClampedDivisor(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.logits(x).sigmoid().topk(self.top_k)
@@ -742,7 +742,7 @@ class ReluScores(Base):
         return self.logits(x).relu().topk(self.top_k)
 
 
-@near_miss("scored")
+@near_miss()
 class SqrtSoftplusScores(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.softplus(self.logits(x)).sqrt().topk(self.top_k)
@@ -759,7 +759,7 @@ class RankedByOneScoredByAnother(Base):
         return weights / weights.sum(-1, keepdim=True), ids
 
 
-@near_miss("ranks 2 times")
+@near_miss()
 class GroupLimited(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.logits(x).sigmoid()
@@ -840,7 +840,7 @@ class OneExpertDead(Base):
         return super().routed(x, weights * (ids != 5), ids)
 
 
-@near_miss("adds", "top-2", "differently")
+@near_miss("return their input")
 class IdentityExpert(Base):
     def expert(self, number: Any, x: Tensor) -> Tensor:
         return x if int(number) == 3 else super().expert(number, x)
@@ -870,7 +870,7 @@ class MeanOverChoices(Base):
         return super().routed(x, weights, ids) / self.top_k
 
 
-@near_miss("amax", "values")
+@near_miss("largest of more")
 class MaximumOverChoices(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         each = torch.stack(
@@ -888,7 +888,7 @@ class Unweighted(Base):
         return super().routed(x, torch.ones_like(weights), ids)
 
 
-@near_miss("input")
+@near_miss()
 class WeightOnInput(Base):
     """As in Llama 4."""
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.guarded import GuardedBlock, measure
+from moe_surgery.targets.reference import within
+from moe_surgery.targets.vllm.routing import handed
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -20,6 +25,7 @@ class FusedMoEBlock(GuardedBlock):
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors, fused: nn.Module, label: str) -> None:
         super().__init__(spec, tensors.router, label)
+        self.router_bias, self.output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
         self.fused = fused
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
@@ -27,12 +33,38 @@ class FusedMoEBlock(GuardedBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
-        if self.spec.router.logits_dtype == "float32":
-            logits = F.linear(x.float(), self.router_weight.float())
-        else:
-            logits = F.linear(x, self.router_weight)
+        work = torch.float32 if self.spec.router.logits_dtype == "float32" else x.dtype
+        bias = None if self.router_bias is None else self.router_bias.to(work)
+        logits = F.linear(x.to(work), self.router_weight.to(work), bias)
         out: Tensor = self.fused(x, logits)
+        if self.output_bias is not None:
+            out = out + self.output_bias
         return out.view(hidden_states.shape)
 
-    def _own_parameters(self) -> tuple[nn.Parameter, ...]:
+    def _own_parameters(self) -> Iterable[nn.Parameter]:
         return (self.router_weight, *self.fused.parameters())
+
+
+class FusedExperts(FusedMoEBlock):
+    """The routed experts alone, behind the router of the model's own, computed by vLLM's kernels, for inference.
+
+    Takes tokens ``[..., H]``, expert ids [T, k] and routing weights [T, k], and returns the weighted sum ``[..., H]``.
+    Ids beyond the experts stand for none, as they do for transformers' experts.
+    """
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """See :meth:`FusedMoEBlock.forward` for the errors it raises."""
+        hidden_states, ids, weights = self.arguments(given, named)
+        x = self.tokens(hidden_states)
+        experts, count = self.spec.experts, ids.shape[-1]
+        ids, weights = ids.reshape(-1, count), weights.reshape(-1, count).float() * self.spec.router.scale
+        kept, scaled = within(ids, weights, experts.num_experts)
+        out: Tensor = self.fused(x, handed(scaled, kept))
+        if experts.identities:
+            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
+        return out.view(hidden_states.shape)
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.platforms import current_platform
 
-from moe_surgery.spec import MoESpec
+from moe_surgery.spec import ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.vllm.host import hosting
-from moe_surgery.targets.vllm.routing import Routing
+from moe_surgery.targets.vllm.loop import experts_in_turn, number
+from moe_surgery.targets.vllm.routing import Handed, Routing
 from moe_surgery.targets.vllm.shared import SharedExpert
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -33,10 +35,19 @@ class FusedLayer(nn.Module):
         shared = SharedExpert(spec.shared, tensors) if spec.shared is not None else None
         with hosting(tensors.w13.device.type) as config:
             with torch.device("meta"):
-                self.runner = construct(spec, tensors.w13.dtype, f"{prefix}.experts", shared, **_ALONE)
+                name, routing = f"{prefix}.experts", routing_of(spec, tensors)
+                self.runner = construct(spec, tensors.w13.dtype, name, shared, routing, **_ALONE)
             experts = self.runner.routed_experts
-            experts.w13_weight = nn.Parameter(tensors.w13, requires_grad=False)
+            w13, w13_bias = tensors.w13, tensors.w13_bias
+            if kernel_activation(spec.experts) == _INTERLEAVED:
+                w13, w13_bias = interleaved(w13), None if w13_bias is None else interleaved(w13_bias)
+            experts.w13_weight = nn.Parameter(w13, requires_grad=False)
             experts.w2_weight = nn.Parameter(tensors.w2, requires_grad=False)
+            if w13_bias is not None and tensors.w2_bias is not None:
+                experts.w13_bias = nn.Parameter(w13_bias.clone(), requires_grad=False)
+                experts.w2_bias = nn.Parameter(tensors.w2_bias.clone(), requires_grad=False)
+            if kernel_activation(spec.experts) is None:
+                experts.quant_method.experts_cls = type("ExpertsInTurn", (ExpertsInTurn,), {"spec": spec.experts})
             experts.quant_method.process_weights_after_loading(experts)
             self._context = create_forward_context(None, config)
         # vLLM's layer refers to itself in a circle, and a collection may be long in coming for this much memory.
@@ -56,13 +67,81 @@ class FusedLayer(nn.Module):
         return out
 
 
+class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]
+    """Experts of vLLM's layer whose function its kernels don't have, one after another in torch."""
+
+    spec: ExpertsSpec
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """The weights stay as they are."""
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        s = self.spec
+        out = experts_in_turn(
+            hidden_states,
+            w1,
+            w2,
+            self.w1_bias,
+            self.w2_bias,
+            topk_weights,
+            topk_ids,
+            number(s.activation),
+            s.gated,
+            s.limit,
+            s.limit_after,
+            s.alpha,
+            s.offset,
+            s.weights_on == "input",
+        )
+        output.copy_(out)
+
+
+_INTERLEAVED = "swigluoai"
+_KERNELS: dict[Mix, str] = {
+    Mix("silu"): "silu",
+    Mix("gelu"): "gelu",
+    Mix("gelu_tanh"): "gelu_tanh",
+    Mix("silu", limit=7.0, alpha=1.702, offset=1.0): _INTERLEAVED,  # the kernel's constants; it takes no others
+}
+
+
+def kernel_activation(experts: ExpertsSpec) -> str | None:
+    """What the CPU kernels call the function of these experts; None if they have none for it.
+
+    vLLM's clamp, alpha and offset arguments aren't used: on CPU 0.32 takes them and computes without.
+    """
+    return _KERNELS.get(experts.mix) if experts.weights_on == "output" else None
+
+
+def interleaved(w13: Tensor) -> Tensor:
+    """Gate and up rows [E, 2I, ...] taken in turn, as the kernel of "swigluoai" wants them."""
+    return w13.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def routing_of(spec: MoESpec, tensors: BlockTensors) -> Routing | Handed:
+    """The routing function of a whole block, or of experts alone."""
+    if spec.at == "experts":
+        return Handed()
+    return Routing(spec.router, tensors.w13.dtype, tensors.correction_bias)
+
+
 def _free(runner: nn.Module) -> None:
     """Let go of a layer's weights."""
     for module in runner.modules():
         module._parameters.clear()
 
 
-_ALONE = {"tp_size": 1, "dp_size": 1, "pcp_size": 1}
+_ALONE: dict[str, Any] = {"tp_size": 1, "dp_size": 1, "pcp_size": 1}
 
 
 def platform() -> str:
@@ -76,7 +155,14 @@ def check(spec: MoESpec, device: str, dtype: torch.dtype) -> None:
         construct(spec, dtype, "probe.experts", None, **_ALONE)
 
 
-def construct(spec: MoESpec, dtype: torch.dtype, name: str, shared: nn.Module | None, **sizes: int) -> Any:
+def construct(
+    spec: MoESpec,
+    dtype: torch.dtype,
+    name: str,
+    shared: nn.Module | None,
+    routing: Routing | Handed | None = None,
+    **sizes: Any,
+) -> Any:
     """vLLM's layer for ``spec``, registered as ``name`` in the current config, its weights empty.
 
     Without ``sizes`` of the parallel groups vLLM asks its own groups for them.
@@ -87,9 +173,10 @@ def construct(spec: MoESpec, dtype: torch.dtype, name: str, shared: nn.Module | 
         hidden_size=spec.hidden,
         intermediate_size=spec.experts.width,
         params_dtype=dtype,
-        activation=spec.experts.activation,
+        activation=kernel_activation(spec.experts) or "silu",
+        has_bias=spec.experts.biases,
         renormalize=spec.router.renormalize,
-        custom_routing_function=Routing(spec.router, dtype),
+        custom_routing_function=routing or Routing(spec.router, dtype),
         shared_experts=shared,
         prefix=name,
         **sizes,

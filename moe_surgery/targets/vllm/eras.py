@@ -17,7 +17,6 @@ from typing import Literal
 
 from moe_surgery.collection import uncollected
 from moe_surgery.errors import UnsupportedError
-from moe_surgery.spec import Activation
 from moe_surgery.targets.vllm.host import undisturbed
 from moe_surgery.versions import versions
 
@@ -26,13 +25,12 @@ LAYERS = "vllm.model_executor.layers.fused_moe"
 
 @dataclass(frozen=True)
 class Limits:
-    """What an era's CPU kernels take: multiples that the hidden size must be of, and the experts' activations.
+    """What an era's CPU kernels take: multiples that the hidden size must be of.
 
     For plans made from a config alone. What is built asks the kernels themselves; a test holds the two together.
     """
 
     hidden_multiple: int
-    activations: tuple[Activation, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ ERAS = (
         "sum",
         "moe_surgery.targets.vllm.era_d",
         lambda f: hasattr(f, "FusedMoEFactory"),
-        Limits(hidden_multiple=32, activations=("silu", "gelu", "gelu_tanh")),
+        Limits(hidden_multiple=32),
     ),
     Era("B", "0.20 to 0.23", "FusedMoE", "sum", None, lambda f: isinstance(getattr(f, "FusedMoE", None), type)),
     Era("C", "0.24 to 0.26", "FusedMoE", "sum", None, lambda f: callable(getattr(f, "FusedMoE", None))),

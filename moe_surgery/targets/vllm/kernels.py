@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from moe_surgery.spec import Activation, MoESpec
+from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
 LARGEST_MULTIPLE = 1024
@@ -32,9 +32,6 @@ class Kernels:
         if error is None:
             error = self._tried(spec)
             return None if error is None else f"{self.name} fail on this machine: {error}"
-        if self._asked(_with(spec, activation="silu")) is None:
-            taken = [name for name in get_args(Activation) if self._asked(_with(spec, activation=name)) is None]
-            return f"expert activation {spec.experts.activation} is none of those {self.name} take: {', '.join(taken)}"
         for what, size, multiple in self._misfits(spec):
             return f"{what} {size} is not a multiple of {multiple}, which {self.name} require"
         return f"{self.name} refuse: {error}"
@@ -61,13 +58,15 @@ class Kernels:
         """What is raised when one expert of the true size runs on one token: are the kernels there, in this dtype?"""
         small = replace(
             spec,
-            router=replace(spec.router, num_experts=1, top_k=1),
-            experts=replace(spec.experts, num_experts=1),
+            router=replace(spec.router, num_experts=1, top_k=1, correction_bias=False, groups=None),
+            experts=replace(spec.experts, num_experts=1, biases=False),
             shared=None,
+            at="block",
         )
         like = {"dtype": self.dtype, "device": self.device}
         hidden, width = spec.hidden, spec.experts.width
-        w13, w2 = torch.zeros(1, 2 * width, hidden, **like), torch.zeros(1, hidden, width, **like)  # type: ignore
+        rows = 2 * width if spec.experts.gated else width
+        w13, w2 = torch.zeros(1, rows, hidden, **like), torch.zeros(1, hidden, width, **like)  # type: ignore
         x, logits = torch.zeros(1, hidden, **like), torch.zeros(1, 1, **like)  # type: ignore
         try:
             self.builder.FusedLayer(small, BlockTensors(logits, w13, w2, None, None, None, None, False), "trial")(

@@ -1,4 +1,4 @@
-"""The choice of experts, computed as the spec says."""
+"""The choice of experts, computed as the spec says, or handed on as it was given."""
 
 from __future__ import annotations
 
@@ -8,33 +8,50 @@ import torch
 from torch import Tensor
 
 from moe_surgery.spec import RouterSpec
+from moe_surgery.targets.formula import capped, ranked, score, weighted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """A ``custom_routing_function`` for vLLM's layers; its call signature is the same in every release.
 
     vLLM's own softmax routing isn't used on CPU: it takes the softmax in the logits' dtype (measured on 0.32 without
     renormalisation: up to ten times the error in float16, four times in bfloat16), ignores ``routed_scaling_factor``
-    and has no sigmoid without groups. Scoring in float32 and ranking the scores, not the logits, also makes the same
-    choice as transformers where scores tie. ``dtype`` is what the weights are rounded to if the spec wants them
-    "native".
+    and has no sigmoid without groups; its grouped one ranks experts outside the groups otherwise than some models do.
+    Scoring in float32 and ranking the scores, not the logits, also makes the same choice as transformers where scores
+    tie. ``dtype`` is what the weights are rounded to if the spec wants them "native"; ``correction`` [E] is the
+    correction bias.
     """
 
     spec: RouterSpec
     dtype: torch.dtype
+    correction: Tensor | None = None
 
     def __call__(
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         """Logits [T, E] to weights [T, k] float32 and expert ids [T, k] int32."""
-        logits = gating_output.float()
-        scores = logits.softmax(dim=-1) if self.spec.scoring == "softmax" else logits.sigmoid()
-        weights, ids = scores.topk(self.spec.top_k, dim=-1)
-        if self.spec.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.spec.scale != 1.0:
-            weights = weights * self.spec.scale
+        scores = score(self.spec.scoring, capped(self.spec, gating_output.float()))
+        ids = ranked(self.spec, scores, self.correction).topk(self.spec.top_k, dim=-1).indices
+        weights = weighted(self.spec, scores, ids)
         if self.spec.weights_dtype == "native":
             weights = weights.to(self.dtype)
         return weights.float(), ids.to(torch.int32)
+
+
+def handed(weights: Tensor, ids: Tensor) -> Tensor:
+    """Weights and ids [T, k] as one tensor [T, 2k] float32, to pass where vLLM's layers take logits.
+
+    Ids are exact in float32 up to 2^24.
+    """
+    return torch.cat([weights.float(), ids.float()], dim=-1)
+
+
+class Handed:
+    """A ``custom_routing_function`` that gives back what :func:`handed` put together."""
+
+    def __call__(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = gating_output.chunk(2, dim=-1)
+        return weights.contiguous(), ids.to(torch.int32).contiguous()

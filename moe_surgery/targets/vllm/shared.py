@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_surgery.spec import Activation, SharedSpec
+from moe_surgery.spec import SharedSpec
+from moe_surgery.targets.formula import mixer
 from moe_surgery.weights.tensors import BlockTensors
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 class SharedExpert(nn.Module):
-    """One gated MLP, times its sigmoid gate and scale, over the given tensors by reference.
+    """One MLP, times its sigmoid gate and scale, over the given tensors by reference.
 
     The gate belongs in here: vLLM adds what this returns to the routed output as it is. The operations and their order
     are those of transformers, so the shared part of the output is the same to the bit.
@@ -29,7 +20,7 @@ class SharedExpert(nn.Module):
 
     def __init__(self, spec: SharedSpec, tensors: BlockTensors) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.mix = spec, mixer(spec.mix)
         self.gate_proj = _frozen(tensors.shared_gate_proj)
         self.up_proj = _frozen(tensors.shared_up_proj)
         self.down_proj = _frozen(tensors.shared_down_proj)
@@ -37,9 +28,10 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
-        assert self.gate_proj is not None and self.up_proj is not None and self.down_proj is not None
-        act = ACTIVATIONS[self.spec.activation]
-        y = F.linear(act(F.linear(x, self.gate_proj)) * F.linear(x, self.up_proj), self.down_proj)
+        assert self.gate_proj is not None and self.down_proj is not None
+        gate = F.linear(x, self.gate_proj)
+        up = gate if self.up_proj is None else F.linear(x, self.up_proj)
+        y = F.linear(self.mix(gate, up), self.down_proj)
         if self.gate is not None:
             y = torch.sigmoid(F.linear(x, self.gate)) * y
         return y * self.spec.scale if self.spec.scale != 1.0 else y

@@ -11,7 +11,7 @@ import torch
 from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal
-from moe_surgery.targets.vllm.block import FusedMoEBlock
+from moe_surgery.targets.vllm.block import FusedExperts, FusedMoEBlock
 from moe_surgery.targets.vllm.eras import Installed, detect, look_up
 from moe_surgery.targets.vllm.host import undisturbed
 from moe_surgery.targets.vllm.kernels import Kernels
@@ -64,7 +64,8 @@ class VllmTarget:
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
         _check_shapes(spec, tensors, prefix)
-        return FusedMoEBlock(spec, tensors, self._builder.FusedLayer(spec, tensors, prefix), self.label)
+        block = FusedMoEBlock if spec.at == "block" else FusedExperts
+        return block(spec, tensors, self._builder.FusedLayer(spec, tensors, prefix), self.label)
 
     @cached_property
     def _builder(self) -> Any:
@@ -79,7 +80,7 @@ class VllmTarget:
             return Refusal(f"vLLM's layer is hosted in a plain model on cpu only; this one is on {context.device}")
         if context.dtype not in DTYPES:
             return Refusal(f"dtype {context.dtype} is none of {', '.join(DTYPES)}")
-        experts, router = spec.experts.num_experts, spec.router
+        experts, router = spec.experts.num_experts + spec.experts.identities, spec.router
         if router.num_experts != experts:
             return Refusal(f"the router scores {router.num_experts} experts, there are {experts}")
         if not 1 <= router.top_k <= experts:
@@ -95,9 +96,6 @@ class VllmTarget:
         limits, name = self.listed.era.limits, f"vLLM {self.listed.version}'s {context.device.upper()} kernels"
         if limits is None:
             return None
-        if spec.experts.activation not in limits.activations:
-            taken = ", ".join(limits.activations)
-            return Refusal(f"expert activation {spec.experts.activation} is none of those {name} take: {taken}")
         if spec.hidden % limits.hidden_multiple:
             return Refusal(
                 f"hidden size {spec.hidden} is not a multiple of {limits.hidden_multiple}, which {name} require"
@@ -116,12 +114,18 @@ def _check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
     hidden, experts, width = spec.hidden, spec.experts.num_experts, spec.experts.width
     shared = spec.shared.width if spec.shared is not None else None
     gated = spec.shared is not None and spec.shared.gate is not None
+    rows = 2 * width if spec.experts.gated else width
     wanted: dict[str, tuple[int, ...] | None] = {
-        "router": (experts, hidden),
-        "w13": (experts, 2 * width, hidden),
+        "router": (experts if spec.at == "block" else 0, hidden),
+        "w13": (experts, rows, hidden),
         "w2": (experts, hidden, width),
+        "w13_bias": (experts, rows) if spec.experts.biases else None,
+        "w2_bias": (experts, hidden) if spec.experts.biases else None,
+        "router_bias": (experts,) if spec.router.bias else None,
+        "correction_bias": (experts,) if spec.router.correction_bias else None,
+        "output_bias": (hidden,) if spec.output_bias else None,
         "shared_gate_proj": (shared, hidden) if shared else None,
-        "shared_up_proj": (shared, hidden) if shared else None,
+        "shared_up_proj": (shared, hidden) if shared and spec.shared is not None and spec.shared.gated else None,
         "shared_down_proj": (hidden, shared) if shared else None,
         "shared_gate": (1, hidden) if gated else None,
     }
@@ -130,7 +134,12 @@ def _check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
         got = None if tensor is None else tuple(tensor.shape)
         if got != shape:
             raise SurgeryError(f"{prefix}: {name} has shape {got}, the spec wants {shape}")
-        if tensor is not None and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device):
+        loose = name == "correction_bias"  # models keep it in float32
+        if (
+            tensor is not None
+            and not loose
+            and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device)
+        ):
             raise SurgeryError(
                 f"{prefix}: {name} is {tensor.dtype} on {tensor.device}, the experts are {tensors.w13.dtype} on "
                 f"{tensors.w13.device}"

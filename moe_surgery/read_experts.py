@@ -1,0 +1,159 @@
+"""Reading the module of routed experts alone, where the block around it can't be read as a whole.
+
+transformers calls such a module with tokens, expert ids and routing weights. What it computes of them is all that a
+fused layer needs to know: the model's own router, and all else around it, stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.find.check import check_complete, check_site
+from moe_surgery.find.dataflow import record_experts
+from moe_surgery.find.experts import own_forward
+from moe_surgery.find.result import ChildShape, Reading, Unfollowed, Unreadable
+from moe_surgery.read import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
+from moe_surgery.spec import MoESpec, RouterSpec
+from moe_surgery.weights.layout import Layout, Piece
+
+_MANY = 65
+_MOST_BEYOND = 1 << 12
+
+
+def experts_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules inside ``block`` that may be experts alone: with weights, and called with three tensors; outermost."""
+    found: list[str] = []
+    for path, module in block.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if path and len(parameters) == len(plain) == 3 and any(True for _ in module.parameters()):
+            found.append(path)
+            yield path, module
+
+
+def read_experts(module: nn.Module) -> Reading:
+    """What a module of experts computes of tokens [T, H], expert ids [T, k] and routing weights [T, k].
+
+    Raises :class:`~moe_surgery.find.result.Unreadable` with the reason if anything in it can't be accounted for.
+    """
+    state = check_site(module, inputs=3)
+    with own_forward(module):
+        width, total, few = _first(module, state)
+        own = next(iter(state.values())).dtype
+        batch = odd_batch(state, max(_MANY, total), total, few)
+        count = batch[0] * batch[1]
+        k = min(3, total)
+        records = [
+            _record(module, width, spread(count, total, k), torch.float32, torch.float32),
+            _record(module, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
+            _record(module, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
+        ]
+        with suppress(Unfollowed):  # some modules take no single choice
+            records.append(_record(module, width, spread(count, total, 1), torch.bfloat16, torch.float32))
+        router = records[0].tokens[0].router
+        identities = _beyond(module, width, total, own)
+    first = records[0].tokens[0]
+    if first.shared is not None or first.output_bias is not None:
+        raise Unreadable("its experts add what has no routing weight")
+    if first.on_input:
+        raise Unreadable("its experts weight their inputs")
+    everyone = [
+        replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records
+    ]
+    experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
+    layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
+    check_complete(state, layout, range(total, total + identities))
+    found = replace(experts_spec(experts, first), identities=identities)
+    spec = MoESpec(
+        hidden=width,
+        router=RouterSpec(total + identities, min(2, total), "own", renormalize=False, scale=router.scale),
+        experts=found,
+        shared=None,
+        at="experts",
+    )
+    shape = ChildShape("experts", (total, found.width, width))
+    return Reading(spec, layout, "experts", (("experts", shape),))
+
+
+def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
+    """The input's width, the number of experts, and a number of choices they take."""
+    problem: Unreadable | None = None
+    for width in hidden_sizes(state):
+        for total in _totals(module, state):
+            few = min(2, total)
+            try:
+                batch = odd_batch(state, 1, total, few)
+                rows = batch[0] * batch[1]
+                record = _record(module, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
+                experts = same_experts([record], record.tokens[0], total)
+                if any(expert.identity for expert in experts):
+                    raise Unreadable("some of its experts return their input")
+                layout = Layout(Piece(""), tuple(expert.pieces for expert in experts))
+                check_complete(state, layout, range(total, 1 << 30))
+                return width, total, few
+            except Unreadable as error:
+                known = problem is not None and not isinstance(problem, Unfollowed)
+                problem = problem if known else error
+    raise problem or Unreadable("it has no weights that experts could have")
+
+
+def _totals(module: nn.Module, state: dict[str, Tensor]) -> list[int]:
+    """What the number of experts may be, likeliest first."""
+    stacked = [tensor.shape[0] for tensor in state.values() if tensor.ndim == 3]
+    lists = [len(child) for child in module.modules() if isinstance(child, (nn.ModuleList, nn.ModuleDict))]
+    named = [value for value in vars(module).values() if type(value) is int and 1 < value <= 1 << 14]
+    return [total for total in dict.fromkeys([*stacked, *lists, *named]) if total > 0]
+
+
+def _record(
+    module: nn.Module,
+    width: int,
+    ids: Tensor,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    *,
+    plain: bool = False,
+) -> Record:
+    return parse_record(record_experts(module, width, ids, dtype, weights, plain=plain), dtype)
+
+
+def _beyond(module: nn.Module, width: int, total: int, dtype: torch.dtype) -> int:
+    """How many ids beyond the experts stand for experts that return their input.
+
+    An id beyond those stands for none, or is an error, in the module as in its replacement.
+    """
+
+    def kind(expert: int) -> str:
+        ids = torch.tensor([[expert, 0], [expert, 0]])
+        try:
+            [one, _] = _record(module, width, ids, dtype, torch.float32, plain=True).tokens
+        except Unfollowed:
+            return "error"
+        slot = one.slots[0]
+        return "none" if slot is None else "identity" if slot.identity else "other"
+
+    first = kind(total)
+    if first in ("error", "none"):
+        after = "none" if first == "error" else kind(total + 1)
+        if after in ("error", "none"):
+            return 0
+        raise Unreadable(f"id {total + 1}, beyond its {total} experts, is an expert of another kind")
+    if first == "other":
+        raise Unreadable(f"id {total}, beyond its {total} experts, is an expert of another kind")
+    low, high = 1, 2  # low ids beyond are identities; is the one before high?
+    while high <= _MOST_BEYOND and kind(total + high - 1) == "identity":
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if kind(total + middle - 1) == "identity" else (low, middle)
+    if kind(total + low) not in ("error", "none"):
+        raise Unreadable(f"id {total + low}, beyond its experts, is an expert of another kind")
+    return low

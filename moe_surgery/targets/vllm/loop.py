@@ -1,0 +1,76 @@
+"""Experts one after another in torch, for what the layer's kernels have no function for: clamps, other activations.
+
+The layer around them, its routing and its shared expert stay vLLM's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_surgery.spec import Activation, Mix
+from moe_surgery.targets.formula import mixer
+
+_NAMES: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@torch.library.custom_op("moe_surgery::experts_in_turn", mutates_args=())
+def experts_in_turn(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    activation: int,
+    gated: bool,
+    limit: float | None,
+    limit_after: bool,
+    alpha: float,
+    offset: float,
+    on_input: bool,
+) -> Tensor:
+    """Tokens [T, H], weights and ids [T, k] to the weighted sum [T, H] of their experts' outputs.
+
+    ``activation`` is a place in the list of activations; an operator takes no strings that it was compiled for. Sums
+    are kept in float32 at least.
+    """
+    mix = mixer(Mix(_NAMES[activation], gated, limit, limit_after, alpha, offset))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(x.shape, dtype=wide, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        weight = weights[token, slot, None]
+        rows = x[token] * weight.to(x.dtype) if on_input else x[token]
+        both = F.linear(rows, w13[expert], None if w13_bias is None else w13_bias[expert])
+        gate, up = both.chunk(2, dim=-1) if gated else (both, both)
+        y = F.linear(mix(gate, up), w2[expert], None if w2_bias is None else w2_bias[expert]).to(wide)
+        out.index_add_(0, token, y if on_input else y * weight.to(wide))
+    return out.to(x.dtype)
+
+
+@experts_in_turn.register_fake
+def _(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    activation: int,
+    gated: bool,
+    limit: float | None,
+    limit_after: bool,
+    alpha: float,
+    offset: float,
+    on_input: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def number(activation: Activation) -> int:
+    """What :func:`experts_in_turn` calls an activation."""
+    return _NAMES.index(activation)

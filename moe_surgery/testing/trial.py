@@ -1,0 +1,144 @@
+"""One trial: a model is operated on with some packs, and compared with itself before, after, and after the undoing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_surgery
+from moe_surgery.errors import SurgeryError
+from moe_surgery.packs import Pack
+from moe_surgery.report.model import Report
+
+if TYPE_CHECKING:
+    from moe_surgery.testing.families import Family
+
+TOLERANCE = 1e-4
+"""How far a float32 model's outputs may move, relative in L2.
+
+Each block is proven to some 1e-6, the rounding of float32 sums; later layers may magnify that, and a wrong block moves
+the outputs by percents.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What came of one model.
+
+    ``report`` is that of ``apply``, None if it failed without one. ``moved`` is the relative L2 distance of the
+    model's outputs after the operation from those before. ``restored`` says whether ``undo``, or the failure's own
+    rolling back, left the same modules, the same storages and bit for bit the same outputs. ``fault`` is the error
+    that ``apply`` raised.
+    """
+
+    report: Report | None
+    moved: float
+    restored: bool
+    fault: SurgeryError | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether the model computed the same throughout, and was as before in the end. An error is neither."""
+        return self.wrong is None
+
+    @property
+    def wrong(self) -> str | None:
+        """What went wrong, in a sentence; None if nothing did."""
+        if self.fault is not None:
+            return str(self.fault)
+        if not self.moved <= TOLERANCE:
+            return f"outputs moved by {self.moved:.1e}, more than {TOLERANCE:.0e}"
+        return None if self.restored else "undo did not leave the model as it was"
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the first thing that went wrong."""
+        if self.fault is not None:
+            return self.fault.exit_code
+        return 0 if self.right else 12
+
+
+Outputs = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def attempt(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    outputs: Outputs,
+    packs: Sequence[str | Path | Pack] | None = None,
+    target: str = "auto",
+    compile: bool = False,
+) -> Trial:
+    """Operate on ``model``, compare, and undo. ``packs`` and ``target`` are those of :func:`moe_surgery.apply`.
+
+    With ``compile`` the outputs after the operation are those of the model under ``torch.compile``.
+    """
+    with _one_thread():
+        return _attempt(model, inputs, outputs, packs, target, compile)
+
+
+def _attempt(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    outputs: Outputs,
+    packs: Sequence[str | Path | Pack] | None,
+    target: str,
+    compile: bool,
+) -> Trial:
+    before, picture = outputs(model, inputs), _picture(model)
+    fault = None
+    try:
+        report: Report | None = moe_surgery.apply(model, packs=packs, target=target)
+    except SurgeryError as error:
+        report, fault = error.report, error
+    operated = model
+    if compile:
+        torch._dynamo.reset()
+        operated = torch.compile(model, backend="inductor", dynamic=False)  # type: ignore[assignment]
+    moved = distance(outputs(operated, inputs), before)
+    if report is not None and report.transaction is not None:
+        moe_surgery.undo(report)
+    restored = _picture(model) == picture and torch.equal(outputs(model, inputs), before)
+    return Trial(report, moved, restored, fault)
+
+
+def attempt_family(
+    family: Family, setting: str, seed: int = 0, *, packs: Sequence[str | Path | Pack] | None = None, **how: Any
+) -> Trial:
+    """:func:`attempt` with the tiny model of a family; ``how`` are its other arguments."""
+    from moe_surgery.testing.families import build, outputs
+
+    model, inputs = build(family.name, setting, seed)
+    return attempt(model, inputs, outputs=outputs, packs=packs, **how)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """The relative L2 distance of ``found`` from ``wanted``; infinite if they differ in shape or one isn't finite."""
+    if found.shape != wanted.shape or not found.isfinite().all():
+        return float("inf")
+    return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they save; on a busy machine, waiting for each other, ten times as much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _picture(model: nn.Module) -> tuple[list[tuple[str, int]], list[tuple[str, int, int]]]:
+    """The identity of every module, and address and version of every tensor, by name."""
+    modules = [(path, id(module)) for path, module in model.named_modules(remove_duplicate=False)]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return modules, [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
