@@ -84,11 +84,11 @@ def test_refuses_fields_that_it_has_never_heard_of() -> None:
 
     @dataclass(frozen=True)
     class Grown(ExpertsSpec):
-        bias: bool = field(default=False)
+        twist: bool = field(default=False)
 
-    for bias, accepted in ((False, True), (True, False)):
-        grown = replace(SPEC, experts=Grown(8, 16, "silu", bias))
-        assert (FoldedTarget().accepts(grown, CUDA) is None) is accepted
+    for twist in (False, True):
+        grown = replace(SPEC, experts=Grown(num_experts=8, width=16, activation="silu", twist=twist))
+        assert (FoldedTarget().accepts(grown, CUDA) is None) is not twist
 
 
 def test_refuses_other_devices_and_dtypes() -> None:
