@@ -1,10 +1,11 @@
-"""Runs the example vLLM models of examples/engine in processes of their own, without installing their packages.
+"""Runs vLLM engines on the example models of examples/engine in a process of their own, nothing installed.
 
-python tests/engine_examples.py JSON     # what :func:`generate` starts
+python tests/engine_examples.py JSON OUT     # what :func:`run_all` starts
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -39,6 +40,12 @@ def plugin_path(tmp: Path) -> str:
     return os.pathsep.join(map(str, folders))
 
 
+def environment(tmp: Path, **more: str) -> dict[str, str]:
+    """This process's environment, with the example models to be seen."""
+    paths = [plugin_path(tmp / "plugins"), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), **more}
+
+
 @dataclass(frozen=True)
 class Output:
     """Of one prompt: greedy tokens, their log-probabilities, and those of the prompt's tokens but the first."""
@@ -50,31 +57,89 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine to start: ``options`` go to ``vllm.LLM``."""
+    """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None.
+
+    In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process (see
+    ``engine_faults``). Unless ``ask``, the engine is only started.
+    """
 
     folder: str
     options: dict[str, Any] = field(default_factory=dict)
+    surgery: dict[str, Any] | None = None
+    fault: str | None = None
+    ask: bool = True
 
 
-def generate(runs: list[Run], tmp: Path, *, environment: dict[str, str] | None = None) -> list[list[Output]]:
-    """The outputs for :data:`PROMPTS` of each run, one engine after the other, in one child process of the caller's."""
-    out = tmp / "outputs.json"
-    paths = [plugin_path(tmp / "plugins"), os.environ.get("PYTHONPATH")]
+@dataclass(frozen=True)
+class Result:
+    """What came of a run: its outputs, or the error that the engine didn't start with; and the receipts left."""
+
+    outputs: list[Output]
+    receipts: list[dict[str, Any]]
+    error: str | None = None
+
+    @property
+    def steps(self) -> list[tuple[str, str]]:
+        """Path and outcome of every site, as the first receipt has them."""
+        return [(site["path"], site["outcome"]) for site in (self.receipts[0]["report"] or {"sites": []})["sites"]]
+
+
+def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
+    """The result of each run, one engine after the other, in one child process of the caller's.
+
+    The engine is of that process too, so that it starts in seconds, unless an environment variable says otherwise.
+    """
+    out = tmp / "results.json"
     child = subprocess.run(
         [sys.executable, __file__, json.dumps([asdict(run) for run in runs]), str(out)],
-        env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        env={**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
+    (tmp / "log.txt").write_text(child.stdout + child.stderr, encoding="utf-8")
     if child.returncode:
         raise AssertionError(f"the engine process ended with {child.returncode}\n{child.stdout}\n{child.stderr}")
-    return [[Output(**output) for output in outputs] for outputs in json.loads(out.read_text(encoding="utf-8"))]
+    results = json.loads(out.read_text(encoding="utf-8"))
+    return [
+        Result([Output(**output) for output in result["outputs"]], result["receipts"], result["error"])
+        for result in results
+    ]
+
+
+def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
+    """The outputs for :data:`PROMPTS` of each run, all of which must start."""
+    results = run_all(runs, tmp, **env)
+    assert [result.error for result in results if result.error is not None] == []
+    return [result.outputs for result in results]
+
+
+def _result(run: Run) -> Result:
+    if run.surgery is None:
+        return Result(_outputs(run), [])
+    from engine_faults import faulty
+
+    import moe_surgery
+    from moe_surgery.engine.receipts import read_all
+
+    surgery = dict(run.surgery)
+    if "plan" in surgery:
+        surgery["plan_or_packs"] = moe_surgery.Plan.load(surgery.pop("plan"))
+    with faulty(run.fault), moe_surgery.install(**surgery) as handle:
+        try:
+            outputs, error = _outputs(run), None
+        except Exception as failure:
+            outputs, error = [], f"{type(failure).__name__}: {failure}"
+        if error is None:
+            handle.check()
+        return Result(outputs, [receipt.to_json() for receipt in read_all(handle.run)], error)
 
 
 def _outputs(run: Run) -> list[Output]:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
+    own_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "float32",
@@ -82,27 +147,37 @@ def _outputs(run: Run) -> list[Output]:
         "kv_cache_memory_bytes": 1 << 26,
         "enforce_eager": True,
         "disable_log_stats": True,
+        **({} if own_process else {"distributed_executor_backend": "uni"}),
     }
-    llm = LLM(run.folder, **{**defaults, **run.options})
-    greedy = SamplingParams(
-        temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
-    )
-    outputs = []
-    for result in llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False):
-        completion = result.outputs[0]
-        tokens = list(completion.token_ids)
-        prompt = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
-        outputs.append(
-            Output(
-                tokens=tokens,
-                logprobs=[at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)],
-                prompt_logprobs=[at[token].logprob for token, at in prompt],
-            )
+    llm = None
+    try:
+        llm = LLM(run.folder, **{**defaults, **run.options})
+        greedy = SamplingParams(
+            temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
         )
-    llm.llm_engine.engine_core.shutdown()
-    return outputs
+        outputs = []
+        prompts = [{"prompt_token_ids": prompt} for prompt in (PROMPTS if run.ask else [])]
+        for result in llm.generate(prompts, greedy, use_tqdm=False):
+            completion = result.outputs[0]
+            tokens = list(completion.token_ids)
+            prompt = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+            outputs.append(
+                Output(
+                    tokens=tokens,
+                    logprobs=[at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)],
+                    prompt_logprobs=[at[token].logprob for token, at in prompt],
+                )
+            )
+        return outputs
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        llm = None
+        gc.collect()
+        if not own_process:
+            cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    results = [[asdict(output) for output in _outputs(Run(**run))] for run in json.loads(sys.argv[1])]
+    results = [asdict(_result(Run(**run))) for run in json.loads(sys.argv[1])]
     Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")

@@ -16,8 +16,9 @@ from moe_surgery import verbs
 from moe_surgery.cli.app import app
 from moe_surgery.errors import UsageError
 from moe_surgery.registry import load_packs
+from moe_surgery.report.model import Report
 from moe_surgery.targets.reference import ReferenceTarget
-from moe_surgery.testing import table
+from moe_surgery.testing import coverage, table
 from moe_surgery.testing.coverage import Coverage, Line, Tried, choose
 from moe_surgery.testing.families import build, families, outputs
 from moe_surgery.testing.trial import Trial, attempt, attempt_family, distance
@@ -74,8 +75,8 @@ def test_the_text_groups_settings_that_end_alike_and_the_page_says_how_it_was_ma
 
 
 def test_what_is_not_replaced_says_why_and_ends_with_11_under_strict() -> None:
-    result = call("--family", "vitpose_backbone")
-    assert "\n    its forward takes (hidden_state: torch.Tensor, indices: torch.Tensor), not" in result.stdout
+    lines = call("--family", "vitpose_backbone").stdout.splitlines()
+    assert lines[1] == "? vitpose_backbone  VitPoseBackboneMoeMLP" and lines[2].startswith("    its forward takes ")
     assert call("--family", "vitpose_backbone", "--strict", exit_code=11)
 
 
@@ -126,6 +127,18 @@ def test_a_wrong_target_is_rolled_back_and_ends_with_12(monkeypatch: pytest.Monk
     assert not trial.right and trial.restored and trial.moved == 0
 
 
+def test_an_unexpected_error_is_that_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ReferenceTarget):
+        def build(self, *arguments: Any, **named: Any) -> Any:
+            raise IndexError("out of bounds")
+
+    monkeypatch.setattr(verbs, "get_target", lambda name: Broken())
+    result = call("--family", "qwen2_moe", "--family", "vitpose_backbone", exit_code=1)
+    assert "unexpected IndexError: out of bounds" in result.stdout
+    assert "1 of 2 models right" in result.stdout
+    assert not attempt_family(families()["qwen2_moe"], "default").loud
+
+
 def test_outputs_that_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where every proof passes: the comparison of whole models is a check of its own."""
     model, inputs = build("qwen2_moe")
@@ -136,6 +149,24 @@ def test_outputs_that_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     trial = attempt(model, inputs, outputs=drifting, target="reference")
     assert trial.wrong == "outputs moved by 1.0e-03, more than 1e-04" and trial.exit_code == 12
+
+
+def test_a_new_block_that_is_never_called_is_found() -> None:
+    model, inputs = build("qwen2_moe")
+    first = model.model.layers[0]
+    forward, block = first.forward, first.mlp
+
+    def around(*arguments: Any, **named: Any) -> Any:
+        """The layer calls a block that it holds on to, whatever stands at its place."""
+        held, first._modules["mlp"] = first.mlp, block
+        try:
+            return forward(*arguments, **named)
+        finally:
+            first._modules["mlp"] = held
+
+    first.forward = around
+    trial = attempt(model, inputs, outputs=outputs, target="reference")
+    assert trial.wrong == "model.layers.0.mlp: replaced, but the model didn't call the new block"
 
 
 def test_an_undo_that_leaves_something_behind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +181,15 @@ def test_the_distance_of_tensors_that_can_not_be_compared_is_infinite() -> None:
     assert distance(one[:1], one) == float("inf") == distance(one / 0, one)
 
 
+def test_a_model_without_any_site_is_a_miss_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_seen(*arguments: Any, **named: Any) -> Trial:
+        return Trial(Report("some", "applied", (), "", {}), 0.0, True)
+
+    monkeypatch.setattr(coverage, "attempt_family", nothing_seen)
+    assert "\n    no module of the model looks like a sparse-MoE block\n" in call("--family", "mixtral").stdout
+    assert call("--family", "mixtral", "--strict", exit_code=11)
+
+
 def test_a_family_counts_as_replaced_only_if_all_that_was_tried_is() -> None:
     def tried(setting: str, outcome: Any, moved: float = 0.0) -> Tried:
         line = Line("mixtral", setting, "Block", ("a",), outcome, None, None, None, None, None)
@@ -161,3 +201,13 @@ def test_a_family_counts_as_replaced_only_if_all_that_was_tried_is() -> None:
     assert replaced(tried("default", "replaced"), tried("top1", "replaced")) == ("mixtral",)
     assert replaced(tried("default", "replaced"), tried("top1", "refused")) == ()
     assert replaced(tried("default", "replaced", moved=1.0)) == ()
+
+
+def test_the_built_in_packs_are_short_and_each_of_their_rules_replaces_a_block() -> None:
+    names = {rule.full_name for pack in load_packs() for rule in pack.rules}
+    for file in (Path(__file__).parents[1] / "rules").glob("*.toml"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 40, file
+    found = data("--family", "qwen3_omni_moe", "--family", "qwen3_omni_moe#talker", "--family", "qwen3_moe")
+    used = {block["rule"] for model in found["models"] for block in model["blocks"]}
+    assert used == names
+    assert call("qwen3-omni").stdout.count("\n~ ") == 2

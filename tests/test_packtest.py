@@ -26,7 +26,6 @@ find.combine = "experts + sigmoid(shared_expert_gate) * shared_expert"
 read.scoring = "softmax"
 read.top_k = 2
 """
-ALL = ("test_the_named_blocks_are_replaced_and_no_other", "test_no_mutation_is_silently_wrong")
 
 
 class TestMine(PackTest):
@@ -96,9 +95,12 @@ def test_a_wrong_build_fails(mine: TestMine, monkeypatch: pytest.MonkeyPatch) ->
             return block
 
     monkeypatch.setattr(verbs, "get_target", lambda name: Doubled())
-    for test in ALL:
-        with pytest.raises(AssertionError, match=r"layers.[01].mlp: the new block"):
-            getattr(mine, test)()
+    with pytest.raises(AssertionError, match=r"layers.0.mlp: the new block"):
+        mine.test_the_named_blocks_are_replaced_and_no_other()
+    with pytest.raises(AssertionError, match=r"layers.0.mlp: the new block"):
+        mine.test_the_outputs_are_the_same_and_undo_restores_the_model()
+    # Each mutation ends in an error too, and that is not a silent end.
+    mine.test_no_mutation_is_silently_wrong()
 
 
 def test_a_mutation_that_is_silently_wrong_fails(mine: TestMine) -> None:

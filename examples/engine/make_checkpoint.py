@@ -2,9 +2,11 @@
 
     python examples/engine/make_checkpoint.py KIND DIR [--seed 0] [--layers 3] [--fused]
 
-KIND is naive_talker, unfused_qwen2, unfused_deepseek or list_moe. Routed experts are written as one 2-D tensor per
-expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and ``down_proj`` of each block.
-The same arguments write the same files; a fused checkpoint has the values of the one that isn't.
+KIND is naive_talker, omni_talker, unfused_qwen2, unfused_deepseek, list_moe or list_moe_whole. Routed experts are
+written as one 2-D tensor per expert and projection, or, with --fused (unfused_qwen2 only), as 3-D ``gate_up_proj`` and
+``down_proj``.
+The same arguments write the same files; a fused checkpoint has the values of the one that isn't. The tokenizer knows
+one word per token, w000 to w127, so that a server can be asked in text.
 """
 
 from __future__ import annotations
@@ -81,6 +83,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **QWEN,
     },
 }
+CONFIGS["omni_talker"] = {**CONFIGS["naive_talker"], "architectures": ["OmniTalkerForCausalLM"]}
+CONFIGS["list_moe_whole"] = {**CONFIGS["list_moe"], "whole_shared_expert": True}
+
+_TALKERS = ("naive_talker", "omni_talker")
 
 Draw = Callable[..., "torch.Tensor"]
 
@@ -104,11 +110,11 @@ def _mlp(draw: Draw, prefix: str, width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _block(draw: Draw, prefix: str, *, deepseek: bool, fused: bool) -> dict[str, torch.Tensor]:
+def _block(draw: Draw, prefix: str, *, deepseek: bool, fused: bool, count: int, width: int) -> dict[str, torch.Tensor]:
     import torch
 
-    out = {f"{prefix}.gate.weight": draw(EXPERTS, HIDDEN)}
-    experts = [_mlp(draw, "", WIDTH) for _ in range(EXPERTS)]
+    out = {f"{prefix}.gate.weight": draw(count, HIDDEN)}
+    experts = [_mlp(draw, "", width) for _ in range(count)]
     if fused:
         gate_up = [torch.cat([expert[".gate_proj.weight"], expert[".up_proj.weight"]]) for expert in experts]
         out[f"{prefix}.experts.gate_up_proj"] = torch.stack(gate_up)  # [E, 2I, H]
@@ -116,13 +122,13 @@ def _block(draw: Draw, prefix: str, *, deepseek: bool, fused: bool) -> dict[str,
     else:
         out |= {f"{prefix}.experts.{e}{name}": t for e, expert in enumerate(experts) for name, t in expert.items()}
     if deepseek:
-        out[f"{prefix}.gate.e_score_correction_bias"] = draw(EXPERTS, std=0.2)
+        out[f"{prefix}.gate.e_score_correction_bias"] = draw(count, std=0.2)
         return out | _mlp(draw, f"{prefix}.shared_experts", SHARED_WIDTH)
     out |= _mlp(draw, f"{prefix}.shared_expert", SHARED_WIDTH)
     return out | {f"{prefix}.shared_expert_gate.weight": draw(1, HIDDEN)}
 
 
-def _tensors(kind: str, *, seed: int, layers: int, fused: bool) -> dict[str, torch.Tensor]:
+def _tensors(kind: str, *, seed: int, layers: int, fused: bool, experts: int, width: int) -> dict[str, torch.Tensor]:
     """Matrices about keep the scale of their input, so that every expert matters and rounding isn't blown up."""
     import torch
 
@@ -135,17 +141,30 @@ def _tensors(kind: str, *, seed: int, layers: int, fused: bool) -> dict[str, tor
     for index in range(layers):
         layer = f"model.layers.{index}"
         out[f"{layer}.input_layernorm.weight"] = 1 + draw(HIDDEN, std=0.1)
-        out |= _attention(draw, f"{layer}.self_attn", head_norms=kind == "naive_talker")
+        out |= _attention(draw, f"{layer}.self_attn", head_norms=kind in _TALKERS)
         out[f"{layer}.post_attention_layernorm.weight"] = 1 + draw(HIDDEN, std=0.1)
-        out |= _block(draw, f"{layer}.mlp", deepseek=kind == "unfused_deepseek", fused=fused)
+        out |= _block(
+            draw, f"{layer}.mlp", deepseek=kind == "unfused_deepseek", fused=fused, count=experts, width=width
+        )
     out["model.norm.weight"] = 1 + draw(HIDDEN, std=0.1)
-    return out | {"lm_head.weight": draw(VOCAB, HIDDEN)}
+    out["lm_head.weight"] = draw(VOCAB, HIDDEN)
+    return {f"talker.{name}": tensor for name, tensor in out.items()} if kind == "omni_talker" else out
 
 
-def make(kind: str, folder: Path, *, seed: int = 0, layers: int = 3, fused: bool = False) -> None:
+def make(
+    kind: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 3,
+    fused: bool = False,
+    experts: int = EXPERTS,
+    width: int = WIDTH,
+) -> None:
     """Write the checkpoint into ``folder``, which is made, or must be empty.
 
-    ``config.json`` comes last: a folder that has it is complete.
+    ``experts`` and ``width`` may be others for all kinds but unfused_deepseek. ``config.json`` comes last: a folder
+    that has it is complete.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -158,9 +177,24 @@ def make(kind: str, folder: Path, *, seed: int = 0, layers: int = 3, fused: bool
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty")
-    save_torch_state_dict(_tensors(kind, seed=seed, layers=layers, fused=fused), folder, max_shard_size="400KB")
+    tensors = _tensors(kind, seed=seed, layers=layers, fused=fused, experts=experts, width=width)
+    save_torch_state_dict(tensors, folder, max_shard_size="400KB" if (experts, width) == (EXPERTS, WIDTH) else "1GB")
+    _write_tokenizer(folder)
     config = {**CONFIGS[kind], **COMMON, "num_hidden_layers": layers}
+    if (experts, width) != (EXPERTS, WIDTH):
+        config |= {"num_experts": experts, "moe_intermediate_size": width}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{number:03}": number for number in range(VOCAB)}, unk_token="w000"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w000", eos_token="w001").save_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
@@ -53,7 +58,11 @@ class EngineBlock(SwappedBlock):
 
 
 class RouterLogits(nn.Module):
-    """The logits of a router that computes more than them: of its weight alone, which keeps its place and name."""
+    """The logits of a router that computes more than them, or of a linear layer that lies deeper in the block.
+
+    A linear layer is called, since kernels may take its weight away; of another router its weight alone is used. Either
+    keeps its place and name.
+    """
 
     def __init__(self, owner: nn.Module, name: str, wide: bool) -> None:
         super().__init__()
@@ -62,8 +71,12 @@ class RouterLogits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, E], in float32 if the router computes in it."""
-        weight: Tensor = getattr(self._owner[0], self._name)
-        return F.linear(x.float(), weight.float()) if self._wide else F.linear(x, weight)
+        owner = self._owner[0]
+        x = x.float() if self._wide else x
+        if is_linear(owner):
+            return first(owner(x))
+        weight: Tensor = getattr(owner, self._name)
+        return F.linear(x, weight.float() if self._wide else weight)
 
 
 class SharedExpert(nn.Module):
@@ -112,7 +125,9 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
     if spec.experts.activation not in _ACTIVATIONS:
         return f"vLLM's fused layer has no activation {spec.experts.activation}"
     router = owner(block, layout.router)
-    if is_linear(router) and (spec.router.logits_dtype == "float32" or layout.router.path.count(".") != 1):
+    if copies(router) < _ranks():
+        return "its router's weight is shared out over the ranks"
+    if is_linear(router) and spec.router.logits_dtype == "float32" and router.weight.dtype != torch.float32:
         return "its router's linear layer is not called as it is"
     if spec.shared is None or layout.shared is None:
         return None
@@ -149,7 +164,9 @@ def is_linear(layer: nn.Module) -> bool:
 
 def copies(layer: nn.Module) -> int:
     """How many ranks hold the same whole weight of ``layer``."""
-    return _ranks() if getattr(layer, "tp_size", 1) == 1 else 1
+    # A replicated layer has the ranks' number too, so its class decides.
+    shared_out = isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and layer.tp_size > 1
+    return 1 if shared_out else _ranks()
 
 
 def _ranks() -> int:

@@ -14,7 +14,6 @@ from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, c
 from moe_surgery.engine.layer_book import LayerBook
 from moe_surgery.engine.lens import Routed
 from moe_surgery.engine.sites import EngineSite
-from moe_surgery.errors import SurgeryError
 from moe_surgery.find.result import Reading
 from moe_surgery.targets.vllm.era_d import construct
 from moe_surgery.targets.vllm.routing import Routing
@@ -43,23 +42,15 @@ def build(item: EngineSite, book: LayerBook) -> EngineBlock:
 def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
     """The module that computes the logits, if it isn't the block's own, and the name of the child that does."""
     assert item.reading is not None
-    if item.routed is not None and item.routed.routes != "given":
-        if item.routed.runner.gate is not None:
-            return None, ""
-        return None, _child(item.reading)
+    if item.routed is not None and item.routed.routes != "given" and item.routed.runner.gate is not None:
+        return None, ""
     piece, spec = item.reading.layout.router, item.reading.spec
-    layer, name = owner(item.site.module, piece), piece.path.rpartition(".")[2]
-    if is_linear(layer):
-        return None, _child(item.reading)
-    # The router does more than give logits; its weight is all that is needed of it.
-    return RouterLogits(layer, name, spec.router.logits_dtype == "float32"), ""
-
-
-def _child(reading: Reading) -> str:
-    name, _, rest = reading.layout.router.path.partition(".")
-    if rest != "weight":
-        raise SurgeryError(f"the router's weight lies at {reading.layout.router}, not in a child of the block")
-    return name
+    layer, (child, *rest) = owner(item.site.module, piece), piece.path.split(".")
+    wide = spec.router.logits_dtype == "float32"
+    if is_linear(layer) and rest == ["weight"] and not wide:
+        return None, child
+    # The router does more than give logits, or lies deeper; its weight is all that is needed of it.
+    return RouterLogits(layer, piece.path.rpartition(".")[2], wide), ""
 
 
 def _regrouped(routed: Routed, reading: Reading, shared: nn.Module | None) -> MoERunner:

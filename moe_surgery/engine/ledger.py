@@ -124,7 +124,9 @@ class Ledger:
         """Hold what was written to a parameter against its size; what only fills up a kernel's tile becomes zero."""
         data = sink.parameter.data
         empty = data.isnan()
-        missing = int(empty.sum()) - (data.numel() - sink.numel)
+        if not (count := int(empty.sum())):
+            return
+        missing = count - (data.numel() - sink.numel)
         if missing > 0:
             where = ""
             if data.ndim == 3:

@@ -8,13 +8,12 @@ plain torch here is :class:`~moe_surgery.find.result.Unreadable`, with the reaso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
@@ -62,27 +61,41 @@ def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
     return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A block under the lens: its routed layer, if it has one, and what each of vLLM's layers in it means now."""
+
+    routed: Routed | None
+    meanings: dict[nn.Module, Hashable]
+
+
 @contextmanager
-def readable(block: nn.Module) -> Iterator[Routed | None]:
-    """While this lasts, ``block`` takes ``[..., H]`` and can be recorded; yields its routed layer, if it has one.
+def readable(block: nn.Module) -> Iterator[Seen]:
+    """While this lasts, ``block`` takes ``[..., H]`` and can be recorded.
 
     Raises :class:`~moe_surgery.find.result.Unreadable` for a layer that has more to it. The block is put back as it was
     in any case.
     """
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    meanings: dict[nn.Module, Hashable] = {}
     group = get_tp_group()
     try:
         routed = _routed(block)
+        # Asked before any attribute of the routed layer is stood in for.
+        bias = None if routed is None else _bias(routed.runner)
+        meaning = None if routed is None else _routing(routed, block)
         for module in list(block.modules()):
-            stand_in = _stand_in(module, block, routed)
+            stand_in = _stand_in(module, block, routed, bias)
             if stand_in is not None:
+                meanings[module] = (_meaning(module, stand_in), meaning)
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
-        saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
-        vars(block)["forward"] = _flat(block.forward)
+        if routed is None or routed.routes != "given":
+            saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
+            vars(block)["forward"] = _flat(block.forward)
         # With weights of their full size there are no partial sums.
         vars(group)["all_reduce"] = lambda tensor: tensor
-        yield routed
+        yield Seen(routed, meanings)
     finally:
         vars(group).pop("all_reduce", None)
         for module, attributes in reversed(saved):
@@ -97,7 +110,7 @@ _ABSENT = object()
 
 
 def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """vLLM's blocks take tokens [T, H]; reading asks with leading dimensions too."""
+    """Blocks written for vLLM take tokens [T, H]; reading asks with leading dimensions too."""
 
     def flat(hidden_states: Tensor) -> Tensor:
         return forward(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
@@ -155,10 +168,10 @@ def _bias(runner: MoERunner) -> Tensor | None:
     return bias
 
 
-def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None) -> dict[str, Any] | None:
+def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: Tensor | None) -> dict[str, Any] | None:
     """The attributes that make a known layer plain; None for any other module."""
     if isinstance(module, LinearBase):
-        return _linear(module, None if routed is None else _bias(routed.runner))
+        return _linear(module, bias)
     if isinstance(module, CustomOp):
         return {"forward": module.forward_native}
     if routed is None:
@@ -170,6 +183,29 @@ def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None) -> dic
     return None
 
 
+def _meaning(module: nn.Module, stand_in: dict[str, Any]) -> Hashable:
+    """All that a stand-in's forward depends on beside the elements of its weights, and what :func:`_routing` says."""
+    weights = tuple((name, tuple(p.shape), p.dtype) for name, p in stand_in.get("_parameters", {}).items())
+    more: tuple[Hashable, ...] = tuple(stand_in.get("_modules", ()))
+    if isinstance(module, LinearBase):
+        more = getattr(module, "out_dtype", None), module.return_bias
+    elif isinstance(module, CustomOp):  # runs a forward of its own
+        more = tuple(item for item in sorted(vars(module).items()) if _is_plain(item[1]))
+    return type(module), weights, more
+
+
+def _routing(routed: Routed, block: nn.Module) -> Hashable:
+    """What a routed layer's forward depends on beside its weights."""
+    runner, experts = routed.runner, routed.runner.routed_experts
+    gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
+    chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
+    return *chosen, gate, experts.activation.value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
     if type(module).forward not in _LINEAR_FORWARDS:
         raise Unreadable(f"{type(module).__name__} is a linear layer with a forward of its own")
@@ -177,9 +213,9 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
         raise Unreadable(f"its {type(module).__name__} is quantised ({type(module.quant_method).__name__})")
     if module.skip_bias_add and module.has_bias:
         raise Unreadable(f"its {type(module).__name__} hands its bias to others")
-    own = {"weight": _meta((module.output_size, module.input_size), module.weight.dtype)}
+    own = {"weight": _full_size((module.output_size, module.input_size), module.weight)}
     if module.has_bias:
-        own["bias"] = _meta((module.output_size,), module.weight.dtype)
+        own["bias"] = _full_size((module.output_size,), module.weight)
     # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
     own |= {name: p for name, p in module._parameters.items() if p is not None and name not in own and p is not bias}
     dtype = getattr(module, "out_dtype", None)
@@ -196,10 +232,10 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
 
 def _experts(runner: MoERunner) -> dict[str, Any]:
     """Stacked weights of all experts in their full width, and nothing else: maps and masks are about placement."""
-    config, dtype = runner.moe_config, runner.routed_experts.params_dtype
+    config, like = runner.moe_config, runner.routed_experts.w13_weight
     experts, hidden, width = config.num_logical_experts, config.hidden_dim_unpadded, config.intermediate_size
-    weights = {"w13_weight": _meta((experts, 2 * width, hidden), dtype)}
-    weights["w2_weight"] = _meta((experts, hidden, width), dtype)
+    weights = {"w13_weight": _full_size((experts, 2 * width, hidden), like)}
+    weights["w2_weight"] = _full_size((experts, hidden, width), like)
     return {"_parameters": weights, "_buffers": {}}
 
 
@@ -249,5 +285,6 @@ def _beside(block: nn.Module, runner: nn.Module) -> Iterator[nn.Module]:
                 waiting.append(child)
 
 
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+def _full_size(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    """A weight of another size than ``like``, on its device and in its dtype; it takes no memory."""
+    return nn.Parameter(like.new_empty(()).expand(shape), requires_grad=False)

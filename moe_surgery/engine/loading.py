@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Act = Callable[["PreTrainedModel"], None]
 _depth = threading.local()
-_built: Counter[str] = Counter()
+_built: Counter[tuple[str, str]] = Counter()
 _ordered: Hook | None = None
 
 
@@ -91,8 +91,9 @@ def operate(model: PreTrainedModel, run: str, arguments: Mapping[str, Any], on_f
     from moe_surgery.verbs import apply
 
     kind = type(model).__name__
-    _built[kind] += 1
-    name = kind if _built[kind] == 1 else f"{kind}#{_built[kind]}"
+    _built[run, kind] += 1
+    number = _built[run, kind]
+    name = kind if number == 1 else f"{kind}#{number}"
     try:
         report = apply(model, **arguments)
     except Exception as error:

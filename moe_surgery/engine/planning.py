@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm.config import VllmConfig
 
@@ -25,7 +26,8 @@ TARGET = "vllm"
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
     """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
 
-    The counts that rules expect are those of a whole model; under pipeline parallelism a rank holds only some layers.
+    The counts that rules expect, and the sites of a plan, are those of a whole model; under pipeline parallelism a rank
+    holds only some of its layers.
     """
     packs = load_packs(orders.packs)
     checkpoint = checkpoint_config(config)
@@ -33,22 +35,33 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     obstacle = _obstacle(config)
     steps = tuple(_decide(item, matches[item.site.path], packs, obstacle, config) for item in sites)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", TARGET, steps)
-    if config.parallel_config.pipeline_parallel_size == 1:
+    whole = config.parallel_config.pipeline_parallel_size == 1
+    if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
         check_expectations(plan, matched, packs, checkpoint, Selection())
     if orders.plan is not None:
-        _check_same(Plan.load(orders.plan), plan, orders.plan)
+        _check_same(Plan.load(orders.plan), plan, orders.plan, whole=whole)
     return plan
 
 
 def checkpoint_config(config: VllmConfig) -> object:
-    """The config that rules read: the checkpoint's own file where there is one, else what vLLM made of it."""
+    """The config that rules read: the checkpoint's own file with the user's overrides, else what vLLM made of it."""
     assert config.model_config is not None
-    file = Path(config.model_config.model) / "config.json"
-    if file.is_file():
-        loaded: object = json.loads(file.read_text(encoding="utf-8"))
-        return loaded
-    return config.model_config.hf_config
+    file, overrides = Path(config.model_config.model) / "config.json", config.model_config.hf_overrides
+    if not file.is_file() or callable(overrides):
+        hf_config: object = config.model_config.hf_config
+        return hf_config
+    return _overridden(json.loads(file.read_text(encoding="utf-8")), overrides or {})
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with other values; those of inner configs are overridden one by one."""
+    out = dict(data)
+    for key, value in overrides.items():
+        inner = out.get(key)
+        both = isinstance(inner, dict) and isinstance(value, Mapping)
+        out[key] = _overridden(inner, value) if both else value  # type: ignore[arg-type]
+    return out
 
 
 def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match | Miss | None:
@@ -95,13 +108,15 @@ def _obstacle(config: VllmConfig) -> str | None:
     return f"the swap is not supported under {' and '.join(found)}" if found else None
 
 
-def _check_same(wanted: Plan, plan: Plan, file: str) -> None:
+def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:
     if wanted.model != plan.model:
         raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
     if wanted.fingerprint == plan.fingerprint:
         return
-    before = {step.path: step for step in wanted.steps}
     after = {step.path: step for step in plan.steps}
+    before = {step.path: step for step in wanted.steps if whole or step.path in after}
+    if not whole and before == after:
+        return
     path = next((path for path in {**before, **after} if before.get(path) != after.get(path)), "the order of its sites")
     had, has = (_told(steps.get(path)) for steps in (before, after))
     raise PlanError(f"{file}: the plan no longer fits: at {path} it says {had}, but now it would be {has}")

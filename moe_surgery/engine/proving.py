@@ -1,13 +1,14 @@
 """The proof in an engine: each chosen block is asked as soon as its kernels are ready, before the first request.
 
 vLLM brings expert weights into its kernels' layout module by module, and what lies in that layout can't be read any
-more. So a block's loaded weights are copied just before, the block is asked just after, and the copy goes: one block
-of extra memory at a time. Under tensor parallelism every rank puts the same whole weights together and asks the same
-questions in the same order; what a rank gets is the sum of all.
+more. So all that is to be known of a block's loaded weights is computed just before, and the block is asked just after:
+no weights are copied, but for the small ones and, under tensor parallelism, those of other ranks. There every rank puts
+the same whole weights together and asks the same questions in the same order; what a rank gets is the sum of all.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +22,11 @@ from vllm.forward_context import set_forward_context
 from moe_surgery.engine.blocks import copies, owner
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.prove.proof import prove_swapped
+from moe_surgery.prove.survey import survey
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.report.model import Step
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.vllm.era_d import drop_shared_output
 from moe_surgery.weights.layout import Layout, Piece
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -48,6 +51,7 @@ class Exam:
     spec: MoESpec
     small: BlockTensors
     verdict: Verdict | None = None
+    seconds: float = 0.0
 
 
 def prepare(item: EngineSite) -> Exam:
@@ -57,31 +61,35 @@ def prepare(item: EngineSite) -> Exam:
     return Exam(item.site.path, spec, _small(block, layout, _routing(item)))
 
 
-def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[], None]:
-    """Prove ``block`` when vLLM lays out the experts of its ``runner``; call what is returned to call that off."""
+def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> None:
+    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``."""
     experts = runner.routed_experts
     method = experts.quant_method
     lay_out = method.process_weights_after_loading
 
     def lay_out_and_prove(layer: nn.Module) -> None:
-        tensors = _with_experts(exam, experts, runner.moe_config)
+        del method.process_weights_after_loading  # the instance's, which is this function
+        started, ranks = time.perf_counter(), get_tp_group().world_size
+        ground = survey(exam.spec, _with_experts(exam, experts, runner.moe_config), seed=0, ranks=ranks)
+        exam.seconds += time.perf_counter() - started
         lay_out(layer)
-        cancel()
+        started = time.perf_counter()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(_asked(block, config), exam.spec, tensors, ranks=get_tp_group().world_size)
-
-    def cancel() -> None:
-        vars(method).pop("process_weights_after_loading", None)
+            exam.verdict = prove_swapped(_asked(block, runner, config), ground)
+        exam.seconds += time.perf_counter() - started
 
     method.process_weights_after_loading = lay_out_and_prove
-    return cancel
 
 
-def _asked(block: nn.Module, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+def _asked(block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tensor], Tensor]:
     def ask(x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
-            out: Tensor = block(x.contiguous())
+        try:
+            with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
+                out: Tensor = block(x.contiguous())
+        except BaseException:
+            drop_shared_output(runner)
+            raise
         return out.clone()
 
     return ask
@@ -118,13 +126,15 @@ def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> Bloc
 
 
 def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
-    """Copies of the routed experts' loaded weights, all ranks' shares side by side."""
+    """The exam's tensors with the routed experts' loaded weights, as they are or put together from all ranks."""
     width, hidden = config.intermediate_size_per_partition_unpadded, exam.spec.hidden
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
     half = w13.shape[1] // 2
-    gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]
-    w13 = torch.cat([_gathered(gate, 1), _gathered(up, 1)], dim=1)
-    return replace(exam.small, w13=w13, w2=_gathered(w2[:, :hidden, :width], 2))
+    if get_tp_group().world_size > 1 or (half, w13.shape[2]) != (width, hidden):
+        gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]
+        w13 = torch.cat([_gathered(gate, 1), _gathered(up, 1)], dim=1)
+        w2 = _gathered(w2[:, :hidden, :width], 2)
+    return replace(exam.small, w13=w13, w2=w2)
 
 
 def _matrix(block: nn.Module, piece: Piece) -> Tensor:
@@ -155,5 +165,5 @@ def _ranks_of(layer: nn.Module) -> int:
 
 def _gathered(part: Tensor, dim: int) -> Tensor:
     group = get_tp_group()
-    whole: Tensor = group.all_gather(part.contiguous(), dim) if group.world_size > 1 else part.clone()
+    whole: Tensor = group.all_gather(part.contiguous(), dim) if group.world_size > 1 else part
     return whole

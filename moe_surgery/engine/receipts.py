@@ -24,10 +24,11 @@ _NAME = re.compile(r".*-rank\d+-\d+\.json")
 class Receipt:
     """What was done with one model in one process.
 
-    ``rank`` is the global one among the ``world`` ranks that hold the model together, ``model`` the architecture or
-    class that was built. "unpatched" is a model that was kept as it was although surgery was asked for. ``fingerprint``
-    is the plan's, ``ledger`` the digest of where every weight went, ``report`` what ``Report.to_json`` gives; each is
-    None where it didn't come to that. ``error`` and ``exit_code`` tell what went wrong.
+    ``rank`` is the global one among the ``world`` ranks that hold the model together, ``stage`` the part of a pipeline
+    that it holds, and ``model`` the architecture or class that was built. "unpatched" is a model that was kept as it
+    was although surgery was asked for. ``fingerprint`` is the plan's, ``ledger`` the digest of where every weight went,
+    ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error`` and ``exit_code``
+    tell what went wrong.
     """
 
     pid: int
@@ -40,6 +41,7 @@ class Receipt:
     report: dict[str, Any] | None
     error: str | None = None
     exit_code: int = 0
+    stage: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data of the versioned schema ``moe-surgery/receipt/1``."""
@@ -57,6 +59,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "report": (dict, type(None)),
     "error": (str, type(None)),
     "exit_code": int,
+    "stage": int,
 }
 
 
@@ -106,8 +109,8 @@ def check(receipts: Iterable[Receipt]) -> None:
     """Raise unless every rank of every model tells of the same operation.
 
     The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
-    is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan. Ledgers aren't compared:
-    under tensor parallelism each rank has weights of its own.
+    is no receipt, if a rank has none, or if ranks of one model differ in outcome, or in plan within a pipeline stage:
+    stages hold different layers. Ledgers aren't compared: under tensor parallelism each rank has weights of its own.
     """
     told = sorted(receipts, key=_order)
     if not told:
@@ -119,7 +122,9 @@ def check(receipts: Iterable[Receipt]) -> None:
         ranks = list(group)
         _check_ranks(model, ranks)
         _check_equal(model, "outcomes", ranks, [receipt.outcome for receipt in ranks])
-        _check_equal(model, "plans", ranks, [receipt.fingerprint or "none" for receipt in ranks])
+        for stage in sorted({receipt.stage for receipt in ranks}):
+            mine = [receipt for receipt in ranks if receipt.stage == stage]
+            _check_equal(model, "plans", mine, [receipt.fingerprint or "none" for receipt in mine])
 
 
 def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,33 @@ UNBUILT = "model"
 
 @dataclass(eq=False)
 class _Load:
-    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models."""
+    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models.
+
+    ``told`` is whether all ranks know of a failure.
+    """
 
     orders: Orders
     before: Snapshot
     surgery: Surgery | None = None
     depth: int = 0
     off: bool = False
+    told: bool = False
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Come together with the other ranks; raises on all of them if one has an ``error``."""
+        from moe_surgery.engine.agreement import agree
+
+        try:
+            agree(error)
+        except Exception:
+            self.told = True
+            raise
+
+    def tell(self, error: Exception) -> None:
+        """Let the other ranks know of an error that they don't know of yet."""
+        if not self.told:
+            with suppress(Exception):  # what agree raises is this very error
+                self.agree(error)
 
 
 class _Seam:
@@ -84,18 +105,20 @@ class _Seam:
                 try:
                     model = original(loader, vllm_config, *args, **kwargs)
                     report = _surgery(load).finish()
-                except SurgeryError as error:
-                    if load.orders.on_failure == "stop":
+                    load.agree()
+                except Exception as error:
+                    load.tell(error)
+                    kept = load.orders.on_failure == "keep"
+                    _write(load, "unpatched" if kept else "failed", error=error)
+                    if not kept:
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
-                    _write(load, "unpatched", error=error)
-                    _call_off(load, book, vllm_config)
-                    return original(loader, vllm_config, *args, **kwargs)
-                _write(load, "operated", report=report)
-                return model
-            except Exception as error:
-                _write(load, "failed", error=error)
-                raise
+                else:
+                    _write(load, "operated", report=report)
+                    return model
+                # Out of the handler: its traceback would keep the model that failed in memory beside the new one.
+                _call_off(load, book, vllm_config)
+                return _again(load, lambda: original(loader, vllm_config, *args, **kwargs))
             finally:
                 self.load = None
 
@@ -121,6 +144,7 @@ class _Seam:
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
                 load.surgery = Surgery(model, config, load.orders, load.before)
+            load.agree()
             return model
 
         return initialize_model
@@ -131,6 +155,7 @@ class _Seam:
             load = self.load
             if load is not None and not load.off and load.surgery is not None and load.surgery.model is model:
                 load.surgery.operate()
+                load.agree()
             return original(model, *args, **kwargs)
 
         return process_weights_after_loading
@@ -187,6 +212,16 @@ def _surgery(load: _Load) -> Surgery:
     return load.surgery
 
 
+def _again(load: _Load, original: Callable[[], Any]) -> Any:
+    """Build and load the model once more, untouched."""
+    gc.collect()
+    try:
+        return original()
+    except Exception as error:
+        _write(load, "failed", error=error)
+        raise
+
+
 def _call_off(load: _Load, book: Any, config: Any) -> None:
     """Put vLLM's registers and config back to what they were before the model was built, and let the next one be."""
     from moe_surgery.engine.surgery import KEY
@@ -200,9 +235,9 @@ def _call_off(load: _Load, book: Any, config: Any) -> None:
 def _write(
     load: _Load, outcome: receipts.Outcome, *, report: Report | None = None, error: Exception | None = None
 ) -> None:
-    from vllm.distributed import get_world_group
+    from vllm.distributed import get_pp_group, get_world_group
 
-    surgery, world = load.surgery, get_world_group()
+    surgery, world, pipeline = load.surgery, get_world_group(), get_pp_group()
     if report is None and isinstance(error, SurgeryError):
         report = error.report
     message = (
@@ -221,9 +256,11 @@ def _write(
             report=report.to_json() if report else None,
             error=message,
             exit_code=0 if error is None or outcome == "unpatched" else getattr(error, "exit_code", 1),
+            stage=pipeline.rank_in_group,
         ),
     )
-    if surgery is not None and world.rank == 0 and outcome == "operated":
+    # In a pipeline no process knows of all sites.
+    if surgery is not None and world.rank == 0 and outcome == "operated" and pipeline.world_size == 1:
         surgery.plan.save(Path(load.orders.run) / f"{surgery.architecture}-plan.json")
 
 

@@ -8,7 +8,9 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
 from moe_surgery.engine.lens import Routed, readable
+from moe_surgery.find.check import check_site
 from moe_surgery.find.result import Reading, Site, Unreadable
+from moe_surgery.find.structure import Readings, structure
 from moe_surgery.read import read
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.tree import find_sites
@@ -32,8 +34,9 @@ class EngineSite:
 
 
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
-    """Every site of ``model`` in the order of its module tree, read."""
-    return tuple(_survey(site) for site in _sites(model))
+    """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once."""
+    known = Readings()
+    return tuple(_survey(site, known) for site in _sites(model))
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -51,18 +54,19 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _survey(site: Site) -> EngineSite:
+def _survey(site: Site, known: Readings) -> EngineSite:
     block = site.module
     if isinstance(block, SwappedBlock) or any(
         isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
     ):
         return EngineSite(site)
     try:
-        with readable(block) as routed:
-            reading = read(block)
+        with readable(block) as seen:
+            check_site(block)
+            reading = known.once(structure(block, site.path, seen.meanings), lambda: read(block))
     except Unreadable as error:
         return EngineSite(site, unread=str(error))
-    return EngineSite(site, _as_routed(reading, routed), routed)
+    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed)
 
 
 def _as_routed(reading: Reading, routed: Routed | None) -> Reading:

@@ -77,43 +77,61 @@ class Surgery:
                 "the weights were not loaded through the model's load_weights, so nothing is known of them"
             )
         self._ledger.remove()
+        self._ledger = Ledger({})  # the other holds the parameters that are about to go
         chosen = to_prove(self.plan.steps, everything=self.orders.prove == "all")
         book = LayerBook(self.config)
         rules = {step.path: step.rule for step in self.plan.steps}
+        exchanged: dict[nn.Module, nn.Module] = {}
         with set_current_vllm_config(self.config), torch.no_grad():
             for path, item in self.items.items():
                 if path in chosen:
                     self.exams[path] = prepare(item)
                 block = build(item, book)
                 block.rule = rules[path]
-                self._exchange(path, item.site.module, block)
+                exchanged |= self._exchange(path, item.site.module, block)
                 if path in chosen:
                     runner = next(module for module in block.modules() if isinstance(module, MoERunner))
                     examine(self.exams[path], block, runner, self.config)
+        self._relist(exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
         if self.items:
-            # Compiled graphs are cached under a hash of the config, in which the module tree has no part.
-            self.config.additional_config[KEY] = self.plan.fingerprint
+            self._mark_configs()
         self.items.clear()
         self.done = True
         self.seconds += time.perf_counter() - started
 
-    def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> None:
+    def _mark_configs(self) -> None:
+        """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
+
+        A model inside a model was built with a copy of the config, which its compiled parts hold.
+        """
+        held = [value for module in self.model.modules() for value in vars(module).values()]
+        for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
+            assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
+            config.additional_config[KEY] = self.plan.fingerprint
+
+    def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> dict[nn.Module, nn.Module]:
+        """Put ``new`` into the model; what took the place of what is returned."""
         parent, _, name = path.rpartition(".")
-        inside = {id(module): module for module in old.modules()}
         runner = next(module for module in new.modules() if isinstance(module, MoERunner))
-        # Models keep lists of their MoE layers beside the tree.
+        self.model.get_submodule(parent).register_module(name, new)
+        record_metadata_for_reloading(new)
+        # vLLM's parameters and layers refer to each other, and a collection may be long in coming for this much memory.
+        kept = {id(parameter) for parameter in new.parameters()}
+        for parameter in old.parameters():
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.new_empty(0)
+        return {old: new} | {module: runner for module in old.modules() if isinstance(module, MoERunner)}
+
+    def _relist(self, exchanged: dict[nn.Module, nn.Module]) -> None:
+        """Models keep lists of their MoE layers beside the tree."""
         for module in self.model.modules():
             for value in vars(module).values():
                 if isinstance(value, list):
                     for place, member in enumerate(value):
-                        if member is old:
-                            value[place] = new
-                        elif isinstance(member, MoERunner) and id(member) in inside:
-                            value[place] = runner
-        self.model.get_submodule(parent).register_module(name, new)
-        record_metadata_for_reloading(new)
+                        if isinstance(member, nn.Module) and member in exchanged:
+                            value[place] = exchanged[member]
 
     def finish(self) -> Report:
         """Call once the weights are laid out. Raises :class:`ProofError` if a proof failed or did not take place."""
@@ -123,9 +141,8 @@ class Surgery:
         steps = tuple(
             replace(step, verdict=verdicts[step.path]) if verdicts.get(step.path) else step for step in self.plan.steps
         )
-        report = Report(
-            self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, round(self.seconds, 3)
-        )
+        seconds = round(self.seconds + sum(exam.seconds for exam in self.exams.values()), 3)
+        report = Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)
         for path, verdict in verdicts.items():
             if verdict is None or not verdict.passed:
                 reason = "its experts were never laid out, so it was not proven" if verdict is None else verdict.reason

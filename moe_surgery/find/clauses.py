@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Literal, Protocol, cast, get_args
 
@@ -290,11 +291,17 @@ class Installed:
 
     def check(self, case: Case) -> Clue:
         try:
-            version = metadata.version(self.package)
+            version = _version(self.package)
         except metadata.PackageNotFoundError:
             return Clue(f"requires.{self.package}", False, self.specifier, "not installed")
         held = SpecifierSet(self.specifier).contains(version, prereleases=True)
         return Clue(f"requires.{self.package}", held, self.specifier, version)
+
+
+@cache
+def _version(package: str) -> str:
+    """Reading a package's metadata takes milliseconds, and rules ask at every site."""
+    return metadata.version(package)
 
 
 def _show(value: object) -> str:

@@ -28,7 +28,7 @@ def watched(block: nn.Module) -> dict[str, Any]:
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         seen["numpy's random numbers"] = name, keys.tobytes(), rest
-    functions: dict[int, FunctionType] = {}
+    found: dict[int, FunctionType] = {}
     for path, module in block.named_modules():
         for name, value in vars(module).items():
             if name not in _INTERNAL:
@@ -39,9 +39,9 @@ def watched(block: nn.Module) -> dict[str, Any]:
             for name, value in list(vars(cls).items()):
                 if not callable(value) and not name.startswith("__"):
                     seen[f"{cls.__name__}.{name}"] = _print(value, 0)
-        for function in _functions(module.forward, 0):
-            functions[id(function)] = function
-    for function in functions.values():
+        for function in functions(module.forward):
+            found[id(function)] = function
+    for function in found.values():
         for name, value in _reachable(function):
             seen[name] = _print(value, 0)
     return seen
@@ -52,7 +52,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
+def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
     """A callable's Python function, and those of its own code that it calls by a global name or a closure cell."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
@@ -61,7 +61,7 @@ def _functions(value: Any, depth: int) -> Iterator[FunctionType]:
     yield value
     for _, other in _reachable(value):
         if isinstance(other, (FunctionType, MethodType, functools.partial)):
-            yield from _functions(other, depth + 1)
+            yield from functions(other, depth + 1)
 
 
 def _reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -81,7 +81,7 @@ def scripted(block: nn.Module) -> str | None:
     for path, module in block.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return path or "the block"
-        for function in _functions(module.forward, 0):
+        for function in functions(module.forward):
             for name, value in _reachable(function):
                 if isinstance(value, torch.jit.ScriptFunction):
                     return name

@@ -47,14 +47,11 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
 
 
-def prove_swapped(
-    block: Block, spec: MoESpec, tensors: BlockTensors, *, ranks: int = 1, seed: int = 0, margin: float = 5.0
-) -> Verdict:
-    """Judge a block that was swapped in where the old one can't be asked any more: does it compute ``spec``?
+def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
+    """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
-    ``tensors`` are those of all ``ranks`` that share its work, put together; what it gives must be the sum of all.
+    ``ground`` is what :func:`~moe_surgery.prove.survey.survey` made of the weights, while they could still be read.
     """
-    ground = survey(spec, tensors, seed, ranks)
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
 
 

@@ -12,6 +12,7 @@ from moe_surgery.prove.metrics import Routing, Truth, route, slack
 from moe_surgery.prove.mutants import F64, Parts, Twin, requests, twins
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
 from moe_surgery.prove.reach import reach, unreachable
+from moe_surgery.prove.tries import try_out
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.reference import (
@@ -71,7 +72,9 @@ def survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1) -> G
 
 def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Ground | str:
     probes = make_probes(spec, tensors.router, seed, tensors)
-    if not spec.router.ranks_by_logits and not spec.router.own:
+    if spec.router.own:
+        probes = try_out(spec, tensors, probes, seed)
+    elif not spec.router.ranks_by_logits:
         probes = reach(spec, tensors, probes)
     asked = len(probes.x)
     while not bool((routing := route(spec, tensors, probes)).decidable.all()):

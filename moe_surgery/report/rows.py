@@ -13,8 +13,9 @@ from moe_surgery.report.model import Outcome, Report, Step
 class Row:
     """Sites that are alike in all that a report says of them.
 
-    ``paths`` are folded, ``sites`` are the single ones. ``error`` is the largest build error among them and ``margin``
-    the smallest margin, None where nothing was proven; ``reason`` is that of the site with the smallest margin.
+    ``paths`` are folded, ``sites`` are the single ones, of which ``proven`` were asked. ``error`` is the largest error
+    of their new blocks and ``margin`` the smallest margin, None where nothing was proven; ``reason`` is that of the
+    site with the smallest margin.
     """
 
     outcome: Outcome
@@ -26,6 +27,7 @@ class Row:
     paths: tuple[str, ...]
     sites: tuple[str, ...]
     passed: bool | None
+    proven: int
     error: float | None
     margin: float | None
 
@@ -42,15 +44,16 @@ def _key(step: Step) -> tuple[object, ...]:
     sentence = step.spec.sentence() if step.spec else None
     # The reason of a proven or disproven site carries its own numbers: it would put every site in a row of its own.
     measured = step.verdict is not None or step.outcome == "replaced"
-    passed = step.verdict.passed if step.verdict else None
+    # Of blocks that are alike some may be proven for all.
+    failed = step.verdict is not None and not step.verdict.passed
     reason = None if measured else step.reason
-    return step.outcome, step.kind, step.target, step.rule, sentence, passed, reason
+    return step.outcome, step.kind, step.target, step.rule, sentence, failed, reason
 
 
 def _row(steps: list[Step]) -> Row:
     first = steps[0]
     verdicts = [step.verdict for step in steps if step.verdict]
-    errors = [verdict.build_error for verdict in verdicts if verdict.build_error is not None]
+    errors = [v.reading_error if v.build_error is None else v.build_error for v in verdicts]
     worst = min(steps, key=lambda step: step.verdict.margin if step.verdict else math.inf)
     return Row(
         outcome=first.outcome,
@@ -61,7 +64,8 @@ def _row(steps: list[Step]) -> Row:
         reason=worst.reason,
         paths=tuple(path for path, _ in fold_paths(step.path for step in steps)),
         sites=tuple(step.path for step in steps),
-        passed=first.verdict.passed if first.verdict else None,
+        passed=verdicts[0].passed if verdicts else None,
+        proven=len(verdicts),
         error=max(errors, default=None),
         margin=min((verdict.margin for verdict in verdicts), default=None),
     )

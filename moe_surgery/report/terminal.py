@@ -109,6 +109,8 @@ class _Line:
     def of(cls, row: Row) -> _Line:
         rel = f"rel {error(row.error)}" if row.error is not None else ""
         margin = f"margin {ratio(row.margin)}" if row.margin is not None else ""
+        if 0 < row.proven < len(row.sites):
+            margin += f", {row.proven} of {len(row.sites)} proven"
         computes = " · ".join(part for part in (row.sentence, row.rule and f"rule {row.rule}") if part)
         below = [computes] if computes else []
         if row.outcome != "replaced":

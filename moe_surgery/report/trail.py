@@ -95,12 +95,12 @@ def _tree(trail: Sequence[Clue], console: Console) -> None:
         console.print(Text(writable(branch, console), "dim" if held else ""), overflow="fold", highlight=False)
         for number, clue in enumerate(clues):
             stem = "   " if last else "│  "
-            start = f"{stem}{'└─' if number == len(clues) - 1 else '├─'} {_mark(clue.held)} "
-            start += f"{_leaf(clue).ljust(width)}  "
-            _clue(clue, start, console)
+            end = number == len(clues) - 1
+            start = f"{stem}{'└─' if end else '├─'} {_mark(clue.held)} {_leaf(clue).ljust(width)}  "
+            _clue(clue, start, stem if end else f"{stem}│", console)
 
 
-def _clue(clue: Clue, start: str, console: Console) -> None:
+def _clue(clue: Clue, start: str, stem: str, console: Console) -> None:
     """A clause that holds on one line; of one that fails, wanted and measured below each other."""
     indent, start = cell_len(start), writable(start, console)
     if clue.held:
@@ -109,8 +109,7 @@ def _clue(clue: Clue, start: str, console: Console) -> None:
         indented(console, shown, indent, "dim", hanging=start)
         return
     indented(console, f"wanted   {clue.wanted}", indent, "", hanging=start)
-    stem = start[0].ljust(3) if start[0] not in " " else "   "
-    indented(console, f"measured {clue.measured}", indent, "", hanging=stem)
+    indented(console, f"measured {clue.measured}", indent, "", hanging=writable(stem, console))
 
 
 def _leaf(clue: Clue) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ class Line:
     reason: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "paths": list(self.paths)}
+        """JSON-ready data; a number that isn't finite is null."""
+        return {**vars(self), "paths": list(self.paths), "margin": _finite(self.margin), "error": _finite(self.error)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +61,12 @@ class Tried:
     lines: tuple[Line, ...]
 
     def to_json(self) -> dict[str, Any]:
-        moved = self.trial.moved
         return {
             "family": self.family,
             "setting": self.setting,
             "right": self.trial.right,
             "wrong": self.trial.wrong,
-            "moved": moved if moved < float("inf") else None,
+            "moved": _finite(self.trial.moved),
             "restored": self.trial.restored,
             "blocks": [line.to_json() for line in self.lines],
         }
@@ -155,6 +156,10 @@ def cover(
             on_progress(done, len(cases), f"{one.name} {setting}")
         trial = attempt_family(one, setting, packs=packs)
         yield Tried(one.name, setting, trial, tuple(_lines(one.name, setting, trial)))
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _lines(name: str, setting: str, trial: Trial) -> Iterator[Line]:

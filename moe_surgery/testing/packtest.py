@@ -78,7 +78,7 @@ class PackTest:
         assert report is not None and report.replaced, "nothing is replaced, so nothing was tested"
 
     def test_no_mutation_is_silently_wrong(self) -> None:
-        """The mutated model must come out computing the same, whether its blocks are replaced or not.
+        """The mutated model must come out computing the same, whether its blocks are replaced, left, or ended an error.
 
         A mutation that changes nothing would show nothing, so it fails the test.
         """
@@ -89,11 +89,12 @@ class PackTest:
             mutate(model)
             changed = distance(self.outputs(model, inputs), plain)
             assert changed > TOLERANCE, f"the mutation {name!r} changes the outputs by {changed:.1e} only"
-            self._right(self._attempt(model, inputs), f"under the mutation {name!r}: ")
+            trial = self._attempt(model, inputs)
+            assert trial.loud, f"under the mutation {name!r}: {trial.wrong}"
 
     def _attempt(self, model: nn.Module, inputs: Mapping[str, Any]) -> Trial:
         return attempt(model, inputs, outputs=self.outputs, packs=[self.pack], target=self.target)
 
-    def _right(self, trial: Trial, prefix: str = "") -> Trial:
-        assert trial.right, prefix + str(trial.wrong)
+    def _right(self, trial: Trial) -> Trial:
+        assert trial.right, trial.wrong
         return trial

@@ -33,14 +33,16 @@ class Trial:
 
     ``report`` is that of ``apply``, None if it failed without one. ``moved`` is the relative L2 distance of the
     model's outputs after the operation from those before. ``restored`` says whether ``undo``, or the failure's own
-    rolling back, left the same modules, the same storages and bit for bit the same outputs. ``fault`` is the error
-    that ``apply`` raised.
+    rolling back, left the same modules, the same storages and bit for bit the same outputs. ``idle`` are the paths of
+    new blocks that the model never called: of them the outputs say nothing. ``fault`` is the error that ``apply``
+    raised.
     """
 
     report: Report | None
     moved: float
     restored: bool
-    fault: SurgeryError | None = None
+    idle: tuple[str, ...] = ()
+    fault: Exception | None = None
 
     @property
     def right(self) -> bool:
@@ -48,20 +50,32 @@ class Trial:
         return self.wrong is None
 
     @property
+    def loud(self) -> bool:
+        """Whether nothing was wrong on the quiet: right, or an error on purpose that left the model as it was."""
+        return self._changed is None and (self.fault is None or isinstance(self.fault, SurgeryError))
+
+    @property
     def wrong(self) -> str | None:
         """What went wrong, in a sentence; None if nothing did."""
-        if self.fault is not None:
-            return str(self.fault)
+        if self._changed is not None or self.fault is None:
+            return self._changed
+        unexpected = "" if isinstance(self.fault, SurgeryError) else f"unexpected {type(self.fault).__name__}: "
+        return f"{unexpected}{self.fault}"
+
+    @property
+    def _changed(self) -> str | None:
         if not self.moved <= TOLERANCE:
             return f"outputs moved by {self.moved:.1e}, more than {TOLERANCE:.0e}"
+        if self.idle:
+            return f"{', '.join(self.idle)}: replaced, but the model didn't call the new block"
         return None if self.restored else "undo did not leave the model as it was"
 
     @property
     def exit_code(self) -> int:
         """0, or that of the first thing that went wrong."""
-        if self.fault is not None:
-            return self.fault.exit_code
-        return 0 if self.right else 12
+        if self._changed is not None:
+            return 12
+        return 0 if self.fault is None else getattr(self.fault, "exit_code", 1)
 
 
 Outputs = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -93,20 +107,40 @@ def _attempt(
     compile: bool,
 ) -> Trial:
     before, picture = outputs(model, inputs), _picture(model)
-    fault = None
+    fault: Exception | None = None
     try:
         report: Report | None = moe_surgery.apply(model, packs=packs, target=target)
     except SurgeryError as error:
         report, fault = error.report, error
-    operated = model
-    if compile:
-        torch._dynamo.reset()
-        operated = torch.compile(model, backend="inductor", dynamic=False)  # type: ignore[assignment]
-    moved = distance(outputs(operated, inputs), before)
+    except Exception as error:  # one family's failure must not hide what becomes of the others
+        report, fault = None, error
+    after, idle = _compiled(model, inputs, outputs) if compile else _watched(model, inputs, outputs, report)
+    moved = distance(after, before)
     if report is not None and report.transaction is not None:
         moe_surgery.undo(report)
     restored = _picture(model) == picture and torch.equal(outputs(model, inputs), before)
-    return Trial(report, moved, restored, fault)
+    return Trial(report, moved, restored, idle, fault)
+
+
+def _compiled(model: nn.Module, inputs: Mapping[str, Any], outputs: Outputs) -> tuple[Tensor, tuple[str, ...]]:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="inductor", dynamic=False)
+    return outputs(compiled, inputs), ()
+
+
+def _watched(
+    model: nn.Module, inputs: Mapping[str, Any], outputs: Outputs, report: Report | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The outputs, and which of the new blocks were not called for them."""
+    swaps = report.transaction.swaps if report is not None and report.transaction is not None else ()
+    called: set[str] = set()
+    hooks = [swap.new.register_forward_pre_hook(lambda *_, path=swap.path: called.add(path)) for swap in swaps]
+    try:
+        found = outputs(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, tuple(swap.path for swap in swaps if swap.path not in called)
 
 
 def attempt_family(

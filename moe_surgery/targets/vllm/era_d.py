@@ -59,12 +59,18 @@ class FusedLayer(nn.Module):
             with override_forward_context(self._context):
                 out: Tensor = self.runner(hidden_states=x, router_logits=logits)
         except BaseException:
-            # The shared output is parked on the layer until the routed one is there; a leftover from an interrupted
-            # forward would fail every later one.
-            if self.runner.shared_experts is not None:
-                self.runner.shared_experts._output = [None, None]
+            drop_shared_output(self.runner)
             raise
         return out
+
+
+def drop_shared_output(runner: Any) -> None:
+    """Make a layer fit for use again after a forward that was interrupted.
+
+    The shared output is parked on the layer until the routed one is there; a leftover would fail every later forward.
+    """
+    if runner.shared_experts is not None:
+        runner.shared_experts._output = [None, None]
 
 
 class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]

@@ -36,6 +36,30 @@ class ExpertMLP(nn.Module):
         return out
 
 
+class WholeMLP(nn.Module):
+    """A gated MLP that every rank holds and computes whole: there is nothing to reduce."""
+
+    def __init__(self, hidden: int, width: int, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden,
+            [width] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+            disable_tp=True,
+        )
+        self.down_proj = ReplicatedLinear(
+            width, hidden, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        return out
+
+
 class ListMoeBlock(nn.Module):
     def __init__(self, config: Qwen2MoeConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -48,7 +72,9 @@ class ListMoeBlock(nn.Module):
             ExpertMLP(hidden, config.moe_intermediate_size, quant_config, f"{prefix}.experts.{index}")
             for index in range(config.num_experts)
         )
-        self.shared_expert = ExpertMLP(
+        # Small as it is, a shared expert may be held by every rank instead of being shared out.
+        self.whole_shared_expert = getattr(config, "whole_shared_expert", False)
+        self.shared_expert = (WholeMLP if self.whole_shared_expert else ExpertMLP)(
             hidden, config.shared_expert_intermediate_size, quant_config, f"{prefix}.shared_expert"
         )
         self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
@@ -64,8 +90,11 @@ class ListMoeBlock(nn.Module):
         # Every expert sees every token, with weight 0 where it wasn't chosen: no shape depends on the routing, so this
         # compiles as it is.
         gate, _ = self.shared_expert_gate(hidden_states)
-        out = F.sigmoid(gate) * self.shared_expert(hidden_states)
+        shared = F.sigmoid(gate) * self.shared_expert(hidden_states)
+        out = torch.zeros_like(shared) if self.whole_shared_expert else shared
         for index, expert in enumerate(self.experts):
             weight = (top * (ids == index)).sum(dim=-1, keepdim=True)
             out = out + weight * expert(hidden_states)
-        return tensor_model_parallel_all_reduce(out) if self.tp_size > 1 else out
+        if self.tp_size > 1:
+            out = tensor_model_parallel_all_reduce(out)
+        return out + shared if self.whole_shared_expert else out

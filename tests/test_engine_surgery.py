@@ -1,0 +1,145 @@
+"""Engines that are operated on compute what transformers computes, however they run, and tell what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.make_checkpoint import CONFIGS, make
+from engine_examples import Result, Run, run_all
+from engine_reference import check, reference
+
+LAYERS = 3
+# Prompts of five and four tokens then take two steps each, beside the other's decoding.
+CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 3, "max_num_seqs": 2}
+COMPILED = {"enforce_eager": False}
+
+
+def operated(folder: Path, tmp: Path, name: str, **options: Any) -> Run:
+    return Run(str(folder), options, {"run": str(tmp / name), "prove": "all"})
+
+
+def check_operated(result: Result, ranks: int = 1) -> None:
+    """Every rank replaced and proved every block, and accounts for every weight."""
+    paths = [path.removeprefix("talker.") for path, _ in result.steps]
+    assert paths == [f"model.layers.{layer}.mlp" for layer in range(LAYERS)]
+    assert {outcome for _, outcome in result.steps} == {"replaced"}
+    assert [receipt["rank"] for receipt in result.receipts] == list(range(ranks))
+    for receipt in result.receipts:
+        assert receipt["outcome"] == "operated" and receipt["ledger"] is not None
+        for site in receipt["report"]["sites"]:
+            assert site["proof"]["passed"] and site["proof"]["margin"] > 5
+            assert len(site["proof"]["mutants"]) >= 10
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("engine-models")
+    for kind in CONFIGS:
+        make(kind, root / kind)
+    make("unfused_qwen2", root / "stacked", fused=True)
+    return {kind: root / kind for kind in [*CONFIGS, "stacked"]}
+
+
+@pytest.mark.slow
+def test_eager_and_with_chunked_prefill(folders: dict[str, Path], tmp_path: Path) -> None:
+    kinds = list(folders)
+    runs = [operated(folders[kind], tmp_path, kind) for kind in kinds]
+    runs += [operated(folders[kind], tmp_path, f"{kind}-chunked", **CHUNKED) for kind in kinds]
+    for kind, result in zip(kinds * 2, run_all(runs, tmp_path), strict=True):
+        assert result.error is None
+        check_operated(result)
+        check(result.outputs, reference("unfused_qwen2" if kind == "stacked" else kind, folders[kind]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "list_moe_whole"])
+def test_compiled_with_a_cache_that_the_other_variant_warmed(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = Run(str(folders[kind]), COMPILED)
+    surgery = [operated(folders[kind], tmp_path, name, **COMPILED) for name in ("cold", "warm")]
+    runs = [plain, surgery[0], plain, surgery[1]]
+    for run, result in zip(runs, run_all(runs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache")), strict=True):
+        assert result.error is None
+        if run.surgery is not None:
+            check_operated(result)
+        check(result.outputs, reference(kind, folders[kind]))
+    # Graphs that were kept lie under the hash of their config: one place for the plain model, another for both others.
+    kept = [place for place in (tmp_path / "cache").rglob("*") if place.name.startswith("rank_0")]
+    assert len({place.parent for place in kept}) == 2, kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "omni_talker"])
+def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    run = operated(folders[kind], tmp_path, "tp2", tensor_parallel_size=2)
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    [result] = run_all([run], tmp_path, **env)
+    assert result.error is None
+    check_operated(result, ranks=2)
+    names = {mutant["name"] for site in result.receipts[0]["report"]["sites"] for mutant in site["proof"]["mutants"]}
+    assert any("twice" in name for name in names) and any("not reduced" in name for name in names)
+    check(result.outputs, reference(kind, folders[kind]))
+
+
+@pytest.mark.slow
+def test_pipeline_parallel(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each stage operates on its own layers. (vLLM 0.32 can't serve so on CPU, with or without surgery.)"""
+    run = Run(str(folders["naive_talker"]), {"pipeline_parallel_size": 2}, {"run": str(tmp_path / "pp2")}, ask=False)
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    [result] = run_all([run], tmp_path, **env)
+    assert result.error is None
+    told = {receipt["stage"]: receipt for receipt in result.receipts}
+    paths = [site["path"] for stage in (0, 1) for site in told[stage]["report"]["sites"]]
+    assert paths == [f"model.layers.{layer}.mlp" for layer in range(LAYERS)]
+    assert {receipt["outcome"] for receipt in result.receipts} == {"operated"}
+
+
+@pytest.mark.slow
+def test_vllms_own_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its own classes have fused blocks. Its Transformers backend fuses some families, and leaves others to us."""
+    from transformers import AutoModelForCausalLM, Cohere2MoeConfig, HunYuanMoEV1Config, Qwen2MoeConfig
+
+    common = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 8,
+        "tie_word_embeddings": False,
+    }
+    configs = {
+        "qwen2": Qwen2MoeConfig(
+            **common, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+        ),
+        "cohere2": Cohere2MoeConfig(**common, num_experts_per_tok=2, num_shared_experts=1),
+        "hunyuan": HunYuanMoEV1Config(**common, moe_topk=2),
+    }
+    models = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        models[name] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():  # so that tokens depend on the blocks
+            for parameter in models[name].parameters():
+                parameter.mul_(3)
+        models[name].save_pretrained(tmp_path / name)
+    backend = {"model_impl": "transformers"}
+    runs = [operated(tmp_path / "qwen2", tmp_path, "own")]
+    runs += [operated(tmp_path / name, tmp_path, f"{name}-backend", **backend) for name in configs]
+    own, qwen, cohere, hunyuan = run_all(runs, tmp_path)
+    for name, result in {"qwen2": own, "cohere2": cohere, "hunyuan": hunyuan}.items():
+        assert result.error is None
+        check(result.outputs, lambda ids, model=models[name]: model(ids).logits)
+    for result in (own, qwen):
+        sites = result.receipts[0]["report"]["sites"]
+        assert [(site["outcome"], site["reason"]) for site in sites] == [("kept", "already fused")] * 2
+    for result in (cohere, hunyuan):
+        sites = result.receipts[0]["report"]["sites"]
+        assert [site["outcome"] for site in sites] == ["replaced"] * 2
+        assert all(site["spec"]["shared"] and site["proof"]["passed"] for site in sites)
