@@ -65,6 +65,12 @@ CHOICES: dict[str, list[Any]] = {
     "read.activation": ["gelu_tanh", "silu", "@act", "@model_type"],
     "read.shared_width": [6, 7],
     "read.logits_dtype": ["native", "float32"],
+    "read.correction_bias": [False, True, "@top"],
+    "read.groups": [1, 4, "@top"],
+    "read.group_score": ["max", "@act"],
+    "read.epsilon": [0.0, 1e-20],
+    "read.soft_cap": [30.0, "@wide"],
+    "read.limit": [7.0, "@missing"],
 }
 
 
