@@ -121,17 +121,30 @@ def _engine() -> Check:
     try:
         return Check("engine", True, installed_engine())
     except UnsupportedError as fault:
-        return Check("engine", False, str(fault), "install a supported release: pip install 'moe-surgery[cpu]'")
+        hint = "install a supported release: pip install 'moe-surgery[cpu]'"
+        # Models on a GPU are operated on with this library's own kernels.
+        return Check("engine", False, str(fault), hint, blocking=_device() == "cpu")
+
+
+def _device() -> str:
+    """Where the kernels are tried: on the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _kernels() -> Check:
     """Build a small block in every dtype that matters and compare it with the reference."""
-    parts = [_try_kernels(dtype, tolerance) for dtype, tolerance in _TOLERANCES.items()]
+    device = _device()
+    parts = [_try_kernels(device, dtype, tolerance) for dtype, tolerance in _TOLERANCES.items()]
     hint = "the engine's CPU kernels don't work on this machine; a release built for its instruction set may"
-    return Check("kernels", all(ok for ok, _ in parts), ", ".join(text for _, text in parts), hint)
+    if device == "cuda":
+        hint = "the folded kernels don't work on this GPU with the installed torch and Triton"
+    found = ", ".join(text for _, text in parts)
+    return Check("kernels", all(ok for ok, _ in parts), found if device == "cpu" else f"{device}: {found}", hint)
 
 
-def _try_kernels(dtype: str, tolerance: float) -> tuple[bool, str]:
+def _try_kernels(device: str, dtype: str, tolerance: float) -> tuple[bool, str]:
     import torch
 
     from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
@@ -148,14 +161,14 @@ def _try_kernels(dtype: str, tolerance: float) -> tuple[bool, str]:
         SharedSpec(shared, "silu", "sigmoid"),
     )
     target = get_target("auto")
-    refusal = target.accepts(spec, Context("cpu", dtype))
+    refusal = target.accepts(spec, Context(device, dtype))
     if refusal is not None:
         return False, f"{dtype} refused: {refusal.reason}"
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int, count: int = 1) -> torch.Tensor:
         values = torch.randn(count, rows, columns, generator=generator) * columns**-0.5
-        matrices: torch.Tensor = values.to(getattr(torch, dtype))
+        matrices: torch.Tensor = values.to(device, getattr(torch, dtype))
         return matrices if count > 1 else matrices[0]
 
     tensors = BlockTensors(

@@ -170,6 +170,13 @@ def test_apply_as_json_has_speed_and_tokens(model: str) -> None:
     assert all(site["proof"]["passed"] for site in found["sites"])
 
 
+def test_bench_times_blocks_and_puts_the_originals_back(model: str) -> None:
+    found = data("bench", model, *REFERENCE, "--tokens", "1", "--tokens", "3")
+    [speed] = found["speed"]
+    assert [sample["tokens"] for sample in speed["samples"]] == [1, 3]
+    assert all(sample["ratio"] == pytest.approx(sample["old"] / sample["new"]) for sample in speed["samples"])
+
+
 def test_apply_without_undo_keeps_and_times_nothing(model: str) -> None:
     found = data("apply", model, *REFERENCE, "--no-undo")
     assert found["memory"]["kept"] == 0

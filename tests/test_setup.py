@@ -178,6 +178,9 @@ def test_wheel_holds_the_package_and_the_rules(tmp_path: Path) -> None:
     rules = {f"moe_surgery/rules/{path.name}" for path in (ROOT / "rules").glob("*.toml")}
     assert rules
     assert rules | {"moe_surgery/rules/__init__.py", "moe_surgery/py.typed"} <= names
+    tables = list((ROOT / "moe_surgery" / "kernels" / "configs").glob("*.json"))
+    assert tables
+    assert {path.relative_to(ROOT).as_posix() for path in tables} <= names
     assert not any(name.startswith(("tests", "examples", "rules", "cli.py")) for name in names)
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

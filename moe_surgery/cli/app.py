@@ -150,6 +150,28 @@ def verify(
     run(output, lambda screen: operating.verify(screen, job))
 
 
+@app.command()
+@grouped
+def bench(
+    model: ModelOrPlan,
+    choice: Choice,
+    loading: Loading,
+    proof: Proof,
+    trust: Trust,
+    output: Output,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens", metavar="N", min=1, help="Tokens of a call; repeatable.", show_default="1, 8, 64, 512"
+        ),
+    ] = None,
+    svg: Svg = None,
+) -> None:
+    """Time each kind of MoE block of MODEL before and after: loaded, replaced, proven, timed, and put back."""
+    job = operating.Job(model, choice, loading, proof, trust, svg=svg)
+    run(output, lambda screen: operating.bench(screen, job, tokens or (1, 8, 64, 512)))
+
+
 @app.command("run", context_settings={"allow_interspersed_args": False})
 @grouped
 def run_command(

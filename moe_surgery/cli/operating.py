@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,32 @@ def verify(screen: Screen, job: Job) -> int:
     return report.exit_code
 
 
+def bench(screen: Screen, job: Job, tokens: Sequence[int]) -> int:
+    """Load, operate, time each kind of block against its original, and put the originals back."""
+    import moe_surgery
+
+    plan = _saved_plan(job)
+    name = plan.model if plan else job.model
+    with screen.progress() as progress, _named(name):
+        opened = _load(job, name, progress)
+        progress.phase("operating")
+        report = moe_surgery.apply(
+            opened.module,
+            plan,
+            margin=job.proof.margin,
+            seed=job.proof.seed,
+            on_progress=progress.step,
+            **({} if plan else job.choice.as_plan()),
+        )
+        speeds = _speeds(report, progress, tokens)
+        moe_surgery.undo(report)
+    notes = [("speed", speed.sentence()) for speed in speeds]
+    screen.report(
+        report.but(model=name), notes=notes, more={"speed": [speed.to_json() for speed in speeds]}, svg=job.svg
+    )
+    return report.exit_code
+
+
 def _saved_plan(job: Job) -> Plan | None:
     """The plan if the argument is a file. A plan is applied as it was reviewed, so flags that choose are refused."""
     path = Path(job.model)
@@ -176,9 +202,9 @@ def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress
     return greedy_tokens(module, prompt, count)
 
 
-def _speeds(report: Report, progress: Progress) -> list[Speed]:
+def _speeds(report: Report, progress: Progress, tokens: Sequence[int] | None = None) -> list[Speed]:
     """Old against new, for the first replaced block of every kind whose original is still there."""
-    from moe_surgery.report.timing import measure_blocks
+    from moe_surgery.report.timing import TOKENS, measure_blocks
 
     swaps = {swap.path: swap for swap in report.transaction.swaps} if report.transaction else {}
     first: dict[object, Step] = {}
@@ -190,9 +216,9 @@ def _speeds(report: Report, progress: Progress) -> list[Speed]:
         if old is not None and step.spec is not None:
             progress.phase(f"timing {step.path}")
             weight = next(old.parameters())
-            speeds.append(
-                measure_blocks(old, new, step.spec.hidden, weight.dtype, name=step.path, device=weight.device)
-            )
+            dtype, device, sizes = weight.dtype, weight.device, tokens or TOKENS
+            hidden = step.spec.hidden
+            speeds.append(measure_blocks(old, new, hidden, dtype, name=step.path, device=device, tokens=sizes))
     return speeds
 
 

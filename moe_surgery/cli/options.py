@@ -111,7 +111,9 @@ class Choice:
         ),
     ] = None
     strict: Annotated[bool, typer.Option("--strict", help="Fail if a site is missed or refused.")] = False
-    target: Annotated[str, typer.Option("--target", metavar="NAME", help="What to build.")] = "auto"
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="What to build: auto, folded, vllm, reference.")
+    ] = "auto"
 
     def given(self) -> list[str]:
         """The names of the flags that differ from their defaults, as the user wrote them."""

@@ -16,6 +16,7 @@ from moe_surgery.find.pattern import Pattern
 from moe_surgery.find.result import Match, Miss
 from moe_surgery.report.model import Report, Step
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.auto import AutoTarget
 from moe_surgery.targets.base import Context, SwappedBlock
 from moe_surgery.versions import versions
 
@@ -203,10 +204,15 @@ def _decide(
         return Step(path, kind, "refused", reason, rule, target.name, spec)
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else "cpu", dtype, live)
+    note = None
+    if isinstance(target, AutoTarget):
+        target, note = target.pick(spec, context)
     refusal = target.accepts(spec, context)
     if refusal is not None:
-        return Step(path, kind, "refused", refusal.reason, rule, target.name, spec)
-    return Step(path, kind, "replaced", spec.sentence(), rule, target.name, spec)
+        reason = f"{refusal.reason}; {note}" if note else refusal.reason
+        return Step(path, kind, "refused", reason, rule, target.name, spec)
+    reason = f"{spec.sentence()} · {note}" if note else spec.sentence()
+    return Step(path, kind, "replaced", reason, rule, target.name, spec)
 
 
 def check_expectations(

@@ -9,12 +9,20 @@ from moe_surgery.errors import UnsupportedError, UsageError
 if TYPE_CHECKING:
     from moe_surgery.targets.base import Target
 
-NAMES = ("auto", "vllm", "reference")
+NAMES = ("auto", "folded", "vllm", "reference")
 
 
 def get_target(name: str) -> Target:
-    """The target of that name; "auto" is the installed vLLM's shared-fused layer."""
-    if name in ("auto", "vllm"):
+    """The target of that name; "auto" chooses for each block, see :mod:`moe_surgery.targets.auto`."""
+    if name == "auto":
+        from moe_surgery.targets.auto import AutoTarget
+
+        return AutoTarget()
+    if name == "folded":
+        from moe_surgery.targets.folded.target import FoldedTarget
+
+        return FoldedTarget()
+    if name == "vllm":
         from moe_surgery.targets.vllm import VllmTarget
 
         return VllmTarget()
@@ -26,7 +34,7 @@ def get_target(name: str) -> Target:
 
 
 def installed_engine() -> str:
-    """The engine that hosts the "auto" target, in words. Imports it.
+    """The engine that hosts the "vllm" target, in words. Imports it.
 
     Raises :class:`~moe_surgery.errors.UnsupportedError` if it is missing, of no known era, or of one that can't be
     built for yet.

@@ -1,0 +1,60 @@
+"""The blocks that the GPU benchmarks time, and random weights for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.weights.tensors import BlockTensors
+
+
+def _spec(hidden: int, experts: int, width: int, top_k: int, shared: int, gate: bool, renormalize: bool) -> MoESpec:
+    return MoESpec(
+        hidden=hidden,
+        router=RouterSpec(num_experts=experts, top_k=top_k, scoring="softmax", renormalize=renormalize),
+        experts=ExpertsSpec(num_experts=experts, width=width, activation="silu"),
+        shared=SharedSpec(width=shared, activation="silu", gate="sigmoid" if gate else None) if shared else None,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block's spec, and how many layers of random weights stand for a model that doesn't fit into the L2 cache."""
+
+    spec: MoESpec
+    layers: int
+
+
+CASES = {
+    "talker": Case(_spec(1024, 128, 384, 6, 768, True, True), 16),
+    "thinker": Case(_spec(2048, 128, 768, 8, 0, False, True), 6),
+    "qwen2-57b-a14b": Case(_spec(3584, 64, 2560, 8, 20480, True, False), 3),
+    "deepseek-v2-lite": Case(_spec(2048, 64, 1408, 6, 2816, False, False), 6),
+}
+"""Qwen3-Omni's talker and thinker, Qwen2-57B-A14B and DeepSeek-V2-Lite."""
+
+
+def random_tensors(
+    spec: MoESpec, *, seed: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> BlockTensors:
+    """Weights of standard deviation ``fan_in ** -0.5``."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def matrix(*shape: int) -> Tensor:
+        made = torch.empty(*shape, device=device, dtype=dtype)
+        return made.normal_(std=shape[-1] ** -0.5, generator=generator)
+
+    hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
+    return BlockTensors(
+        router=matrix(experts, hidden),
+        w13=matrix(experts, 2 * width, hidden),
+        w2=matrix(experts, hidden, width),
+        shared_gate_proj=matrix(shared.width, hidden) if shared else None,
+        shared_up_proj=matrix(shared.width, hidden) if shared else None,
+        shared_down_proj=matrix(hidden, shared.width) if shared else None,
+        shared_gate=matrix(1, hidden) if shared and shared.gate else None,
+        copied=False,
+    )

@@ -1,0 +1,64 @@
+"""Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
+
+``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
+served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moe_surgery.kernels.terms import Terms
+
+FOLDER = Path(__file__).parent / "configs"
+DEFAULT = "default"
+
+Tiles = dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``."""
+
+    tokens: int
+    path: Literal["pairs", "grouped"]
+    logits: Tiles
+    gate_up: Tiles
+    down: Tiles
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Choice:
+        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"])
+
+
+def shape_name(terms: Terms) -> str:
+    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``."""
+    return f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+
+
+@cache
+def table(name: str) -> tuple[Choice, ...]:
+    """The rows of a table, fewest tokens first; empty if there is none."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        return ()
+    return tuple(Choice.of(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+@cache
+def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
+    """The row that serves ``tokens``. Tables are for two-byte dtypes; float32 takes the default's tiles."""
+    rows = (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    return serving(rows, tokens)
+
+
+def serving(rows: Sequence[Choice], tokens: int) -> Choice:
+    """The row of the largest number of tokens not above ``tokens``."""
+    return [row for row in rows if row.tokens <= tokens][-1]

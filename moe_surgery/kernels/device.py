@@ -1,0 +1,124 @@
+"""What the kernels share: activations, the ranking of experts, and programmatic dependent launch.
+
+Programmatic dependent launch (CUDA Programming Guide, Hopper and later) lets a kernel start while the one before it
+still runs. Two rules keep that right here. A kernel reads what earlier kernels wrote only after ``wait``; what the
+kernel before the last wrote may be read earlier, because each kernel lets its successor start only after its own
+``wait``. And such reads bypass L1 (``.cg``), which may hold lines from before. Weights are read at any time: nothing
+writes them while a model runs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Wait until the kernels before this one are done."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def activate(gate, up, ACT: tl.constexpr):
+    """``act(gate) * up`` in float32."""
+    if ACT == "silu":
+        value = gate * tl.sigmoid(gate)
+    elif ACT == "gelu":
+        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        value = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    else:
+        tl.static_assert(ACT == "relu")
+        value = tl.maximum(gate, 0.0)
+    return value * up
+
+
+@triton.jit
+def score(row, index, E: tl.constexpr, SIGMOID: tl.constexpr):
+    """What experts are ranked by: the logit, or its sigmoid, which may tie where logits differ."""
+    logit = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
+    if SIGMOID:
+        return tl.sigmoid(logit)
+    return logit
+
+
+@triton.jit
+def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr):
+    """Keys [BE] of one token's experts, int64, that order as their scores do; of equal scores the lower index is more.
+
+    A key holds score and index, so that choosing the best expert takes a single reduction. No two are equal, and those
+    beyond E are less than all others, whatever the logits are, NaN included.
+    """
+    index = tl.arange(0, BE)
+    bits = score(row, index, E, SIGMOID).to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # as floats order, so do these integers
+    keys = (bits.to(tl.int64) << 32) | (BE - 1 - index).to(tl.int64)
+    return tl.where(index < E, keys, -(1 << 63) + (BE - 1 - index).to(tl.int64))
+
+
+@triton.jit
+def without(keys, best, BE: tl.constexpr):
+    """The keys with the best one made less than all others."""
+    return tl.where(keys == best, -(1 << 63), keys)
+
+
+@triton.jit
+def expert_of(key, BE: tl.constexpr):
+    """The expert that a key names."""
+    return BE - 1 - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def score_of(key):
+    """The score that a key holds."""
+    bits = (key >> 32).to(tl.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def choose(
+    row, slots, scale, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """One token's experts and their routing weights, by slot; slots of K and beyond hold zeros."""
+    keys = ranking_keys(row, E, BE, SIGMOID)
+    experts = tl.zeros_like(slots)
+    scores = tl.zeros_like(slots).to(tl.float32)
+    for slot in tl.static_range(0, K):
+        best = tl.max(keys, axis=0)
+        keys = without(keys, best, BE)
+        experts = tl.where(slots == slot, expert_of(best, BE), experts)
+        scores = tl.where(slots == slot, score_of(best), scores)
+    values = scores
+    if not SIGMOID:
+        most = tl.max(tl.where(slots == 0, scores, float("-inf")), axis=0)
+        values = tl.exp(scores - most)
+    values = tl.where(slots < K, values, 0.0)
+    if RENORMALIZE:
+        values = values / tl.sum(values, axis=0)
+    elif not SIGMOID:
+        logits = score(row, tl.arange(0, BE), E, SIGMOID)
+        values = values / tl.sum(tl.exp(logits - most), axis=0)
+    return experts, values * scale
+
+
+@triton.jit
+def expert_offset(expert, stride, shared, E: tl.constexpr):
+    """Where an expert's matrix begins, in elements from the routed experts' first.
+
+    Shared experts lie in a tensor of their own, ``shared`` elements away, so that the routed ones are never copied.
+    """
+    expert = expert.to(tl.int64)
+    return tl.where(expert < E, expert * stride, shared + (expert - E) * stride)

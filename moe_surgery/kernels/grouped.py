@@ -1,0 +1,211 @@
+"""More tokens: tokens are grouped by expert, so that each expert's weights are read once for all of its tokens.
+
+    group_logits   router and shared gate for a tile of tokens; clears the experts' counts
+    group_route    chooses each token's experts and enters the token in their lists
+    group_gate_up  a grouped matrix product over the lists, with the activation
+    group_down     the other one, times the routing weights; one row for each pair of a token and an expert
+    group_sum      adds each token's rows in the order of their slots
+
+The order within a list depends on chance (integer atomics), but a row's value doesn't depend on its place in a tile,
+and rows are added in a fixed order: the output is the same to the bit every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_surgery.kernels.device import (
+    activate,
+    choose,
+    expert_offset,
+    let_next_start,
+    wait,
+)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_logits(
+    x, router, logits, counts, tokens, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BT: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As ``pair_logits``, for BT tokens at once. Grid: (cdiv(R, BR), cdiv(tokens, BT))."""
+    wait(PDL)
+    let_next_start(PDL)
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    columns = tl.arange(0, BK)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        every = tl.arange(0, BE)
+        tl.store(counts + every, tl.zeros([BE], tl.int32), mask=every < E)
+    total = tl.zeros([BT, BR], tl.float32)
+    for k in range(0, H, BK):
+        inside = (k + columns < H)[None, :]
+        value = tl.load(
+            x + token.to(tl.int64)[:, None] * H + k + columns[None, :],
+            mask=(token < tokens)[:, None] & inside,
+            other=0.0,
+        )
+        w = tl.load(router + rows[:, None] * H + k + columns[None, :], mask=(rows < R)[:, None] & inside, other=0.0)
+        total = tl.dot(value, w.T, total, input_precision="ieee")
+    if NATIVE:
+        total = tl.where((rows < E)[None, :], total.to(x.dtype.element_ty).to(tl.float32), total)
+    at = logits + token.to(tl.int64)[:, None] * R + rows[None, :]
+    tl.store(at, total, mask=(token < tokens)[:, None] & (rows < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_route(
+    logits, weights, counts, lists, tokens, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``weights`` [T, K+M] by slot; each expert's ``lists`` [E, T] of pairs ``t * (K+M) + slot``. Grid: (tokens,)."""
+    wait(PDL)
+    let_next_start(PDL)
+    token = tl.program_id(0)
+    row = logits + token.to(tl.int64) * R
+    slots = tl.arange(0, P)
+    experts, values = choose(row, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
+    chosen = slots < K
+    pair = token * (K + M) + slots
+    place = tl.atomic_add(counts + experts, 1, mask=chosen, sem="relaxed")
+    tl.store(lists + experts.to(tl.int64) * tokens + place, pair, mask=chosen)
+    if M > 0:
+        gate = shared_scale
+        if GATED:
+            gate = shared_scale * tl.sigmoid(tl.load(row + E, cache_modifier=".cg"))
+        values = tl.where(chosen, values, gate)
+    tl.store(weights + pair, values, mask=slots < K + M)
+
+
+@triton.jit
+def shared_rows(tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """As :func:`find_rows`, for the blocks of the shared expert: all tokens, in order, for each of its slices."""
+    expert = E + block % M
+    place = block // M * BM + tl.arange(0, BM)
+    return expert, tl.where(place < tokens, place * (K + M) + K + block % M, -1)
+
+
+@triton.jit
+def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """The routed expert that row block ``block`` belongs to, and its pairs [BM], -1 where there is none.
+
+    Blocks are numbered through the experts in order. E and beyond for an expert means that there is no such block.
+    """
+    every = tl.arange(0, BE)
+    count = tl.load(counts + every, mask=every < E, other=0, cache_modifier=".cg")
+    ends = tl.cumsum((count + BM - 1) // BM, axis=0)
+    before = ends <= block
+    expert = tl.sum((before & (every < E)).to(tl.int32), axis=0)
+    first = block - tl.max(tl.where(before, ends, 0), axis=0)
+    size = tl.sum(tl.where(every == expert, count, 0), axis=0)
+    place = first * BM + tl.arange(0, BM)
+    at = lists + expert.to(tl.int64) * tokens + place
+    return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_gate_up(
+    x, w13, shared: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    ACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
+
+    The shared expert's blocks come first: they need no routing, so they begin while it is being computed.
+    """
+    tiles: tl.constexpr = (I + BI - 1) // BI
+    block = tl.program_id(0) // tiles
+    early = M * ((tokens + BM - 1) // BM)
+    if block < early:
+        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+    else:
+        wait(PDL)
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+    let_next_start(PDL)
+    if (block >= early) & (expert >= E):
+        return
+    valid = pairs >= 0
+    token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
+    columns = tl.arange(0, BK)
+    rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
+    at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[None, :] * H + columns[:, None]
+    source = x + token[:, None] * H + columns[None, :]
+    gate = tl.zeros([BM, BI], tl.float32)
+    up = tl.zeros([BM, BI], tl.float32)
+    for k in range(0, H, BK):
+        if H % BK == 0 and I % BI == 0:
+            value = tl.load(source + k, mask=valid[:, None], other=0.0)
+            g = tl.load(at + k)
+            u = tl.load(at + k + I * H)
+        else:
+            inside = k + columns < H
+            value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
+            mask = (rows < I)[None, :] & inside[:, None]
+            g = tl.load(at + k, mask=mask, other=0.0)
+            u = tl.load(at + k + I * H, mask=mask, other=0.0)
+        gate = tl.dot(value, g, gate, input_precision="ieee")
+        up = tl.dot(value, u, up, input_precision="ieee")
+    to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
+    if block < early:
+        wait(PDL)
+    tl.store(to, activate(gate, up, ACT).to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_down(
+    act, w2, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
+
+    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
+    """
+    tiles: tl.constexpr = (H + BH - 1) // BH
+    block = tl.program_id(0) // tiles
+    early = M * ((tokens + BM - 1) // BM)
+    if block < early:
+        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+    else:
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
+    matrix = w2 + expert_offset(expert, H * I, shared, E)
+    wait(PDL)
+    let_next_start(PDL)
+    if (block >= early) & (expert >= E):
+        return
+    valid = pairs >= 0
+    pair = tl.maximum(pairs, 0).to(tl.int64)
+    columns = tl.arange(0, BK)
+    at = matrix + rows[None, :] * I + columns[:, None]
+    source = act + pair[:, None] * I + columns[None, :]
+    total = tl.zeros([BM, BH], tl.float32)
+    for k in range(0, I, BK):
+        if I % BK == 0 and H % BH == 0:
+            value = tl.load(source + k, mask=valid[:, None], other=0.0)
+            w = tl.load(at + k)
+        else:
+            inside = k + columns < I
+            value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
+            w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(value, w, total, input_precision="ieee")
+    total *= tl.load(weights + pair, mask=valid, other=0.0)[:, None]
+    to = rows_out + pair[:, None] * H + rows[None, :]
+    tl.store(to, total.to(rows_out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])
+
+
+@triton.jit
+def group_sum(
+    rows_out, out, P: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``out[t] = sum over slots of rows_out[t * P + slot]`` in float32. Grid: (tokens, cdiv(H, BH))."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    wait(PDL)
+    let_next_start(PDL)
+    total = tl.zeros([BH], tl.float32)
+    for slot in tl.static_range(0, P):
+        total += tl.load(rows_out + (token * P + slot) * H + columns, mask=columns < H, other=0.0).to(tl.float32)
+    tl.store(out + token * H + columns, total.to(out.dtype.element_ty), mask=columns < H)

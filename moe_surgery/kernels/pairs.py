@@ -1,0 +1,142 @@
+"""Few tokens: every pair of a token and an expert is computed for itself, in three launches.
+
+    pair_logits    router and shared gate, one row per program
+    pair_gate_up   chooses the experts (each program again, from the logits), then act(W_gate x) * (W_up x)
+    pair_down      W_down of all pairs of a token, weighted and added in the order of their slots
+
+Slots 0 … K-1 of a token are its routed experts by rank, K … K+M-1 the slices of the shared expert.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_surgery.kernels.device import (
+    activate,
+    choose,
+    expert_of,
+    expert_offset,
+    let_next_start,
+    ranking_keys,
+    wait,
+    without,
+)
+
+
+@triton.jit
+def pair_logits(
+    x, router, logits, counts, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    NATIVE: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``logits[t, r] = router[r] · x[t]`` in float32; rows below E are rounded to the input's dtype if NATIVE.
+
+    Grid: (cdiv(R, BR), tokens). The router's weights are fetched before waiting for ``x``. CLEAR is a power of two, E
+    or more, where the experts' ``counts`` are to be set to zero for the grouped path, else 0.
+    """
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    token = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BK)
+    at = router + rows[:, None] * H + columns[None, :]
+    w = tl.load(at, mask=(rows < R)[:, None] & (columns < H)[None, :], other=0.0)
+    wait(PDL)
+    let_next_start(PDL)
+    if CLEAR > 0:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            every = tl.arange(0, CLEAR)
+            tl.store(counts + every, tl.zeros([CLEAR], tl.int32), mask=every < E)
+    total = tl.zeros([BR, BK], tl.float32)
+    for k in tl.static_range(0, H, BK):
+        value = tl.load(x + token * H + k + columns, mask=k + columns < H, other=0.0, cache_modifier=".cg")
+        total += w.to(tl.float32) * value.to(tl.float32)[None, :]
+        if k + BK < H:
+            more = k + BK + columns
+            w = tl.load(at + k + BK, mask=(rows < R)[:, None] & (more < H)[None, :], other=0.0)
+    result = tl.sum(total, axis=1)
+    if NATIVE:
+        result = tl.where(rows < E, result.to(x.dtype.element_ty).to(tl.float32), result)
+    tl.store(logits + token * R + rows, result, mask=rows < R)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def pair_gate_up(
+    x, logits, w13, shared: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
+
+    Slots of the shared expert come first: they need no routing, so they begin while the logits are being computed.
+    All pairs of a tile run together, so that an expert which several tokens visit is read from memory once.
+    """
+    token = tl.program_id(0) % tokens
+    slot = (tl.program_id(0) // tokens + K) % (K + M)
+    expert = E + slot - K
+    if slot < K:
+        wait(PDL)
+        keys = ranking_keys(logits + token * R, E, BE, SIGMOID)
+        for _ in range(slot):
+            keys = without(keys, tl.max(keys, axis=0), BE)
+        expert = expert_of(tl.max(keys, axis=0), BE)
+    let_next_start(PDL)
+    columns = tl.arange(0, BK)
+    rows = tl.program_id(1) * BI + tl.arange(0, BI)
+    at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[:, None] * H + columns[None, :]
+    gates = tl.zeros([BI, BK], tl.float32)
+    ups = tl.zeros([BI, BK], tl.float32)
+    for k in range(0, H, BK):
+        mask = (rows < I)[:, None] & (k + columns < H)[None, :]
+        g = tl.load(at + k, mask=mask, other=0.0)
+        u = tl.load(at + k + I * H, mask=mask, other=0.0)
+        source = x + token * H + k + columns
+        value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
+        gates += g.to(tl.float32) * value
+        ups += u.to(tl.float32) * value
+    result = activate(tl.sum(gates, axis=1), tl.sum(ups, axis=1), ACT)
+    if slot >= K:
+        wait(PDL)
+    to = act + (token * (K + M) + slot) * I + rows
+    tl.store(to, result.to(act.dtype.element_ty), mask=rows < I)
+
+
+@triton.jit
+def pair_down(
+    act, logits, w2, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
+
+    The experts are known before ``act`` is, so the first weights are fetched before waiting for it.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, P)
+    experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
+    experts = tl.where(slots < K, experts, E + slots - K)
+    if M > 0:
+        gate = shared_scale
+        if GATED:
+            gate = shared_scale * tl.sigmoid(tl.load(logits + token * R + E, cache_modifier=".cg"))
+        weights = tl.where(slots < K, weights, gate)
+    there = slots < K + M
+    rows = tl.program_id(1) * BH + tl.arange(0, BH)
+    columns = tl.arange(0, BK)
+    offset = expert_offset(experts, H * I, shared, E)
+    at = w2 + offset[:, None, None] + rows[None, :, None] * I + columns[None, None, :]
+    inside = there[:, None, None] & (rows < H)[None, :, None]
+    w = tl.load(at, mask=inside & (columns < I)[None, None, :], other=0.0)
+    wait(PDL)
+    let_next_start(PDL)
+    source = act + (token * (K + M) + slots)[:, None] * I + columns[None, :]
+    total = tl.zeros([P, BH], tl.float32)
+    for k in tl.static_range(0, I, BK):
+        mask = there[:, None] & (k + columns < I)[None, :]
+        a = tl.load(source + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        total += tl.sum(w.to(tl.float32) * a[:, None, :], axis=2)
+        if k + BK < I:
+            more = k + BK + columns
+            w = tl.load(at + k + BK, mask=inside & (more < I)[None, None, :], other=0.0)
+    # A slot beyond K + M has no output, and NaN times zero would make one.
+    result = tl.sum(tl.where(there[:, None], total * weights[:, None], 0.0), axis=0)
+    tl.store(out + token * H + rows, result.to(out.dtype.element_ty), mask=rows < H)

@@ -1,0 +1,52 @@
+"""The target "auto": which of the others takes a block, by a rule that is written down.
+
+On CUDA the folded kernels take every block that they compute. At the talker's size they were measured to be faster than
+transformers' implementations and than vLLM's own layer at every batch size from 1 to 8192 tokens, in a CUDA graph and
+without one (``benchmarks/results/h100-block.json``). Where they refuse, and on CPU, it is the installed vLLM's
+shared-fused layer.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.weights.tensors import BlockTensors
+
+
+class AutoTarget:
+    """Chooses a target for each block. A plan names the one that was chosen."""
+
+    name = "auto"
+
+    @cached_property
+    def folded(self) -> Target:
+        from moe_surgery.targets.folded.target import FoldedTarget
+
+        return FoldedTarget()
+
+    @cached_property
+    def layer(self) -> Target:
+        """The installed engine's own layer."""
+        from moe_surgery.targets.vllm import VllmTarget
+
+        return VllmTarget()
+
+    @property
+    def label(self) -> str:
+        return self.layer.label
+
+    def pick(self, spec: MoESpec, context: Context) -> tuple[Target, str | None]:
+        """The target for ``spec``, and why it isn't the folded one, where that was to be expected."""
+        if context.device != "cuda":
+            return self.layer, None
+        refusal = self.folded.accepts(spec, context)
+        return (self.folded, None) if refusal is None else (self.layer, f"not folded: {refusal.reason}")
+
+    def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
+        return self.pick(spec, context)[0].accepts(spec, context)
+
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+        context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
+        return self.pick(spec, context)[0].build(spec, tensors, prefix=prefix)

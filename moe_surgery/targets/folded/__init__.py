@@ -1,0 +1,1 @@
+"""The folded target: the shared expert as further experts of one grouped product, in our own kernels."""

@@ -1,0 +1,119 @@
+"""What every swapped block has in common: it is for inference, in one dtype on one device, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.errors import GradientError, SurgeryError
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.weights.tensors import BlockTensors
+
+
+class GuardedBlock(SwappedBlock):
+    """A sparse-MoE block computed by somebody's kernels, for inference.
+
+    Takes ``[..., H]`` and returns the same shape; the input is not written to. Its weights lie in the kernels' own
+    layout, so it can't be saved, loaded, copied or converted to another dtype or device: each is an error that says so.
+    ``kernels`` is what messages call those that compute.
+    """
+
+    kernels = "these MoE kernels"
+
+    def __init__(self, spec: MoESpec, router: Tensor, label: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.label = label
+        self.router_weight = nn.Parameter(router, requires_grad=False)
+        self._observed: nn.Module | None = None
+
+    def tokens(self, hidden_states: Tensor) -> Tensor:
+        """The input as [T, H], contiguous; hooks on the old router are called.
+
+        Raises :class:`GradientError` where gradients are asked for or the block is in training mode, and
+        :class:`SurgeryError` for another dtype than the block's and under autocast.
+        """
+        self._refuse_what_kernels_cannot(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+        if self._observed is not None and self._observed._forward_hooks:
+            self._observed(x)
+        return x
+
+    def observe(self, name: str, router: nn.Module) -> None:
+        """Keep the replaced block's router as child ``name``, so that hooks on it go on firing.
+
+        transformers records ``router_logits`` by forward hooks on the routers, found by class when first asked for.
+        The router is called with the tokens [T, H] whenever it has forward hooks; its output is not used.
+        """
+        if hasattr(self, name):
+            raise ValueError(f"a child can't be named {name!r} here: the block has an attribute of that name")
+        self.add_module(name, router)
+        self._observed = router
+
+    def extra_repr(self) -> str:
+        return self.spec.sentence()
+
+    def _refuse_what_kernels_cannot(self, x: Tensor) -> None:
+        if self.training:
+            raise GradientError("a swapped MoE block is for inference; call model.eval(), or undo before training")
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self._own_parameters())):
+            raise GradientError(
+                f"{self.kernels} have no backward pass and would give wrong gradients silently; run under "
+                "torch.no_grad() or torch.inference_mode(), as generate() does, or undo before training"
+            )
+        weight = self.router_weight
+        if x.dtype != weight.dtype or x.device != weight.device:
+            raise SurgeryError(
+                f"a swapped MoE block was built for {weight.dtype} on {weight.device}; got {x.dtype} on {x.device}"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            raise SurgeryError("a swapped MoE block computes in the dtype it was built for; turn autocast off")
+
+    def _own_parameters(self) -> Iterable[nn.Parameter]:
+        """The block's weights, without those of a router that is only observed."""
+        return self.parameters(recurse=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let through what changes neither dtype nor device (``model.to("cpu")`` on a CPU model)."""
+        weight = self.router_weight
+        after = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+        if after.dtype != weight.dtype or after.device != weight.device:
+            raise SurgeryError(
+                f"a swapped MoE block can't go from {weight.dtype} on {weight.device} to {after.dtype} on "
+                f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again. "
+                "Modules before this block are already converted"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout and can't be saved; undo first")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout; load before operating")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SurgeryError("a swapped MoE block can't be copied or pickled; undo first, then operate on the copy")
+
+
+def measure(block: nn.Module, tensors: BlockTensors) -> tuple[int, int]:
+    """Bytes of weights newly allocated and bytes shared, told apart by the storage they lie in.
+
+    Tensors that were stacked for the build are new memory themselves, if the kernels take them as they are.
+    """
+    given = [tensors.router, tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj]
+    given += [tensors.shared_gate, *([] if tensors.copied else [tensors.w13, tensors.w2])]
+    originals = {tensor.untyped_storage().data_ptr() for tensor in given if tensor is not None}
+    new: dict[int, int] = {}
+    moved = 0
+    for parameter in block.parameters():
+        storage = parameter.untyped_storage()
+        if storage.data_ptr() in originals:
+            moved += parameter.nbytes
+        else:
+            new[storage.data_ptr()] = storage.nbytes()
+    return sum(new.values()), moved

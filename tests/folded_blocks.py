@@ -1,0 +1,89 @@
+"""Small blocks for the folded target's tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.weights.tensors import BlockTensors
+
+SPEC = MoESpec(
+    hidden=64,
+    router=RouterSpec(num_experts=8, top_k=2, scoring="softmax", renormalize=True),
+    experts=ExpertsSpec(num_experts=8, width=16, activation="silu"),
+    shared=SharedSpec(width=32, activation="silu", gate="sigmoid"),
+)
+
+
+def but(spec: MoESpec = SPEC, *, shared: dict | None = None, experts: dict | None = None, **router: object) -> MoESpec:
+    """``spec`` with other values of its parts."""
+    assert spec.shared is not None
+    return replace(
+        spec,
+        router=replace(spec.router, **router),
+        experts=replace(spec.experts, **(experts or {})),
+        shared=replace(spec.shared, **(shared or {})),
+    )
+
+
+SPECS = {
+    "plain": SPEC,
+    "no shared expert": replace(SPEC, shared=None),
+    "ungated, scaled": but(shared={"gate": None, "scale": 0.5}),
+    "three slices": but(shared={"width": 48}),
+    "sigmoid, scaled": but(scoring="sigmoid", renormalize=False, scale=2.5),
+    "not renormalised": but(renormalize=False),
+    "top-1": but(top_k=1),
+    "all experts": but(top_k=8),
+    "float32 router": but(logits_dtype="float32"),
+    "relu": but(experts={"activation": "relu"}, shared={"activation": "relu"}),
+    "gelu": but(experts={"activation": "gelu"}, shared={"activation": "gelu"}),
+    "gelu_tanh": but(experts={"activation": "gelu_tanh"}, shared={"activation": "gelu_tanh"}),
+    "sizes that fit no tile": replace(
+        but(num_experts=6, top_k=3, experts={"num_experts": 6, "width": 24}, shared={"width": 72}), hidden=80
+    ),
+}
+
+
+def weights(spec: MoESpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BlockTensors:
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])).to(device, dtype)
+
+    hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
+    return BlockTensors(
+        router=matrix(experts, hidden) * 2,
+        w13=matrix(experts, 2 * width, hidden),
+        w2=matrix(experts, hidden, width),
+        shared_gate_proj=matrix(shared.width, hidden) if shared else None,
+        shared_up_proj=matrix(shared.width, hidden) if shared else None,
+        shared_down_proj=matrix(hidden, shared.width) if shared else None,
+        shared_gate=matrix(1, hidden) if shared and shared.gate else None,
+        copied=False,
+    )
+
+
+def clear_tokens(spec: MoESpec, tensors: BlockTensors, count: int) -> Tensor:
+    """Tokens whose choice of experts no rounding of the logits can change."""
+    x = torch.randn(8 * count, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
+    if spec.router.top_k < spec.experts.num_experts:
+        ranked = (x.double() @ tensors.router.double().T).sort(-1, descending=True).values
+        gap = ranked[:, spec.router.top_k - 1] - ranked[:, spec.router.top_k]
+        x = x[gap > 8 * torch.finfo(x.dtype).eps * ranked.abs().amax()]
+    assert len(x) >= count
+    return x[:count]
+
+
+def worst(got: Tensor, wanted: Tensor) -> float:
+    """The worst token's relative L2 distance."""
+    return float(((got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+
+
+def tolerance(spec: MoESpec, dtype: torch.dtype) -> float:
+    """Relative L2 error of one token: sums of H + I terms in float32, and four roundings to ``dtype``."""
+    return math.sqrt(spec.hidden + spec.experts.width) * torch.finfo(torch.float32).eps + 4 * torch.finfo(dtype).eps

@@ -1,0 +1,171 @@
+"""Folding a shared expert: its algebra, what the target refuses and why, and the tables that choose tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from folded_blocks import SPEC, SPECS, but, weights, worst
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_surgery.errors import SurgeryError, UnsupportedError
+from moe_surgery.kernels.choice import FOLDER, choose, serving, table
+from moe_surgery.kernels.terms import WIDE_ROWS, Terms
+from moe_surgery.operate import plan as planning
+from moe_surgery.spec import ExpertsSpec, MoESpec
+from moe_surgery.targets import get_target, reference
+from moe_surgery.targets.auto import AutoTarget
+from moe_surgery.targets.base import Context, Refusal
+from moe_surgery.targets.folded import target as folded
+from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
+from moe_surgery.targets.folded.target import FoldedTarget
+
+CUDA = Context("cuda", "bfloat16", live=False)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS.values() if spec.shared], ids=str)
+def test_slices_of_the_shared_expert_add_up_to_it(spec: MoESpec) -> None:
+    """As further experts that every token visits, with the gate's weight, they give what the shared expert gives."""
+    tensors, terms = weights(spec, torch.float64), terms_of(spec)
+    made = fold(tensors, terms)
+    x = torch.randn(20, spec.hidden, dtype=torch.float64)
+    out, gate = reference.shared_parts(tensors, x, reference.gated(spec.experts.activation), torch.float64)
+    wanted = reference.shared_output(spec, out, gate)
+    assert made.shared13 is not None and made.shared2 is not None
+    assert made.shared13.shape == (terms.slices, 2 * terms.width, terms.hidden)
+    mix, got = reference.gated(spec.experts.activation), torch.zeros_like(wanted)
+    for w13, w2 in zip(made.shared13, made.shared2, strict=True):
+        got += mix(*(x @ w13.T).chunk(2, -1)) @ w2.T
+    weight = (x @ made.router[-1:].T).sigmoid() if terms.gated else 1.0
+    assert worst(got * weight * terms.shared_scale, wanted) < 1e-13
+
+
+def test_routed_experts_are_taken_as_they_lie() -> None:
+    tensors = weights(SPEC)
+    made = fold(tensors, terms_of(SPEC))
+    assert made.w13.data_ptr() == tensors.w13.data_ptr() and made.w2.data_ptr() == tensors.w2.data_ptr()
+    assert torch.equal(made.router[:-1], tensors.router) and torch.equal(made.router[-1:], tensors.shared_gate)
+
+
+def test_tensors_of_another_spec_are_refused() -> None:
+    with pytest.raises(SurgeryError, match=r"mlp: w13 has shape \(8, 32, 64\), the spec wants \(8, 48, 64\)"):
+        check_tensors(weights(SPEC), terms_of(but(experts={"width": 24}, shared={"width": 48})), "mlp")
+    mixed = replace(weights(SPEC), w2=weights(SPEC).w2.half())
+    with pytest.raises(SurgeryError, match=r"w2 is torch.float16 on cpu, the experts are torch.float32"):
+        check_tensors(mixed, terms_of(SPEC), "mlp")
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_accepts_what_the_kernels_compute(spec: MoESpec) -> None:
+    assert FoldedTarget().accepts(spec, CUDA) is None
+
+
+REFUSED = {
+    "shared width 40 is not a multiple of the expert width 16 (2 × 16 leaves 8)": but(shared={"width": 40}),
+    "the shared expert's activation is relu, the routed experts' silu": but(shared={"activation": "relu"}),
+    "routing own is none that the folded kernels compute: softmax, sigmoid": but(scoring="own"),
+    "the router scores 8 experts, there are 6": but(experts={"num_experts": 6}),
+    "top-9 of 8 experts": but(top_k=9),
+    "2 + 80 experts for each token are more than 64": but(shared={"width": 1280}),
+    "router.scores_dtype = native is nothing that the folded kernels compute": but(scores_dtype="native"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refuses_with_the_reason(reason: str) -> None:
+    refusal = FoldedTarget().accepts(REFUSED[reason], CUDA)
+    assert refusal is not None and refusal.reason == reason
+
+
+def test_refuses_fields_that_it_has_never_heard_of() -> None:
+    """A spec may grow; what it says then is refused until the kernels know of it, unless it says nothing."""
+
+    @dataclass(frozen=True)
+    class Grown(ExpertsSpec):
+        twist: bool = field(default=False)
+
+    for twist in (False, True):
+        grown = replace(SPEC, experts=Grown(num_experts=8, width=16, activation="silu", twist=twist))
+        assert (FoldedTarget().accepts(grown, CUDA) is None) is not twist
+
+
+def test_refuses_other_devices_and_dtypes() -> None:
+    target = FoldedTarget()
+    found = [target.accepts(SPEC, context) for context in (Context("cpu", "float32"), Context("cuda", "float8_e4m3fn"))]
+    assert found[0] == Refusal("the folded kernels run on cuda; this model is on cpu")
+    assert found[1] == Refusal("dtype float8_e4m3fn is none of bfloat16, float16, float32")
+    with pytest.raises(UnsupportedError, match="mlp: the folded kernels run on cuda"):
+        target.build(SPEC, weights(SPEC), prefix="mlp")
+
+
+def test_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded, "find_spec", lambda name: None)
+    folded._missing.cache_clear()
+    try:
+        refusal = FoldedTarget().accepts(SPEC, Context("cuda", "bfloat16"))
+    finally:
+        folded._missing.cache_clear()
+    assert refusal == Refusal("the folded kernels need Triton, which isn't installed")
+
+
+def test_auto_folds_on_cuda_and_says_why_where_it_does_not() -> None:
+    auto = get_target("auto")
+    assert isinstance(auto, AutoTarget)
+    target, note = auto.pick(SPEC, CUDA)
+    assert (target.name, note) == ("folded", None)
+    target, note = auto.pick(but(shared={"width": 40}), CUDA)
+    assert target.name == "vllm"
+    assert note == "not folded: shared width 40 is not a multiple of the expert width 16 (2 × 16 leaves 8)"
+    assert auto.pick(SPEC, Context("cpu", "float32"))[0].name == "vllm"
+
+
+def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the GPU, as far as the plan can tell: its context says cuda."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    import moe_surgery
+
+    monkeypatch.setattr(planning, "Context", lambda device, dtype, live: Context("cuda", dtype, False))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for shared, target in ((32, "folded"), (40, "vllm")):
+        config = Qwen2MoeConfig(
+            **sizes, vocab_size=32, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=16, shared_expert_intermediate_size=shared,
+        )  # fmt: skip
+        [step] = moe_surgery.plan(Qwen2MoeForCausalLM(config).eval(), packs=["generic"]).steps
+        assert step.target == target
+        assert ("not folded: shared width 40" in step.reason) is (target == "vllm")
+
+
+TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_tables_serve_every_number_of_tokens(path) -> None:
+    rows = table(path.stem)
+    numbers = [row.tokens for row in rows]
+    assert numbers[0] == 1 and numbers == sorted(set(numbers))
+    for row in rows:
+        assert row.path in ("pairs", "grouped")
+        tiles = (row.logits, row.gate_up, row.down)
+        assert all(value & (value - 1) == 0 for tile in tiles for key, value in tile.items() if key.startswith("B"))
+        assert all({"BR", "BK"} <= row.logits.keys() and "num_warps" in tile for tile in tiles)
+
+
+@given(st.integers(1, 100_000))
+def test_the_row_below_serves(tokens: int) -> None:
+    choice = choose(TERMS, tokens, torch.bfloat16)
+    rows = table("H1024-E128-I384-K6-M2")
+    assert choice in rows and choice.tokens <= tokens
+    assert not any(choice.tokens < row.tokens <= tokens for row in rows)
+    assert serving(rows, tokens) is choice
+
+
+def test_shapes_and_dtypes_without_a_table_take_the_defaults() -> None:
+    other = replace(TERMS, hidden=512)
+    assert choose(other, 5, torch.float16) in table("default-16")
+    assert choose(TERMS, 5, torch.float32) in table("default-32")
+    assert TERMS.rows_dtype(WIDE_ROWS, torch.bfloat16) is torch.float32
+    assert TERMS.rows_dtype(WIDE_ROWS + 1, torch.bfloat16) is torch.bfloat16

@@ -1,0 +1,128 @@
+"""The kernels compute their spec: on a GPU if there is one, else in Triton's interpreter if Triton is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from folded_blocks import SPEC, SPECS, clear_tokens, tolerance, weights, worst
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_surgery.errors import GradientError
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets import reference
+from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.folded.target import FoldedTarget
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+runs = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run as they are")
+def test_in_the_interpreter() -> None:
+    """The kernels are interpreted only where that was asked for before Triton is imported, so in another process."""
+    command = [sys.executable, "-m", "pytest", "-x", __file__]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
+    from moe_surgery.kernels.choice import table
+    from moe_surgery.kernels.launch import run
+
+    tensors, terms = weights(spec, dtype, DEVICE), terms_of(spec)
+    x = clear_tokens(spec, tensors, tokens)
+    choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
+    got = run(x, fold(tensors, terms), terms, choice)
+    assert got.dtype == dtype
+    assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
+
+
+@runs
+def test_a_nan_stays_with_its_token() -> None:
+    from moe_surgery.kernels.choice import table
+    from moe_surgery.kernels.launch import run
+
+    tensors, terms = weights(SPEC, torch.float32, DEVICE), terms_of(SPEC)
+    x = clear_tokens(SPEC, tensors, 4)
+    wanted = reference.forward(SPEC, tensors, x, torch.float64)
+    x[1, 5] = torch.nan
+    for path in ("pairs", "grouped"):
+        choice = next(row for row in table("default-32") if row.path == path)
+        got = run(x, fold(tensors, terms), terms, choice)
+        assert got[1].isnan().all()
+        assert worst(got[[0, 2, 3]], wanted[[0, 2, 3]]) < tolerance(SPEC, torch.float32)
+
+
+@runs
+@given(st.integers(1, 3000), st.sampled_from([16, 32, 64, 128]), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_grid_holds_every_block_of_rows(tokens: int, size: int, data: st.DataObject) -> None:
+    from moe_surgery.kernels.launch import row_blocks
+
+    terms = replace(terms_of(SPEC), experts=5, top_k=2, slices=3)
+    first = data.draw(st.integers(0, tokens))
+    counts = [tokens, first, tokens - first, 0, 0]  # any routing: no expert is visited twice by one token
+    needed = sum(-(-count // size) for count in counts) + terms.slices * -(-tokens // size)
+    assert row_blocks(terms, tokens, size) >= needed
+
+
+@gpu
+def test_the_block_keeps_its_guards_and_its_input() -> None:
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    x = torch.randn(2, 3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
+    copy = x.clone()
+    with torch.no_grad():
+        assert block(x).shape == x.shape and torch.equal(x, copy)
+        assert block(x[:, :0]).shape == (2, 0, SPEC.hidden)
+        shifted = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
+        assert torch.equal(block(shifted), block(x))
+    with pytest.raises(GradientError, match="this library's MoE kernels have no backward pass"):
+        block(x.requires_grad_())
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_a_graph_gives_the_same_bits_every_time(tokens: int) -> None:
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    x = torch.randn(tokens, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = block(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = block(x)
+    for _ in range(200):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+@gpu
+def test_compiles_into_one_graph() -> None:
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    x = torch.randn(3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True)
+        assert torch.equal(compiled(x), block(x))
