@@ -8,8 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from make_qwen3_omni import write
 from qwen3_omni_config import SMALL
+
+# Tiny tensors gain nothing from more threads, which on a busy machine wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +37,6 @@ def write_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def write_one(dtype: str) -> Path:
         if dtype not in written:
-            import torch
             from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
             config = Qwen2MoeConfig(
