@@ -95,6 +95,15 @@ def mutations(name: str) -> list[tuple[str, str, Change]]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _block(model: nn.Module) -> nn.Module:
     return find_sites(model)[0].module
 
