@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.prove.metrics import Routing, Truth, route, slack
-from moe_surgery.prove.mutants import F64, Parts, Twin, requests, twins
+from moe_surgery.prove.mutants import Twin, requests, twins
+from moe_surgery.prove.parts import F64, Parts
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
 from moe_surgery.prove.reach import reach, unreachable
 from moe_surgery.prove.tries import try_out
