@@ -41,9 +41,13 @@ def plugin_path(tmp: Path) -> str:
 
 
 def environment(tmp: Path, **more: str) -> dict[str, str]:
-    """This process's environment, with the example models to be seen."""
+    """This process's environment, with the example models to be seen, and one thread for each process of an engine.
+
+    Two engines may run at a time, and threads that are bound to the same cores wait for each other.
+    """
     paths = [plugin_path(tmp / "plugins"), os.environ.get("PYTHONPATH")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), **more}
+    alone = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**os.environ, **alone, "PYTHONPATH": os.pathsep.join(path for path in paths if path), **more}
 
 
 @dataclass(frozen=True)

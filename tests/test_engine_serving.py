@@ -39,7 +39,7 @@ def server(folder: Path, tmp: Path) -> Iterator[tuple[subprocess.Popen[bytes], s
     serve += ["--kv-cache-memory-bytes", str(1 << 26), "--enforce-eager", "--tensor-parallel-size", "2"]
     process = subprocess.Popen(
         [*run, "--pack", "qwen3-omni", "--run", str(tmp / "run"), "--", *serve],
-        env=environment(tmp, VLLM_CPU_OMP_THREADS_BIND="0|1"),
+        env=environment(tmp),
         stdout=(tmp / "out.txt").open("wb"),
         stderr=(tmp / "err.txt").open("wb"),
     )

@@ -76,8 +76,7 @@ def test_compiled_with_a_cache_that_the_other_variant_warmed(
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "omni_talker"])
 def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     run = operated(folders[kind], tmp_path, "tp2", tensor_parallel_size=2)
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    [result] = run_all([run], tmp_path, **env)
+    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert result.error is None
     check_operated(result, ranks=2)
     names = {mutant["name"] for site in result.receipts[0]["report"]["sites"] for mutant in site["proof"]["mutants"]}
@@ -89,8 +88,7 @@ def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) ->
 def test_pipeline_parallel(folders: dict[str, Path], tmp_path: Path) -> None:
     """Each stage operates on its own layers. (vLLM 0.32 can't serve so on CPU, with or without surgery.)"""
     run = Run(str(folders["naive_talker"]), {"pipeline_parallel_size": 2}, {"run": str(tmp_path / "pp2")}, ask=False)
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    [result] = run_all([run], tmp_path, **env)
+    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert result.error is None
     told = {receipt["stage"]: receipt for receipt in result.receipts}
     paths = [site["path"] for stage in (0, 1) for site in told[stage]["report"]["sites"]]
