@@ -38,7 +38,7 @@ demo: $(READY) $(MODEL)/config.json
 	@$(BIN)/moe-surgery apply $(MODEL) --generate "1,2,3"
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
