@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ SITES = "model.layers.{0..2}.mlp"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a small Qwen2-MoE checkpoint: three MoE blocks."""
+def model() -> Iterator[str]:
+    """A directory with a small Qwen2-MoE checkpoint: three MoE blocks. Its path is short enough for one line."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=64,
@@ -50,9 +51,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, parameter in made.named_parameters():
         if "mlp" in name:  # the default scale makes experts negligible
             nn.init.normal_(parameter, std=0.3)
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    made.save_pretrained(directory)
-    return str(directory)
+    with TemporaryDirectory() as folder:
+        directory = Path(folder) / "tiny"
+        made.save_pretrained(directory)
+        yield str(directory)
 
 
 def call(*arguments: str | Path, exit_code: int = 0) -> Result:
