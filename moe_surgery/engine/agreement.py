@@ -30,6 +30,4 @@ def agree(error: Exception | None) -> None:
         raise error
     for rank, other in enumerate(told):
         if other is not None:
-            failure = ElsewhereError(f"tensor-parallel rank {rank} failed: {other[0]}")
-            failure.exit_code = other[1]
-            raise failure
+            raise ElsewhereError(f"tensor-parallel rank {rank} failed: {other[0]}").with_code(other[1])
