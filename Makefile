@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | setup. Every one sets the environment up first, if that isn't done yet.
+# make demo | test | fuzz | lint | bench | setup. Every one sets the environment up first, if that isn't done yet.
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -13,11 +13,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test fuzz lint bench
 
 help:
 	@echo "make demo    operate on a small Qwen3-Omni model with vLLM on CPU, prove it, report it"
 	@echo "make test    run the tests; ARGS='-k name' chooses, ARGS='-m \"not slow\"' leaves the slow ones out"
+	@echo "make fuzz    run the tests of generated examples with new examples, until one fails"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time the old and the new block"
 	@echo "make setup   only make $(VENV), from the pinned lists in requirements/"
@@ -39,6 +40,9 @@ demo: $(READY) $(MODEL)/config.json
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+fuzz: $(READY)
+	@while $(BIN)/python -m pytest -q -x -n 2 --hypothesis-profile=fuzz -m hypothesis $(ARGS); do :; done; false
 
 lint: $(READY)
 	@$(BIN)/ruff check .

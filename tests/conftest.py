@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from make_qwen3_omni import write
 from qwen3_omni_config import SMALL
 
@@ -18,6 +19,10 @@ for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)
 # Tiny tensors gain nothing from more threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
+# The same examples in every run, so that a failure is the change's own; `make fuzz` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("fuzz", print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from proof_blocks import (
     DTYPES,
@@ -96,8 +96,18 @@ def test_what_cosine_does_not_see_is_rejected(mistake: str) -> None:
         assert not judge(ROUTED_MISTAKES[mistake], MANY, dtype).passed
 
 
+# Weights whose first probe nearly cancels: alone, where torch adds in another order, it is five times as far off.
+CANCELLING = MoESpec(
+    hidden=16,
+    router=RouterSpec(num_experts=2, top_k=1, scoring="softmax", renormalize=False),
+    experts=ExpertsSpec(num_experts=2, width=8, activation="gelu"),
+    shared=None,
+)
+
+
 @settings(max_examples=30, deadline=None)
 @given(spec=specs(), seed=st.integers(0, 2**16))
+@example(spec=CANCELLING, seed=2)
 def test_any_right_block_is_accepted_in_float32(spec: MoESpec, seed: int) -> None:
     tensors = weights(spec, seed=seed)
     verdict = prove(PlainBlock(spec, tensors), reference(spec, tensors), spec, tensors, seed=seed)

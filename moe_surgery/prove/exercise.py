@@ -50,7 +50,8 @@ def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
         part = everyone.repeat(-(-_LONG // count))[: max(count, _LONG)]
         yield _sequence(x, part)
         yield Call("72 tokens, 2-D", x[mixed[:_BEYOND]], mixed[:_BEYOND])
-        yield Call("one token, 2-D", x[:1].clone(), everyone[:1])
+        first = asked_alone(probes)[0]
+        yield Call("one token, 2-D", x[first].clone(), everyone[first])
         yield Call("17 tokens, 2-D, every other row", x[mixed[: 2 * _MIDDLE]][::2], mixed[: 2 * _MIDDLE : 2])
     else:
         for part in everyone.split(_BEYOND):
@@ -59,12 +60,17 @@ def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
     part = mixed[:24]
     yield Call("4 sequences of 6 tokens", x[part].view(4, 6, -1), part)
     yield Call(STRIDED, x[part.view(4, 6).T.flatten()].view(6, 4, -1).transpose(0, 1), part)
-    zero = ((ZERO, 0),) if len(probes.of(ZERO)) else ()
-    for family, token in ((UNIT, 0), (UNIT, -1), *zero):
-        yield _sequence(x, probes.of(family)[[token]])
+    for token in asked_alone(probes):
+        yield _sequence(x, token)
     crowd = probes.of(UNIT)[-1:].repeat(_BEYOND)
     yield Call("72 times the same token", x[crowd][None], crowd)
     yield Call(EMPTY, x[:0][None], everyone[:0])
+
+
+def asked_alone(probes: Probes) -> list[Tensor]:
+    """The tokens, each [1], that blocks are asked about alone: matrix products may then add in another order."""
+    unit, zero = probes.of(UNIT), probes.of(ZERO)
+    return [unit[:1], unit[-1:], *([zero[:1]] if len(zero) else [])]
 
 
 def _sequence(x: Tensor, tokens: Tensor) -> Call:

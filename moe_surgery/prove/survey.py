@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_surgery.prove.exercise import asked_alone
 from moe_surgery.prove.metrics import Routing, Truth, route, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.parts import F64, Parts
@@ -32,9 +33,10 @@ from moe_surgery.weights.tensors import BlockTensors
 class Ground:
     """The ground that blocks are judged on.
 
-    ``noise`` [families] is the error of plain torch in the block's own dtype, never less than ``floor``; a right block
-    may be ``slack`` times as far off. ``overflowed`` probes aren't finite in that dtype and ``undecided`` ones may be
-    routed too many ways; both are left out. ``unvisited`` experts are chosen for sure by no probe.
+    ``noise`` [families] is the error of plain torch in the block's own dtype, of tokens alone and in company, but no
+    less than ``floor``; a right block may be ``slack`` times as far off. ``overflowed`` probes aren't finite in that
+    dtype and ``undecided`` ones may be routed too many ways; both are left out. ``unvisited`` experts are chosen for
+    sure by no probe.
     """
 
     probes: Probes
@@ -95,8 +97,13 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Grou
     truth = Truth(exact.rows, routing.tokens, probes.family)
     parts = Parts(spec, tensors, probes, routing, exact.outputs, exact.shared, exact.gate)
     # A near tie's noise is that of its noisiest legitimate choice.
-    own = torch.arange(len(noisy), device=noisy.device)
-    noise = truth.worst(truth.distance_from(noisy, own), routing.tokens)
+    everyone = torch.arange(len(noisy), device=noisy.device)
+    noise = truth.worst(truth.distance_from(noisy, everyone), routing.tokens)
+    for token in asked_alone(probes):
+        mask = torch.zeros_like(probes.family, dtype=torch.bool).index_fill(0, token, True)
+        alone = _evaluate(spec, tensors, probes.keep(mask), routing.keep(mask), None)
+        rows = mask[routing.tokens].nonzero().flatten()
+        noise = noise.maximum(truth.worst(truth.distance_from(alone.rows, rows), routing.tokens[rows]))
     longest = max(spec.hidden, spec.experts.width, spec.shared.width if spec.shared else 0)
     return Ground(
         probes=probes,
