@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof_blocks import DTYPES, TALKER, THINKER, weights
 
-from moe_surgery.prove.metrics import Truth, route, slack
+from moe_surgery.prove.metrics import Truth, luck, route, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
 from moe_surgery.spec import MoESpec
 
@@ -113,3 +113,12 @@ def test_a_distance_is_that_of_the_worst_token_from_its_nearest_choice() -> None
 def test_longer_sums_may_be_further_off_only_where_they_are_kept_in_the_dtype() -> None:
     assert slack(256, torch.float32) == slack(64, torch.float32) == slack(4096, torch.bfloat16)
     assert slack(1024, torch.float32) == 2 * slack(256, torch.float32)
+
+
+def test_few_roundings_are_luckier_than_many() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width, allowed in ((8, 1.7), (384, 1.1)):
+        assert luck(width) == pytest.approx(allowed, abs=0.02)
+        # How many times the norm of as many roundings is another's: rarely more than a right block is allowed.
+        norms = torch.rand(2, 100_000, width, generator=generator).sub(0.5).norm(dim=-1)
+        assert float((norms[0] / norms[1] > luck(width)).float().mean()) < 0.05

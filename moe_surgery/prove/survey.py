@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.prove.exercise import asked_alone
-from moe_surgery.prove.metrics import Routing, Truth, route, slack
+from moe_surgery.prove.metrics import Routing, Truth, luck, route, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.parts import F64, Parts
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
@@ -104,13 +104,13 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Grou
         alone = _evaluate(spec, tensors, probes.keep(mask), routing.keep(mask), None)
         rows = mask[routing.tokens].nonzero().flatten()
         noise = noise.maximum(truth.worst(truth.distance_from(alone.rows, rows), routing.tokens[rows]))
-    longest = max(spec.hidden, spec.experts.width, spec.shared.width if spec.shared else 0)
+    sizes = (spec.hidden, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
     return Ground(
         probes=probes,
         routing=routing,
         truth=truth,
         noise=noise.clamp_min(_floor(probes)).tolist(),
-        slack=slack(longest, probes.x.dtype),
+        slack=slack(max(sizes), probes.x.dtype) * luck(min(sizes)),
         twins=tuple(twins(parts, tensors, wanted, exact.visited, ranks)),
         overflowed=asked - undecided - len(probes.x),
         undecided=undecided,
