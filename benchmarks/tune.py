@@ -105,7 +105,7 @@ class Bench:
 
     def __init__(self, case: Case) -> None:
         self.terms = terms_of(case.spec)
-        self.weights = [fold(random_tensors(case.spec, seed=seed), self.terms) for seed in range(case.layers)]
+        self.weights = [fold(random_tensors(case.spec, seed=seed), case.spec) for seed in range(case.layers)]
 
     def calls(self, tokens: int, choice: Choice) -> list[Callable[[], object]]:
         layers = self.weights if tokens < 1024 else self.weights[:3]

@@ -29,7 +29,7 @@ CUDA = Context("cuda", "bfloat16", live=False)
 def test_slices_of_the_shared_expert_add_up_to_it(spec: MoESpec) -> None:
     """As further experts that every token visits, with the gate's weight, they give what the shared expert gives."""
     tensors, terms = weights(spec, torch.float64), terms_of(spec)
-    made = fold(tensors, terms)
+    made = fold(tensors, spec)
     x = torch.randn(20, spec.hidden, dtype=torch.float64)
     out, gate = reference.shared_parts(tensors, x, reference.gated(spec.experts.activation), torch.float64)
     wanted = reference.shared_output(spec, out, gate)
@@ -44,7 +44,7 @@ def test_slices_of_the_shared_expert_add_up_to_it(spec: MoESpec) -> None:
 
 def test_routed_experts_are_taken_as_they_lie() -> None:
     tensors = weights(SPEC)
-    made = fold(tensors, terms_of(SPEC))
+    made = fold(tensors, SPEC)
     assert made.w13.data_ptr() == tensors.w13.data_ptr() and made.w2.data_ptr() == tensors.w2.data_ptr()
     assert torch.equal(made.router[:-1], tensors.router) and torch.equal(made.router[-1:], tensors.shared_gate)
 

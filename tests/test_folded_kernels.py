@@ -55,7 +55,7 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
     tensors, terms = weights(spec, dtype, DEVICE), terms_of(spec)
     x = clear_tokens(spec, tensors, tokens)
     choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
-    got = run(x, fold(tensors, terms), terms, choice)
+    got = run(x, fold(tensors, spec), terms, choice)
     assert got.dtype == dtype
     assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
 
@@ -71,7 +71,7 @@ def test_a_nan_stays_with_its_token() -> None:
     x[1, 5] = torch.nan
     for path in ("pairs", "grouped"):
         choice = next(row for row in table("default-32") if row.path == path)
-        got = run(x, fold(tensors, terms), terms, choice)
+        got = run(x, fold(tensors, SPEC), terms, choice)
         assert got[1].isnan().all()
         assert worst(got[[0, 2, 3]], wanted[[0, 2, 3]]) < tolerance(SPEC, torch.float32)
 

@@ -24,7 +24,7 @@ from moe_surgery.spec import Activation, MoESpec, RouterSpec
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.layout import MLPPieces, Piece
 
-LABEL = "vLLM shared-fused MoE"
+SHARED_FUSED, FOLDED = "vLLM shared-fused MoE", "vLLM MoE, shared expert folded"
 _ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -35,12 +35,24 @@ class EngineBlock(SwappedBlock):
     every weight keeps its name: vLLM names a weight that is reachable twice by the first way it finds.
     """
 
-    def __init__(self, old: nn.Module, router: str, name: str, runner: nn.Module, logits: nn.Module | None) -> None:
-        """``router``: the child that gives the logits, "" if the routed layer calls it; ``logits`` stands in for it."""
+    def __init__(
+        self,
+        old: nn.Module,
+        router: str,
+        name: str,
+        runner: nn.Module,
+        logits: nn.Module | None,
+        *,
+        without: frozenset[str] | None = None,
+    ) -> None:
+        """``router``: the child that gives the logits, "" if the routed layer calls it; ``logits`` stands in for it.
+
+        ``without`` are the children that hold a shared expert which was folded, None if none was.
+        """
         super().__init__()
-        self.label = LABEL
+        self.label = SHARED_FUSED if without is None else FOLDED
         for key, child in old.named_children():
-            if key != name:
+            if key != name and key not in (without or ()):
                 self.add_module(key, child)
         for key, parameter in old.named_parameters(recurse=False):
             self.register_parameter(key, parameter)

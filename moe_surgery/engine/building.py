@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 
 from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
+from moe_surgery.engine.folding import Chosen, FoldedLogits
 from moe_surgery.engine.layer_book import LayerBook
 from moe_surgery.engine.lens import Routed
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folding import slices
 from moe_surgery.targets.vllm.era_d import construct
+from moe_surgery.targets.vllm.folding import Choose, FoldedRouting, folded
 from moe_surgery.targets.vllm.routing import Routing
 from moe_surgery.weights.layout import MLPPieces, Piece
 from moe_surgery.weights.tensors import weight
 
 
-def build(item: EngineSite, book: LayerBook) -> EngineBlock:
+def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlock:
     """The block that replaces ``item``'s, whose weights are loaded and not yet in any kernel's layout.
 
-    Routed experts that lie in vLLM's layer already stay where they are. Those of single MLPs are copied into a new
-    layer: one block of extra memory, until the old block goes. The old block can't be used afterwards.
+    Routed experts that lie in vLLM's layer already stay where they are. Those of single MLPs, and all if the shared
+    expert is to be among them, are copied into a new layer: one block of extra memory, until the old block goes. The
+    old block can't be used afterwards.
     """
     reading, block = item.reading, item.site.module
     assert reading is not None
+    if fold:
+        logits = FoldedLogits(block, reading)
+        book.release(block)
+        child, runner = _folded(item, reading)
+        return EngineBlock(block, "", child, runner, logits, without=_held_by_shared(reading))
     shared = None if reading.spec.shared is None else SharedExpert(block, reading)
     book.release(block)
     gate, router = _router(item)
     if item.routed is None:
         child = reading.layout.experts[0].gate.path.split(".")[0]
-        runner = _stacked(block, reading, f"{item.site.path}.{child}", shared)
+        first = owner(block, reading.layout.experts[0].down).weight
+        assert isinstance(first, Tensor)
+        routing = _routing(block, reading, first.dtype)
+        runner = _filled(reading.spec, first, f"{item.site.path}.{child}", shared, routing, _mlps(block, reading))
     else:
         child, runner = item.routed.path, _regrouped(block, item.routed, reading, shared)
     return EngineBlock(block, router, child, runner, gate)
@@ -89,31 +105,90 @@ def _routing(block: nn.Module, reading: Reading, dtype: torch.dtype) -> Routing:
     return Routing(reading.spec.router, dtype, None if correction is None else weight(block, correction.path))
 
 
-def _stacked(block: nn.Module, reading: Reading, name: str, shared: nn.Module | None) -> MoERunner:
-    """A new runner, filled from single MLPs."""
-    first = owner(block, reading.layout.experts[0].down).weight
+def _folded(item: EngineSite, reading: Reading) -> tuple[str, MoERunner]:
+    """The child that holds the routed experts, and a new runner with the shared expert among them."""
+    block, spec, layout = item.site.module, reading.spec, reading.layout
+    assert layout.shared is not None
+    first = owner(block, layout.experts[0].down).weight if item.routed is None else item.routed.runner.routed_experts.w2_weight
     assert isinstance(first, Tensor)
-    with torch.device(first.device):
-        routing = _routing(block, reading, first.dtype)
-        runner: MoERunner = construct(reading.spec, first.dtype, name, shared, routing)
+    if item.routed is None:
+        child = layout.experts[0].gate.path.split(".")[0]
+        name, experts = f"{item.site.path}.{child}", _mlps(block, reading)
+    else:
+        child, old = item.routed.path, item.routed.runner
+        name, experts = old.layer_name, _laid(old)
+    inner: Choose = _routing(block, reading, first.dtype)
+    if item.routed is not None and item.routed.routes != "given":
+        inner = Chosen(item.routed.runner, spec.router.scale)
+    routing = FoldedRouting.of(spec, inner)
+    return child, _filled(folded(spec), first, name, None, routing, chain(experts, _slices(block, reading)))
+
+
+Shares = tuple[Tensor, Tensor, Tensor]
+"""A rank's share of an MLP: gate and up [width, H], down [H, width]."""
+
+
+def _mlps(block: nn.Module, reading: Reading) -> Iterator[Shares]:
+    """The routed experts of a list of MLPs."""
+    width = reading.spec.experts.width // get_tensor_model_parallel_world_size()
+    return (own_share(block, mlp, width) for mlp in reading.layout.experts)
+
+
+def _laid(runner: MoERunner) -> Iterator[Shares]:
+    """The routed experts of a vLLM layer, not yet in any kernel's layout."""
+    config, experts = runner.moe_config, runner.routed_experts
+    width, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
+    half = experts.w13_weight.shape[1] // 2
+    for w13, w2 in zip(experts.w13_weight.data, experts.w2_weight.data, strict=True):
+        yield w13[:width, :hidden], w13[half : half + width, :hidden], w2[:hidden, :width]
+
+
+def _slices(block: nn.Module, reading: Reading) -> Iterator[Shares]:
+    """The shared expert in pieces as wide as a routed one. Which rows a rank holds makes no difference to the sum."""
+    count, ranks = slices(reading.spec), get_tensor_model_parallel_world_size()
+    width = reading.spec.experts.width // ranks
+    assert reading.layout.shared is not None
+    gate, up, down = own_share(block, reading.layout.shared, count * width)
+    return zip(gate.split(width), up.split(width), down.split(width, dim=1), strict=True)
+
+
+def _held_by_shared(reading: Reading) -> frozenset[str]:
+    """The children that hold nothing but the shared expert's matrices, which have moved."""
+    layout = reading.layout
+    assert layout.shared is not None
+    others = replace(layout, shared=None).paths()
+    mine = {piece.path.split(".")[0] for piece in layout.shared.pieces()}
+    return frozenset(mine - {path.split(".")[0] for path in others})
+
+
+def _filled(
+    spec: MoESpec,
+    like: Tensor,
+    name: str,
+    shared: nn.Module | None,
+    routing: Routing | FoldedRouting,
+    mlps: Iterable[Shares],
+) -> MoERunner:
+    """A new runner of vLLM's for ``spec``, on the device and in the dtype of ``like``, filled from single MLPs."""
+    with torch.device(like.device):
+        runner: MoERunner = construct(spec, like.dtype, name, shared, routing)
     experts = runner.routed_experts
     width = runner.moe_config.intermediate_size_per_partition_unpadded
     assert width is not None
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
-    half, hidden = w13.shape[1] // 2, reading.spec.hidden
+    half, hidden = w13.shape[1] // 2, spec.hidden
     with torch.no_grad():
         w13.zero_()  # rows that only fill up to what the kernels take
         w2.zero_()
-        for expert, mlp in enumerate(reading.layout.experts):
-            gate, up, down = own_share(block, mlp, width)
+        for expert, (gate, up, down) in enumerate(mlps):
             w13[expert, :width, :hidden].copy_(gate)
             w13[expert, half : half + width, :hidden].copy_(up)
             w2[expert, :hidden, :width].copy_(down)
     return runner
 
 
-def own_share(block: nn.Module, mlp: MLPPieces, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's share of an MLP's loaded weights: gate and up ``[width, H]``, down ``[H, width]``."""
+def own_share(block: nn.Module, mlp: MLPPieces, width: int) -> Shares:
+    """This rank's share of an MLP's loaded weights."""
     start = get_tensor_model_parallel_rank() * width
 
     def rows(piece: Piece) -> Tensor:

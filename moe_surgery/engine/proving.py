@@ -128,9 +128,12 @@ def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> Bloc
 
 
 def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
-    """The exam's tensors with the routed experts' loaded weights, as they are or put together from all ranks."""
-    width, hidden = config.intermediate_size_per_partition_unpadded, exam.spec.hidden
-    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    """The exam's tensors with the routed experts' loaded weights, as they are or put together from all ranks.
+
+    What lies behind them is the shared expert, where it was folded.
+    """
+    width, hidden, count = config.intermediate_size_per_partition_unpadded, exam.spec.hidden, exam.spec.experts.num_experts
+    w13, w2 = experts.w13_weight.data[:count], experts.w2_weight.data[:count]
     half = w13.shape[1] // 2
     if get_tp_group().world_size > 1 or (half, w13.shape[2]) != (width, hidden):
         gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]

@@ -1,30 +1,28 @@
-"""Folding a shared expert into the routed ones.
+"""What the folded kernels are given: the spec in their numbers, and the weights as they take them.
 
-A gated MLP of width M·I is the sum of M gated MLPs of width I, since its down projection sums over the width. So a
-shared expert of that width is M more experts that every token visits with the same weight. Nothing is approximated,
-and nothing is stored twice: routed experts are taken as they lie, the shared expert's rows are laid out anew.
+Nothing is stored twice: routed experts are taken as they lie, the shared expert's rows are laid out anew.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.terms import Terms, Weights
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folding import cut, router_rows, slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
 
 def terms_of(spec: MoESpec) -> Terms:
     """The spec in the kernels' numbers; its shared width must be a multiple of the expert width."""
     router, experts, shared = spec.router, spec.experts, spec.shared
-    if shared is not None and shared.width % experts.width:
-        raise ValueError(f"shared width {shared.width} is not a multiple of the expert width {experts.width}")
+    for reason in unfoldable(spec):
+        raise ValueError(reason)
     return Terms(
         experts=experts.num_experts,
         top_k=router.top_k,
-        slices=shared.width // experts.width if shared is not None else 0,
+        slices=slices(spec),
         hidden=spec.hidden,
         width=experts.width,
         activation=experts.activation,
@@ -37,23 +35,12 @@ def terms_of(spec: MoESpec) -> Terms:
     )
 
 
-def fold(tensors: BlockTensors, terms: Terms) -> Weights:
-    """Folded weights: ``w13`` and ``w2`` by reference, the router copied with the gate's row behind it."""
-    router = tensors.router
-    if terms.gated:
-        assert tensors.shared_gate is not None
-        router = torch.cat([router, tensors.shared_gate])
-    shared13, shared2 = _slices(tensors, terms) if terms.slices else (None, None)
-    return Weights(router.contiguous(), tensors.w13.contiguous(), tensors.w2.contiguous(), shared13, shared2)
-
-
-def _slices(tensors: BlockTensors, terms: Terms) -> tuple[Tensor, Tensor]:
-    """The shared expert as [M, 2I, H] and [M, H, I]."""
-    gate, up, down = tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj
-    assert gate is not None and up is not None and down is not None
-    shape = (terms.slices, terms.width, terms.hidden)
-    columns = down.unflatten(1, (terms.slices, terms.width)).transpose(0, 1)
-    return torch.cat([gate.reshape(shape), up.reshape(shape)], 1), columns.contiguous()
+def fold(tensors: BlockTensors, spec: MoESpec) -> Weights:
+    """Folded weights: ``w13`` and ``w2`` by reference, the router copied if a gate's row is put behind it."""
+    shared13, shared2 = cut(tensors, spec) if spec.shared is not None else (None, None)
+    return Weights(
+        router_rows(tensors).contiguous(), tensors.w13.contiguous(), tensors.w2.contiguous(), shared13, shared2
+    )
 
 
 def check_tensors(tensors: BlockTensors, terms: Terms, prefix: str) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal
+from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.targets.folding import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
-
-if TYPE_CHECKING:
-    from moe_surgery.targets.folded.block import FoldedMoEBlock
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -34,22 +32,34 @@ _KNOWN = {
 
 
 class FoldedTarget:
-    """The block in this library's Triton kernels, its shared expert cut into experts of the routed width.
+    """The block with its shared expert cut into experts of the routed width.
 
-    Routing weights are kept in float32, whatever the spec says: that is nearer to its formula.
+    On CUDA in this library's Triton kernels, where routing weights are kept in float32, whatever the spec says: that is
+    nearer to its formula. On CPU in the routed layer of the installed engine.
     """
 
     name = "folded"
-    label = "folded, moe-surgery kernels"
+    label = "folded"
+
+    @cached_property
+    def layer(self) -> Target:
+        """The same on CPU."""
+        from moe_surgery.targets.vllm.folded import FoldedLayerTarget
+
+        return FoldedLayerTarget()
 
     def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
-        """None if the kernels compute ``spec`` on the context's device; no weights are touched."""
+        """None if the device's kernels compute ``spec``; no weights are touched."""
+        if context.device == "cpu":
+            return self.layer.accepts(spec, context)
         reason = next(_objections(spec, context), None)
         return None if reason is None else Refusal(reason)
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> FoldedMoEBlock:
-        """See :meth:`moe_surgery.targets.base.Target.build`. Routed experts are used as they lie in memory."""
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+        """See :meth:`moe_surgery.targets.base.Target.build`. On CUDA routed experts are used as they lie in memory."""
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
+        if context.device == "cpu":
+            return self.layer.build(spec, tensors, prefix=prefix)
         refusal = self.accepts(spec, context)
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
@@ -59,14 +69,14 @@ class FoldedTarget:
 
         terms = terms_of(spec)
         check_tensors(tensors, terms, prefix)
-        return FoldedMoEBlock(spec, tensors, fold(tensors, terms), terms)
+        return FoldedMoEBlock(spec, tensors, fold(tensors, spec), terms)
 
 
 def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
     """Why the kernels can't take ``spec``, cheapest first."""
-    router, experts, shared = spec.router, spec.experts, spec.shared
+    router, experts = spec.router, spec.experts
     if context.device != "cuda":
-        yield f"the folded kernels run on cuda; this model is on {context.device}"
+        yield f"the folded kernels run on cuda and cpu; this model is on {context.device}"
     if context.dtype not in DTYPES:
         yield f"dtype {context.dtype} is none of {', '.join(DTYPES)}"
     yield from _unknown_fields(spec)
@@ -80,19 +90,9 @@ def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
         yield f"top-{router.top_k} of {experts.num_experts} experts"
     if experts.num_experts > MOST_EXPERTS:
         yield f"{experts.num_experts} experts are more than the {MOST_EXPERTS} that the folded kernels rank"
-    slices = 0
-    if shared is not None:
-        if shared.width % experts.width:
-            over = shared.width % experts.width
-            yield (
-                f"shared width {shared.width} is not a multiple of the expert width {experts.width} "
-                f"({shared.width // experts.width} × {experts.width} leaves {over})"
-            )
-        if shared.activation != experts.activation:
-            yield f"the shared expert's activation is {shared.activation}, the routed experts' {experts.activation}"
-        slices = shared.width // experts.width
-    if router.top_k + slices > MOST_PAIRS:
-        yield f"{router.top_k} + {slices} experts for each token are more than {MOST_PAIRS}"
+    yield from unfoldable(spec)
+    if router.top_k + slices(spec) > MOST_PAIRS:
+        yield f"{router.top_k} + {slices(spec)} experts for each token are more than {MOST_PAIRS}"
     if context.live and context.device == "cuda":
         yield from _missing()
 

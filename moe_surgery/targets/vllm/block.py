@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folding import router_rows
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.targets.reference import within
 from moe_surgery.targets.vllm.routing import handed
@@ -23,9 +24,15 @@ class FusedMoEBlock(GuardedBlock):
 
     kernels = "vLLM's MoE layers"
 
-    def __init__(self, spec: MoESpec, tensors: BlockTensors, fused: nn.Module, label: str) -> None:
-        super().__init__(spec, tensors.router, label)
-        self.router_bias, self.output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
+    def __init__(
+        self, spec: MoESpec, tensors: BlockTensors, fused: nn.Module, label: str, *, folded: bool = False
+    ) -> None:
+        """``folded``: ``fused`` takes the shared expert's gate behind the router's logits, if there is one."""
+        super().__init__(spec, router_rows(tensors) if folded else tensors.router, label)
+        bias = tensors.router_bias
+        if bias is not None and len(self.router_weight) > len(bias):
+            bias = torch.cat([bias, bias.new_zeros(1)])
+        self.router_bias, self.output_bias = _frozen(bias), _frozen(tensors.output_bias)
         self.fused = fused
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()

@@ -16,6 +16,8 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.platforms import current_platform
 
 from moe_surgery.spec import ExpertsSpec, Mix, MoESpec
+from moe_surgery.targets.folding import cut
+from moe_surgery.targets.vllm.folding import FoldedRouting, folded
 from moe_surgery.targets.vllm.host import hosting
 from moe_surgery.targets.vllm.loop import experts_in_turn, number
 from moe_surgery.targets.vllm.routing import Handed, Routing
@@ -27,22 +29,35 @@ class FusedLayer(nn.Module):
     """vLLM's layer with its weights in the kernels' layout, and the forward context it runs in.
 
     The layer's parameters are made on the meta device and replaced by ``tensors``, so nothing is allocated only to be
-    overwritten. The CPU kernels then write re-laid-out copies; ``tensors`` stay as they are.
+    overwritten. The CPU kernels then write re-laid-out copies; ``tensors`` stay as they are. With ``fold`` the shared
+    expert is among the layer's routed ones, and those copies are laid out in place.
     """
 
-    def __init__(self, spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
+    def __init__(self, spec: MoESpec, tensors: BlockTensors, prefix: str, *, fold: bool = False) -> None:
         super().__init__()
-        shared = SharedExpert(spec.shared, tensors) if spec.shared is not None else None
+        shared = SharedExpert(spec.shared, tensors) if spec.shared is not None and not fold else None
         with hosting(tensors.w13.device.type) as config:
             with torch.device("meta"):
-                name, routing = f"{prefix}.experts", routing_of(spec, tensors)
-                self.runner = construct(spec, tensors.w13.dtype, name, shared, routing, **_ALONE)
+                routing = routing_of(spec, tensors)
+                self.runner = construct(
+                    folded(spec) if fold else spec,
+                    tensors.w13.dtype,
+                    f"{prefix}.experts",
+                    shared,
+                    FoldedRouting.of(spec, routing) if fold else routing,
+                    **_ALONE,
+                )
             experts = self.runner.routed_experts
-            w13, w13_bias = tensors.w13, tensors.w13_bias
+            w13, w13_bias, w2 = tensors.w13, tensors.w13_bias, tensors.w2
             if kernel_activation(spec.experts) == _INTERLEAVED:
                 w13, w13_bias = interleaved(w13), None if w13_bias is None else interleaved(w13_bias)
+            if fold:
+                more = cut(tensors, spec)
+                w13, w2 = torch.cat([w13, more[0]]), torch.cat([w2, more[1]])
+                chosen = experts.quant_method.experts_cls
+                experts.quant_method.experts_cls = type(f"{chosen.__name__}InPlace", (LaidOutInPlace, chosen), {})
             experts.w13_weight = nn.Parameter(w13, requires_grad=False)
-            experts.w2_weight = nn.Parameter(tensors.w2, requires_grad=False)
+            experts.w2_weight = nn.Parameter(w2, requires_grad=False)
             if w13_bias is not None and tensors.w2_bias is not None:
                 experts.w13_bias = nn.Parameter(w13_bias.clone(), requires_grad=False)
                 experts.w2_bias = nn.Parameter(tensors.w2_bias.clone(), requires_grad=False)
@@ -71,6 +86,27 @@ def drop_shared_output(runner: Any) -> None:
     """
     if runner.shared_experts is not None:
         runner.shared_experts._output = [None, None]
+
+
+class LaidOutInPlace:
+    """Brings one expert after another into the layout of the kernels, so that no second copy of all is needed.
+
+    Where the layout takes more room, as for widths that are filled up, all are laid out at once.
+    """
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        whole = {name: parameter.data for name, parameter in layer.named_parameters()}
+        for expert in range(len(whole["w13_weight"])):
+            one = nn.Module()
+            for name, weight in whole.items():
+                one.register_parameter(name, nn.Parameter(weight[expert : expert + 1], requires_grad=False))
+            super().process_weights_after_loading(one)  # type: ignore[misc]
+            laid_out = {name: parameter.data[0] for name, parameter in one.named_parameters()}
+            if any(weight.shape != whole[name].shape[1:] for name, weight in laid_out.items()):
+                super().process_weights_after_loading(layer)  # type: ignore[misc]
+                return
+            for name, weight in laid_out.items():
+                whole[name][expert] = weight
 
 
 class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]
@@ -166,7 +202,7 @@ def construct(
     dtype: torch.dtype,
     name: str,
     shared: nn.Module | None,
-    routing: Routing | Handed | None = None,
+    routing: Routing | Handed | FoldedRouting | None = None,
     **sizes: Any,
 ) -> Any:
     """vLLM's layer for ``spec``, registered as ``name`` in the current config, its weights empty.

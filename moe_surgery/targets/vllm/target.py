@@ -64,6 +64,9 @@ class VllmTarget:
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
         _check_shapes(spec, tensors, prefix)
+        return self._build(spec, tensors, prefix)
+
+    def _build(self, spec: MoESpec, tensors: BlockTensors, prefix: str) -> FusedMoEBlock:
         block = FusedMoEBlock if spec.at == "block" else FusedExperts
         return block(spec, tensors, self._builder.FusedLayer(spec, tensors, prefix), self.label)
 

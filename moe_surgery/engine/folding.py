@@ -1,0 +1,86 @@
+"""Folding in an engine: what the router gives, and which blocks can have their shared expert folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import MoERunner
+
+from moe_surgery.engine.blocks import owner
+from moe_surgery.engine.sites import EngineSite
+from moe_surgery.errors import SurgeryError
+from moe_surgery.find.result import Reading
+from moe_surgery.targets.vllm import folding
+from moe_surgery.weights.tensors import weight
+
+
+class FoldedLogits(nn.Module):
+    """Router and shared gate in one product: tokens [T, H] to [T, E], or [T, E + 1] with the gate's behind the logits.
+
+    The weights are copies, so those that they were copied from can't be loaded anew without being noticed.
+    """
+
+    def __init__(self, block: nn.Module, reading: Reading) -> None:
+        super().__init__()
+        layout, spec = reading.layout, reading.spec
+        pieces = [piece for piece in (layout.router, layout.shared_gate) if piece is not None]
+        rows = [weight(block, piece.path).flatten(0, -2) for piece in pieces]
+        wide = spec.router.logits_dtype == "float32"
+        bias = None if layout.router_bias is None else weight(block, layout.router_bias.path)
+        if bias is not None and len(rows) > 1:
+            bias = torch.cat([bias, bias.new_zeros(len(rows[1]))])
+        matrix = torch.cat([part.float() if wide else part for part in rows])
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(matrix.dtype, copy=True), persistent=False)
+        for piece in pieces:
+            _seal(getattr(owner(block, piece), piece.path.rpartition(".")[2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.matrix, Tensor)
+        return F.linear(x.to(self.matrix.dtype), self.matrix, self.bias if isinstance(self.bias, Tensor) else None)
+
+
+class Chosen:
+    """vLLM's own choice of experts, as a ``custom_routing_function``; the routed experts' scale is in the weights."""
+
+    def __init__(self, runner: MoERunner, scale: float) -> None:
+        self._router, self._scale = runner.router, scale
+
+    def __call__(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = self._router.select_experts(
+            hidden_states=hidden_states, router_logits=gating_output.contiguous(), topk_indices_dtype=torch.int32
+        )
+        return weights if self._scale == 1.0 else weights * self._scale, ids
+
+
+def not_folded(item: EngineSite) -> str | None:
+    """Why a block that can be rebuilt can't have its shared expert folded."""
+    assert item.reading is not None
+    reason = next(folding.objections(item.reading.spec), None)
+    if reason is not None or item.routed is None:
+        return reason
+    runner = item.routed.runner
+    bias = runner.routed_experts.e_score_correction_bias
+    if bias is not None and not any(bias is parameter for parameter in _outside(item.site.module, runner)):
+        return "its correction bias lies inside its routed layer"  # which goes
+    return None
+
+
+def _outside(block: nn.Module, runner: MoERunner) -> Iterator[nn.Parameter]:
+    yield from block.parameters(recurse=False)
+    for child in block.children():
+        if child is not runner:
+            yield from child.parameters()
+
+
+def _seal(parameter: Any) -> None:
+    def weight_loader(*args: Any, **kwargs: Any) -> NoReturn:
+        raise SurgeryError("a folded MoE block's weights can't be loaded anew; start the engine again")
+
+    parameter.weight_loader = weight_loader
