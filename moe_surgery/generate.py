@@ -33,14 +33,14 @@ def generating_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def without_a_trace(model: nn.Module) -> Iterator[None]:
-    """Take away the forward hooks that a call leaves behind.
+def without_a_trace(*models: nn.Module) -> Iterator[None]:
+    """Take away the forward hooks that a call leaves behind in ``models``.
 
     transformers 5 hooks a model the first time its hidden states are asked for, routers included, and marks it as
     hooked; a block with a hook isn't operated on, since the hook would not see the block that replaces it.
     """
     mark = "_output_capturing_hooks_installed"
-    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+    hooks = [(module, dict(module._forward_hooks)) for model in models for module in model.modules()]
     marked = {id(module) for module, _ in hooks if hasattr(module, mark)}
     try:
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.errors import UsageError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 CONTEXT = 32
 """Tokens of a sequence before the decoding steps that are timed."""
 BATCHES = (1, 8)
-_WARM_UP = 1
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def measure_steps(
     prefill: Sequence[int] = (64, 512),
     on_phase: Callable[[str], None] = lambda text: None,
 ) -> Steps:
-    """Time decoding steps of so many sequences, and prefills of one sequence of so many tokens, of every generating part.
+    """Time decoding steps of so many ``sequences``, and prefills of so many tokens, of every generating part.
 
     The new blocks are in place before and afterwards. A part that can't be driven is left out, with the reason.
     """
@@ -64,7 +65,7 @@ def measure_steps(
                 speeds += _measure_part(_Part(name, module, swaps), sequences, prefill, on_phase)
             except Exception as error:
                 # Whatever a stranger's generate raises: the blocks were timed all the same.
-                left_out.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                left_out.append(f"{name}: {type(error).__name__}: {shorten(str(error), 200, placeholder=' …')}")
     if rest:
         left_out.append(f"{rest[0].path} is in no part that generates tokens")
     return Steps(tuple(speeds), tuple(left_out))
@@ -158,7 +159,9 @@ def _generate(part: _Part, sequences: int, tokens: int, count: int, turns: Turns
     def enough(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         return torch.full((len(ids),), turns.done, device=ids.device)
 
-    with torch.no_grad(), without_a_trace(part.module):
+    # The old blocks are not in the module yet, but will be when it is called.
+    old = [swap.old for swap in part.swaps if swap.old is not None]
+    with torch.no_grad(), without_a_trace(part.module, *old):
         part.module.generate(**arguments, stopping_criteria=[enough])  # type: ignore[operator]
 
 

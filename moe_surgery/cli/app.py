@@ -181,12 +181,7 @@ def bench(
     eager: Annotated[bool, typer.Option("--eager", help="With --engine: no compilation and no graphs.")] = False,
     svg: Svg = None,
 ) -> None:
-    """Time MODEL's steps, and each kind of its MoE blocks, before and after; then put it back.
-
-    MODEL is loaded, replaced and proven as apply does. A step is the forward of a part that generates: of one token a
-    sequence (decoding), or of many (prefill). With --engine, two vLLM engines are started one after the other, with
-    surgery and without, and a step is the engine's forward of the whole model.
-    """
+    """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
     job = operating.Job(model, choice, loading, proof, trust, svg=svg)
     times = benching.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
     if engine:

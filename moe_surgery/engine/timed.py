@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def serve(job: Job) -> Told:
     except Exception as error:
         if handle is not None and handle.receipts():
             handle.check()
-        reason = " ".join(str(error).split())[:300] or "without a reason"
+        reason = shorten(str(error), 200, placeholder=" …")
         raise UnsupportedError(
             f"vLLM {vllm.__version__} can't serve {job.model}: {type(error).__name__}: {reason}"
         ) from error

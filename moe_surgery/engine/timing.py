@@ -18,8 +18,8 @@ from moe_surgery.report.timing import Sample, Speed
 
 CONTEXT = 32
 """Tokens of a sequence before the decoding steps that are timed."""
-NAME = "vLLM engine"
-_HOW = "of either engine, one after the other"
+NAME = "vLLM"
+_HOW = "each, one engine after the other"
 
 
 @dataclass(frozen=True)
