@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.blocks import copies, owner
 from moe_surgery.engine.sites import EngineSite
@@ -85,7 +87,7 @@ def _asked(block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tenso
     def ask(x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
         try:
-            with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
+            with torch.inference_mode(), _uncompiled(), set_forward_context(None, config, num_tokens=tokens):
                 out: Tensor = block(x.contiguous())
         except BaseException:
             drop_shared_output(runner)
@@ -93,6 +95,14 @@ def _asked(block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tenso
         return out.clone()
 
     return ask
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """On CPU the engine's graphs go through the whole block: an operator compiled by itself here would be thrown away.
+
+    On a GPU they stop at the layer, and what is compiled within it is what will serve.
+    """
+    return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
 
 
 def _routing(item: EngineSite) -> OwnRouting | None:

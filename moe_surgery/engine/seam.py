@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_surgery.engine.layer_book import Snapshot
     from moe_surgery.engine.surgery import Surgery
     from moe_surgery.report.model import Report
+    from moe_surgery.targets.vllm.eras import Installed
 
 UNBUILT = "model"
 
@@ -176,13 +177,17 @@ def engage(orders: Orders) -> None:
     from moe_surgery.targets.vllm.eras import detect
 
     with _told(orders):
-        installed = detect()
-        if installed.era.name != "D":
-            raise UnsupportedError(
-                f"vLLM {installed.version}: engines are operated on in releases 0.27 to 0.33; "
-                f"this one's layers are of era {installed.era.name} ({installed.era.releases})"
-            )
+        check_era(detect())
     _seam = _Seam(orders)
+
+
+def check_era(installed: Installed) -> None:
+    """Raise :class:`UnsupportedError` unless engines of the installed vLLM can be operated on."""
+    if installed.era.name != "D":
+        raise UnsupportedError(
+            f"vLLM {installed.version}: engines are operated on in releases 0.27 to 0.33; "
+            f"this one's layers are of era {installed.era.name} ({installed.era.releases})"
+        )
 
 
 def disengage() -> None:
