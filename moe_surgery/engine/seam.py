@@ -130,7 +130,7 @@ class _Seam:
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
                 load.surgery = Surgery(model, config, load.orders, load.before, load.ranks)
-            load.ranks.meet("where the model is built")
+            load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")
             return model
 
         return initialize_model

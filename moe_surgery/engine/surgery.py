@@ -26,7 +26,7 @@ from moe_surgery.engine.ledger import Ledger
 from moe_surgery.engine.orders import Orders
 from moe_surgery.engine.planning import make_engine_plan
 from moe_surgery.engine.proving import Exam, examine, prepare, to_prove
-from moe_surgery.engine.sites import EngineSite, survey
+from moe_surgery.engine.sites import EngineSite, check_unchanged, survey
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
 from moe_surgery.report.model import Report
 
@@ -85,6 +85,7 @@ class Surgery:
         exchanged: dict[nn.Module, nn.Module] = {}
         with set_current_vllm_config(self.config), torch.no_grad():
             for path, item in self.items.items():
+                check_unchanged(item)
                 if path in chosen:
                     self.exams[path] = prepare(item, self.ranks)
                 block = build(item, book)
