@@ -1,4 +1,4 @@
-"""Whatever somebody changes in a block, surgery computes what the changed block does, or lets it be, or ends the load."""
+"""However a block is changed, surgery computes what the changed block does, or lets it be, or ends the load."""
 
 from __future__ import annotations
 
