@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from folded_blocks import SPEC, SPECS, but, weights, worst
+from folded_blocks import SPEC, SPECS, but
 from hypothesis import given
 from hypothesis import strategies as st
+from spec_weights import weights, worst
 
 from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.kernels.choice import FOLDER, choose, serving, table

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.router.router_factory import create_fu
 
 from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
 from moe_surgery.engine.layer_book import LayerBook
-from moe_surgery.engine.lens import Routed
+from moe_surgery.engine.routed import Routed
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
 from moe_surgery.targets.vllm.era_d import construct
