@@ -1,9 +1,9 @@
-"""One Qwen3-Omni talker MoE block on CPU: swapped for vLLM's kernels against transformers' three implementations.
+"""One Qwen3-Omni talker MoE block on CPU: both targets on vLLM's kernels, and transformers' three implementations.
 
     python benchmarks/cpu_block.py
 
 Random weights at the published size (hidden 1024, 128 experts of width 384, top-6, shared expert of width 768), shared
-by all four blocks. In every round each of them is called once on the same tokens, so what else the machine does meets
+by all five blocks. In every round each of them is called once on the same tokens, so what else the machine does meets
 all alike; a row is the median over the rounds. Before timing, every block's output is compared with the reference in
 float32. Writes results/<machine>-cpu_block.json and .svg beside this file.
 """
@@ -32,8 +32,7 @@ import chart  # noqa: E402
 from machine import describe, machine_name  # noqa: E402
 
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec  # noqa: E402
-from moe_surgery.targets import reference  # noqa: E402
-from moe_surgery.targets.vllm import VllmTarget  # noqa: E402
+from moe_surgery.targets import get_target, reference  # noqa: E402
 from moe_surgery.weights.tensors import BlockTensors  # noqa: E402
 
 SPEC = MoESpec(
@@ -43,7 +42,7 @@ SPEC = MoESpec(
     shared=SharedSpec(width=768, activation="silu", gate="sigmoid"),
 )
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
-SWAPPED = "vllm"
+SWAPPED, FOLDED = "vllm", "folded"
 BASELINE = "grouped_mm"
 FARTHEST = {"float32": 1e-5, "bfloat16": 3e-2}
 """Relative L2 error of the worst token: several times what rounding to the dtype gives, far below any real mistake."""
@@ -79,7 +78,8 @@ def build_blocks(dtype: torch.dtype) -> dict[str, nn.Module]:
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, parameter)
         blocks[implementation] = block
-    blocks[SWAPPED] = VllmTarget().build(SPEC, tensors_of(weights), prefix="block")
+    for target in (SWAPPED, FOLDED):
+        blocks[target] = get_target(target).build(SPEC, tensors_of(weights), prefix=target)
     return blocks
 
 
@@ -154,7 +154,7 @@ def run(
                 for name, us in found["us"].items():
                     row = {"impl": name, "dtype": dtype_name, "mode": mode, "tokens": count}
                     rows.append({**row, "us": round(us, 1), "rounds": found["rounds"]})
-                    if us > PATIENCE * 1e6 and name not in (BASELINE, SWAPPED):
+                    if us > PATIENCE * 1e6 and name not in (BASELINE, SWAPPED, FOLDED):
                         del calls[name]
                         later = [more for more in tokens if more > count]
                         left_out += [

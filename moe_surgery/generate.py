@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 # Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
 # the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
 _FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The generating parts: the direct children that generate, or else the model itself."""
+def generating_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The generating parts: the direct children that generate, or else the model itself, as "model".
+
+    Raises :class:`UsageError` for a model in which nothing generates.
+    """
     from transformers import GenerationMixin
 
     children = {name: child for name, child in model.named_children() if isinstance(child, GenerationMixin)}
@@ -30,14 +33,14 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _without_a_trace(model: nn.Module) -> Iterator[None]:
-    """Take away the forward hooks that a call leaves behind.
+def without_a_trace(*models: nn.Module) -> Iterator[None]:
+    """Take away the forward hooks that a call leaves behind in ``models``.
 
     transformers 5 hooks a model the first time its hidden states are asked for, routers included, and marks it as
     hooked; a block with a hook isn't operated on, since the hook would not see the block that replaces it.
     """
     mark = "_output_capturing_hooks_installed"
-    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
+    hooks = [(module, dict(module._forward_hooks)) for model in models for module in model.modules()]
     marked = {id(module) for module, _ in hooks if hasattr(module, mark)}
     try:
         yield
@@ -59,31 +62,39 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     vocabulary and for a model in which nothing generates.
     """
     import torch
-    from transformers import GenerationConfig
 
     if not prompt or count < 1:
         raise UsageError("a prompt of at least one token and a count of at least one are needed")
     result = {}
-    for name, part in _parts(model).items():
-        embedding: Any = part.get_input_embeddings()  # type: ignore[operator]
-        vocabulary, device = embedding.weight.shape[0], embedding.weight.device
-        inputs: dict[str, Tensor] = {"attention_mask": torch.ones(1, len(prompt), dtype=torch.long, device=device)}
-        fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
-        if fed:
-            ids = torch.tensor([[token % vocabulary for token in prompt]], device=device)
-            with torch.no_grad():
-                inputs["inputs_embeds"] = embedding(ids)
-            inputs |= {key: torch.zeros_like(inputs["inputs_embeds"][:, :1]) for key in fed}
-        else:
-            outside = [token for token in prompt if not 0 <= token < vocabulary]
-            if outside:
-                raise UsageError(f"{name}: token {outside[0]} is not in the vocabulary of {vocabulary}")
-            inputs["input_ids"] = torch.tensor([prompt], device=device)
-        # Such parts also read their own last hidden state back, so it has to be among the outputs.
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=count, output_hidden_states=bool(fed), return_dict_in_generate=True
-        )
-        with torch.no_grad(), _without_a_trace(part):
-            tokens = part.generate(**inputs, generation_config=config).sequences[0].tolist()  # type: ignore[operator]
-        result[name] = tokens if fed else tokens[len(prompt) :]
+    for name, part in generating_parts(model).items():
+        arguments = generating(part, [prompt], count, name)
+        with torch.no_grad(), without_a_trace(part):
+            tokens = part.generate(**arguments).sequences[0].tolist()  # type: ignore[operator]
+        result[name] = tokens[len(prompt) :] if "input_ids" in arguments else tokens
     return result
+
+
+def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str) -> dict[str, Any]:
+    """Arguments of ``generate`` that have a part continue prompts of one length, greedily, as said above."""
+    import torch
+    from transformers import GenerationConfig
+
+    embedding: Any = part.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, device = embedding.weight.shape[0], embedding.weight.device
+    ids = torch.tensor(prompts, device=device)
+    arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
+    fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
+    if fed:
+        with torch.no_grad():
+            arguments["inputs_embeds"] = embedding(ids % vocabulary)
+        arguments |= {key: torch.zeros_like(arguments["inputs_embeds"][:, :1]) for key in fed}
+    else:
+        outside = [token for prompt in prompts for token in prompt if not 0 <= token < vocabulary]
+        if outside:
+            raise UsageError(f"{name}: token {outside[0]} is not in the vocabulary of {vocabulary}")
+        arguments["input_ids"] = ids
+    # Such parts also read their own last hidden state back, so it has to be among the outputs.
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=count, output_hidden_states=bool(fed), return_dict_in_generate=True
+    )
+    return {**arguments, "generation_config": config}

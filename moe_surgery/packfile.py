@@ -14,7 +14,6 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from moe_surgery.errors import PackError, UsageError
 from moe_surgery.find.clauses import (
-    FACTS,
     At,
     Child,
     ClassNamed,
@@ -24,11 +23,11 @@ from moe_surgery.find.clauses import (
     Installed,
     ModelType,
     NoOtherChildren,
-    Plain,
     Reads,
     Shape,
 )
 from moe_surgery.find.config import Key, check_path
+from moe_surgery.find.facts import FACTS, Plain
 from moe_surgery.find.formula import Formula
 from moe_surgery.find.pattern import Pattern
 from moe_surgery.packs import Expect, Pack, Requires, Rule

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.find.check import check_complete, check_site
-from moe_surgery.find.dataflow import record
+from moe_surgery.find.children import children, combine
 from moe_surgery.find.experts import own_forward
 from moe_surgery.find.flow import Choice, Flow, Route
 from moe_surgery.find.interpret import Interpreter
 from moe_surgery.find.mlps import MLPRead
 from moe_surgery.find.parse import SharedRead, TokenParser, TokenRead
-from moe_surgery.find.result import ChildShape, Reading, Unfollowed, Unreadable
-from moe_surgery.find.routing import Ranking
+from moe_surgery.find.rankings import Ranking
+from moe_surgery.find.record import record
+from moe_surgery.find.result import Reading, Unfollowed, Unreadable
 from moe_surgery.find.rows import vectors
 from moe_surgery.find.terms import Terms
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
-from moe_surgery.weights.layout import Layout, Piece
+from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
@@ -101,7 +102,7 @@ def read(block: nn.Module) -> Reading:
         output_bias=first.output_bias is not None,
     )
     check_complete(state, layout)
-    return Reading(spec, layout, _combine(spec, layout), _children(spec, layout))
+    return Reading(spec, layout, combine(spec, layout), children(spec, layout))
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
@@ -292,38 +293,3 @@ def _shared_spec(shared: SharedRead | None) -> SharedSpec | None:
         mix.alpha,
         mix.offset,
     )
-
-
-def _owner(pieces: Iterable[Piece], role: str) -> str:
-    """The block's child that holds all ``pieces``, or the role's own name if no single child does."""
-    names = {piece.path.split(".")[0] for piece in pieces}
-    return names.pop() if len(names) == 1 else role
-
-
-def _names(layout: Layout) -> tuple[str, str, str]:
-    experts = _owner((piece for mlp in layout.experts for piece in mlp.pieces() if piece.path), "experts")
-    shared = _owner(layout.shared.pieces(), "shared_expert") if layout.shared else ""
-    gate = _owner((layout.shared_gate,), "") if layout.shared_gate else ""
-    return experts, shared, gate
-
-
-def _combine(spec: MoESpec, layout: Layout) -> str:
-    experts, shared, gate = _names(layout)
-    text = experts if spec.router.scale == 1.0 else f"{spec.router.scale:g} * {experts}"
-    if spec.shared is None:
-        return text
-    factors = [f"{spec.shared.scale:g}"] if spec.shared.scale != 1.0 else []
-    factors += [f"sigmoid({gate})"] if gate else []
-    return f"{text} + {' * '.join([*factors, shared])}"
-
-
-def _children(spec: MoESpec, layout: Layout) -> tuple[tuple[str, ChildShape], ...]:
-    experts, shared, gate = _names(layout)
-    router = _owner((layout.router,), "router")
-    children = [(router, ChildShape("matrix", (spec.router.num_experts, spec.hidden)))]
-    children.append((experts, ChildShape("experts", (spec.experts.num_experts, spec.experts.width, spec.hidden))))
-    if spec.shared:
-        children.append((shared, ChildShape("mlp", (spec.shared.width, spec.hidden))))
-    if gate:
-        children.append((gate, ChildShape("matrix", (1, spec.hidden))))
-    return tuple(children)

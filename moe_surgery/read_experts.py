@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.find.check import check_complete, check_site
-from moe_surgery.find.dataflow import record_experts
 from moe_surgery.find.experts import own_forward
+from moe_surgery.find.record import record_experts
 from moe_surgery.find.result import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
 from moe_surgery.spec import MoESpec, RouterSpec

@@ -8,12 +8,15 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "examples" / "engine"
@@ -37,6 +40,12 @@ def plugin_path(tmp: Path) -> str:
             lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
         (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         folders.append(file.parent)
+    info = tmp / "engine_faults-0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-faults\nVersion: 0\n", encoding="utf-8")
+    faults = "[vllm.general_plugins]\nengine_faults = engine_faults:activate\n"
+    (info / "entry_points.txt").write_text(faults, encoding="utf-8")
+    folders.append(Path(__file__).parent)
     return os.pathsep.join(map(str, folders))
 
 
@@ -63,7 +72,7 @@ class Output:
 class Run:
     """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None.
 
-    In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process (see
+    In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process, or on one rank (see
     ``engine_faults``). Unless ``ask``, the engine is only started.
     """
 
@@ -88,22 +97,30 @@ class Result:
         return [(site["path"], site["outcome"]) for site in (self.receipts[0]["report"] or {"sites": []})["sites"]]
 
 
-def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
+def run_all(runs: list[Run], tmp: Path, *, timeout: int = 900, **env: str) -> list[Result]:
     """The result of each run, one engine after the other, in one child process of the caller's.
 
     The engine is of that process too, so that it starts in seconds, unless an environment variable says otherwise.
     """
-    out = tmp / "results.json"
-    child = subprocess.run(
-        [sys.executable, __file__, json.dumps([asdict(run) for run in runs]), str(out)],
-        env={**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    (tmp / "log.txt").write_text(child.stdout + child.stderr, encoding="utf-8")
-    if child.returncode:
-        raise AssertionError(f"the engine process ended with {child.returncode}\n{child.stdout}\n{child.stderr}")
+    out, log = tmp / "results.json", tmp / "log.txt"
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(
+            [sys.executable, __file__, json.dumps([asdict(run) for run in runs]), str(out)],
+            env={**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | str = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = f"nothing in {timeout} s"
+        finally:
+            with suppress(ProcessLookupError):  # workers that hang don't end by themselves
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if code:
+        raise AssertionError(f"the engine process ended with {code}\n{log.read_text(encoding='utf-8')}")
     results = json.loads(out.read_text(encoding="utf-8"))
     return [
         Result([Output(**output) for output in result["outputs"]], result["receipts"], result["error"])
@@ -121,7 +138,7 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 def _result(run: Run) -> Result:
     if run.surgery is None:
         return Result(_outputs(run), [])
-    from engine_faults import faulty
+    from engine_faults import VARIABLE, faulty
 
     import moe_surgery
     from moe_surgery.engine.receipts import read_all
@@ -129,7 +146,9 @@ def _result(run: Run) -> Result:
     surgery = dict(run.surgery)
     if "plan" in surgery:
         surgery["plan_or_packs"] = moe_surgery.Plan.load(surgery.pop("plan"))
-    with faulty(run.fault), moe_surgery.install(**surgery) as handle:
+    of_one_rank = {VARIABLE: run.fault} if run.fault and "@" in run.fault else {}
+    fault = None if of_one_rank else run.fault
+    with patch.dict(os.environ, of_one_rank), faulty(fault), moe_surgery.install(**surgery) as handle:
         try:
             outputs, error = _outputs(run), None
         except Exception as failure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -49,25 +48,6 @@ SPECS = {
 }
 
 
-def weights(spec: MoESpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BlockTensors:
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])).to(device, dtype)
-
-    hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
-    return BlockTensors(
-        router=matrix(experts, hidden) * 2,
-        w13=matrix(experts, 2 * width, hidden),
-        w2=matrix(experts, hidden, width),
-        shared_gate_proj=matrix(shared.width, hidden) if shared else None,
-        shared_up_proj=matrix(shared.width, hidden) if shared else None,
-        shared_down_proj=matrix(hidden, shared.width) if shared else None,
-        shared_gate=matrix(1, hidden) if shared and shared.gate else None,
-        copied=False,
-    )
-
-
 def clear_tokens(spec: MoESpec, tensors: BlockTensors, count: int) -> Tensor:
     """Tokens whose choice of experts no rounding of the logits can change."""
     x = torch.randn(8 * count, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
@@ -77,13 +57,3 @@ def clear_tokens(spec: MoESpec, tensors: BlockTensors, count: int) -> Tensor:
         x = x[gap > 8 * torch.finfo(x.dtype).eps * ranked.abs().amax()]
     assert len(x) >= count
     return x[:count]
-
-
-def worst(got: Tensor, wanted: Tensor) -> float:
-    """The worst token's relative L2 distance."""
-    return float(((got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
-
-
-def tolerance(spec: MoESpec, dtype: torch.dtype) -> float:
-    """Relative L2 error of one token: sums of H + I terms in float32, and four roundings to ``dtype``."""
-    return math.sqrt(spec.hidden + spec.experts.width) * torch.finfo(torch.float32).eps + 4 * torch.finfo(dtype).eps

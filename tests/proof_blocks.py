@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spec_weights import weights
 from torch import Tensor, nn
 
 from moe_surgery.prove.proof import prove
@@ -30,26 +31,6 @@ TALKER = MoESpec(
 )
 THINKER = replace(TALKER, router=replace(TALKER.router, renormalize=False), shared=None)
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def weights(spec: MoESpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> BlockTensors:
-    """Random weights that keep the scale of unit tokens (the router's twice that)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
-
-    hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
-    return BlockTensors(
-        router=matrix(experts, hidden) * 2,
-        w13=matrix(experts, 2 * width, hidden),
-        w2=matrix(experts, hidden, width),
-        shared_gate_proj=matrix(shared.width, hidden) if shared else None,
-        shared_up_proj=matrix(shared.width, hidden) if shared else None,
-        shared_down_proj=matrix(hidden, shared.width) if shared else None,
-        shared_gate=matrix(1, hidden) if shared and shared.gate else None,
-        copied=False,
-    )
 
 
 class PlainBlock(nn.Module):

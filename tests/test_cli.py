@@ -172,11 +172,35 @@ def test_apply_as_json_has_speed_and_tokens(model: str) -> None:
     assert all(site["proof"]["passed"] for site in found["sites"])
 
 
-def test_bench_times_blocks_and_puts_the_originals_back(model: str) -> None:
-    found = data("bench", model, *REFERENCE, "--tokens", "1", "--tokens", "3")
+def test_bench_times_blocks_and_steps_and_puts_the_originals_back(model: str) -> None:
+    found = data("bench", model, *REFERENCE, "--tokens", "1", "--tokens", "3", "--batch", "2")
     [speed] = found["speed"]
     assert [sample["tokens"] for sample in speed["samples"]] == [1, 3]
-    assert all(sample["ratio"] == pytest.approx(sample["old"] / sample["new"]) for sample in speed["samples"])
+    steps = [
+        (step["part"], step["what"], sample["tokens"], sample["sequences"])
+        for step in found["steps"]
+        for sample in step["samples"]
+    ]
+    assert steps == [("model", "decode step", 1, 2), ("model", "prefill", 3, 1)]
+    assert found["no_step"] == []
+    samples = [sample for each in (speed, *found["steps"]) for sample in each["samples"]]
+    assert all(sample["ratio"] == pytest.approx(sample["old"] / sample["new"]) for sample in samples)
+
+
+def test_bench_prints_a_line_for_each(model: str) -> None:
+    lines = call("bench", model, *REFERENCE, "--tokens", "3", "--batch", "2").stdout.splitlines()
+    spoken = [line for line in lines if line.startswith("speed    ")]
+    assert [line.split()[1] for line in spoken] == ["decode", "prefill", "MoE"]
+    assert " at 2 sequences (median of " in spoken[0] and " at 3 tokens (median of " in spoken[1]
+
+
+def test_bench_of_nothing_says_so(model: str) -> None:
+    lines = call("bench", model, *REFERENCE, "--skip", "**").stdout.splitlines()
+    assert "speed    no step: nothing was replaced" in lines
+
+
+def test_eager_is_for_engines(model: str) -> None:
+    assert "--eager is for --engine" in call("bench", model, "--eager", exit_code=2).stderr
 
 
 def test_apply_without_undo_keeps_and_times_nothing(model: str) -> None:

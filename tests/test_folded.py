@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from folded_blocks import SPEC, SPECS, but, weights, worst
+from folded_blocks import SPEC, SPECS, but
 from hypothesis import given
 from hypothesis import strategies as st
+from spec_weights import weights, worst
 
 from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.kernels.choice import FOLDER, choose, serving, table
@@ -93,11 +94,11 @@ def test_refuses_fields_that_it_has_never_heard_of() -> None:
 
 def test_refuses_other_devices_and_dtypes() -> None:
     target = FoldedTarget()
-    found = [target.accepts(SPEC, context) for context in (Context("cpu", "float32"), Context("cuda", "float8_e4m3fn"))]
-    assert found[0] == Refusal("the folded kernels run on cuda; this model is on cpu")
+    found = [target.accepts(SPEC, context) for context in (Context("mps", "float32"), Context("cuda", "float8_e4m3fn"))]
+    assert found[0] == Refusal("the folded kernels run on cuda and cpu; this model is on mps")
     assert found[1] == Refusal("dtype float8_e4m3fn is none of bfloat16, float16, float32")
-    with pytest.raises(UnsupportedError, match="mlp: the folded kernels run on cuda"):
-        target.build(SPEC, weights(SPEC), prefix="mlp")
+    with pytest.raises(UnsupportedError, match="mlp: the folded kernels run on cuda and cpu; this model is on meta"):
+        target.build(SPEC, weights(SPEC, device="meta"), prefix="mlp")
 
 
 def test_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

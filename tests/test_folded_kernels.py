@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from folded_blocks import SPEC, SPECS, clear_tokens, tolerance, weights, worst
+from folded_blocks import SPEC, SPECS, clear_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spec_weights import tolerance, weights, worst
 
 from moe_surgery.errors import GradientError
 from moe_surgery.spec import MoESpec
@@ -52,7 +53,7 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
     from moe_surgery.kernels.choice import table
     from moe_surgery.kernels.launch import run
 
-    tensors, terms = weights(spec, dtype, DEVICE), terms_of(spec)
+    tensors, terms = weights(spec, dtype, device=DEVICE), terms_of(spec)
     x = clear_tokens(spec, tensors, tokens)
     choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
     got = run(x, fold(tensors, spec), terms, choice)
@@ -65,7 +66,7 @@ def test_a_nan_stays_with_its_token() -> None:
     from moe_surgery.kernels.choice import table
     from moe_surgery.kernels.launch import run
 
-    tensors, terms = weights(SPEC, torch.float32, DEVICE), terms_of(SPEC)
+    tensors, terms = weights(SPEC, torch.float32, device=DEVICE), terms_of(SPEC)
     x = clear_tokens(SPEC, tensors, 4)
     wanted = reference.forward(SPEC, tensors, x, torch.float64)
     x[1, 5] = torch.nan
@@ -91,7 +92,7 @@ def test_the_grid_holds_every_block_of_rows(tokens: int, size: int, data: st.Dat
 
 @gpu
 def test_the_block_keeps_its_guards_and_its_input() -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
     x = torch.randn(2, 3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
     copy = x.clone()
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_the_block_keeps_its_guards_and_its_input() -> None:
 @gpu
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_a_graph_gives_the_same_bits_every_time(tokens: int) -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
     x = torch.randn(tokens, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = block(x)
@@ -121,7 +122,7 @@ def test_a_graph_gives_the_same_bits_every_time(tokens: int) -> None:
 
 @gpu
 def test_compiles_into_one_graph() -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, "cuda"), prefix="mlp")
+    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
     x = torch.randn(3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         compiled = torch.compile(block, fullgraph=True)

@@ -173,9 +173,11 @@ def test_what_cant_be_installed_leaves_nothing_behind(tmp_path: Path, plan: Plan
         swapped(model)
 
     other, used = tmp_path / "other", tmp_path / "used"
-    for what, run in (([bad], None), (["nonsense"], None), (replace(plan, steps=()), other), (None, used)):
+    cases = [([bad], None, "auto"), (["nonsense"], None, "auto"), (replace(plan, steps=()), other, "auto")]
+    cases += [(None, used, "auto"), (None, None, "nonsense"), (plan, None, "folded")]
+    for what, run, target in cases:
         with pytest.raises(UsageError):
-            moe_surgery.install(what, run=run)
+            moe_surgery.install(what, run=run, target=target)
         assert PreTrainedModel.__dict__["from_pretrained"] is before
         assert VARIABLE not in os.environ
 

@@ -16,7 +16,7 @@ from moe_surgery.engine.orders import SCHEMA, VARIABLE, Orders
 from moe_surgery.errors import UsageError
 
 HEAVY = "('torch', 'transformers', 'vllm', 'moe_surgery.engine.seam')"
-FULL = Orders("/r", ("generic", "/p/x.toml"), "/p/plan.json", "all", "keep")
+FULL = Orders("/r", ("generic", "/p/x.toml"), "/p/plan.json", "all", "keep", "folded")
 
 
 def changed(**fields: object) -> str:
@@ -54,6 +54,7 @@ def test_orders_are_looked_for_in_this_process(monkeypatch: pytest.MonkeyPatch) 
         (changed(prove="none"), "prove can't be 'none'"),
         (changed(prove=["all"]), "prove can't be"),
         (changed(on_failure="ignore"), "on_failure can't be 'ignore'"),
+        (changed(target="nonsense"), "target can't be 'nonsense'"),
     ],
 )
 def test_orders_that_cant_be_read_are_one_clear_error(text: str, message: str) -> None:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_surgery.errors import PackError
-from moe_surgery.find.clauses import FACTS, At, Installed, Reads
+from moe_surgery.find.clauses import At, Installed, Reads
 from moe_surgery.find.config import Key
+from moe_surgery.find.facts import FACTS
 from moe_surgery.packfile import load_pack, parse_pack
 from moe_surgery.packs import Expect, Pack, Rule
 from moe_surgery.tomllines import Path as KeyPath

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof_blocks import DTYPES, TALKER, THINKER, weights
+from proof_blocks import DTYPES, TALKER, THINKER
+from spec_weights import weights
 
 from moe_surgery.prove.metrics import Truth, luck, route, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes

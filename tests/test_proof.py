@@ -12,18 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from proof_blocks import (
-    DTYPES,
-    ROUTED_MISTAKES,
-    SHARED_MISTAKES,
-    TALKER,
-    THINKER,
-    PlainBlock,
-    judge,
-    reference,
-    weights,
-    wrong,
-)
+from proof_blocks import DTYPES, ROUTED_MISTAKES, SHARED_MISTAKES, TALKER, THINKER, PlainBlock, judge, reference, wrong
+from spec_weights import weights
 from test_reference import omni_block, specs
 from torch import Tensor
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from proof_blocks import TALKER, PlainBlock, judge, reference, weights, wrong
+from proof_blocks import TALKER, PlainBlock, judge, reference, wrong
+from spec_weights import weights
 from torch import Tensor
 
 from moe_surgery.prove.proof import prove

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof_blocks import TALKER, THINKER, PlainBlock, weights
+from proof_blocks import TALKER, THINKER, PlainBlock
+from spec_weights import weights
 from torch import Tensor
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
@@ -60,7 +61,7 @@ def specs(draw: st.DrawFn) -> MoESpec:
 @settings(max_examples=60, deadline=None)
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_it_agrees_with_a_second_implementation(spec: MoESpec, seed: int) -> None:
-    tensors, x = weights(spec, torch.float64, seed), tokens(spec)
+    tensors, x = weights(spec, torch.float64, seed=seed), tokens(spec)
     # Both add some hundred terms of size 1 in float64, in different orders; a relu may leave nothing of them.
     block = PlainBlock(spec, tensors)
     block.scores_dtype = torch.float64

@@ -399,5 +399,14 @@ def test_a_slower_block_is_called_slower() -> None:
         "MoE block 2.0× faster at 1 token, 3.0× slower at 64 tokens (median of 30 calls in turns, a.0)"
     )
     assert json.loads(dumps(speed.to_json()))["samples"][1] == {
-        "tokens": 64, "calls": 30, "old": 1.0, "new": 3.0, "ratio": pytest.approx(1 / 3),
+        "tokens": 64, "sequences": 1, "calls": 30, "old": 1.0, "new": 3.0, "ratio": pytest.approx(1 / 3),
     }  # fmt: skip
+
+
+def test_steps_are_told_by_their_sequences() -> None:
+    samples = (timing.Sample(1, 1, 2.0, 1.0), timing.Sample(1, 5, 1.0, 3.0, sequences=8))
+    speed = timing.Speed("talker", samples, "decode step")
+    assert speed.sentence() == (
+        "decode step 2.0× faster at 1 sequence, 3.0× slower at 8 sequences (median of 1 call in turns, talker)"
+    )
+    assert {key: speed.to_json()[key] for key in ("part", "what")} == {"part": "talker", "what": "decode step"}

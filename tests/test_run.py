@@ -124,9 +124,10 @@ def test_the_child_has_the_orders(tmp_path: Path) -> None:
     pack = tmp_path / "pack.toml"
     pack.write_text('[pack]\nname = "p"\nversion = "1"\n[[rule]]\nname = "r"\nfind.path = "**"\n')
     flags = ("--pack", "generic", "--pack", os.path.relpath(pack), "--prove", "all", "--on-failure", "keep")
+    flags += ("--target", "folded")
     show = python(f"import os; print(os.environ[{VARIABLE!r}]); print(os.environ['PYTHONPATH'])")
     orders, path = run(*flags, "--run", tmp_path / "run", command=show, exit_code=15, PYTHONPATH="/a").stdout.split()
-    wanted = Orders(str(tmp_path / "run"), ("generic", str(pack)), None, "all", "keep")
+    wanted = Orders(str(tmp_path / "run"), ("generic", str(pack)), None, "all", "keep", "folded")
     assert Orders.from_env({VARIABLE: orders}) == wanted
     assert path == f"{SITE}:/a"
 
@@ -136,6 +137,8 @@ def test_the_child_has_the_orders(tmp_path: Path) -> None:
     [
         (("--pack", "nonsense"), 'no pack is named "nonsense"'),
         (("--plan", "nowhere.json"), "nowhere.json: not a plan"),
+        (("--plan", "nowhere.json", "--target", "vllm"), "is a plan, which says what is built; --target vllm would"),
+        (("--target", "nonsense"), "no target is named 'nonsense'"),
         (("--run", "/proc/none"), "can't make /proc/none"),
     ],
 )

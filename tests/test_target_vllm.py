@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from vllm_blocks import DTYPES, SPEC, TARGET, build, tokens, tolerance, weights, worst
+from spec_weights import tolerance, weights, worst
+from vllm_blocks import DTYPES, SPEC, TARGET, build, tokens
 
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets import reference

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from vllm_blocks import DTYPES, SPEC, TARGET, build, weights
+from spec_weights import weights
+from vllm_blocks import DTYPES, SPEC, TARGET, build
 
 from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.spec import MoESpec

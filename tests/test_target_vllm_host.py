@@ -17,8 +17,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed
+from spec_weights import tolerance, weights, worst
 from torch import nn
-from vllm_blocks import SPEC, TARGET, build, tokens, tolerance, weights, worst
+from vllm_blocks import SPEC, TARGET, build, tokens
 
 from moe_surgery.targets import reference
 from moe_surgery.weights.tensors import BlockTensors

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_surgery.cli import exits, launching, operating, reading, testing, tools
+from moe_surgery.cli import benching, exits, launching, operating, reading, testing, tools
 from moe_surgery.cli.command import grouped
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import (
@@ -162,14 +162,32 @@ def bench(
     tokens: Annotated[
         list[int] | None,
         typer.Option(
-            "--tokens", metavar="N", min=1, help="Tokens of a call; repeatable.", show_default="1, 8, 64, 512"
+            "--tokens",
+            metavar="N",
+            min=1,
+            help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
+            show_default="1, 8, 64, 512",
         ),
     ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch", metavar="N", min=1, help="Sequences of a decoding step; repeatable.", show_default="1, 8"
+        ),
+    ] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Time the steps of a vLLM engine instead, with surgery and without.")
+    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="With --engine: no compilation and no graphs.")] = False,
     svg: Svg = None,
 ) -> None:
-    """Time each kind of MoE block of MODEL before and after: loaded, replaced, proven, timed, and put back."""
+    """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
     job = operating.Job(model, choice, loading, proof, trust, svg=svg)
-    run(output, lambda screen: operating.bench(screen, job, tokens or (1, 8, 64, 512)))
+    times = benching.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
+    if engine:
+        run(output, lambda screen: benching.bench_engine(screen, job, times, eager=eager))
+    else:
+        run(output, lambda screen: benching.bench(screen, job, times, eager=eager))
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -193,13 +211,17 @@ def run_command(
     on_failure: Annotated[
         OnFailure, typer.Option("--on-failure", help="Stop, or keep the model as it was and say so.")
     ] = OnFailure.stop,
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="What to build; engines take auto, folded and vllm.")
+    ] = "auto",
     folder: Annotated[
         Path | None,
         typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
     ] = None,
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
-    job = launching.Launch(tuple(command), tuple(pack) if pack else None, plan, prove.value, on_failure.value, folder)
+    packs = tuple(pack) if pack else None
+    job = launching.Launch(tuple(command), packs, plan, prove.value, on_failure.value, target, folder)
     run(output, lambda screen: launching.launch(screen, job), shared=True)
 
 

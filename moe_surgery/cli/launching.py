@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from moe_surgery.cli import exits
 from moe_surgery.cli.screen import Screen
-from moe_surgery.errors import SurgeryError
+from moe_surgery.errors import SurgeryError, UsageError
+from moe_surgery.targets import NAMES
 
 if TYPE_CHECKING:
     from moe_surgery.engine.orders import Orders
@@ -29,6 +30,7 @@ class Launch:
     plan: Path | None
     prove: Literal["sample", "all"]
     on_failure: Literal["stop", "keep"]
+    target: str
     run: Path | None
 
 
@@ -78,7 +80,11 @@ def _orders(job: Launch) -> Orders:
     from moe_surgery.registry import load_packs
 
     load_packs(job.packs)
+    if job.target not in NAMES:
+        raise UsageError(f"no target is named {job.target!r} (there are {', '.join(NAMES)})")
     if job.plan is not None:
+        if job.target != "auto":
+            raise UsageError(f"{job.plan} is a plan, which says what is built; --target {job.target} would change it")
         from moe_surgery.operate.plan import Plan
 
         Plan.load(job.plan)
@@ -86,7 +92,7 @@ def _orders(job: Launch) -> Orders:
     if job.packs is not None:
         packs = tuple(os.path.abspath(pack) if pack.endswith(".toml") else pack for pack in job.packs)
     plan = None if job.plan is None else os.path.abspath(job.plan)
-    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure)
+    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target)
 
 
 def _folder() -> str:

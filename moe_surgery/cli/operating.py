@@ -63,10 +63,10 @@ def apply(screen: Screen, job: Job) -> int:
     import moe_surgery
 
     prompt = _prompt(job.generate)
-    plan = _saved_plan(job)
+    plan = saved_plan(job)
     name = plan.model if plan else job.model
-    with screen.progress() as progress, _named(name):
-        opened = _load(job, name, progress)
+    with screen.progress() as progress, named(name):
+        opened = load(job, name, progress)
         before = _greedy(opened.module, prompt, job.new_tokens, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
@@ -79,7 +79,7 @@ def apply(screen: Screen, job: Job) -> int:
             **({} if plan else job.choice.as_plan()),
         )
         tokens = Tokens(before, _greedy(opened.module, prompt, job.new_tokens, progress))
-        speeds = _speeds(report, progress)
+        speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
     failed = not tokens.equal and rounded is None
     report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
@@ -101,10 +101,10 @@ def verify(screen: Screen, job: Job) -> int:
     """Load, prove and report; nothing is replaced."""
     import moe_surgery
 
-    plan = _saved_plan(job)
+    plan = saved_plan(job)
     name = plan.model if plan else job.model
-    with screen.progress() as progress, _named(name):
-        opened = _load(job, name, progress)
+    with screen.progress() as progress, named(name):
+        opened = load(job, name, progress)
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -122,33 +122,7 @@ def verify(screen: Screen, job: Job) -> int:
     return report.exit_code
 
 
-def bench(screen: Screen, job: Job, tokens: Sequence[int]) -> int:
-    """Load, operate, time each kind of block against its original, and put the originals back."""
-    import moe_surgery
-
-    plan = _saved_plan(job)
-    name = plan.model if plan else job.model
-    with screen.progress() as progress, _named(name):
-        opened = _load(job, name, progress)
-        progress.phase("operating")
-        report = moe_surgery.apply(
-            opened.module,
-            plan,
-            margin=job.proof.margin,
-            seed=job.proof.seed,
-            on_progress=progress.step,
-            **({} if plan else job.choice.as_plan()),
-        )
-        speeds = _speeds(report, progress, tokens)
-        moe_surgery.undo(report)
-    notes = [("speed", speed.sentence()) for speed in speeds]
-    screen.report(
-        report.but(model=name), notes=notes, more={"speed": [speed.to_json() for speed in speeds]}, svg=job.svg
-    )
-    return report.exit_code
-
-
-def _saved_plan(job: Job) -> Plan | None:
+def saved_plan(job: Job) -> Plan | None:
     """The plan if the argument is a file. A plan is applied as it was reviewed, so flags that choose are refused."""
     path = Path(job.model)
     if not path.is_file() and path.suffix != ".json":
@@ -162,7 +136,7 @@ def _saved_plan(job: Job) -> Plan | None:
 
 
 @contextmanager
-def _named(model: str) -> Iterator[None]:
+def named(model: str) -> Iterator[None]:
     """Let the report of an error call the model what the user calls it, not what its config does."""
     try:
         yield
@@ -172,7 +146,7 @@ def _named(model: str) -> Iterator[None]:
         raise
 
 
-def _load(job: Job, model: str, progress: Progress) -> Opened:
+def load(job: Job, model: str, progress: Progress) -> Opened:
     from moe_surgery.load import load_model
 
     progress.phase(f"loading {model}")
@@ -202,7 +176,7 @@ def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress
     return greedy_tokens(module, prompt, count)
 
 
-def _speeds(report: Report, progress: Progress, tokens: Sequence[int] | None = None) -> list[Speed]:
+def block_speeds(report: Report, progress: Progress, tokens: Sequence[int] | None = None) -> list[Speed]:
     """Old against new, for the first replaced block of every kind whose original is still there."""
     from moe_surgery.report.timing import TOKENS, measure_blocks
 

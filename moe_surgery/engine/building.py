@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.router.router_factory import create_fu
 from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
 from moe_surgery.engine.folding import Chosen, FoldedLogits
 from moe_surgery.engine.layer_book import LayerBook
-from moe_surgery.engine.lens import Routed
+from moe_surgery.engine.routed import Routed
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
 from moe_surgery.spec import MoESpec
@@ -108,15 +108,15 @@ def _routing(block: nn.Module, reading: Reading, dtype: torch.dtype) -> Routing:
 def _folded(item: EngineSite, reading: Reading) -> tuple[str, MoERunner]:
     """The child that holds the routed experts, and a new runner with the shared expert among them."""
     block, spec, layout = item.site.module, reading.spec, reading.layout
-    assert layout.shared is not None
-    first = owner(block, layout.experts[0].down).weight if item.routed is None else item.routed.runner.routed_experts.w2_weight
-    assert isinstance(first, Tensor)
     if item.routed is None:
         child = layout.experts[0].gate.path.split(".")[0]
         name, experts = f"{item.site.path}.{child}", _mlps(block, reading)
+        first = owner(block, layout.experts[0].down).weight
     else:
         child, old = item.routed.path, item.routed.runner
         name, experts = old.layer_name, _laid(old)
+        first = old.routed_experts.w2_weight
+    assert isinstance(first, Tensor)
     inner: Choose = _routing(block, reading, first.dtype)
     if item.routed is not None and item.routed.routes != "given":
         inner = Chosen(item.routed.runner, spec.router.scale)

@@ -22,6 +22,7 @@ from moe_surgery.packs import Pack
 from moe_surgery.registry import load_packs
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.model import Report
+from moe_surgery.targets import NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +102,7 @@ def install(
     *,
     prove: Prove = "sample",
     on_failure: OnFailure = "stop",
+    target: str = "auto",
     run: str | Path | None = None,
 ) -> Handle:
     """From now on, operate on every model that ``from_pretrained`` loads in this process, or an engine builds.
@@ -109,11 +111,16 @@ def install(
     engines alone, any other for ``from_pretrained`` alone. Engines started from here are reached in all their
     processes. A failure raises from ``from_pretrained`` and ends an engine's process, so that no half-operated model is
     handed out; with ``on_failure="keep"`` the model stays as it was, which is said on stderr and in the receipt.
-    ``prove`` says how much of an engine's model is proven: ``from_pretrained`` proves every block.
+    ``prove`` says how much of an engine's model is proven: ``from_pretrained`` proves every block. ``target`` is what
+    is built, as for :func:`moe_surgery.plan`; a plan says so itself.
 
     ``run`` is the folder that receipts go to. By default it is that of the orders this process was started with, else
-    a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already.
+    a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already,
+    if there is no such target, or if a plan is to get another.
     """
+    if target not in NAMES or (target != "auto" and isinstance(plan_or_packs, Plan)):
+        known = f"no target is named {target!r} (there are {', '.join(NAMES)})"
+        raise UsageError(known if target not in NAMES else f"a plan says what is built; it can't be {target}")
     folder = _folder(run)
     if isinstance(plan_or_packs, Plan):
         path = folder / "plan.json"
@@ -125,8 +132,8 @@ def install(
         orders = Orders(str(folder), None, str(path), prove, on_failure)
     else:
         packs = None if plan_or_packs is None else load_packs(plan_or_packs)
-        engines, loading = True, {"packs": packs}
-        orders = Orders(str(folder), _named(plan_or_packs, folder), None, prove, on_failure)
+        engines, loading = True, {"packs": packs, "target": target}
+        orders = Orders(str(folder), _named(plan_or_packs, folder), None, prove, on_failure, target)
     handle = Handle(orders)
     try:
         if loading is not None:

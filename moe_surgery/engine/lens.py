@@ -2,8 +2,10 @@
 
 Reading records a block's forward on meta tensors. vLLM's layers end in kernels, return pairs and hold one rank's share
 of a weight. Under the lens a layer known here runs a plain forward over weights of their full size, so that a block
-reads the same on every rank; everything else in the block runs as it is. A layer that means more than can be said in
-plain torch here is :class:`~moe_surgery.find.result.Unreadable`, with the reason.
+reads the same on every rank; everything else in the block runs as it is. What is one rank's part of a sum counts as an
+equal part of the whole, and a sum over n ranks as n times what is summed: so what every rank adds to a sum whole counts
+n times, as it really does. A layer that means more than can be said in plain torch here is
+:class:`~moe_surgery.find.result.Unreadable`, with the reason.
 """
 
 from __future__ import annotations
@@ -12,15 +14,13 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.fused_moe import GateLinear, MoERunner
-from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -30,35 +30,13 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
+from moe_surgery.engine.routed import ACTIVATIONS, Routed, correction_bias, find_routed, parts_of, routing
 from moe_surgery.find.result import Unreadable
-from moe_surgery.spec import Activation
-
-Routes = Literal["softmax", "own", "given"]
-"""How a routed layer chooses experts: plain softmax top-k, in a way of its own, or by ids and weights handed to it."""
 
 _LINEAR_FORWARDS = tuple(
     cls.forward
     for cls in (ReplicatedLinear, GateLinear, ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
 )
-_ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor]]] = {
-    "silu": ("silu", F.silu),
-    "gelu": ("gelu", F.gelu),
-    "gelu_tanh": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """vLLM's routed layer in a block: its path there, the layer, and how it chooses experts."""
-
-    path: str
-    runner: MoERunner
-    routes: Routes
-
-
-def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
-    """Every routed layer of vLLM's in a block, by path."""
-    return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +58,10 @@ def readable(block: nn.Module) -> Iterator[Seen]:
     meanings: dict[nn.Module, Hashable] = {}
     group = get_tp_group()
     try:
-        routed = _routed(block)
+        routed = find_routed(block)
         # Asked before any attribute of the routed layer is stood in for.
-        bias = None if routed is None else _bias(routed.runner)
-        meaning = None if routed is None else _routing(routed, block)
+        bias = None if routed is None else correction_bias(routed.runner)
+        meaning = None if routed is None else routing(routed, block)
         for module in list(block.modules()):
             stand_in = _stand_in(module, block, routed, bias)
             if stand_in is not None:
@@ -93,8 +71,7 @@ def readable(block: nn.Module) -> Iterator[Seen]:
         if routed is None or routed.routes != "given":
             saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
             vars(block)["forward"] = _flat(block.forward)
-        # With weights of their full size there are no partial sums.
-        vars(group)["all_reduce"] = lambda tensor: tensor
+        vars(group)["all_reduce"] = lambda tensor: tensor if group.world_size == 1 else tensor * group.world_size
         yield Seen(routed, meanings)
     finally:
         vars(group).pop("all_reduce", None)
@@ -118,58 +95,11 @@ def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return flat
 
 
-def _routed(block: nn.Module) -> Routed | None:
-    found = routed_layers(block)
-    if not found:
-        return None
-    if len(found) > 1:
-        raise Unreadable(f"it has {len(found)} routed layers: {', '.join(path for path, _ in found)}")
-    path, runner = found[0]
-    _check_runner(runner)
-    return Routed(path, runner, _routes(runner))
-
-
-def _check_runner(runner: MoERunner) -> None:
-    """Refuse what a routed layer may compute beyond its experts' weighted sum."""
-    experts, config = runner.routed_experts, runner.moe_config
-    method = experts.quant_method
-    if type(method) is not UnquantizedFusedMoEMethod:
-        raise Unreadable(f"its experts are quantised ({type(method).__name__})")
-    if experts.activation.value not in _ACTIVATIONS:
-        raise Unreadable(f"its experts' activation is {experts.activation.value}")
-    held = {
-        "a transform around its routed experts": runner.routed_input_transform or runner.routed_output_transform,
-        "a gate for the shared expert inside its routed layer": runner.shared_expert_gate,
-        "biases in its experts": config.has_bias,
-        "a clamp in its experts": experts.swiglu_limit or experts.swiglu_alpha or experts.swiglu_beta,
-        "router weights on its experts' inputs": experts.apply_router_weight_on_input,
-        "zero experts": isinstance(runner.router, ZeroExpertRouter),
-        "hash routing": config.has_hash_routing,
-        "experts under LoRA": config.is_lora_enabled,
-    }
-    for what, value in held.items():
-        if value:
-            raise Unreadable(f"it has {what}")
-
-
-def _routes(runner: MoERunner) -> Routes:
-    if type(runner) is not MoERunner:  # of the Transformers backend: ids and weights come from the model's own router
-        if type(runner).__name__ != "TransformersMoERunner":
-            raise Unreadable(f"its routed layer is a {type(runner).__name__}")
-        return "given"
-    experts = runner.routed_experts
-    plain = experts.scoring_func == "softmax" and not experts.use_grouped_topk
-    return "softmax" if plain and _bias(runner) is None and experts.custom_routing_function is None else "own"
-
-
-def _bias(runner: MoERunner) -> Tensor | None:
-    """The correction bias that a router adds to scores before it chooses."""
-    bias: Tensor | None = runner.routed_experts.e_score_correction_bias
-    return bias
-
-
 def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: Tensor | None) -> dict[str, Any] | None:
     """The attributes that make a known layer plain; None for any other module."""
+    known = isinstance(module, (LinearBase, CustomOp, MoERunner))
+    if known and ("forward" in vars(module) or (isinstance(module, CustomOp) and _overridden(module))):
+        raise Unreadable(f"its {type(module).__name__} has a forward of its own")
     if isinstance(module, LinearBase):
         return _linear(module, bias)
     if isinstance(module, CustomOp):
@@ -183,23 +113,25 @@ def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: 
     return None
 
 
+def _overridden(module: CustomOp) -> bool:
+    """Whether a layer's class does more than choose between the forwards that all such layers have."""
+    return type(module).forward is not CustomOp.forward
+
+
 def _meaning(module: nn.Module, stand_in: dict[str, Any]) -> Hashable:
-    """All that a stand-in's forward depends on beside the elements of its weights, and what :func:`_routing` says."""
+    """All that a stand-in's forward depends on beside the elements of its weights, and the routing."""
     weights = tuple((name, tuple(p.shape), p.dtype) for name, p in stand_in.get("_parameters", {}).items())
     more: tuple[Hashable, ...] = tuple(stand_in.get("_modules", ()))
     if isinstance(module, LinearBase):
-        more = getattr(module, "out_dtype", None), module.return_bias
+        more = (
+            getattr(module, "out_dtype", None),
+            module.return_bias,
+            module.tp_size,
+            getattr(module, "reduce_results", True),
+        )
     elif isinstance(module, CustomOp):  # runs a forward of its own
         more = tuple(item for item in sorted(vars(module).items()) if _is_plain(item[1]))
     return type(module), weights, more
-
-
-def _routing(routed: Routed, block: nn.Module) -> Hashable:
-    """What a routed layer's forward depends on beside its weights."""
-    runner, experts = routed.runner, routed.runner.routed_experts
-    gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
-    chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
-    return *chosen, gate, experts.activation.value
 
 
 def _is_plain(value: Any) -> bool:
@@ -209,7 +141,7 @@ def _is_plain(value: Any) -> bool:
 def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
     if type(module).forward not in _LINEAR_FORWARDS:
         raise Unreadable(f"{type(module).__name__} is a linear layer with a forward of its own")
-    if type(module.quant_method) is not UnquantizedLinearMethod:
+    if type(module.quant_method) is not UnquantizedLinearMethod or "apply" in vars(module.quant_method):
         raise Unreadable(f"its {type(module).__name__} is quantised ({type(module.quant_method).__name__})")
     if module.skip_bias_add and module.has_bias:
         raise Unreadable(f"its {type(module).__name__} hands its bias to others")
@@ -219,12 +151,14 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
     # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
     own |= {name: p for name, p in module._parameters.items() if p is not None and name not in own and p is not bias}
     dtype = getattr(module, "out_dtype", None)
+    parts = module.tp_size if isinstance(module, RowParallelLinear) and not module.reduce_results else 1
 
     def forward(self: nn.Module, input_: Tensor) -> Tensor | tuple[Tensor, None]:
         weight = self._parameters["weight"]
         assert weight is not None
         y = F.linear(input_.to(weight.dtype), weight, self._parameters.get("bias"))
         y = y if dtype is None else y.to(dtype)
+        y = y if parts == 1 else y / parts
         return (y, None) if module.return_bias else y
 
     return {"forward": MethodType(forward, module), "_parameters": own}
@@ -242,8 +176,8 @@ def _experts(runner: MoERunner) -> dict[str, Any]:
 def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
     runner = routed.runner
     experts, top_k, scale = runner.routed_experts, runner.moe_config.experts_per_token, runner.routed_scaling_factor
-    _, act = _ACTIVATIONS[experts.activation.value]
-    gate = runner.gate
+    _, act = ACTIVATIONS[experts.activation.value]
+    gate, parts = runner.gate, parts_of(runner)
     inside: dict[str, nn.Module] = {"routed_experts": experts}
     if gate is not None and not any(module is gate for module in _beside(block, runner)):
         inside["gate"] = gate
@@ -254,6 +188,7 @@ def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
         gate_half, up_half = (w13[ids] @ x[:, None, :, None]).squeeze(-1).chunk(2, dim=-1)
         outputs = (w2[ids] @ (act(gate_half) * up_half).unsqueeze(-1)).squeeze(-1)
         out = (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        out = out if parts == 1 else out / parts
         return out if scale == 1.0 else out * scale
 
     def forward(

@@ -79,7 +79,7 @@ def _act_as_ordered(model: PreTrainedModel) -> None:
 
         arguments["plan"] = Plan.load(orders.plan)
     else:
-        arguments["packs"] = orders.packs
+        arguments |= {"packs": orders.packs, "target": orders.target}
     operate(model, orders.run, arguments, orders.on_failure)
 
 

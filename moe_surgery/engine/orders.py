@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moe_surgery.errors import UsageError
+from moe_surgery.targets import NAMES
 
 VARIABLE = "MOE_SURGERY_ORDERS"
 SCHEMA = "moe-surgery/orders/1"
@@ -27,7 +28,7 @@ class Orders:
     ``run`` is the absolute path of the folder that receipts go to. ``packs`` are names of installed packs or absolute
     paths of ``.toml`` files, None for all installed. ``plan`` is the absolute path of a saved plan that must fit.
     ``prove`` says how much of an engine's model is proven. ``on_failure`` is "stop", or "keep" to go on with the model
-    as it was, saying so.
+    as it was, saying so. ``target`` is what is built where packs decide; a plan says so itself.
     """
 
     run: str
@@ -35,6 +36,7 @@ class Orders:
     plan: str | None = None
     prove: Prove = "sample"
     on_failure: OnFailure = "stop"
+    target: str = "auto"
 
     def to_env(self) -> str:
         """The value of the variable ``MOE_SURGERY_ORDERS``."""
@@ -67,6 +69,7 @@ class Orders:
             "plan": lambda value: value is None or _is_absolute(value),
             "prove": lambda value: value in get_args(Prove),
             "on_failure": lambda value: value in get_args(OnFailure),
+            "target": lambda value: value in NAMES,
         }
         if fields.keys() != checks.keys():
             raise ValueError(f"the fields {', '.join(checks)} wanted, {', '.join(fields) or 'none'} found")

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from moe_surgery.engine.blocks import unfit
+from moe_surgery.engine.folding import not_folded
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.errors import PlanError
@@ -20,7 +21,9 @@ from moe_surgery.packs import Pack
 from moe_surgery.registry import load_packs
 from moe_surgery.report.model import Step
 
-TARGET = "vllm"
+AUTO = "auto"
+LAYER, FOLDED = "vllm", "folded"
+"""What engines take: the shared-fused layer, or the shared expert among the routed ones."""
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -33,14 +36,20 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     checkpoint = checkpoint_config(config)
     matches = {item.site.path: _match(item, packs, checkpoint) for item in sites}
     obstacle = _obstacle(config)
-    steps = tuple(_decide(item, matches[item.site.path], packs, obstacle, config) for item in sites)
-    plan = Plan(f"{ENGINE_PLAN}{architecture}", TARGET, steps)
+    given = None if orders.plan is None else Plan.load(orders.plan)
+    target = orders.target if given is None else given.target
+    # A rule's own target wins where nobody chose one.
+    wanted = {
+        rule.full_name: rule.target if rule.target and target == AUTO else target for p in packs for rule in p.rules
+    }
+    steps = tuple(_decide(item, matches[item.site.path], wanted, obstacle, config) for item in sites)
+    plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps)
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
         check_expectations(plan, matched, packs, checkpoint, Selection())
-    if orders.plan is not None:
-        _check_same(Plan.load(orders.plan), plan, orders.plan, whole=whole)
+    if given is not None and orders.plan is not None:
+        _check_same(given, plan, orders.plan, whole=whole)
     return plan
 
 
@@ -71,7 +80,11 @@ def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match
 
 
 def _decide(
-    item: EngineSite, match: Match | Miss | None, packs: Sequence[Pack], obstacle: str | None, config: VllmConfig
+    item: EngineSite,
+    match: Match | Miss | None,
+    targets: Mapping[str, str],
+    obstacle: str | None,
+    config: VllmConfig,
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
@@ -81,15 +94,18 @@ def _decide(
     rule, spec = match.rule, match.reading.spec
     if spec.shared is None and item.routed is not None and item.routed.routes != "given":
         return Step(path, kind, "kept", "vLLM's own layer, with no shared expert beside it", rule, None, spec)
-    wanted = next(rule_.target for pack in packs for rule_ in pack.rules if rule_.full_name == rule)
-    if wanted not in (None, TARGET):
-        return Step(
-            path, kind, "kept", f"{rule} asks for the target {wanted}, which engines don't take", rule, None, spec
-        )
+    wanted = targets[rule]
+    if wanted not in (AUTO, LAYER, FOLDED):
+        return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
     reason = obstacle or unfit(item, config)
     if reason is not None:
-        return Step(path, kind, "refused", reason, rule, TARGET, spec)
-    return Step(path, kind, "replaced", spec.sentence(), rule, TARGET, spec)
+        return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
+    if wanted != FOLDED:
+        return Step(path, kind, "replaced", spec.sentence(), rule, LAYER, spec)
+    reason = not_folded(item)
+    if reason is not None:
+        return Step(path, kind, "replaced", f"{spec.sentence()} · not folded: {reason}", rule, LAYER, spec)
+    return Step(path, kind, "replaced", spec.sentence(), rule, FOLDED, spec)
 
 
 def _obstacle(config: VllmConfig) -> str | None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 
+from moe_surgery.engine.agreement import Ranks
 from moe_surgery.engine.blocks import copies, owner
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.prove.proof import prove_swapped
@@ -50,49 +52,71 @@ class Exam:
     path: str
     spec: MoESpec
     small: BlockTensors
+    ranks: Ranks
     verdict: Verdict | None = None
     seconds: float = 0.0
 
 
-def prepare(item: EngineSite) -> Exam:
+def prepare(item: EngineSite, ranks: Ranks) -> Exam:
     """Take copies of what must be known of a block before it is rebuilt and its weights are laid out anew."""
     assert item.reading is not None
     spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
-    return Exam(item.site.path, spec, _small(block, layout, _routing(item)))
+    return Exam(item.site.path, spec, _small(block, layout, _routing(item), ranks), ranks)
 
 
-def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> None:
-    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``."""
+def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[str], None]) -> None:
+    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged."""
     experts = runner.routed_experts
     method = experts.quant_method
     lay_out = method.process_weights_after_loading
 
     def lay_out_and_prove(layer: nn.Module) -> None:
         del method.process_weights_after_loading  # the instance's, which is this function
-        started, ranks = time.perf_counter(), get_tp_group().world_size
-        ground = survey(exam.spec, _with_experts(exam, experts, runner.moe_config), seed=0, ranks=ranks)
+        started = time.perf_counter()
+        ground = survey(exam.spec, _with_experts(exam, experts, runner.moe_config), seed=0, ranks=exam.ranks.size)
         exam.seconds += time.perf_counter() - started
         lay_out(layer)
         started = time.perf_counter()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(_asked(block, runner, config), ground)
+            exam.verdict = prove_swapped(_asked(exam, block, runner, config), ground)
         exam.seconds += time.perf_counter() - started
+        exam.ranks.stand()  # or the verdict is about what another rank didn't do
+        judge(exam.path)
 
     method.process_weights_after_loading = lay_out_and_prove
 
 
-def _asked(block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+def _asked(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+    asked = 0
+
     def ask(x: Tensor) -> Tensor:
-        tokens = x.numel() // x.shape[-1]
+        nonlocal asked
+        asked += 1
+        question, tokens = f"question {asked} to {exam.path}", x.numel() // x.shape[-1]
         try:
-            with torch.inference_mode(), set_forward_context(None, config, num_tokens=tokens):
+            with (
+                torch.inference_mode(),
+                _uncompiled(),
+                set_forward_context(None, config, num_tokens=tokens),
+                exam.ranks.summing(f"the answer to {question}"),
+            ):
                 out: Tensor = block(x.contiguous())
-        except BaseException:
+        except BaseException as error:
             drop_shared_output(runner)
+            if isinstance(error, Exception):  # A block may refuse a question, if it does so on all ranks.
+                exam.ranks.meet(f"where {question} raised {type(error).__name__}: {error}")
             raise
         return out.clone()
 
     return ask
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """On CPU the engine's graphs go through the whole block: an operator compiled by itself here would be thrown away.
+
+    On a GPU they stop at the layer, and what is compiled within it is what will serve.
+    """
+    return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
 
 
 def _routing(item: EngineSite) -> OwnRouting | None:
@@ -108,7 +132,7 @@ def _routing(item: EngineSite) -> OwnRouting | None:
     return choose
 
 
-def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> BlockTensors:
+def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None, ranks: Ranks) -> BlockTensors:
     """Router and shared expert, in full size, as copies; the experts are still empty."""
     router = _matrix(block, layout.router)
     shared = layout.shared
@@ -116,9 +140,9 @@ def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None) -> Bloc
         router=router,
         w13=router.new_empty(0),
         w2=router.new_empty(0),
-        shared_gate_proj=_rows(block, shared.gate) if shared else None,
-        shared_up_proj=_rows(block, shared.up) if shared else None,
-        shared_down_proj=_columns(block, shared.down) if shared else None,
+        shared_gate_proj=_rows(block, shared.gate, ranks) if shared else None,
+        shared_up_proj=_rows(block, shared.up, ranks) if shared else None,
+        shared_down_proj=_columns(block, shared.down, ranks) if shared else None,
         shared_gate=_matrix(block, layout.shared_gate) if layout.shared_gate else None,
         copied=True,
         routing=routing,
@@ -132,13 +156,15 @@ def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
 
     What lies behind them is the shared expert, where it was folded.
     """
-    width, hidden, count = config.intermediate_size_per_partition_unpadded, exam.spec.hidden, exam.spec.experts.num_experts
+    width, hidden = config.intermediate_size_per_partition_unpadded, exam.spec.hidden
+    count = exam.spec.experts.num_experts
     w13, w2 = experts.w13_weight.data[:count], experts.w2_weight.data[:count]
     half = w13.shape[1] // 2
-    if get_tp_group().world_size > 1 or (half, w13.shape[2]) != (width, hidden):
+    ranks = exam.ranks
+    if ranks.size > 1 or (half, w13.shape[2]) != (width, hidden):
         gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]
-        w13 = torch.cat([_gathered(gate, 1), _gathered(up, 1)], dim=1)
-        w2 = _gathered(w2[:, :hidden, :width], 2)
+        w13 = torch.cat([ranks.gather(gate, 1), ranks.gather(up, 1)], dim=1)
+        w2 = ranks.gather(w2[:, :hidden, :width], 2)
     return replace(exam.small, w13=w13, w2=w2)
 
 
@@ -151,28 +177,15 @@ def _vector(block: nn.Module, piece: Piece | None) -> Tensor | None:
     return None if piece is None else weight(block, piece.path).reshape(-1).clone()
 
 
-def _rows(block: nn.Module, piece: Piece) -> Tensor:
+def _rows(block: nn.Module, piece: Piece, ranks: Ranks) -> Tensor:
     """A matrix whose rows may be shared out over the ranks."""
-    layer = owner(block, piece)
-    weight, ranks = _matrix(block, piece), _ranks_of(layer)
-    begin, end = piece.rows or (0, weight.shape[0] * ranks)
-    part = weight[begin // ranks : end // ranks]
-    return _gathered(part, 0) if ranks > 1 else part.clone()
+    weight, shares = _matrix(block, piece), ranks.size // copies(owner(block, piece))
+    begin, end = piece.rows or (0, weight.shape[0] * shares)
+    part = weight[begin // shares : end // shares]
+    return ranks.gather(part, 0) if shares > 1 else part.clone()
 
 
-def _columns(block: nn.Module, piece: Piece) -> Tensor:
+def _columns(block: nn.Module, piece: Piece, ranks: Ranks) -> Tensor:
     """A matrix whose columns may be shared out over the ranks."""
     weight = _matrix(block, piece)
-    return _gathered(weight, 1) if _ranks_of(owner(block, piece)) > 1 else weight
-
-
-def _ranks_of(layer: nn.Module) -> int:
-    """Over how many ranks a layer's weight is shared out."""
-    ranks = int(get_tp_group().world_size)
-    return ranks // copies(layer)
-
-
-def _gathered(part: Tensor, dim: int) -> Tensor:
-    group = get_tp_group()
-    whole: Tensor = group.all_gather(part.contiguous(), dim) if group.world_size > 1 else part
-    return whole
+    return ranks.gather(weight, 1) if copies(owner(block, piece)) < ranks.size else weight

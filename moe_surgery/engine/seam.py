@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,42 +25,25 @@ from moe_surgery.engine.receipts import Receipt
 from moe_surgery.errors import SurgeryError, UnsupportedError
 
 if TYPE_CHECKING:
+    from moe_surgery.engine.agreement import Ranks
     from moe_surgery.engine.layer_book import Snapshot
     from moe_surgery.engine.surgery import Surgery
     from moe_surgery.report.model import Report
+    from moe_surgery.targets.vllm.eras import Installed
 
 UNBUILT = "model"
 
 
 @dataclass(eq=False)
 class _Load:
-    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models.
-
-    ``told`` is whether all ranks know of a failure.
-    """
+    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models."""
 
     orders: Orders
     before: Snapshot
+    ranks: Ranks
     surgery: Surgery | None = None
     depth: int = 0
     off: bool = False
-    told: bool = False
-
-    def agree(self, error: Exception | None = None) -> None:
-        """Come together with the other ranks; raises on all of them if one has an ``error``."""
-        from moe_surgery.engine.agreement import agree
-
-        try:
-            agree(error)
-        except Exception:
-            self.told = True
-            raise
-
-    def tell(self, error: Exception) -> None:
-        """Let the other ranks know of an error that they don't know of yet."""
-        if not self.told:
-            with suppress(Exception):  # what agree raises is this very error
-                self.agree(error)
 
 
 class _Seam:
@@ -97,19 +80,23 @@ class _Seam:
         def load_model(loader: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
             if self.load is not None:
                 return original(loader, vllm_config, *args, **kwargs)
+            from moe_surgery.engine.agreement import Ranks
             from moe_surgery.engine.layer_book import LayerBook
 
             book = LayerBook(vllm_config)
-            load = self.load = _Load(self.orders, book.snapshot())
+            load = self.load = _Load(self.orders, book.snapshot(), Ranks())
             try:
                 try:
                     model = original(loader, vllm_config, *args, **kwargs)
                     report = _surgery(load).finish()
-                    load.agree()
+                    load.ranks.meet("at the end")
                 except Exception as error:
-                    load.tell(error)
+                    load.ranks.fail(error)
                     kept = load.orders.on_failure == "keep"
-                    _write(load, "unpatched" if kept else "failed", error=error)
+                    try:
+                        _write(load, "unpatched" if kept else "failed", error=error)
+                    finally:
+                        load.ranks.part()
                     if not kept:
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
@@ -143,8 +130,8 @@ class _Seam:
 
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
-                load.surgery = Surgery(model, config, load.orders, load.before)
-            load.agree()
+                load.surgery = Surgery(model, config, load.orders, load.before, load.ranks)
+            load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")
             return model
 
         return initialize_model
@@ -155,7 +142,7 @@ class _Seam:
             load = self.load
             if load is not None and not load.off and load.surgery is not None and load.surgery.model is model:
                 load.surgery.operate()
-                load.agree()
+                load.ranks.meet("where the model is operated on")
             return original(model, *args, **kwargs)
 
         return process_weights_after_loading
@@ -176,13 +163,17 @@ def engage(orders: Orders) -> None:
     from moe_surgery.targets.vllm.eras import detect
 
     with _told(orders):
-        installed = detect()
-        if installed.era.name != "D":
-            raise UnsupportedError(
-                f"vLLM {installed.version}: engines are operated on in releases 0.27 to 0.33; "
-                f"this one's layers are of era {installed.era.name} ({installed.era.releases})"
-            )
+        check_era(detect())
     _seam = _Seam(orders)
+
+
+def check_era(installed: Installed) -> None:
+    """Raise :class:`UnsupportedError` unless engines of the installed vLLM can be operated on."""
+    if installed.era.name != "D":
+        raise UnsupportedError(
+            f"vLLM {installed.version}: engines are operated on in releases 0.27 to 0.33; "
+            f"this one's layers are of era {installed.era.name} ({installed.era.releases})"
+        )
 
 
 def disengage() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from moe_surgery.engine.lens import Routed, readable
+from moe_surgery.engine.lens import readable
+from moe_surgery.engine.routed import Routed
+from moe_surgery.errors import SurgeryError
 from moe_surgery.find.check import check_site
 from moe_surgery.find.result import Reading, Site, Unreadable
 from moe_surgery.find.structure import Readings, structure
@@ -20,13 +23,15 @@ from moe_surgery.tree import find_sites
 class EngineSite:
     """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
 
-    ``routed`` is vLLM's routed layer in the block, None for a block that makes do without.
+    ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
+    block as it was read.
     """
 
     site: Site
     reading: Reading | None = None
     routed: Routed | None = None
     unread: str | None = None
+    structure: Hashable = None
 
     @property
     def swapped(self) -> bool:
@@ -63,10 +68,22 @@ def _survey(site: Site, known: Readings) -> EngineSite:
     try:
         with readable(block) as seen:
             check_site(block)
-            reading = known.once(structure(block, site.path, seen.meanings), lambda: read(block))
+            key = structure(block, site.path, seen.meanings)
+            reading = known.once(key, lambda: read(block))
     except Unreadable as error:
         return EngineSite(site, unread=str(error))
-    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed)
+    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
+
+
+def check_unchanged(item: EngineSite) -> None:
+    """Raise :class:`SurgeryError` if a block isn't the one that was read: its model may have changed it since."""
+    try:
+        with readable(item.site.module) as seen:
+            same = structure(item.site.module, item.site.path, seen.meanings) == item.structure
+    except Unreadable:
+        same = False
+    if not same:
+        raise SurgeryError(f"{item.site.path}: the block was changed after it was read, while its weights were loaded")
 
 
 def _as_routed(reading: Reading, routed: Routed | None) -> Reading:

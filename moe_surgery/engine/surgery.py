@@ -18,14 +18,15 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
+from moe_surgery.engine.agreement import Ranks
 from moe_surgery.engine.blocks import EngineBlock
 from moe_surgery.engine.building import build
 from moe_surgery.engine.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.ledger import Ledger
 from moe_surgery.engine.orders import Orders
-from moe_surgery.engine.planning import make_engine_plan
+from moe_surgery.engine.planning import FOLDED, make_engine_plan
 from moe_surgery.engine.proving import Exam, examine, prepare, to_prove
-from moe_surgery.engine.sites import EngineSite, survey
+from moe_surgery.engine.sites import EngineSite, check_unchanged, survey
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
 from moe_surgery.report.model import Report
 
@@ -35,9 +36,9 @@ KEY = "moe_surgery"
 class Surgery:
     """The operation on one model that ``initialize_model`` has just returned. ``before`` is the book before it."""
 
-    def __init__(self, model: nn.Module, config: VllmConfig, orders: Orders, before: Snapshot) -> None:
+    def __init__(self, model: nn.Module, config: VllmConfig, orders: Orders, before: Snapshot, ranks: Ranks) -> None:
         self.started = time.perf_counter()
-        self.model, self.config, self.orders, self.before = model, config, orders, before
+        self.model, self.config, self.orders, self.before, self.ranks = model, config, orders, before, ranks
         self.architecture = type(model).__name__
         if not isinstance(config.additional_config, dict):
             raise UnsupportedError(
@@ -80,18 +81,19 @@ class Surgery:
         self._ledger = Ledger({})  # the other holds the parameters that are about to go
         chosen = to_prove(self.plan.steps, everything=self.orders.prove == "all")
         book = LayerBook(self.config)
-        rules = {step.path: step.rule for step in self.plan.steps}
+        steps = {step.path: step for step in self.plan.steps}
         exchanged: dict[nn.Module, nn.Module] = {}
         with set_current_vllm_config(self.config), torch.no_grad():
             for path, item in self.items.items():
+                check_unchanged(item)
                 if path in chosen:
-                    self.exams[path] = prepare(item)
-                block = build(item, book)
-                block.rule = rules[path]
+                    self.exams[path] = prepare(item, self.ranks)
+                block = build(item, book, fold=steps[path].target == FOLDED)
+                block.rule = steps[path].rule
                 exchanged |= self._exchange(path, item.site.module, block)
                 if path in chosen:
                     runner = next(module for module in block.modules() if isinstance(module, MoERunner))
-                    examine(self.exams[path], block, runner, self.config)
+                    examine(self.exams[path], block, runner, self.config, self._judge)
         self._relist(exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
@@ -133,20 +135,27 @@ class Surgery:
                         if isinstance(member, nn.Module) and member in exchanged:
                             value[place] = exchanged[member]
 
+    def _judge(self, path: str) -> None:
+        """Raise :class:`ProofError` if the proof of a block failed or did not take place."""
+        verdict = self.exams[path].verdict
+        if verdict is None or not verdict.passed:
+            reason = "its experts were never laid out, so it was not proven" if verdict is None else verdict.reason
+            error = ProofError(f"{path}: {reason}")
+            error.report = self._report().but(exit_code=error.exit_code)
+            raise error
+
     def finish(self) -> Report:
-        """Call once the weights are laid out. Raises :class:`ProofError` if a proof failed or did not take place."""
+        """Call once the weights are laid out. Raises :class:`ProofError` if a proof did not take place."""
         if not self.done:
             raise SurgeryError("the model was loaded in a way that passed the surgery by")
+        for path in self.exams:
+            self._judge(path)
+        return self._report()
+
+    def _report(self) -> Report:
         verdicts = {path: exam.verdict for path, exam in self.exams.items()}
         steps = tuple(
             replace(step, verdict=verdicts[step.path]) if verdicts.get(step.path) else step for step in self.plan.steps
         )
         seconds = round(self.seconds + sum(exam.seconds for exam in self.exams.values()), 3)
-        report = Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)
-        for path, verdict in verdicts.items():
-            if verdict is None or not verdict.passed:
-                reason = "its experts were never laid out, so it was not proven" if verdict is None else verdict.reason
-                error = ProofError(f"{path}: {reason}")
-                error.report = report.but(exit_code=error.exit_code)
-                raise error
-        return report
+        return Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)

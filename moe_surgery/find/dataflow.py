@@ -1,4 +1,4 @@
-"""Recording what a block does: one run on meta tensors, written down as a torch.fx graph of aten operations.
+"""Writing down what a block does in one run on meta tensors, as a torch.fx graph of aten operations.
 
 Nothing is decided by names or classes. The block's own forward runs, whatever it is (a method, a closure patched onto
 the instance, code from elsewhere), with an input that has a shape but no data; every operation on that input is
@@ -16,7 +16,6 @@ recorded. Two things make control flow safe to follow:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,6 @@ from moe_surgery.find.entries import Entries, Entry, mapped, tensors, written
 from moe_surgery.find.flow import Choice, Flow, Op, Ref, Route
 from moe_surgery.find.known import Kind, Ledger, uniform
 from moe_surgery.find.result import Unfollowed, Unreadable
-from moe_surgery.find.sizes import Sizes
-from moe_surgery.find.watch import changes, watched
 
 _LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
 _READS_BACK = frozenset(
@@ -251,7 +248,7 @@ class Recorder(TorchDispatchMode):
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
         alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
-        if (tuple(output.shape) != shape and not (self.route is _no_choice and alike)) or output.dtype != self.dtype:
+        if (tuple(output.shape) != shape and not (self.route is no_choice and alike)) or output.dtype != self.dtype:
             raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
         while waiting:
@@ -288,58 +285,6 @@ def _selected(entry: Entry | None, index: Any) -> list[Any]:
     return list(entry.real.nonzero().unbind(1))
 
 
-def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Flow:
-    """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
-
-    Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
-    batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
-    depends on its size; it is made with strided leading dimensions and with gradients enabled, to be held against one
-    made without. Raises :class:`Unreadable` for anything that a record can't hold, also if the block's own code caught
-    the first exception, and :class:`Unfollowed` if the block raises an error of its own.
-    """
-    recorder = Recorder(block, dtype, route)
-    return _recorded(recorder, block, shape, plain, lambda hidden_states: (hidden_states,))
-
-
-def record_experts(
-    module: nn.Module, width: int, ids: Tensor, dtype: torch.dtype, weights_dtype: torch.dtype, *, plain: bool = False
-) -> Flow:
-    """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
-    recorder = Recorder(module, dtype, _no_choice)
-
-    def inputs(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        return hidden_states, *recorder.given(ids, weights_dtype)
-
-    return _recorded(recorder, module, (len(ids), width), plain, inputs)
-
-
-def _no_choice(rows: int, choices: int, k: int) -> Tensor:
+def no_choice(rows: int, choices: int, k: int) -> Tensor:
+    """The route of a module of experts alone."""
     raise Unreadable("its experts choose among themselves")
-
-
-def _recorded(
-    recorder: Recorder,
-    block: nn.Module,
-    shape: tuple[int, ...],
-    plain: bool,
-    inputs: Callable[[Tensor], tuple[Tensor, ...]],
-) -> Flow:
-    before = watched(block)
-    try:
-        with torch.inference_mode(False), torch.set_grad_enabled(plain):
-            arguments = inputs(recorder.input(shape, strided=plain))
-            with Sizes(recorder, marks=not plain), recorder:
-                output = block(*arguments)
-        flow = recorder.flow(output, shape)
-    except Unfollowed:
-        raise
-    except Exception as error:
-        if recorder.objections:
-            raise Unreadable(recorder.objections[0]) from error
-        raise Unfollowed(f"its forward could not be followed: {type(error).__name__}: {error}") from error
-    if recorder.objections:
-        raise Unreadable(recorder.objections[0])
-    changed = changes(before, watched(block))
-    if changed:
-        raise Unreadable(f"it keeps state between calls ({', '.join(changed[:3])} changed)")
-    return flow

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_surgery.find.clauses import (
-    ACTIVATIONS,
-    FACTS,
     At,
     Child,
     ClassNamed,
@@ -21,6 +19,7 @@ from moe_surgery.find.clauses import (
     Reads,
 )
 from moe_surgery.find.config import ROOT, Absent, Key, View
+from moe_surgery.find.facts import ACTIVATIONS, FACTS
 from moe_surgery.find.formula import Formula, FormulaError
 from moe_surgery.find.result import ChildShape, Clue, Reading, Site
 from moe_surgery.spec import MoESpec

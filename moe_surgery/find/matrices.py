@@ -13,7 +13,7 @@ from moe_surgery.find.flow import Op
 from moe_surgery.find.moves import known_places, order, parts, span
 from moe_surgery.find.result import Unreadable
 from moe_surgery.find.rows import Array, Rows, Shape, each, objects
-from moe_surgery.find.terms import Term
+from moe_surgery.find.term import Term
 from moe_surgery.weights.layout import Piece
 
 if TYPE_CHECKING:

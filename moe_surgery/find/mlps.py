@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from moe_surgery.find.result import Unreadable
-from moe_surgery.find.terms import Term
+from moe_surgery.find.term import Term
 from moe_surgery.spec import Activation, Mix
 from moe_surgery.weights.layout import MLPPieces, Piece
 

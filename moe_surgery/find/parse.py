@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_surgery.find.mlps import IDENTITY, MLPParser, MLPRead, short
+from moe_surgery.find.rankings import Ranking
 from moe_surgery.find.result import Unreadable
-from moe_surgery.find.routing import SCORED, Ranking, RouterParser, RouterRead, Weight
-from moe_surgery.find.terms import Term, Terms
+from moe_surgery.find.routing import SCORED, RouterParser, RouterRead, Weight
+from moe_surgery.find.term import Term
+from moe_surgery.find.terms import Terms
 from moe_surgery.spec import Precision
 from moe_surgery.weights.layout import Piece
 

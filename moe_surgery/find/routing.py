@@ -11,24 +11,15 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from moe_surgery.find.mlps import short
+from moe_surgery.find.rankings import Ranking, Rankings
 from moe_surgery.find.result import Unreadable
-from moe_surgery.find.terms import Term, Terms
-from moe_surgery.spec import Groups, GroupScore, Precision, Scoring
+from moe_surgery.find.term import Term
+from moe_surgery.find.terms import Terms
+from moe_surgery.spec import Groups, Precision, Scoring
 from moe_surgery.weights.layout import Piece
 
 _SCORINGS = ("softmax", "sigmoid")
 SCORED = (*_SCORINGS, "sqrt", "chosen", "elem", "div", "given")
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """One top-k as one token met it: what it ranked, how many it took, and which it was told to take."""
-
-    number: int
-    scores: Term
-    count: int
-    ids: tuple[int, ...]
-    largest: bool
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,8 @@ class RouterParser:
     """Parses routing weights of the token whose input row is ``x``, in a record made at dtype ``native``."""
 
     def __init__(self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking]) -> None:
-        self.x, self.native, self.terms, self.rankings = x, native, terms, rankings
-        self._known: dict[tuple[int, float], RouterRead] = {}
+        self.x, self.native, self.terms = x, native, terms
+        self._rankings = Rankings(rankings, terms, self.bare)
 
     def bare(self, term: Term) -> Term:
         while term.op == "cast":
@@ -195,7 +186,7 @@ class RouterParser:
         values, ranked = self.bare(values), self.bare(ranked)
         groups = None
         if ranked.op == "vec":
-            base, groups = self._ungrouped(ranked, number)
+            base, groups = self._rankings.ungrouped(ranked, number)
             if values is ranked:
                 if groups is not None and groups.outside != 0.0:
                     raise Unreadable("routing weights are scores that groups made infinite")
@@ -255,7 +246,7 @@ class RouterParser:
         if source is not self.x:
             raise Unreadable(f"the router's logits are {short(start)}, not one linear map of its input")
         _, piece, dtype = logits.args
-        self._account(number, groups)
+        self._rankings.account(number, groups)
         read = RouterRead(piece, logits.size, top_k, scoring, False, 1.0, number, bias, cap, correction, groups)
         return self._Found(read, "native" if dtype == self.native else "float32", summed)
 
@@ -269,77 +260,3 @@ class RouterParser:
         if not alike or cap[0] <= 0 or abs(cap[0] * inverse[0] - 1) > 1e-12:
             raise Unreadable(f"the router's logits are {short(term)}, not one linear map of its input")
         return cap[0], rest[0]
-
-    def _ungrouped(self, ranked: Term, number: int) -> tuple[Term, Groups | None]:
-        """The scores that groups let through, and the groups that did."""
-        elements: tuple[Term, ...] = ranked.args
-        kept = [place for place, element in enumerate(elements) if element.op != "const"]
-        if not kept:
-            raise Unreadable("no expert may be chosen")
-        base = self.terms.whole(elements[kept[0]], kept[0], len(elements))
-        if base is None or any(self.terms.elem(base, place) is not elements[place] for place in kept):
-            raise Unreadable(f"experts are ranked by {short(ranked)}")
-        base = self.bare(base)
-        outside = {element.args[0] for element in elements if element.op == "const"}
-        if not outside:
-            return base, None
-        for ranking in self.rankings:
-            if ranking.number != number and (score := self._group_score(ranking, base)) is not None:
-                count = ranking.scores.size
-                mine = len(elements) // count
-                if {place // mine for place in kept} <= set(ranking.ids) and len(kept) == mine * ranking.count:
-                    if len(outside) > 1 or not ranking.largest:
-                        break
-                    return base, Groups(count, ranking.count, score, outside.pop())
-        raise Unreadable("experts are left out of the ranking by what isn't a choice among equal groups of them")
-
-    def _group_score(self, ranking: Ranking, base: Term) -> GroupScore | None:
-        """How ``ranking`` scores groups, if it ranks equal groups of the scores ``base``."""
-        scores = self.bare(ranking.scores)
-        count = scores.size
-        if scores.op != "vec" or base.size % count:
-            return None
-        width, found = base.size // count, set()
-        for group, score in enumerate(scores.args):
-            part = self.terms.part(base, group * width, (group + 1) * width)
-            score = self.bare(score)
-            inner = self.bare(score.args[0]) if score.op in ("largest", "sum") else score
-            if score.op == "largest" and inner is self.bare(part):
-                found.add("max")
-            elif score.op == "sum" and inner is self.bare(part) and width == 2:
-                found.add("top2")
-            elif score.op == "sum" and inner.op == "chosen" and inner.size == 2:
-                if self.bare(inner.args[0]) is not self.bare(part) or inner.args[0] is not inner.args[1]:
-                    return None
-                found.add("top2")
-            else:
-                return None
-        return cast(GroupScore, found.pop()) if len(found) == 1 else None
-
-    def _account(self, number: int, groups: Groups | None) -> None:
-        """Every top-k must be the one that chooses experts, or take part in choosing groups, or take all there is."""
-        by_number = {ranking.number: ranking for ranking in self.rankings}
-        main = by_number.get(number)
-        if main is None or len(main.ids) != main.count:
-            raise Unreadable("it doesn't rank once per token")
-        if not main.largest:
-            raise Unreadable("it chooses the lowest scores")
-        explained = {number}
-        for ranking in self.rankings:
-            grouped = groups is not None and ranking.scores.size == groups.count and ranking.count == groups.chosen
-            if grouped or ranking.count == ranking.scores.size:
-                explained.add(ranking.number)
-                explained |= set(_numbers(ranking.scores))
-        if left := set(by_number) - explained:
-            raise Unreadable(
-                f"it ranks {len(by_number)} times, and {len(left)} of them choose neither experts nor groups"
-            )
-
-
-def _numbers(term: Term) -> Iterator[int]:
-    """The choices that a term is made of."""
-    if term.op == "chosen":
-        yield term.args[2]
-    for arg in term.args:
-        if isinstance(arg, Term):
-            yield from _numbers(arg)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.find.result import Unreadable
-from moe_surgery.find.terms import Term, Terms
+from moe_surgery.find.term import Term
+from moe_surgery.find.terms import Terms
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]

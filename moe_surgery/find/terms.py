@@ -1,19 +1,18 @@
-"""Terms: what one row of one tensor is, as a formula over the block's input and weights.
+"""Making terms, in one form: two equal formulas are the same object, so that ``is`` compares meanings.
 
-A term stands for a vector of ``size`` elements belonging to one token; one of size 1 also stands for a vector of any
-length whose elements are all the same. Terms are interned: two equal
-formulas are the same object, so that ``is`` compares meanings. Constructors on :class:`Terms` bring formulas into one
-form (sums and products flattened, neutral elements dropped, ``x * sigmoid(x)`` written as silu), so that a block reads
-the same however its code is spelled. Rewrites are exact in real arithmetic; rounding is the proof's business.
+Constructors on :class:`Terms` bring formulas into that form (sums and products flattened, neutral elements dropped,
+``x * sigmoid(x)`` written as silu), so that a block reads the same however its code is spelled. Rewrites are exact in
+real arithmetic; rounding is the proof's business.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from moe_surgery.find.term import Term
 from moe_surgery.weights.layout import Piece
 
 # Terms whose elements don't come each from the same element of their arguments.
@@ -26,34 +25,6 @@ _FOLDED: dict[str, Callable[[float], float]] = {
     "tanh": math.tanh,
     "relu": lambda x: max(x, 0.0),
 }
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Term:
-    """One formula. ``op`` names it, ``args`` are terms or plain values, ``size`` is the vector's length."""
-
-    op: str
-    args: tuple[Any, ...]
-    size: int
-    uid: int
-
-    def __repr__(self) -> str:
-        if self.op == "x":
-            return "x"
-        if self.op == "const":
-            return f"{self.args[0]:g}"
-        if self.op == "param":
-            return str(self.args[0])
-        if self.op == "lin":
-            return f"{self.args[1]}·{self.args[0]!r}"
-        if self.op == "cast":
-            return repr(self.args[0])
-        if self.op == "chosen" and self.args[0] is self.args[1]:
-            return f"chosen({self.args[0]!r})"
-        if self.op in ("add", "mul", "div"):
-            sign = {"add": " + ", "mul": " * ", "div": " / "}[self.op]
-            return "(" + sign.join(map(repr, self.args)) + ")"
-        return f"{self.op}({', '.join(map(repr, self.args))})"
 
 
 class Terms:
@@ -90,14 +61,8 @@ class Terms:
         if any(arg.op == "vec" for arg in args):
             return self._element_by_element(self.add, args)
         size = max(arg.size for arg in args)
-        flat: list[Term] = []
-        constant = 0.0
-        for arg in args:
-            for part in arg.args if arg.op == "add" else (arg,):
-                if part.op == "const":
-                    constant += part.args[0]
-                else:
-                    flat.append(part)
+        flat, constants = _flat("add", args)
+        constant = sum(constants)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
@@ -109,14 +74,8 @@ class Terms:
         if any(arg.op == "vec" for arg in args):
             return self._element_by_element(self.mul, args)
         size = max(arg.size for arg in args)
-        flat: list[Term] = []
-        constant = 1.0
-        for arg in args:
-            for part in arg.args if arg.op == "mul" else (arg,):
-                if part.op == "const":
-                    constant *= part.args[0]
-                else:
-                    flat.append(part)
+        flat, constants = _flat("mul", args)
+        constant = math.prod(constants)
         if constant == 0.0:
             return self.const(0.0)
         for part in [term for term in flat if term.op == "sigmoid"]:
@@ -321,3 +280,9 @@ class Terms:
     def chosen(self, values: Term, scores: Term, number: int, count: int) -> Term:
         """``values`` at the places of the ``count`` highest ``scores``, found by choice ``number`` of the record."""
         return self.make("chosen", (values, scores, number), count)
+
+
+def _flat(op: str, args: tuple[Term, ...]) -> tuple[list[Term], list[float]]:
+    """The operands of a sum of sums, or a product of products: those that vary, and the values of those that don't."""
+    parts = [part for arg in args for part in (arg.args if arg.op == op else (arg,))]
+    return [part for part in parts if part.op != "const"], [part.args[0] for part in parts if part.op == "const"]

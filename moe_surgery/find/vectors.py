@@ -17,7 +17,8 @@ from moe_surgery.find.flow import Choice, Op
 from moe_surgery.find.matrices import COLS, ROWS, Mats
 from moe_surgery.find.result import Unreadable
 from moe_surgery.find.rows import Array, Rows, each, objects
-from moe_surgery.find.terms import Term, Terms
+from moe_surgery.find.term import Term
+from moe_surgery.find.terms import Terms
 
 if TYPE_CHECKING:
     from moe_surgery.find.interpret import Interpreter

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class Plan:
     versions: dict[str, str] = field(default_factory=versions, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of what the plan does: its steps and target, not the model's name or today's versions."""
         data = [{**step.to_json(), "reason": None} for step in self.steps]

@@ -1,4 +1,4 @@
-"""How much faster a replaced block is than the original, measured on the blocks themselves."""
+"""How much faster a replaced block, or a model with such blocks, is than the original."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.report.plain import plural, ratio
 
@@ -23,12 +23,16 @@ _SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Sample:
-    """Median seconds of ``calls`` calls with ``tokens`` tokens, of the original and of the replacement."""
+    """Median seconds of ``calls`` calls, of the original and of the replacement.
+
+    A call has ``tokens`` tokens for each of ``sequences`` sequences.
+    """
 
     tokens: int
     calls: int
     old: float
     new: float
+    sequences: int = 1
 
     @property
     def ratio(self) -> float:
@@ -37,10 +41,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Speed:
-    """The samples of one block; ``name`` says which."""
+    """The samples of ``what``. ``name`` says of which block, part or engine, ``how`` in what order calls were timed."""
 
     name: str
     samples: tuple[Sample, ...]
+    what: Literal["MoE block", "decode step", "prefill"] = "MoE block"
+    how: str = "in turns"
 
     def sentence(self) -> str:
         """``MoE block 1.9× faster at 1 token, 2.4× faster at 64 tokens (median of 30 calls in turns, NAME)``."""
@@ -49,13 +55,57 @@ class Speed:
             # Below one the replacement is the slower of the two, and the sentence has to say so.
             word = "faster" if sample.ratio >= 1 else "slower"
             factor = ratio(max(sample.ratio, 1 / sample.ratio))
-            parts.append(f"{factor} {word} at {plural(sample.tokens, 'token')}")
+            count = (
+                plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
+            )
+            parts.append(f"{factor} {word} at {count}")
         calls = min(sample.calls for sample in self.samples)
-        return f"MoE block {', '.join(parts)} (median of {calls} calls in turns, {self.name})"
+        return f"{self.what} {', '.join(parts)} (median of {plural(calls, 'call')} {self.how}, {self.name})"
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data; ``old`` and ``new`` in seconds."""
-        return {"block": self.name, "samples": [{**asdict(sample), "ratio": sample.ratio} for sample in self.samples]}
+        key = "block" if self.what == "MoE block" else "part"
+        named = {key: self.name} if key == "block" else {key: self.name, "what": self.what}
+        return {**named, "samples": [{**asdict(sample), "ratio": sample.ratio} for sample in self.samples]}
+
+
+class Turns:
+    """Whose turn it is, old (0) or new (1), what each took, and whether it is enough.
+
+    Turns rather than one after the other, so that a change of the machine's speed meets both; the order within a turn
+    alternates for the same reason. Where ``rounds`` turns would take more than two seconds there are fewer.
+    """
+
+    def __init__(self, rounds: int = ROUNDS, warm_up: int = _WARM_UP) -> None:
+        self.times: tuple[list[float], list[float]] = ([], [])
+        self.most = 2 * (warm_up + rounds)
+        self._rounds, self._warm_up = rounds, 2 * warm_up
+        self._calls, self._turn = 0, 0.0
+
+    @property
+    def which(self) -> int:
+        turn, second = divmod(self._calls, 2)
+        return second if turn % 2 else 1 - second
+
+    @property
+    def done(self) -> bool:
+        return self._calls >= self.most
+
+    def took(self, seconds: float) -> None:
+        """Whose turn it was took so long; it is the next one's turn."""
+        if self._calls >= self._warm_up:
+            self.times[self.which].append(seconds)
+        self._calls += 1
+        self._turn += seconds
+        if self._calls == self._warm_up:
+            fit = int(_SECONDS / self._turn)
+            self.most = self._warm_up + 2 * min(self._rounds, max(fit, _FEWEST))
+        elif self._calls % 2 == 0:
+            self._turn = 0.0
+
+    def sample(self, *, tokens: int, sequences: int = 1) -> Sample:
+        old, new = self.times
+        return Sample(tokens, len(old), statistics.median(old), statistics.median(new), sequences)
 
 
 def measure_blocks(
@@ -70,43 +120,27 @@ def measure_blocks(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> Speed:
-    """Time ``old`` and ``new`` on the same inputs ``[1, tokens, hidden]``, call by call in turns.
-
-    Turns rather than one after the other, so that a change of the machine's speed meets both; the order within a turn
-    alternates for the same reason. A block so slow that ``rounds`` turns would take more than two seconds gets fewer.
-    """
+    """Time ``old`` and ``new`` on the same inputs ``[1, tokens, hidden]``, call by call in turns."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for count in tokens:
         x = torch.randn(1, count, hidden, generator=generator).to(device=device, dtype=dtype)
-        times: tuple[list[float], list[float]] = ([], [])
+        turns = Turns(rounds)
         with torch.no_grad():
-            turn, turns = 0, _WARM_UP + rounds
-            while turn < turns:
-                started = time.perf_counter()
-                for which in (0, 1) if turn % 2 else (1, 0):
-                    seconds = _seconds((old, new)[which], x)
-                    if turn >= _WARM_UP:
-                        times[which].append(seconds)
-                turn += 1
-                if turn == _WARM_UP:
-                    fit = int(_SECONDS / (time.perf_counter() - started))
-                    turns = _WARM_UP + min(rounds, max(fit, _FEWEST))
-        samples.append(Sample(count, len(times[0]), statistics.median(times[0]), statistics.median(times[1])))
+            while not turns.done:
+                started = now(x.device)
+                (old, new)[turns.which](x)
+                turns.took(now(x.device) - started)
+        samples.append(turns.sample(tokens=count))
     return Speed(name, tuple(samples))
 
 
-def _seconds(block: Callable[[Tensor], object], x: Tensor) -> float:
-    import torch
+def now(device: torch.device) -> float:
+    """The time, once ``device`` is done: a GPU returns before it is."""
+    if device.type == "cuda":
+        import torch
 
-    # A GPU returns before it is done.
-    on_gpu = x.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
-    block(x)
-    if on_gpu:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

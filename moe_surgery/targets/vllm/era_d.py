@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.platforms import current_platform
 
 from moe_surgery.spec import ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.folding import cut
 from moe_surgery.targets.vllm.folding import FoldedRouting, folded
 from moe_surgery.targets.vllm.host import hosting
-from moe_surgery.targets.vllm.loop import experts_in_turn, number
+from moe_surgery.targets.vllm.in_place import LaidOutInPlace
 from moe_surgery.targets.vllm.routing import Handed, Routing
 from moe_surgery.targets.vllm.shared import SharedExpert
 from moe_surgery.weights.tensors import BlockTensors
@@ -62,6 +61,9 @@ class FusedLayer(nn.Module):
                 experts.w13_bias = nn.Parameter(w13_bias.clone(), requires_grad=False)
                 experts.w2_bias = nn.Parameter(tensors.w2_bias.clone(), requires_grad=False)
             if kernel_activation(spec.experts) is None:
+                # Imported where it is needed: it registers an operator, which takes long, and engines never use it.
+                from moe_surgery.targets.vllm.loop import ExpertsInTurn
+
                 experts.quant_method.experts_cls = type("ExpertsInTurn", (ExpertsInTurn,), {"spec": spec.experts})
             experts.quant_method.process_weights_after_loading(experts)
             self._context = create_forward_context(None, config)
@@ -86,66 +88,6 @@ def drop_shared_output(runner: Any) -> None:
     """
     if runner.shared_experts is not None:
         runner.shared_experts._output = [None, None]
-
-
-class LaidOutInPlace:
-    """Brings one expert after another into the layout of the kernels, so that no second copy of all is needed.
-
-    Where the layout takes more room, as for widths that are filled up, all are laid out at once.
-    """
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        whole = {name: parameter.data for name, parameter in layer.named_parameters()}
-        for expert in range(len(whole["w13_weight"])):
-            one = nn.Module()
-            for name, weight in whole.items():
-                one.register_parameter(name, nn.Parameter(weight[expert : expert + 1], requires_grad=False))
-            super().process_weights_after_loading(one)  # type: ignore[misc]
-            laid_out = {name: parameter.data[0] for name, parameter in one.named_parameters()}
-            if any(weight.shape != whole[name].shape[1:] for name, weight in laid_out.items()):
-                super().process_weights_after_loading(layer)  # type: ignore[misc]
-                return
-            for name, weight in laid_out.items():
-                whole[name][expert] = weight
-
-
-class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]
-    """Experts of vLLM's layer whose function its kernels don't have, one after another in torch."""
-
-    spec: ExpertsSpec
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """The weights stay as they are."""
-
-    def apply(
-        self,
-        output: Tensor,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        *rest: Any,
-        **named: Any,
-    ) -> None:
-        s = self.spec
-        out = experts_in_turn(
-            hidden_states,
-            w1,
-            w2,
-            self.w1_bias,
-            self.w2_bias,
-            topk_weights,
-            topk_ids,
-            number(s.activation),
-            s.gated,
-            s.limit,
-            s.limit_after,
-            s.alpha,
-            s.offset,
-            s.weights_on == "input",
-        )
-        output.copy_(out)
 
 
 _INTERLEAVED = "swigluoai"

@@ -5,11 +5,14 @@ The layer around them, its routing and its shared expert stay vLLM's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from moe_surgery.spec import Activation, Mix
+from moe_surgery.spec import Activation, ExpertsSpec, Mix
 from moe_surgery.targets.formula import mixer
 
 _NAMES: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -52,25 +55,44 @@ def experts_in_turn(
 
 
 @experts_in_turn.register_fake
-def _(
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    weights: Tensor,
-    ids: Tensor,
-    activation: int,
-    gated: bool,
-    limit: float | None,
-    limit_after: bool,
-    alpha: float,
-    offset: float,
-    on_input: bool,
-) -> Tensor:
+def _(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def number(activation: Activation) -> int:
-    """What :func:`experts_in_turn` calls an activation."""
-    return _NAMES.index(activation)
+class ExpertsInTurn(CPUUnquantizedExperts):  # type: ignore[misc]
+    """Experts of vLLM's layer whose function its kernels don't have, one after another in torch."""
+
+    spec: ExpertsSpec
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """The weights stay as they are."""
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        s = self.spec
+        out = experts_in_turn(
+            hidden_states,
+            w1,
+            w2,
+            self.w1_bias,
+            self.w2_bias,
+            topk_weights,
+            topk_ids,
+            _NAMES.index(s.activation),
+            s.gated,
+            s.limit,
+            s.limit_after,
+            s.alpha,
+            s.offset,
+            s.weights_on == "input",
+        )
+        output.copy_(out)

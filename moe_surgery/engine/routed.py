@@ -1,0 +1,103 @@
+"""vLLM's routed layer in a block: which it is, how it chooses experts, and what it must not do for a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from moe_surgery.find.result import Unreadable
+from moe_surgery.spec import Activation
+
+Routes = Literal["softmax", "own", "given"]
+"""How a routed layer chooses experts: plain softmax top-k, in a way of its own, or by ids and weights handed to it."""
+
+ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor]]] = {
+    "silu": ("silu", F.silu),
+    "gelu": ("gelu", F.gelu),
+    "gelu_tanh": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """vLLM's routed layer in a block: its path there, the layer, and how it chooses experts."""
+
+    path: str
+    runner: MoERunner
+    routes: Routes
+
+
+def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
+    """Every routed layer of vLLM's in a block, by path."""
+    return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
+
+
+def find_routed(block: nn.Module) -> Routed | None:
+    """The one routed layer of a block; raises :class:`Unreadable` for more, or for one that computes something else."""
+    found = routed_layers(block)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise Unreadable(f"it has {len(found)} routed layers: {', '.join(path for path, _ in found)}")
+    path, runner = found[0]
+    _check_runner(runner)
+    return Routed(path, runner, _routes(runner))
+
+
+def _check_runner(runner: MoERunner) -> None:
+    """Refuse what a routed layer may compute beyond its experts' weighted sum."""
+    experts, config = runner.routed_experts, runner.moe_config
+    method = experts.quant_method
+    if type(method) is not UnquantizedFusedMoEMethod:
+        raise Unreadable(f"its experts are quantised ({type(method).__name__})")
+    if experts.activation.value not in ACTIVATIONS:
+        raise Unreadable(f"its experts' activation is {experts.activation.value}")
+    held = {
+        "a transform around its routed experts": runner.routed_input_transform or runner.routed_output_transform,
+        "a gate for the shared expert inside its routed layer": runner.shared_expert_gate,
+        "biases in its experts": config.has_bias,
+        "a clamp in its experts": experts.swiglu_limit or experts.swiglu_alpha or experts.swiglu_beta,
+        "router weights on its experts' inputs": experts.apply_router_weight_on_input,
+        "zero experts": isinstance(runner.router, ZeroExpertRouter),
+        "hash routing": config.has_hash_routing,
+        "experts under LoRA": config.is_lora_enabled,
+    }
+    for what, value in held.items():
+        if value:
+            raise Unreadable(f"it has {what}")
+
+
+def _routes(runner: MoERunner) -> Routes:
+    if type(runner) is not MoERunner:  # of the Transformers backend: ids and weights come from the model's own router
+        if type(runner).__name__ != "TransformersMoERunner":
+            raise Unreadable(f"its routed layer is a {type(runner).__name__}")
+        return "given"
+    experts = runner.routed_experts
+    plain = experts.scoring_func == "softmax" and not experts.use_grouped_topk
+    return "softmax" if plain and correction_bias(runner) is None and experts.custom_routing_function is None else "own"
+
+
+def correction_bias(runner: MoERunner) -> Tensor | None:
+    """The correction bias that a router adds to scores before it chooses."""
+    bias: Tensor | None = runner.routed_experts.e_score_correction_bias
+    return bias
+
+
+def routing(routed: Routed, block: nn.Module) -> Hashable:
+    """What a routed layer's forward depends on beside its weights."""
+    runner, experts = routed.runner, routed.runner.routed_experts
+    gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
+    chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
+    return *chosen, gate, experts.activation.value, parts_of(runner)
+
+
+def parts_of(runner: MoERunner) -> int:
+    """Over how many ranks a routed layer leaves its sum to others."""
+    return int(runner.moe_config.tp_size) if runner.moe_config.skip_final_all_reduce else 1

@@ -1,0 +1,103 @@
+"""Engines whose shared experts are folded into vLLM's routed layer compute what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.make_checkpoint import CONFIGS, make
+from engine_examples import Result, Run, run_all
+from engine_reference import check, reference
+from folded_blocks import SPEC
+
+from moe_surgery.errors import SurgeryError
+from moe_surgery.find.result import Reading
+from moe_surgery.weights.layout import Layout, Piece
+
+COMPILED = {"enforce_eager": False}
+
+
+def folded(folder: Path, tmp: Path, name: str, **options: Any) -> Run:
+    return Run(str(folder), options, {"run": str(tmp / name), "prove": "all", "target": "folded"})
+
+
+def check_folded(result: Result, ranks: int = 1) -> None:
+    assert result.error is None
+    assert [receipt["rank"] for receipt in result.receipts] == list(range(ranks))
+    for receipt in result.receipts:
+        assert receipt["outcome"] == "operated" and receipt["ledger"] is not None
+        sites = receipt["report"]["sites"]
+        assert [(site["outcome"], site["target"]) for site in sites] == [("replaced", "folded")] * len(sites) != []
+        assert all(site["proof"]["passed"] and site["proof"]["margin"] > 5 for site in sites)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("engine-models")
+    for kind in CONFIGS:
+        make(kind, root / kind)
+    return {kind: root / kind for kind in CONFIGS}
+
+
+@pytest.mark.slow
+def test_eager(folders: dict[str, Path], tmp_path: Path) -> None:
+    runs = [folded(folder, tmp_path, kind) for kind, folder in folders.items()]
+    for kind, result in zip(folders, run_all(runs, tmp_path), strict=True):
+        check_folded(result)
+        check(result.outputs, reference(kind, folders[kind]))
+
+
+@pytest.mark.slow
+def test_a_width_that_cannot_be_cut_and_a_saved_plan(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The plan says why a block isn't folded, and takes the shared-fused layer; a folded plan is carried out again."""
+    odd = tmp_path / "odd"
+    make("unfused_qwen2", odd, width=96)  # beside a shared expert of 64
+    first = folded(folders["list_moe"], tmp_path, "first")
+    saved = str(tmp_path / "first" / "ListMoeForCausalLM-plan.json")
+    again = Run(str(folders["list_moe"]), {}, {"run": str(tmp_path / "again"), "plan": saved})
+    kept, before, after = run_all([folded(odd, tmp_path, "kept"), first, again], tmp_path)
+    assert kept.error is None
+    check(kept.outputs, reference("unfused_qwen2", odd))
+    for site in kept.receipts[0]["report"]["sites"]:
+        assert (site["outcome"], site["target"]) == ("replaced", "vllm") and site["proof"] is not None
+        assert "not folded: shared width 64 is not a multiple of the expert width 96" in site["reason"]
+    check_folded(before)
+    assert after.error is None
+    assert after.receipts[0]["fingerprint"] == before.receipts[0]["fingerprint"]
+    assert {site["target"] for site in after.receipts[0]["report"]["sites"]} == {"folded"}
+
+
+def test_copied_weights_cannot_be_loaded_anew() -> None:
+    from moe_surgery.engine.folding import FoldedLogits
+
+    router, gate = (torch.nn.Linear(64, rows, bias=False) for rows in (8, 1))
+    layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"))
+    logits = FoldedLogits(torch.nn.ModuleDict({"router": router, "gate": gate}), Reading(SPEC, layout, "", ()))
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(logits(x), torch.cat([router(x), gate(x)], dim=-1))
+    for layer in (router, gate):
+        loader: Any = layer.weight.weight_loader
+        with pytest.raises(SurgeryError, match="can't be loaded anew"):
+            loader(layer.weight, torch.zeros_like(layer.weight))
+
+
+@pytest.mark.slow
+def test_compiled_beside_the_other_target(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The graphs of the shared-fused layer are in the cache when the folded one is compiled."""
+    kind = "naive_talker"
+    other = Run(str(folders[kind]), COMPILED, {"run": str(tmp_path / "other")})
+    runs = [other, folded(folders[kind], tmp_path, "folded", **COMPILED)]
+    for result in run_all(runs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache")):
+        assert result.error is None
+        check(result.outputs, reference(kind, folders[kind]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["naive_talker", "list_moe_whole"])
+def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    run = folded(folders[kind], tmp_path, "tp2", tensor_parallel_size=2)
+    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    check_folded(result, ranks=2)
+    check(result.outputs, reference(kind, folders[kind]))
