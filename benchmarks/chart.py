@@ -14,7 +14,6 @@ COLOURS = {
     "grouped_mm": "#2f6fb3",
     "hand-written": "#7a5ea8",
     "vllm": "#c0392b",
-    "folded": "#8a2be2",
     "folded": "#1e8449",
     "floor": "#bbbbbb",
 }
