@@ -131,13 +131,18 @@ def test_an_exception_leaves_the_model_as_it_was(
 def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     model = tiny()
     before = picture(model)
+    # Not the default where tests run in a shell's background.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if done == 2:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        moe_surgery.apply(model, target="reference", on_progress=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            moe_surgery.apply(model, target="reference", on_progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert picture(model) == before
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,7 +47,9 @@ def test_the_proof_compiles_nothing_that_the_engines_graphs_will_hold() -> None:
             return self.compiled(x)  # type: ignore[no-any-return]
 
     block, x = Block(), torch.ones(3, 2)
+    alone = SimpleNamespace(summing=lambda what: nullcontext(), meet=lambda place: None)
     with hosting("cpu") as config:
-        ask = _asked(block, SimpleNamespace(shared_experts=None), config)
+        exam: Any = SimpleNamespace(path="mlp", ranks=alone)
+        ask = _asked(exam, block, SimpleNamespace(shared_experts=None), config)
         assert ask(x).equal(2 * x) and graphs == []
         assert block.compiled(x).equal(2 * x) and len(graphs) == 1  # afterwards, what is compiled is compiled
