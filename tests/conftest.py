@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.make_checkpoint import CONFIGS, make
 from hypothesis import settings
 from make_qwen3_omni import write
 from qwen3_omni_config import SMALL
@@ -66,3 +67,13 @@ def write_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return written[dtype]
 
     return write_one
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of each example model for engines, by kind; "stacked" is unfused_qwen2 with 3-D experts."""
+    root = tmp_path_factory.mktemp("engine-models")
+    for kind in CONFIGS:
+        make(kind, root / kind)
+    make("unfused_qwen2", root / "stacked", fused=True)
+    return {kind: root / kind for kind in [*CONFIGS, "stacked"]}

@@ -33,18 +33,10 @@ def check_folded(result: Result, ranks: int = 1) -> None:
         assert all(site["proof"]["passed"] and site["proof"]["margin"] > 5 for site in sites)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("engine-models")
-    for kind in CONFIGS:
-        make(kind, root / kind)
-    return {kind: root / kind for kind in CONFIGS}
-
-
 @pytest.mark.slow
 def test_eager(folders: dict[str, Path], tmp_path: Path) -> None:
-    runs = [folded(folder, tmp_path, kind) for kind, folder in folders.items()]
-    for kind, result in zip(folders, run_all(runs, tmp_path), strict=True):
+    runs = [folded(folders[kind], tmp_path, kind) for kind in CONFIGS]
+    for kind, result in zip(CONFIGS, run_all(runs, tmp_path), strict=True):
         check_folded(result)
         check(result.outputs, reference(kind, folders[kind]))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.make_checkpoint import CONFIGS, make
+from engine.make_checkpoint import CONFIGS
 from engine_examples import Result, Run, run_all
 from engine_reference import check, reference
 
@@ -32,15 +32,6 @@ def check_operated(result: Result, ranks: int = 1) -> None:
         for site in receipt["report"]["sites"]:
             assert site["proof"]["passed"] and site["proof"]["margin"] > 5
             assert len(site["proof"]["mutants"]) >= 10
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("engine-models")
-    for kind in CONFIGS:
-        make(kind, root / kind)
-    make("unfused_qwen2", root / "stacked", fused=True)
-    return {kind: root / kind for kind in [*CONFIGS, "stacked"]}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from moe_surgery.cli import exits
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import SurgeryError, UsageError
-from moe_surgery.targets import NAMES
+from moe_surgery.targets import check_name
 
 if TYPE_CHECKING:
     from moe_surgery.engine.orders import Orders
@@ -80,8 +80,7 @@ def _orders(job: Launch) -> Orders:
     from moe_surgery.registry import load_packs
 
     load_packs(job.packs)
-    if job.target not in NAMES:
-        raise UsageError(f"no target is named {job.target!r} (there are {', '.join(NAMES)})")
+    check_name(job.target)
     if job.plan is not None:
         if job.target != "auto":
             raise UsageError(f"{job.plan} is a plan, which says what is built; --target {job.target} would change it")

@@ -24,7 +24,6 @@ from moe_surgery.spec import Activation, MoESpec, RouterSpec
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.layout import MLPPieces, Piece
 
-SHARED_FUSED, FOLDED = "vLLM shared-fused MoE", "vLLM MoE, shared expert folded"
 _ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -50,7 +49,7 @@ class EngineBlock(SwappedBlock):
         ``without`` are the children that hold a shared expert which was folded, None if none was.
         """
         super().__init__()
-        self.label = SHARED_FUSED if without is None else FOLDED
+        self.label = "vLLM shared-fused MoE" if without is None else "vLLM MoE, shared expert folded"
         for key, child in old.named_children():
             if key != name and key not in (without or ()):
                 self.add_module(key, child)

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.router.router_factory import create_fu
 from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
 from moe_surgery.engine.folding import Chosen, FoldedLogits
 from moe_surgery.engine.layer_book import LayerBook
-from moe_surgery.engine.routed import Routed
+from moe_surgery.engine.routed import Routed, matrices
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.find.result import Reading
 from moe_surgery.spec import MoESpec
@@ -46,11 +46,8 @@ def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlo
     book.release(block)
     gate, router = _router(item)
     if item.routed is None:
-        child = reading.layout.experts[0].gate.path.split(".")[0]
-        first = owner(block, reading.layout.experts[0].down).weight
-        assert isinstance(first, Tensor)
-        routing = _routing(block, reading, first.dtype)
-        runner = _filled(reading.spec, first, f"{item.site.path}.{child}", shared, routing, _mlps(block, reading))
+        child, name, like, mlps = _experts(item, reading)
+        runner = _filled(reading.spec, like, name, shared, _routing(block, reading, like.dtype), mlps)
     else:
         child, runner = item.routed.path, _regrouped(block, item.routed, reading, shared)
     return EngineBlock(block, router, child, runner, gate)
@@ -107,40 +104,31 @@ def _routing(block: nn.Module, reading: Reading, dtype: torch.dtype) -> Routing:
 
 def _folded(item: EngineSite, reading: Reading) -> tuple[str, MoERunner]:
     """The child that holds the routed experts, and a new runner with the shared expert among them."""
-    block, spec, layout = item.site.module, reading.spec, reading.layout
-    if item.routed is None:
-        child = layout.experts[0].gate.path.split(".")[0]
-        name, experts = f"{item.site.path}.{child}", _mlps(block, reading)
-        first = owner(block, layout.experts[0].down).weight
-    else:
-        child, old = item.routed.path, item.routed.runner
-        name, experts = old.layer_name, _laid(old)
-        first = old.routed_experts.w2_weight
-    assert isinstance(first, Tensor)
-    inner: Choose = _routing(block, reading, first.dtype)
+    block, spec = item.site.module, reading.spec
+    child, name, like, mlps = _experts(item, reading)
+    inner: Choose = _routing(block, reading, like.dtype)
     if item.routed is not None and item.routed.routes != "given":
         inner = Chosen(item.routed.runner, spec.router.scale)
     routing = FoldedRouting.of(spec, inner)
-    return child, _filled(folded(spec), first, name, None, routing, chain(experts, _slices(block, reading)))
+    return child, _filled(folded(spec), like, name, None, routing, chain(mlps, _slices(block, reading)))
 
 
 Shares = tuple[Tensor, Tensor, Tensor]
 """A rank's share of an MLP: gate and up [width, H], down [H, width]."""
 
 
-def _mlps(block: nn.Module, reading: Reading) -> Iterator[Shares]:
-    """The routed experts of a list of MLPs."""
+def _experts(item: EngineSite, reading: Reading) -> tuple[str, str, Tensor, Iterator[Shares]]:
+    """The child that holds the routed experts, the name of their layer, one of their weights, and all of them."""
+    if item.routed is not None:
+        runner = item.routed.runner
+        mlps = zip(*matrices(runner), strict=True)
+        return item.routed.path, runner.layer_name, runner.routed_experts.w2_weight, mlps
+    block, layout = item.site.module, reading.layout
     width = reading.spec.experts.width // get_tensor_model_parallel_world_size()
-    return (own_share(block, mlp, width) for mlp in reading.layout.experts)
-
-
-def _laid(runner: MoERunner) -> Iterator[Shares]:
-    """The routed experts of a vLLM layer, not yet in any kernel's layout."""
-    config, experts = runner.moe_config, runner.routed_experts
-    width, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
-    half = experts.w13_weight.shape[1] // 2
-    for w13, w2 in zip(experts.w13_weight.data, experts.w2_weight.data, strict=True):
-        yield w13[:width, :hidden], w13[half : half + width, :hidden], w2[:hidden, :width]
+    child = layout.experts[0].gate.path.split(".")[0]
+    like = owner(block, layout.experts[0].down).weight
+    assert isinstance(like, Tensor)
+    return child, f"{item.site.path}.{child}", like, (own_share(block, mlp, width) for mlp in layout.experts)
 
 
 def _slices(block: nn.Module, reading: Reading) -> Iterator[Shares]:
@@ -172,18 +160,14 @@ def _filled(
     """A new runner of vLLM's for ``spec``, on the device and in the dtype of ``like``, filled from single MLPs."""
     with torch.device(like.device):
         runner: MoERunner = construct(spec, like.dtype, name, shared, routing)
-    experts = runner.routed_experts
-    width = runner.moe_config.intermediate_size_per_partition_unpadded
-    assert width is not None
-    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
-    half, hidden = w13.shape[1] // 2, spec.hidden
+    gates, ups, downs = matrices(runner)
     with torch.no_grad():
-        w13.zero_()  # rows that only fill up to what the kernels take
-        w2.zero_()
+        for whole in (runner.routed_experts.w13_weight, runner.routed_experts.w2_weight):
+            whole.zero_()  # rows that only fill up to what the kernels take
         for expert, (gate, up, down) in enumerate(mlps):
-            w13[expert, :width, :hidden].copy_(gate)
-            w13[expert, half : half + width, :hidden].copy_(up)
-            w2[expert, :hidden, :width].copy_(down)
+            gates[expert].copy_(gate)
+            ups[expert].copy_(up)
+            downs[expert].copy_(down)
     return runner
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
 from moe_surgery.engine.blocks import owner
+from moe_surgery.engine.routed import choose, correction_bias
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.errors import SurgeryError
 from moe_surgery.find.result import Reading
@@ -53,9 +54,7 @@ class Chosen:
     def __call__(
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        weights, ids = self._router.select_experts(
-            hidden_states=hidden_states, router_logits=gating_output.contiguous(), topk_indices_dtype=torch.int32
-        )
+        weights, ids = choose(self._router, hidden_states, gating_output)
         return weights if self._scale == 1.0 else weights * self._scale, ids
 
 
@@ -66,7 +65,7 @@ def not_folded(item: EngineSite) -> str | None:
     if reason is not None or item.routed is None:
         return reason
     runner = item.routed.runner
-    bias = runner.routed_experts.e_score_correction_bias
+    bias = correction_bias(runner)
     if bias is not None and not any(bias is parameter for parameter in _outside(item.site.module, runner)):
         return "its correction bias lies inside its routed layer"  # which goes
     return None

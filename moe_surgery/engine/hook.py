@@ -22,7 +22,7 @@ from moe_surgery.packs import Pack
 from moe_surgery.registry import load_packs
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.model import Report
-from moe_surgery.targets import NAMES
+from moe_surgery.targets import check_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,9 +118,9 @@ def install(
     a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already,
     if there is no such target, or if a plan is to get another.
     """
-    if target not in NAMES or (target != "auto" and isinstance(plan_or_packs, Plan)):
-        known = f"no target is named {target!r} (there are {', '.join(NAMES)})"
-        raise UsageError(known if target not in NAMES else f"a plan says what is built; it can't be {target}")
+    check_name(target)
+    if target != "auto" and isinstance(plan_or_packs, Plan):
+        raise UsageError(f"a plan says what is built; it can't be {target}")
     folder = _folder(run)
     if isinstance(plan_or_packs, Plan):
         path = folder / "plan.json"

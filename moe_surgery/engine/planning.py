@@ -15,7 +15,7 @@ from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.errors import PlanError
 from moe_surgery.find.result import Match, Miss
-from moe_surgery.operate.plan import Plan, Selection, check_expectations, match_rules
+from moe_surgery.operate.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
 from moe_surgery.operate.survey import Surveyed
 from moe_surgery.packs import Pack
 from moe_surgery.registry import load_packs
@@ -38,11 +38,8 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     obstacle = _obstacle(config)
     given = None if orders.plan is None else Plan.load(orders.plan)
     target = orders.target if given is None else given.target
-    # A rule's own target wins where nobody chose one.
-    wanted = {
-        rule.full_name: rule.target if rule.target and target == AUTO else target for p in packs for rule in p.rules
-    }
-    steps = tuple(_decide(item, matches[item.site.path], wanted, obstacle, config) for item in sites)
+    targets = targets_of_rules(packs, target)
+    steps = tuple(_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps)
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:

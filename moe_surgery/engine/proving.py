@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vllm.platforms import current_platform
 
 from moe_surgery.engine.agreement import Ranks
 from moe_surgery.engine.blocks import copies, owner
+from moe_surgery.engine.routed import choose, matrices
 from moe_surgery.engine.sites import EngineSite
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.survey import survey
@@ -73,7 +75,7 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge
     def lay_out_and_prove(layer: nn.Module) -> None:
         del method.process_weights_after_loading  # the instance's, which is this function
         started = time.perf_counter()
-        ground = survey(exam.spec, _with_experts(exam, experts, runner.moe_config), seed=0, ranks=exam.ranks.size)
+        ground = survey(exam.spec, _with_experts(exam, runner), seed=0, ranks=exam.ranks.size)
         exam.seconds += time.perf_counter() - started
         lay_out(layer)
         started = time.perf_counter()
@@ -123,13 +125,7 @@ def _routing(item: EngineSite) -> OwnRouting | None:
     assert item.reading is not None
     if item.routed is None or item.reading.spec.router.scoring != "own":
         return None
-    router = item.routed.runner.router
-
-    def choose(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, ids = router.select_experts(hidden_states=x, router_logits=logits, topk_indices_dtype=torch.int32)
-        return weights, ids
-
-    return choose
+    return partial(choose, item.routed.runner.router)
 
 
 def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None, ranks: Ranks) -> BlockTensors:
@@ -151,20 +147,17 @@ def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None, ranks: 
     )
 
 
-def _with_experts(exam: Exam, experts: Any, config: Any) -> BlockTensors:
+def _with_experts(exam: Exam, runner: Any) -> BlockTensors:
     """The exam's tensors with the routed experts' loaded weights, as they are or put together from all ranks.
 
     What lies behind them is the shared expert, where it was folded.
     """
-    width, hidden = config.intermediate_size_per_partition_unpadded, exam.spec.hidden
-    count = exam.spec.experts.num_experts
+    experts, count, ranks = runner.routed_experts, exam.spec.experts.num_experts, exam.ranks
     w13, w2 = experts.w13_weight.data[:count], experts.w2_weight.data[:count]
-    half = w13.shape[1] // 2
-    ranks = exam.ranks
-    if ranks.size > 1 or (half, w13.shape[2]) != (width, hidden):
-        gate, up = w13[:, :width, :hidden], w13[:, half : half + width, :hidden]
+    gate, up, down = (part[:count] for part in matrices(runner))
+    if ranks.size > 1 or (2 * gate.shape[1], gate.shape[2]) != w13.shape[1:]:
         w13 = torch.cat([ranks.gather(gate, 1), ranks.gather(up, 1)], dim=1)
-        w2 = ranks.gather(w2[:, :hidden, :width], 2)
+        w2 = ranks.gather(down, 2)
     return replace(exam.small, w13=w13, w2=w2)
 
 

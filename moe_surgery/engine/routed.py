@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
@@ -96,6 +97,26 @@ def routing(routed: Routed, block: nn.Module) -> Hashable:
     gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
     chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
     return *chosen, gate, experts.activation.value, parts_of(runner)
+
+
+def choose(router: Any, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What a router of vLLM's makes of tokens [T, H] and logits [T, E]: weights [T, k] and expert ids [T, k] int32."""
+    weights, ids = router.select_experts(
+        hidden_states=x, router_logits=logits.contiguous(), topk_indices_dtype=torch.int32
+    )
+    return weights, ids
+
+
+def matrices(runner: MoERunner) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's share of all experts, without what fills it up: gate and up [E, width, H], down [E, H, width].
+
+    Views of the layer's weights, as long as they aren't in a kernel's layout.
+    """
+    config, experts = runner.moe_config, runner.routed_experts
+    width, hidden = config.intermediate_size_per_partition_unpadded, config.hidden_dim_unpadded
+    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    half = w13.shape[1] // 2
+    return w13[:, :width, :hidden], w13[:, half : half + width, :hidden], w2[:, :hidden, :width]
 
 
 def parts_of(runner: MoERunner) -> int:

@@ -144,12 +144,10 @@ def make_plan(
     """
     selection.check(sites)
     matches = {item.site.path: match_rules(item, packs, config) for item in sites}
-    wanted = {rule.full_name: rule.target for pack in packs for rule in pack.rules if rule.target and target == "auto"}
-
-    named = cache(targets)
+    wanted, named = targets_of_rules(packs, target), cache(targets)
 
     def choose(rule: str) -> Target:
-        return named(wanted.get(rule, target))
+        return named(wanted[rule])
 
     steps = tuple(_decide(item, matches[item.site.path], choose, selection) for item in sites)
     plan = Plan(name, target, steps)
@@ -161,6 +159,12 @@ def make_plan(
         error.report = plan.report().but(exit_code=error.exit_code)
         raise
     return plan
+
+
+def targets_of_rules(packs: Sequence[Pack], target: str) -> dict[str, str]:
+    """The target of each rule, by its full name: ``target``, but where that is "auto" a rule's own, if it has one."""
+    own = target == "auto"
+    return {rule.full_name: (rule.target if own else None) or target for pack in packs for rule in pack.rules}
 
 
 def match_rules(item: Surveyed, packs: Sequence[Pack], config: object) -> Match | Miss | None:

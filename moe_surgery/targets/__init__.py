@@ -12,8 +12,15 @@ if TYPE_CHECKING:
 NAMES = ("auto", "folded", "vllm", "reference")
 
 
+def check_name(name: str) -> None:
+    """Raise :class:`UsageError` if no target is named so."""
+    if name not in NAMES:
+        raise UsageError(f"no target is named {name!r} (there are {', '.join(NAMES)})")
+
+
 def get_target(name: str) -> Target:
     """The target of that name; "auto" chooses for each block, see :mod:`moe_surgery.targets.auto`."""
+    check_name(name)
     if name == "auto":
         from moe_surgery.targets.auto import AutoTarget
 
@@ -26,11 +33,9 @@ def get_target(name: str) -> Target:
         from moe_surgery.targets.vllm import VllmTarget
 
         return VllmTarget()
-    if name == "reference":
-        from moe_surgery.targets.reference import ReferenceTarget
+    from moe_surgery.targets.reference import ReferenceTarget
 
-        return ReferenceTarget()
-    raise UsageError(f"no target is named {name!r} (there are {', '.join(NAMES)})")
+    return ReferenceTarget()
 
 
 def installed_engine() -> str:

@@ -70,8 +70,6 @@ def objections(spec: MoESpec) -> Iterator[str]:
     experts = spec.experts
     if spec.shared is None:
         yield "there is no shared expert to fold"
-    if spec.at != "block":
-        yield "the shared expert is outside of what is replaced"
     held = {
         "biases in its experts": experts.biases,
         "weighted inputs": experts.weights_on == "input",
