@@ -64,15 +64,15 @@ def test_a_width_that_cannot_be_cut_and_a_saved_plan(folders: dict[str, Path], t
 def test_copied_weights_cannot_be_loaded_anew() -> None:
     from moe_surgery.engine.folding import FoldedLogits
 
-    router, gate = (torch.nn.Linear(64, rows, bias=False) for rows in (8, 1))
-    layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"))
+    router, gate = torch.nn.Linear(64, 8), torch.nn.Linear(64, 1, bias=False)
+    layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"), router_bias=Piece("router.bias"))
     logits = FoldedLogits(torch.nn.ModuleDict({"router": router, "gate": gate}), Reading(SPEC, layout, "", ()))
     x = torch.randn(3, 64)
     torch.testing.assert_close(logits(x), torch.cat([router(x), gate(x)], dim=-1))
-    for layer in (router, gate):
-        loader: Any = layer.weight.weight_loader
+    for copied in (router.weight, router.bias, gate.weight):
+        loader: Any = copied.weight_loader
         with pytest.raises(SurgeryError, match="can't be loaded anew"):
-            loader(layer.weight, torch.zeros_like(layer.weight))
+            loader(copied, torch.zeros_like(copied))
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class FoldedLogits(nn.Module):
         matrix = torch.cat([part.float() if wide else part for part in rows])
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(matrix.dtype, copy=True), persistent=False)
-        for piece in pieces:
+        for piece in (*pieces, *((layout.router_bias,) if layout.router_bias else ())):
             _seal(getattr(owner(block, piece), piece.path.rpartition(".")[2]))
 
     def forward(self, x: Tensor) -> Tensor:
