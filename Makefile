@@ -19,7 +19,7 @@ help:
 	@echo "make demo    operate on a small Qwen3-Omni model with vLLM on CPU, prove it, report it"
 	@echo "make test    run the tests; ARGS='-k name' chooses, ARGS='-m \"not slow\"' leaves the slow ones out"
 	@echo "make fuzz    run the tests of generated examples with new examples, until one fails"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and the contracts on imports"
 	@echo "make bench   time the old and the new block"
 	@echo "make setup   only make $(VENV), from the pinned lists in requirements/"
 
@@ -48,6 +48,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/cpu_block.py $(ARGS)

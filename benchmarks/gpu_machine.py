@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_surgery.versions import versions
+from moe_surgery.installed.versions import versions
 
 
 def machine_name() -> str:

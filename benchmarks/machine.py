@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_surgery.versions import versions
+from moe_surgery.installed.versions import versions
 
 
 def cpu_name() -> str:

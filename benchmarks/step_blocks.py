@@ -11,8 +11,8 @@ from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.kernels.op import folded_moe
-from moe_surgery.kernels.terms import Terms, Weights
 
 
 class HandWrittenBlock(nn.Module):

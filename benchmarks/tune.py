@@ -27,8 +27,8 @@ from cuda_timing import graph_us  # noqa: E402
 from shapes import CASES, Case, random_tensors  # noqa: E402
 
 from moe_surgery.kernels import launch  # noqa: E402
+from moe_surgery.kernels.arguments import WIDE_ROWS, Terms, Weights  # noqa: E402
 from moe_surgery.kernels.choice import FOLDER, Choice, shape_name  # noqa: E402
-from moe_surgery.kernels.terms import WIDE_ROWS, Terms, Weights  # noqa: E402
 from moe_surgery.targets.folded.fold import fold, terms_of  # noqa: E402
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)

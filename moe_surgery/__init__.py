@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_surgery.engine.hook import Handle as Handle
-    from moe_surgery.engine.hook import install as install
+    from moe_surgery.engine.launch.hook import Handle as Handle
+    from moe_surgery.engine.launch.hook import install as install
     from moe_surgery.errors import SurgeryError as SurgeryError
-    from moe_surgery.operate.plan import Plan as Plan
-    from moe_surgery.report.model import Report as Report
+    from moe_surgery.planning.plan import Plan as Plan
+    from moe_surgery.report.report import Report as Report
     from moe_surgery.verbs import apply as apply
     from moe_surgery.verbs import explain as explain
     from moe_surgery.verbs import plan as plan
@@ -36,10 +36,10 @@ _PLACES = {
     "verify": "verbs",
     "undo": "verbs",
     "explain": "verbs",
-    "install": "engine.hook",
-    "Handle": "engine.hook",
-    "Plan": "operate.plan",
-    "Report": "report.model",
+    "install": "engine.launch.hook",
+    "Handle": "engine.launch.hook",
+    "Plan": "planning.plan",
+    "Report": "report.report",
     "SurgeryError": "errors",
 }
 __all__ = ["__version__", *_PLACES]  # noqa: PLE0604

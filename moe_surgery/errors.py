@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_surgery.report.model import Report
+    from moe_surgery.report.outcomes import Outcomes
 
 
 class SurgeryError(Exception):
@@ -15,9 +15,9 @@ class SurgeryError(Exception):
     """
 
     exit_code = 1
-    report: Report | None = None
+    report: Outcomes | None = None
 
-    def with_report(self, report: Report) -> SurgeryError:
+    def with_report(self, report: Outcomes) -> SurgeryError:
         self.report = report
         return self
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from moe_surgery.errors import UsageError
-from moe_surgery.find.edits import Edit
-from moe_surgery.find.result import ChildShape, Match, Miss
 from moe_surgery.operate.apply import Operation, Progress, Settings
-from moe_surgery.operate.plan import Plan, Selection, make_plan, trails
-from moe_surgery.operate.survey import Surveyed, survey
-from moe_surgery.packs import Pack, Rule
-from moe_surgery.registry import load_packs
-from moe_surgery.report.model import Report, Step
-from moe_surgery.spec import MoESpec
+from moe_surgery.packs.match import Match, Miss
+from moe_surgery.packs.pack import Pack, Rule
+from moe_surgery.packs.registry import load_packs
+from moe_surgery.planning.plan import Plan, Selection, make_plan, trails
+from moe_surgery.planning.survey import Surveyed, survey
+from moe_surgery.report.outcomes import Step
+from moe_surgery.report.report import Report
 from moe_surgery.targets import get_target
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from moe_surgery.report.explanation import Explanation
 
 Model = nn.Module | str | Path
 Packs = Sequence[str | Path | Pack] | None
@@ -43,7 +42,7 @@ class _Subject:
             config = getattr(model, "config", None)
             name = getattr(config, "name_or_path", "") or type(model).__name__
             return cls(str(name), model, config)
-        from moe_surgery.load import open_meta
+        from moe_surgery.models.opening import open_meta
 
         opened = open_meta(str(model), trust_remote_code=trust_remote_code)
         return cls(opened.name, opened.module, opened.config)
@@ -132,7 +131,7 @@ def verify(
     A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a proof fails.
     """
     if not isinstance(model, nn.Module):
-        from moe_surgery.load import load_model
+        from moe_surgery.models.opening import load_model
 
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
     return _operation(model, plan, Settings(margin, seed, True, on_progress), as_plan).verify()
@@ -165,39 +164,10 @@ def undo(report: Report) -> None:
     report.transaction.undo()
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
-    """Why a site is, or isn't, matched: what was read there, and every rule's clauses, nearest rule first.
-
-    ``alike`` are the other sites that were read the same. ``edits`` has, by a rule's full name, the smallest change
-    that makes it match. Of a site that can't be read, ``unread`` is the reason, and the trails hold only the clauses
-    that don't need a reading. Printing it shows all of this.
-    """
-
-    path: str
-    kind: str
-    spec: MoESpec | None
-    combine: str | None
-    unread: str | None
-    trails: tuple[tuple[Rule, Match | Miss], ...]
-    children: tuple[tuple[str, ChildShape], ...] = ()
-    alike: tuple[str, ...] = ()
-    edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
-
-    def render(self, console: Console) -> None:
-        """Print what was read and the tree of every rule's clauses."""
-        from moe_surgery.report.trail import render_trail
-
-        render_trail(self, console)
-
-    def __str__(self) -> str:
-        from moe_surgery.report.trail import text
-
-        return text(self)
-
-
 def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: bool = False) -> Explanation:
     """What is known of the site at ``path``. Raises :class:`UsageError`, naming the sites, if there is none."""
+    from moe_surgery.report.explanation import Explanation
+
     subject = _Subject.of(model, trust_remote_code)
     sites = survey(subject.module)
     item = next((item for item in sites if item.site.path == path), None)

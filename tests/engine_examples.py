@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from hanging import HANG
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "examples" / "engine"
 PROMPTS = [[3, 17, 90, 41, 5], [100, 2, 2, 64]]
@@ -97,7 +99,7 @@ class Result:
         return [(site["path"], site["outcome"]) for site in (self.receipts[0]["report"] or {"sites": []})["sites"]]
 
 
-def run_all(runs: list[Run], tmp: Path, *, timeout: int = 900, **env: str) -> list[Result]:
+def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
     """The result of each run, one engine after the other, in one child process of the caller's.
 
     The engine is of that process too, so that it starts in seconds, unless an environment variable says otherwise.
@@ -112,9 +114,9 @@ def run_all(runs: list[Run], tmp: Path, *, timeout: int = 900, **env: str) -> li
             start_new_session=True,
         )
         try:
-            code: int | str = child.wait(timeout)
+            code: int | str = child.wait(HANG * len(runs))
         except subprocess.TimeoutExpired:
-            code = f"nothing in {timeout} s"
+            code = f"nothing in {HANG * len(runs)} s"
         finally:
             with suppress(ProcessLookupError):  # workers that hang don't end by themselves
                 os.killpg(child.pid, signal.SIGKILL)

@@ -80,7 +80,7 @@ def faulty(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    from moe_surgery.engine import blocks, ledger, proving, sites, surgery
+    from moe_surgery.engine.model import blocks, ledger, proving, sites, surgery
 
     places: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         "reading": (sites, "read", lambda original: _fails_at(1, original, "reading")),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_examples import environment
+from hanging import HANG
 
 TOKENS = (1, 7, 300)
 Change = Callable[[Any], None]
@@ -34,7 +35,7 @@ def outcomes(folder: Path, tmp: Path, world: int, port: int) -> list[dict[str, d
     ]
     try:
         for child in children:
-            log, _ = child.communicate(timeout=120)
+            log, _ = child.communicate(timeout=HANG)
             assert child.returncode == 0, log
     finally:
         for child in children:
@@ -282,8 +283,8 @@ def _load(folder: Path, architecture: str, run: str | None) -> list[Any]:
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.model_loader import get_model_loader
 
+    from moe_surgery.engine.model.seam import disengage, engage
     from moe_surgery.engine.orders import Orders
-    from moe_surgery.engine.seam import disengage, engage
 
     config = EngineArgs(
         model=str(folder),

@@ -17,7 +17,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 import moe_surgery
 from moe_surgery import verbs
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError, UsageError
-from moe_surgery.operate.plan import Plan
+from moe_surgery.planning.plan import Plan
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.targets.reference import ReferenceTarget
 

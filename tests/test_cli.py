@@ -16,13 +16,13 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from typer.testing import CliRunner, Result
 
-import moe_surgery.generate
+import moe_surgery.models.greedy
 from moe_surgery import verbs
 from moe_surgery.cli.app import app
 from moe_surgery.cli.operating import Tokens
 from moe_surgery.errors import UnsupportedError
-from moe_surgery.packfile import parse_pack
-from moe_surgery.registry import load_packs
+from moe_surgery.packs.file import parse_pack
+from moe_surgery.packs.registry import load_packs
 from moe_surgery.targets.reference import ReferenceTarget
 
 REFERENCE = ("--target", "reference")
@@ -230,7 +230,7 @@ def test_verify_ends_with_12_if_a_proof_fails(model: str, monkeypatch: pytest.Mo
 
 def test_tokens_that_differ_end_with_12(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = itertools.cycle([{"model": [1, 2, 3]}, {"model": [1, 2, 9]}])
-    monkeypatch.setattr(moe_surgery.generate, "greedy_tokens", lambda *_: next(answers))
+    monkeypatch.setattr(moe_surgery.models.greedy, "greedy_tokens", lambda *_: next(answers))
     result = call("apply", model, *REFERENCE, "--generate", "1,2,3", exit_code=12)
     assert "model: GREEDY TOKENS DIFFER from number 3 on: 3 became 9" in result.stdout
     assert result.stderr == "error: greedy tokens before and after differ\n"

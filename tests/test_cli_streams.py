@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from hanging import HANG
 
 from moe_surgery import errors
 from moe_surgery.cli import exits
@@ -22,7 +23,8 @@ from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Format, Output
 from moe_surgery.cli.progress import Lines, progress
 from moe_surgery.cli.screen import Screen
-from moe_surgery.report.model import Report, Step
+from moe_surgery.report.outcomes import Step
+from moe_surgery.report.report import Report
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from moe_surgery.cli import main; main()"
@@ -168,7 +170,7 @@ def test_a_stdout_that_isnt_utf8_gets_plain_characters() -> None:
     result = command("pass", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout) == (0, "the result \\xd7\n")
     code = """
-    from moe_surgery.report.model import Report
+    from moe_surgery.report.report import Report
     screen.report(Report("mödel ×", "planned", (), "f", {}))
     """
     for form in ("text", "json"):
@@ -201,7 +203,7 @@ def test_a_signal_ends_with_130_and_is_not_taken_twice(number: signal.Signals) -
     process.send_signal(number)
     assert process.stderr.readline() == "putting back\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert (out, err) == ("", "put back\nerror: interrupted; nothing was left half done\n")
 
@@ -226,7 +228,7 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=HANG) == 0
 
 
 def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:
@@ -307,6 +309,6 @@ def test_the_real_thing_ends_with_130_on_sigterm(omni_dir: Path) -> None:
     assert process.stderr.readline() == f"loading {omni_dir}\n"
     assert process.stderr.readline() == "operating\n"
     process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "error: interrupted; nothing was left half done"

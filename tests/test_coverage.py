@@ -15,8 +15,8 @@ import moe_surgery
 from moe_surgery import verbs
 from moe_surgery.cli.app import app
 from moe_surgery.errors import UsageError
-from moe_surgery.registry import load_packs
-from moe_surgery.report.model import Report
+from moe_surgery.packs.registry import load_packs
+from moe_surgery.report.report import Report
 from moe_surgery.targets.reference import ReferenceTarget
 from moe_surgery.testing import coverage, table
 from moe_surgery.testing.coverage import Coverage, Line, Tried, choose

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import moe_surgery
-from moe_surgery.find.edits import Edit
-from moe_surgery.find.result import ChildShape, Match, Miss, Reading, Site
-from moe_surgery.packfile import parse_pack
-from moe_surgery.packs import Pack, Rule
+from moe_surgery.models.site import Site
+from moe_surgery.packs.edits import Edit
+from moe_surgery.packs.file import parse_pack
+from moe_surgery.packs.match import Match, Miss
+from moe_surgery.packs.pack import Pack, Rule
+from moe_surgery.read.reading import ChildShape, Reading
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.testing import build
 from moe_surgery.weights.layout import Layout, MLPPieces, Piece
@@ -81,7 +83,7 @@ def rule(keys: dict[str, Any]) -> Rule:
         table, _, name = key.rpartition(".")
         (data.setdefault(table, {}) if table else data)[name] = value
     lines = ["[pack]", 'name = "p"', 'version = "1"', "[[rule]]"]
-    from moe_surgery.tomltext import pairs
+    from moe_surgery.packs.toml_text import pairs
 
     return parse_pack("\n".join([*lines, *pairs(data)]).encode(), "p.toml").rules[0]
 

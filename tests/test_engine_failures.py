@@ -15,7 +15,7 @@ from engine_examples import Run, run_all
 from engine_reference import check, reference
 from safetensors.torch import load_file, save_file
 
-from moe_surgery.operate.plan import Plan
+from moe_surgery.planning.plan import Plan
 
 EXPERT = "model.layers.1.mlp.experts.3"
 Damage = Callable[[dict[str, torch.Tensor]], None]

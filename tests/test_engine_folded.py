@@ -13,7 +13,7 @@ from engine_reference import check, reference
 from folded_blocks import SPEC
 
 from moe_surgery.errors import SurgeryError
-from moe_surgery.find.result import Reading
+from moe_surgery.read.reading import Reading
 from moe_surgery.weights.layout import Layout, Piece
 
 COMPILED = {"enforce_eager": False}
@@ -62,7 +62,7 @@ def test_a_width_that_cannot_be_cut_and_a_saved_plan(folders: dict[str, Path], t
 
 
 def test_copied_weights_cannot_be_loaded_anew() -> None:
-    from moe_surgery.engine.folding import FoldedLogits
+    from moe_surgery.engine.model.folded_router import FoldedLogits
 
     router, gate = torch.nn.Linear(64, 8), torch.nn.Linear(64, 1, bias=False)
     layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"), router_bias=Piece("router.bias"))

@@ -20,6 +20,7 @@ import torch
 from engine.make_checkpoint import make
 from engine_examples import environment
 from engine_reference import reference
+from hanging import HANG
 
 from moe_surgery.engine.receipts import check, read_all
 
@@ -48,15 +49,15 @@ def server(folder: Path, tmp: Path) -> Iterator[tuple[subprocess.Popen[bytes], s
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(HANG)
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], address: str, seconds: float = 300) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], address: str, seconds: float = HANG) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, "the server ended before it was up"
         try:
-            with urlopen(f"{address}/health", timeout=5):
+            with urlopen(f"{address}/health", timeout=HANG):
                 return
         except (URLError, OSError):
             time.sleep(0.5)
@@ -73,7 +74,7 @@ def complete(folder: Path, address: str) -> list[int]:
         "ignore_eos": True,
     }
     request = Request(f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=120) as answer:
+    with urlopen(request, timeout=HANG) as answer:
         text = json.load(answer)["choices"][0]["text"]
     return [int(word.removeprefix("w")) for word in text.split()]
 
@@ -99,7 +100,7 @@ def test_a_server_and_the_death_of_a_worker(tmp_path: Path) -> None:
         assert [(receipt.rank, receipt.outcome) for receipt in receipts] == [(0, "operated"), (1, "operated")]
         assert len({receipt.fingerprint for receipt in receipts}) == 1
         os.kill(receipts[1].pid, signal.SIGKILL)
-        process.wait(120)
+        process.wait(HANG)
     lines = (tmp_path / "err.txt").read_text().splitlines()
     told = "\n".join(lines[-40:])
     # vLLM's server takes its engine's end for a reason to shut down in order; its exit code is passed on as it is.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-UNUSED = ("moe_surgery.targets.vllm.loop", "moe_surgery.cli", "typer", "moe_surgery.steps", "moe_surgery.verbs")
+UNUSED = ("moe_surgery.targets.vllm.loop", "moe_surgery.cli", "typer", "moe_surgery.timing.steps", "moe_surgery.verbs")
 
 
 def test_nothing_is_imported_that_an_engine_has_no_use_for() -> None:
     code = (
-        "import sys, moe_surgery, moe_surgery.engine.hook, moe_surgery.engine.seam, vllm;"
-        "before = set(sys.modules); import moe_surgery.engine.surgery;"
+        "import sys, moe_surgery, moe_surgery.engine.launch.hook, moe_surgery.engine.model.seam, vllm;"
+        "before = set(sys.modules); import moe_surgery.engine.model.surgery;"
         f"print([name for name in {UNUSED} if name in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -28,7 +28,7 @@ def test_nothing_is_imported_that_an_engine_has_no_use_for() -> None:
 def test_the_proof_compiles_nothing_that_the_engines_graphs_will_hold() -> None:
     from vllm.forward_context import get_forward_context
 
-    from moe_surgery.engine.proving import _asked
+    from moe_surgery.engine.model.proving import _asked
     from moe_surgery.targets.vllm.host import hosting
 
     graphs: list[fx.GraphModule] = []

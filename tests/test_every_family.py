@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_surgery.registry import load_packs
+from moe_surgery.packs.registry import load_packs
 from moe_surgery.report.rows import rows
 from moe_surgery.testing.coverage import UNSEEN
 from moe_surgery.testing.families import DEFAULT, families

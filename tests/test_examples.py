@@ -16,8 +16,8 @@ from make_qwen3_omni import write
 from qwen3_omni_config import FULL, SMALL, omni_config
 from safetensors import safe_open
 
-from moe_surgery.checkpoint import checkpoint_headers
-from moe_surgery.load import load_model, open_meta
+from moe_surgery.models.checkpoint import checkpoint_headers
+from moe_surgery.models.opening import load_model, open_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 

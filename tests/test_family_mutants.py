@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import moe_surgery
 from moe_surgery.errors import SurgeryError
+from moe_surgery.models.tree import find_sites
 from moe_surgery.testing.families import build, families, outputs
 from moe_surgery.testing.trial import TOLERANCE
 from moe_surgery.testing.trial import distance as moved
-from moe_surgery.tree import find_sites
 
 Change = Callable[[nn.Module], None]
 

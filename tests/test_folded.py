@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from spec_weights import weights, worst
 
 from moe_surgery.errors import SurgeryError, UnsupportedError
+from moe_surgery.kernels.arguments import WIDE_ROWS, Terms
 from moe_surgery.kernels.choice import FOLDER, choose, serving, table
-from moe_surgery.kernels.terms import WIDE_ROWS, Terms
-from moe_surgery.operate import plan as planning
+from moe_surgery.planning import plan as planning
 from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets import get_target, reference
 from moe_surgery.targets.auto import AutoTarget

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from moe_surgery.errors import UsageError
-from moe_surgery.generate import greedy_tokens
-from moe_surgery.load import load_model
+from moe_surgery.models.greedy import greedy_tokens
+from moe_surgery.models.opening import load_model
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, Qwen2MoeForCausalLM
 import moe_surgery
 from moe_surgery.engine.orders import VARIABLE, Orders
 from moe_surgery.errors import PlanError, ReceiptError, SurgeryError, UsageError
-from moe_surgery.operate.plan import Plan
-from moe_surgery.packfile import parse_pack
-from moe_surgery.registry import load_packs
+from moe_surgery.packs.file import parse_pack
+from moe_surgery.packs.registry import load_packs
+from moe_surgery.planning.plan import Plan
 from moe_surgery.targets.base import SwappedBlock
 
 PACK = '[pack]\nname = "p"\nversion = "1"\n[[rule]]\nname = "r"\ntarget = "reference"\nfind.path = "**.mlp"\n'
@@ -101,7 +101,7 @@ def test_packs_reach_other_processes(pack: Path, monkeypatch: pytest.MonkeyPatch
     packs = [load_packs(["generic"])[0], parse_pack(PACK.replace('"p"', '"here-only"').encode(), "nowhere"), "p.toml"]
     with moe_surgery.install(packs):
         code = (
-            "from moe_surgery.engine.orders import Orders; from moe_surgery.registry import load_packs;"
+            "from moe_surgery.engine.orders import Orders; from moe_surgery.packs.registry import load_packs;"
             "print([pack.name for pack in load_packs(Orders.from_env().packs)])"
         )
         answer = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)

@@ -15,9 +15,9 @@ import torch
 from qwen3_omni_config import FULL, SMALL, omni_config
 from safetensors.torch import load_file, save_file
 
-from moe_surgery.checkpoint import checkpoint_headers
 from moe_surgery.errors import ModelError, UsageError
-from moe_surgery.load import load_model, open_meta
+from moe_surgery.models.checkpoint import checkpoint_headers
+from moe_surgery.models.opening import load_model, open_meta
 
 WriteTiny = Callable[[str], Path]
 
@@ -316,5 +316,5 @@ def test_hub_id_from_the_local_cache(write_tiny: WriteTiny, tmp_path: Path, monk
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, moe_surgery.load; print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    code = "import sys, moe_surgery.models.opening; print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

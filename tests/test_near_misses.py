@@ -15,9 +15,9 @@ from zoo.same import FEW, SHAPES, TOLERANCE, Holder, assert_reads_right, distanc
 
 import moe_surgery
 from moe_surgery.errors import ProofError
-from moe_surgery.find.result import Unreadable
-from moe_surgery.read import read
-from moe_surgery.report.model import Step
+from moe_surgery.read.block import read
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.report.outcomes import Step
 from moe_surgery.targets.base import SwappedBlock
 
 GENERIC = Path(__file__).parent.parent / "rules" / "generic.toml"

@@ -15,7 +15,7 @@ from moe_surgery.engine import plugin
 from moe_surgery.engine.orders import SCHEMA, VARIABLE, Orders
 from moe_surgery.errors import UsageError
 
-HEAVY = "('torch', 'transformers', 'vllm', 'moe_surgery.engine.seam')"
+HEAVY = "('torch', 'transformers', 'vllm', 'moe_surgery.engine.model.seam')"
 FULL = Orders("/r", ("generic", "/p/x.toml"), "/p/plan.json", "all", "keep", "folded")
 
 

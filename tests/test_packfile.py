@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_surgery.errors import PackError
-from moe_surgery.find.clauses import At, Installed, Reads
-from moe_surgery.find.config import Key
-from moe_surgery.find.facts import FACTS
-from moe_surgery.packfile import load_pack, parse_pack
-from moe_surgery.packs import Expect, Pack, Rule
-from moe_surgery.tomllines import Path as KeyPath
-from moe_surgery.tomllines import key_lines, line_of
+from moe_surgery.packs.clauses import At, Installed, Reads
+from moe_surgery.packs.config_values import Key
+from moe_surgery.packs.facts import FACTS
+from moe_surgery.packs.file import load_pack, parse_pack
+from moe_surgery.packs.pack import Expect, Pack, Rule
+from moe_surgery.packs.toml_lines import Path as KeyPath
+from moe_surgery.packs.toml_lines import key_lines, line_of
 
 RULES = Path(__file__).parent.parent / "rules"
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_surgery import verbs
-from moe_surgery.packfile import parse_pack
+from moe_surgery.packs.file import parse_pack
 from moe_surgery.targets.reference import ReferenceTarget
 from moe_surgery.testing import PackTest, build, outputs
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_surgery.find.config import Absent, Key, KeyPathError, View, check_path, follow
-from moe_surgery.find.formula import Formula, FormulaError
-from moe_surgery.find.pattern import Pattern, PatternError
+from moe_surgery.packs.combine import Formula, FormulaError
+from moe_surgery.packs.config_values import Absent, Key, KeyPathError, View, check_path, follow
+from moe_surgery.packs.pattern import Pattern, PatternError
 
 SEGMENTS = st.text("ab0", min_size=1, max_size=3)
 PATHS = st.lists(SEGMENTS, max_size=5)

@@ -14,8 +14,8 @@ from zoo import plain
 from zoo.plain import Sizes, block_class
 from zoo.same import assert_reads_right
 
-from moe_surgery.find.result import Unreadable
-from moe_surgery.read import read
+from moe_surgery.read.block import read
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 
 SIZES = Sizes(experts=4)

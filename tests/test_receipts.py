@@ -15,10 +15,11 @@ from typer.testing import CliRunner, Result
 
 import moe_surgery
 from moe_surgery.cli.app import app
-from moe_surgery.engine.receipts import Receipt, check, first_failure, new_run, read_all, write
+from moe_surgery.engine.receipts import check, first_failure, new_run, read_all, write
 from moe_surgery.errors import ProofError, ReceiptError, SurgeryError, UsageError
-from moe_surgery.report.model import Report
-from moe_surgery.report.restored import report_from_json
+from moe_surgery.report.from_json import report_from_json
+from moe_surgery.report.receipt import Receipt
+from moe_surgery.report.report import Report
 
 ONE = Receipt(11, 0, 1, "Model", "operated", "abc", "def", None)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from moe_surgery.errors import PackError, UsageError
-from moe_surgery.registry import built_in_packs, check_packs, entry_point_packs, load_packs
+from moe_surgery.packs.registry import built_in_packs, check_packs, entry_point_packs, load_packs
 
 ROOT = Path(__file__).parent.parent
-LIST = "from moe_surgery.registry import load_packs; [print(p.name, p.origin) for p in load_packs()]"
+LIST = "from moe_surgery.packs.registry import load_packs; [print(p.name, p.origin) for p in load_packs()]"
 
 
 def pack_text(name: str, *, last: bool = False) -> str:

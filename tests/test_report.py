@@ -21,14 +21,16 @@ from rich.console import Console
 
 from moe_surgery.errors import UsageError
 from moe_surgery.prove.verdict import Mutant, Verdict
-from moe_surgery.report import plain, timing
+from moe_surgery.report import words
 from moe_surgery.report.figure import save_svg
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.json import dumps, scan_data
-from moe_surgery.report.model import Memory, Report, Step
+from moe_surgery.report.outcomes import Memory, Step
+from moe_surgery.report.report import Report
 from moe_surgery.report.rows import rows
 from moe_surgery.report.terminal import render, render_scan, scan_sentence, sentence
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.timing import blocks
 
 TALKER = MoESpec(
     1024, RouterSpec(128, 6, "softmax", True), ExpertsSpec(128, 384, "silu"), SharedSpec(768, "silu", "sigmoid")
@@ -330,19 +332,19 @@ def test_a_missing_folder_is_a_usage_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "value", "wanted"),
     [
-        (plain.size, 0, "0 B"),
-        (plain.size, 1023, "1023 B"),
-        (plain.size, 1536, "1.5 KiB"),
-        (plain.size, 5 * 2**40, "5.0 TiB"),
-        (plain.error, 3.14e-3, "3.1e-3"),
-        (plain.error, 0.0, "0"),
-        (plain.ratio, 6.83, "6.8×"),
-        (plain.ratio, 120.4, "120×"),
-        (plain.ratio, 93210.0, "9.3e4×"),
-        (plain.ratio, math.inf, "∞×"),
-        (plain.duration, 0.04, "0.0 s"),
-        (plain.duration, 99.94, "99.9 s"),
-        (plain.duration, 200.0, "3 min 20 s"),
+        (words.size, 0, "0 B"),
+        (words.size, 1023, "1023 B"),
+        (words.size, 1536, "1.5 KiB"),
+        (words.size, 5 * 2**40, "5.0 TiB"),
+        (words.error, 3.14e-3, "3.1e-3"),
+        (words.error, 0.0, "0"),
+        (words.ratio, 6.83, "6.8×"),
+        (words.ratio, 120.4, "120×"),
+        (words.ratio, 93210.0, "9.3e4×"),
+        (words.ratio, math.inf, "∞×"),
+        (words.duration, 0.04, "0.0 s"),
+        (words.duration, 99.94, "99.9 s"),
+        (words.duration, 200.0, "3 min 20 s"),
     ],
 )
 def test_numbers_as_words(function: Any, value: float, wanted: str) -> None:
@@ -351,7 +353,7 @@ def test_numbers_as_words(function: Any, value: float, wanted: str) -> None:
 
 def test_the_report_needs_no_torch() -> None:
     code = (
-        "import sys, moe_surgery.report.terminal, moe_surgery.report.figure, moe_surgery.report.timing;"
+        "import sys, moe_surgery.report.terminal, moe_surgery.report.figure, moe_surgery.timing.blocks;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -381,9 +383,9 @@ def test_blocks_are_timed_in_turns_and_not_for_ever(
 ) -> None:
     torch = pytest.importorskip("torch")
     clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(blocks, "time", clock)
     old, new = clock.block("old", seconds), clock.block("new", seconds / 2)
-    speed = timing.measure_blocks(old, new, 8, torch.float32, name="a.0", tokens=(1,))
+    speed = blocks.measure_blocks(old, new, 8, torch.float32, name="a.0", tokens=(1,))
     (sample,) = speed.samples
     assert (sample.old, sample.new, sample.ratio) == pytest.approx((seconds, seconds / 2, 2.0))
     assert sample.calls == pytest.approx(calls, abs=7)  # two seconds' worth, at most 30 and at least 5
@@ -394,7 +396,7 @@ def test_blocks_are_timed_in_turns_and_not_for_ever(
 
 
 def test_a_slower_block_is_called_slower() -> None:
-    speed = timing.Speed("a.0", (timing.Sample(1, 30, 2.0, 1.0), timing.Sample(64, 30, 1.0, 3.0)))
+    speed = blocks.Speed("a.0", (blocks.Sample(1, 30, 2.0, 1.0), blocks.Sample(64, 30, 1.0, 3.0)))
     assert speed.sentence() == (
         "MoE block 2.0× faster at 1 token, 3.0× slower at 64 tokens (median of 30 calls in turns, a.0)"
     )
@@ -404,8 +406,8 @@ def test_a_slower_block_is_called_slower() -> None:
 
 
 def test_steps_are_told_by_their_sequences() -> None:
-    samples = (timing.Sample(1, 1, 2.0, 1.0), timing.Sample(1, 5, 1.0, 3.0, sequences=8))
-    speed = timing.Speed("talker", samples, "decode step")
+    samples = (blocks.Sample(1, 1, 2.0, 1.0), blocks.Sample(1, 5, 1.0, 3.0, sequences=8))
+    speed = blocks.Speed("talker", samples, "decode step")
     assert speed.sentence() == (
         "decode step 2.0× faster at 1 sequence, 3.0× slower at 8 sequences (median of 1 call in turns, talker)"
     )

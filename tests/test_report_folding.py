@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_surgery.report.folding import fold_paths
+from moe_surgery.report.folded_paths import fold_paths
 
 NAMES = st.text(st.characters(categories=("L", "N"), include_characters="_-"), min_size=1, max_size=4)
 PATHS = st.lists(st.integers(0, 130).map(str) | NAMES, min_size=1, max_size=5).map(".".join)

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from moe_surgery.errors import ExpectationError
-from moe_surgery.find.clauses import Case, Installed, Letters
-from moe_surgery.find.config import View
-from moe_surgery.find.result import ChildShape, Match, Miss, Reading, Site
-from moe_surgery.packfile import load_pack, parse_pack
-from moe_surgery.packs import Rule
+from moe_surgery.models.site import Site
+from moe_surgery.packs.clauses import Case, Installed, Letters
+from moe_surgery.packs.config_values import View
+from moe_surgery.packs.file import load_pack, parse_pack
+from moe_surgery.packs.match import Match, Miss
+from moe_surgery.packs.pack import Rule
+from moe_surgery.read.reading import ChildShape, Reading
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout, MLPPieces, Piece
 
@@ -264,7 +266,7 @@ def test_real_blocks_match_their_rules_and_no_other() -> None:
         Qwen3OmniMoeTextConfig,
     )
 
-    from moe_surgery.read import read
+    from moe_surgery.read.block import read
 
     talker_text = {key: value for key, value in TALKER_TEXT.items() if key != "model_type"}
     thinker_text = {key: value for key, value in THINKER_TEXT.items() if key != "model_type"}

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hanging import HANG
 
 import moe_surgery
-from moe_surgery.engine.child import SITE
+from moe_surgery.engine.launch.child import SITE
+from moe_surgery.engine.launch.visibility import interpreter
 from moe_surgery.engine.orders import VARIABLE, Orders
 from moe_surgery.engine.receipts import read_all
-from moe_surgery.engine.visibility import interpreter
 
 NOTHING = "error: surgery was asked for, but no process loaded a model with it"
 SCRIPT = """
@@ -29,7 +30,8 @@ print(type(model.model.layers[0].mlp).__name__)
 """
 RECEIPT = """
 from moe_surgery.engine.orders import Orders
-from moe_surgery.engine.receipts import Receipt, write
+from moe_surgery.engine.receipts import write
+from moe_surgery.report.receipt import Receipt
 def leave(rank, world, outcome="operated", fingerprint="abc", **rest):
     write(Orders.from_env().run, Receipt(10 + rank, rank, world, "Model", outcome, fingerprint, "x", None, **rest))
 """
@@ -239,15 +241,15 @@ sys.exit(40 + len(seen))
 """
     process = start(code)
     process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 41, err
     assert "the command ended with exit code 41" in err
 
 
 def test_a_command_that_a_signal_ends() -> None:
-    process = start("import time; print('ready', flush=True); time.sleep(60)")
+    process = start("import time; print('ready', flush=True); time.sleep(10 * 60)")
     process.terminate()
-    assert "exit code 143" in process.communicate(timeout=30)[1]
+    assert "exit code 143" in process.communicate(timeout=HANG)[1]
     assert process.returncode == 143
 
 
@@ -278,7 +280,7 @@ time.sleep(1)
 sys.exit(40 + len(seen))
 """
     line = [sys.executable, "-c", code, *arguments(command=python(inner))]
-    assert subprocess.run(line, env=variables(), timeout=60, check=False).returncode == 41
+    assert subprocess.run(line, env=variables(), timeout=HANG, check=False).returncode == 41
 
 
 def test_the_users_own_sitecustomize_still_runs(tmp_path: Path) -> None:

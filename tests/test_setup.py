@@ -184,7 +184,7 @@ def test_wheel_holds_the_package_and_the_rules(tmp_path: Path) -> None:
     assert not any(name.startswith(("tests", "examples", "rules", "cli.py")) for name in names)
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import moe_surgery.registry as r; print(moe_surgery.__file__, [p.name for p in r.built_in_packs()])"
+    code = "import moe_surgery.packs.registry as r; print(moe_surgery.__file__, [p.name for p in r.built_in_packs()])"
     answer = subprocess.run(
         [sys.executable, "-P", "-c", f"import moe_surgery; {code}"],
         cwd=tmp_path,

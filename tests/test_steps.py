@@ -11,10 +11,10 @@ from torch import nn
 
 import moe_surgery
 from moe_surgery.errors import SurgeryError
-from moe_surgery.load import load_model
+from moe_surgery.models.opening import load_model
 from moe_surgery.operate.transaction import Transaction
-from moe_surgery.report import timing
-from moe_surgery.steps import Steps, measure_steps
+from moe_surgery.timing import blocks
+from moe_surgery.timing.steps import Steps, measure_steps
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tiny(write_tiny: Callable[[str], Path]) -> nn.Module:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than five turns."""
-    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr(blocks, "_SECONDS", 0.0)
 
 
 def measured(model: nn.Module) -> Steps:
@@ -69,7 +69,7 @@ def test_a_slower_model_is_slower(tiny: nn.Module, monkeypatch: pytest.MonkeyPat
     report = moe_surgery.apply(tiny, target="reference")
     assert report.transaction is not None
     clock = {"now": 0.0}
-    monkeypatch.setattr("moe_surgery.steps.now", lambda device: clock["now"])
+    monkeypatch.setattr("moe_surgery.timing.steps.now", lambda device: clock["now"])
 
     def spend(seconds: float) -> Callable[..., None]:
         def hook(*_: object) -> None:

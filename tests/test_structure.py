@@ -11,9 +11,9 @@ from zoo import nearmiss
 from zoo.same import Holder
 
 import moe_surgery
-from moe_surgery.find import structure as module
-from moe_surgery.find.structure import structure
-from moe_surgery.operate import survey
+from moe_surgery.planning import survey
+from moe_surgery.read import sameness as module
+from moe_surgery.read.sameness import structure
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed
+from hanging import HANG
 from spec_weights import tolerance, weights, worst
 from torch import nn
 from vllm_blocks import SPEC, TARGET, build, tokens
@@ -83,7 +84,7 @@ def test_a_process_is_left_as_it_was() -> None:
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_COMPILE_THREADS": "3"}
     command = [sys.executable, "-W", "ignore", "-c", IN_A_FRESH_PROCESS]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads(done.stdout)
@@ -102,7 +103,7 @@ try:
 except Exception as error:
     print(type(error).__name__, error.exit_code, error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.stdout == "UnsupportedError 14 vLLM is not installed; pip install 'moe-surgery[cpu]' brings it\n"
 
 

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from zoo import plain
 
+from moe_surgery.models.tree import find_sites
 from moe_surgery.targets.base import SwappedBlock
-from moe_surgery.tree import find_sites
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -91,7 +91,7 @@ def test_finds_nothing_in_a_dense_model(config_class: str, model_class: str, cha
 
 
 def test_finds_talker_and_thinker_and_nothing_else_in_qwen3_omni(omni_dir: Any) -> None:
-    from moe_surgery.load import open_meta
+    from moe_surgery.models.opening import open_meta
 
     found = paths(open_meta(str(omni_dir)).module)
     assert found == [f"{part}.model.layers.{number}.mlp" for part in ("thinker", "talker") for number in (0, 1)]

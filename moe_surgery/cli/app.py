@@ -10,18 +10,7 @@ import typer
 from moe_surgery.cli import benching, exits, launching, operating, reading, testing, tools
 from moe_surgery.cli.command import grouped
 from moe_surgery.cli.guard import run
-from moe_surgery.cli.options import (
-    Choice,
-    Loading,
-    Model,
-    ModelOrPlan,
-    OnFailure,
-    Output,
-    Proof,
-    Prove,
-    Svg,
-    Trust,
-)
+from moe_surgery.cli.options import Choice, Loading, Model, ModelOrPlan, OnFailure, Output, Proof, Prove, Svg, Trust
 
 app = typer.Typer(
     name="moe-surgery",

@@ -14,7 +14,7 @@ from moe_surgery.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from moe_surgery.report.terminal import Note
-    from moe_surgery.report.timing import Speed
+    from moe_surgery.timing.blocks import Speed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Times:
 def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     """Load, operate, time steps and each kind of block against the originals, and put these back."""
     import moe_surgery
-    from moe_surgery.steps import measure_steps
+    from moe_surgery.timing.steps import measure_steps
 
     if eager:
         raise UsageError("--eager is for --engine; here nothing is compiled anyway")
@@ -71,13 +71,13 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
 
 def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     """Time an engine's steps with surgery and without. Nothing is said of single blocks."""
-    from moe_surgery.engine import timing
-    from moe_surgery.registry import load_packs
-    from moe_surgery.report.restored import report_from_json
+    from moe_surgery.engine.timing import both_engines
+    from moe_surgery.packs.registry import load_packs
+    from moe_surgery.report.from_json import report_from_json
 
     _check(job)
     load_packs(job.choice.pack or None)
-    asked = timing.Job(
+    asked = both_engines.Job(
         job.model,
         times.sequences,
         times.prefill,
@@ -88,7 +88,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
         job.choice.target,
     )
     with screen.progress() as progress:
-        compared = timing.compare(asked, progress.phase)
+        compared = both_engines.compare(asked, progress.phase)
     left_out = () if compared.speeds else ("nothing was replaced in the engine",)
     report = report_from_json(compared.report).but(model=job.model)
     screen.report(

@@ -11,8 +11,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import UnsupportedError
-from moe_surgery.report.plain import plural, writable
-from moe_surgery.versions import versions
+from moe_surgery.installed.versions import versions
+from moe_surgery.report.words import plural, writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +192,7 @@ def _try_kernels(device: str, dtype: str, tolerance: float) -> tuple[bool, str]:
 
 
 def _packs() -> Check:
-    from moe_surgery.registry import load_packs
+    from moe_surgery.packs.registry import load_packs
 
     packs = load_packs()
     found = ", ".join(f"{pack.name} {pack.version} ({plural(len(pack.rules), 'rule')})" for pack in packs)
@@ -201,7 +201,7 @@ def _packs() -> Check:
 
 def _plugin() -> Check:
     """Whether the processes of an engine would find this library."""
-    from moe_surgery.engine.visibility import hidden, look
+    from moe_surgery.engine.launch.visibility import hidden, look
 
     problem = look(sys.executable, os.environ).plugin_problem() or hidden(os.environ)
     if problem is not None:
@@ -211,7 +211,7 @@ def _plugin() -> Check:
 
 def _launcher() -> Check:
     """Whether the engine's own command can start; it is only one way to start an engine."""
-    from moe_surgery.engine.visibility import look
+    from moe_surgery.engine.launch.visibility import look
 
     problem = look(sys.executable, os.environ).script_problem()
     if problem is not None:

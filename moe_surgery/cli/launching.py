@@ -18,7 +18,7 @@ from moe_surgery.targets import check_name
 
 if TYPE_CHECKING:
     from moe_surgery.engine.orders import Orders
-    from moe_surgery.engine.receipts import Receipt
+    from moe_surgery.report.receipt import Receipt
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Launch:
 
 def launch(screen: Screen, job: Launch) -> int:
     """Start the command under orders, wait for it, and tell what its processes did."""
-    from moe_surgery.engine.child import environment, supervise
+    from moe_surgery.engine.launch.child import environment, supervise
+    from moe_surgery.engine.launch.visibility import check_command
     from moe_surgery.engine.receipts import first_failure, read_all
-    from moe_surgery.engine.visibility import check_command
 
     orders = _orders(job)
     try:
@@ -77,14 +77,14 @@ def _orders(job: Launch) -> Orders:
     """The orders for the child, of which all that can be is checked now: an engine takes long to start."""
     from moe_surgery.engine.orders import Orders
     from moe_surgery.engine.receipts import new_run
-    from moe_surgery.registry import load_packs
+    from moe_surgery.packs.registry import load_packs
 
     load_packs(job.packs)
     check_name(job.target)
     if job.plan is not None:
         if job.target != "auto":
             raise UsageError(f"{job.plan} is a plan, which says what is built; --target {job.target} would change it")
-        from moe_surgery.operate.plan import Plan
+        from moe_surgery.planning.plan import Plan
 
         Plan.load(job.plan)
     packs = None

@@ -13,15 +13,16 @@ from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import SurgeryError, UsageError
-from moe_surgery.report.plain import plural
+from moe_surgery.report.words import plural
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from moe_surgery.load import Opened
-    from moe_surgery.operate.plan import Plan
-    from moe_surgery.report.model import Report, Step
-    from moe_surgery.report.timing import Speed
+    from moe_surgery.models.opening import Opened
+    from moe_surgery.planning.plan import Plan
+    from moe_surgery.report.outcomes import Step
+    from moe_surgery.report.report import Report
+    from moe_surgery.timing.blocks import Speed
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def saved_plan(job: Job) -> Plan | None:
     path = Path(job.model)
     if not path.is_file() and path.suffix != ".json":
         return None
-    from moe_surgery.operate.plan import Plan
+    from moe_surgery.planning.plan import Plan
 
     plan = Plan.load(path)
     if job.choice.given():
@@ -147,7 +148,7 @@ def named(model: str) -> Iterator[None]:
 
 
 def load(job: Job, model: str, progress: Progress) -> Opened:
-    from moe_surgery.load import load_model
+    from moe_surgery.models.opening import load_model
 
     progress.phase(f"loading {model}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
@@ -170,7 +171,7 @@ def _prompt(text: str | None) -> list[int]:
 def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int]]:
     if not prompt:
         return {}
-    from moe_surgery.generate import greedy_tokens
+    from moe_surgery.models.greedy import greedy_tokens
 
     progress.phase(f"generating {plural(count, 'token')}")
     return greedy_tokens(module, prompt, count)
@@ -178,7 +179,7 @@ def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress
 
 def block_speeds(report: Report, progress: Progress, tokens: Sequence[int] | None = None) -> list[Speed]:
     """Old against new, for the first replaced block of every kind whose original is still there."""
-    from moe_surgery.report.timing import TOKENS, measure_blocks
+    from moe_surgery.timing.blocks import TOKENS, measure_blocks
 
     swaps = {swap.path: swap for swap in report.transaction.swaps} if report.transaction else {}
     first: dict[object, Step] = {}

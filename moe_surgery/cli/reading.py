@@ -12,7 +12,7 @@ from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_surgery.verbs import Explanation
+    from moe_surgery.report.explanation import Explanation
 
 
 def scan(screen: Screen, model: str, trust: Trust) -> int:
@@ -54,7 +54,7 @@ def plan(
 def explain(screen: Screen, model: str, site: str, trust: Trust, *, packs: list[str] | None, rule: str | None) -> int:
     """Show how one site was read and how every rule held against it."""
     import moe_surgery
-    from moe_surgery.report.trail import render_trail, trail_data, trail_sentence
+    from moe_surgery.report.explanation import render_trail, trail_data, trail_sentence
 
     with screen.progress() as progress:
         progress.phase(f"reading {model}")

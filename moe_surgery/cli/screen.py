@@ -17,7 +17,7 @@ from moe_surgery.report.json import dumps
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_surgery.report.model import Report
+    from moe_surgery.report.outcomes import Outcomes
     from moe_surgery.report.terminal import Note
 
 _WIDTH_OF_FILES = 120
@@ -45,7 +45,7 @@ class Screen:
 
     def report(
         self,
-        report: Report,
+        report: Outcomes,
         *,
         notes: Sequence[Note] = (),
         more: Mapping[str, Any] | None = None,
@@ -60,7 +60,7 @@ class Screen:
         data = {**report.to_json(), **(more or {})}
         self.result(lambda console: render(report, console, notes), data, sentence(report))
 
-    def fail(self, message: str, code: int, report: Report | None = None) -> int:
+    def fail(self, message: str, code: int, report: Outcomes | None = None) -> int:
         """End with an error: the report so far if there is one, and the error in one line on stderr.
 
         If JSON was asked for, stdout gets the error as JSON too. Returns ``code``.

@@ -18,7 +18,7 @@ def packs_test(
     markdown: Path | None,
 ) -> int:
     """Build, operate, prove, compare and undo every family's model, and show the coverage table."""
-    from moe_surgery.registry import load_packs
+    from moe_surgery.packs.registry import load_packs
     from moe_surgery.report.files import write_whole
     from moe_surgery.testing import table
     from moe_surgery.testing.coverage import Coverage, choose, cover

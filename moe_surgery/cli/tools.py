@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from moe_surgery.cli import exits
 from moe_surgery.cli.screen import Screen
-from moe_surgery.report.plain import plural, writable
+from moe_surgery.report.words import plural, writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from moe_surgery.packs import Pack
+    from moe_surgery.packs.pack import Pack
 
 
 def doctor(screen: Screen) -> int:
     """Show what the installation is and what is wrong with it."""
-    from moe_surgery.doctor import diagnose
+    from moe_surgery.cli.doctor import diagnose
 
     with screen.progress() as progress:
         progress.phase("examining the installation")
@@ -29,7 +29,7 @@ def doctor(screen: Screen) -> int:
 
 def packs_list(screen: Screen) -> int:
     """Show every installed pack with its rules, in the order in which they are tried."""
-    from moe_surgery.registry import load_packs
+    from moe_surgery.packs.registry import load_packs
 
     _show(screen, load_packs())
     return exits.DONE
@@ -37,7 +37,7 @@ def packs_list(screen: Screen) -> int:
 
 def packs_show(screen: Screen, name: str) -> int:
     """Print one pack as it was understood, in the form of its file."""
-    from moe_surgery.registry import load_packs
+    from moe_surgery.packs.registry import load_packs
 
     (pack,) = load_packs([name])
     data = {"schema": "moe-surgery/pack/1", "origin": pack.origin, **pack.to_data(), "exit": exits.DONE}
@@ -53,7 +53,7 @@ def packs_show(screen: Screen, name: str) -> int:
 
 def packs_check(screen: Screen, paths: list[str]) -> int:
     """Read pack files and show them; a bad one is an error with file and line."""
-    from moe_surgery.registry import check_packs
+    from moe_surgery.packs.registry import check_packs
 
     _show(screen, check_packs(paths))
     return exits.DONE

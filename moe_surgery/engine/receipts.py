@@ -6,46 +6,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from moe_surgery.errors import ReceiptError, SurgeryError, UsageError
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.json import dumps
+from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 
-SCHEMA = "moe-surgery/receipt/1"
-Outcome = Literal["operated", "unpatched", "failed"]
 _NAME = re.compile(r".*-rank\d+-\d+\.json")
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What was done with one model in one process.
-
-    ``rank`` is the global one among the ``world`` ranks that hold the model together, ``stage`` the part of a pipeline
-    that it holds, and ``model`` the architecture or class that was built. "unpatched" is a model that was kept as it
-    was although surgery was asked for. ``fingerprint`` is the plan's, ``ledger`` the digest of where every weight went,
-    ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error`` and ``exit_code``
-    tell what went wrong.
-    """
-
-    pid: int
-    rank: int
-    world: int
-    model: str
-    outcome: Outcome
-    fingerprint: str | None
-    ledger: str | None
-    report: dict[str, Any] | None
-    error: str | None = None
-    exit_code: int = 0
-    stage: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready data of the versioned schema ``moe-surgery/receipt/1``."""
-        return {"schema": SCHEMA, **asdict(self)}
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from moe_surgery.kernels.terms import Terms
+from moe_surgery.kernels.arguments import Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"

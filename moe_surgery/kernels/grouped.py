@@ -15,13 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import (
-    activate,
-    choose,
-    expert_offset,
-    let_next_start,
-    wait,
-)
+from moe_surgery.kernels.device import activate, choose, expert_offset, let_next_start, wait
 
 
 @triton.jit(do_not_specialize=["tokens"])

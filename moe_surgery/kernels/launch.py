@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import grouped, pairs
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.kernels.choice import Choice
-from moe_surgery.kernels.terms import Terms, Weights
 
 ALIGNMENT = 16
 """Bytes. Compiled kernels take pointers and offsets for multiples of it where the first ones they got were."""

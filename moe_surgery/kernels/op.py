@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.kernels.choice import choose
 from moe_surgery.kernels.launch import run
-from moe_surgery.kernels.terms import Terms, Weights
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
 _LIBRARY.define(

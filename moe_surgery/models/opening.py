@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.checkpoint import (
+from moe_surgery.errors import ModelError, UsageError
+from moe_surgery.installed.imports import uncollected
+from moe_surgery.models.checkpoint import (
     CONFIG,
     INDEX,
     Header,
@@ -23,8 +25,6 @@ from moe_surgery.checkpoint import (
     read_config,
     refuse_pickles,
 )
-from moe_surgery.collection import uncollected
-from moe_surgery.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.result import Site
+from moe_surgery.models.site import Site
 from moe_surgery.targets.base import SwappedBlock
 
 _HINT = "expert"

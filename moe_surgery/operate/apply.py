@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from moe_surgery.errors import PlanError, ProofError, SurgeryError
-from moe_surgery.find.result import Reading
-from moe_surgery.operate.plan import Plan
-from moe_surgery.operate.survey import Surveyed
+from moe_surgery.installed.versions import versions
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
+from moe_surgery.planning.plan import Plan
+from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.report.model import Done, Memory, Report, Step
+from moe_surgery.read.reading import Reading
+from moe_surgery.report.outcomes import Done, Memory, Step
+from moe_surgery.report.report import Report
 from moe_surgery.targets.base import SwappedBlock, Target
-from moe_surgery.versions import versions
 from moe_surgery.weights.tensors import BlockTensors, gather
 
 Progress = Callable[[int, int, str], None]

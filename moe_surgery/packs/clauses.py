@@ -9,11 +9,13 @@ from typing import Literal, Protocol
 
 from packaging.specifiers import SpecifierSet
 
-from moe_surgery.find.config import Absent, Key, View
-from moe_surgery.find.facts import ACTIVATIONS, FACTS, Plain
-from moe_surgery.find.formula import Formula, FormulaError
-from moe_surgery.find.pattern import Pattern
-from moe_surgery.find.result import ChildShape, Clue, Reading, Site
+from moe_surgery.models.site import Site
+from moe_surgery.packs.combine import Formula, FormulaError
+from moe_surgery.packs.config_values import Absent, Key, View
+from moe_surgery.packs.facts import ACTIVATIONS, FACTS, Plain
+from moe_surgery.packs.match import Clue
+from moe_surgery.packs.pattern import Pattern
+from moe_surgery.read.reading import ChildShape, Reading
 
 LETTERS = {"E": "experts", "I": "expert width", "S": "shared width", "H": "hidden"}
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_surgery.find.clauses import (
+from moe_surgery.models.site import Site
+from moe_surgery.packs.clauses import (
     At,
     Child,
     ClassNamed,
@@ -18,12 +19,13 @@ from moe_surgery.find.clauses import (
     NoOtherChildren,
     Reads,
 )
-from moe_surgery.find.config import ROOT, Absent, Key, View
-from moe_surgery.find.facts import ACTIVATIONS, FACTS
-from moe_surgery.find.formula import Formula, FormulaError
-from moe_surgery.find.result import ChildShape, Clue, Reading, Site
+from moe_surgery.packs.combine import Formula, FormulaError
+from moe_surgery.packs.config_values import ROOT, Absent, Key, View
+from moe_surgery.packs.facts import ACTIVATIONS, FACTS
+from moe_surgery.packs.match import Clue
+from moe_surgery.packs.toml_text import literal
+from moe_surgery.read.reading import ChildShape, Reading
 from moe_surgery.spec import MoESpec
-from moe_surgery.tomltext import literal
 
 
 @dataclass(frozen=True)

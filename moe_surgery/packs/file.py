@@ -1,4 +1,4 @@
-"""Reading pack files: TOML to :class:`~moe_surgery.packs.Pack`, every mistake one error with file and line."""
+"""Reading pack files: TOML to :class:`~moe_surgery.packs.pack.Pack`, every mistake one error with file and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from moe_surgery.errors import PackError, UsageError
-from moe_surgery.find.clauses import (
+from moe_surgery.packs.clauses import (
     At,
     Child,
     ClassNamed,
@@ -26,13 +26,13 @@ from moe_surgery.find.clauses import (
     Reads,
     Shape,
 )
-from moe_surgery.find.config import Key, check_path
-from moe_surgery.find.facts import FACTS, Plain
-from moe_surgery.find.formula import Formula
-from moe_surgery.find.pattern import Pattern
-from moe_surgery.packs import Expect, Pack, Requires, Rule
-from moe_surgery.tomllines import Path as KeyPath
-from moe_surgery.tomllines import key_lines, line_of
+from moe_surgery.packs.combine import Formula
+from moe_surgery.packs.config_values import Key, check_path
+from moe_surgery.packs.facts import FACTS, Plain
+from moe_surgery.packs.pack import Expect, Pack, Requires, Rule
+from moe_surgery.packs.pattern import Pattern
+from moe_surgery.packs.toml_lines import Path as KeyPath
+from moe_surgery.packs.toml_lines import key_lines, line_of
 
 PACKAGES = ("torch", "transformers")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from moe_surgery.errors import ExpectationError
-from moe_surgery.find.clauses import (
+from moe_surgery.models.site import Site
+from moe_surgery.packs.clauses import (
     At,
     Case,
     Child,
@@ -19,11 +20,12 @@ from moe_surgery.find.clauses import (
     ModelType,
     Reads,
 )
-from moe_surgery.find.config import ROOT, Absent, Key, View
-from moe_surgery.find.edits import Edit, edits
-from moe_surgery.find.pattern import Pattern
-from moe_surgery.find.result import Clue, Match, Miss, Reading, Site
-from moe_surgery.tomltext import pairs
+from moe_surgery.packs.config_values import ROOT, Absent, Key, View
+from moe_surgery.packs.edits import Edit, edits
+from moe_surgery.packs.match import Clue, Match, Miss
+from moe_surgery.packs.pattern import Pattern
+from moe_surgery.packs.toml_text import pairs
+from moe_surgery.read.reading import Reading
 
 OUTSIDE = (At, ClassNamed, ConfigAt, ModelType, Installed)
 

@@ -8,8 +8,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from moe_surgery.errors import PackError, UsageError
-from moe_surgery.packfile import load_pack, parse_pack
-from moe_surgery.packs import Pack
+from moe_surgery.packs.file import load_pack, parse_pack
+from moe_surgery.packs.pack import Pack
 
 GROUP = "moe_surgery.packs"
 BUILT_IN = "moe_surgery.rules"
@@ -53,7 +53,7 @@ def check_packs(paths: Iterable[str | Path]) -> list[Pack]:
 
 def built_in_packs() -> list[Pack]:
     """The packs that come with this package, by file name; also from a checkout that is not installed."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     # In a checkout they lie beside the package, and another installation's must not be taken for them.
     checkout = package.is_dir() and not (package / "rules").is_dir()
     folder: Traversable = package.parent / "rules" if checkout else resources.files(BUILT_IN)

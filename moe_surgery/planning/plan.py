@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ExpectationError, PlanError
-from moe_surgery.find.pattern import Pattern
-from moe_surgery.find.result import Match, Miss
-from moe_surgery.report.model import Report, Step
+from moe_surgery.installed.versions import versions
+from moe_surgery.packs.match import Match, Miss
+from moe_surgery.packs.pattern import Pattern
+from moe_surgery.report.outcomes import Step
+from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.auto import AutoTarget
 from moe_surgery.targets.base import Context, SwappedBlock
-from moe_surgery.versions import versions
 
 if TYPE_CHECKING:
-    from moe_surgery.operate.survey import Surveyed
-    from moe_surgery.packs import Pack, Rule
+    from moe_surgery.packs.pack import Pack, Rule
+    from moe_surgery.planning.survey import Surveyed
     from moe_surgery.targets.base import Target
 
 SCHEMA = "moe-surgery/plan/1"

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from moe_surgery.collection import uncollected
-from moe_surgery.find.check import check_site
-from moe_surgery.find.result import Reading, Site, Unreadable
-from moe_surgery.find.structure import Readings, structure
-from moe_surgery.read import read
-from moe_surgery.read_experts import experts_modules, read_experts
+from moe_surgery.installed.imports import uncollected
+from moe_surgery.models.site import Site
+from moe_surgery.models.tree import find_sites
+from moe_surgery.read.block import read
+from moe_surgery.read.experts import experts_modules, read_experts
+from moe_surgery.read.reading import Reading, Unreadable
+from moe_surgery.read.sameness import Readings, structure
+from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
-from moe_surgery.tree import find_sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ import torch
 
 from moe_surgery.prove.exercise import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
 from moe_surgery.prove.given import behind_a_router
+from moe_surgery.prove.ground import Ground, survey
 from moe_surgery.prove.mutants import Twin
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
-from moe_surgery.prove.survey import Ground, survey
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
@@ -50,7 +50,7 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
 def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
-    ``ground`` is what :func:`~moe_surgery.prove.survey.survey` made of the weights, while they could still be read.
+    ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
 

@@ -15,18 +15,18 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.check import check_complete, check_site
-from moe_surgery.find.children import children, combine
-from moe_surgery.find.experts import own_forward
-from moe_surgery.find.flow import Choice, Flow, Route
-from moe_surgery.find.interpret import Interpreter
-from moe_surgery.find.mlps import MLPRead
-from moe_surgery.find.parse import SharedRead, TokenParser, TokenRead
-from moe_surgery.find.rankings import Ranking
-from moe_surgery.find.record import record
-from moe_surgery.find.result import Reading, Unfollowed, Unreadable
-from moe_surgery.find.rows import vectors
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.children import children, combine
+from moe_surgery.read.meaning.interpreter import Interpreter
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.rows import vectors
+from moe_surgery.read.parse.mlp import MLPRead
+from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
+from moe_surgery.read.parse.top_k import Ranking
+from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.block_run import record
+from moe_surgery.read.record.experts_dispatch import own_forward
+from moe_surgery.read.record.flow import Choice, Flow, Route
+from moe_surgery.read.unrecorded import check_complete, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
@@ -45,7 +45,7 @@ class Record:
 def read(block: nn.Module) -> Reading:
     """What ``block`` computes. No weight is touched; weights may be on the meta device.
 
-    Raises :class:`~moe_surgery.find.result.Unreadable` with the reason if anything in it can't be accounted for.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(block)
     hidden = hidden_sizes(state)

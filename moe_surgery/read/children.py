@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moe_surgery.find.result import ChildShape
+from moe_surgery.read.reading import ChildShape
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout, Piece
 

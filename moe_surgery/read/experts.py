@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.check import check_complete, check_site
-from moe_surgery.find.experts import own_forward
-from moe_surgery.find.record import record_experts
-from moe_surgery.find.result import ChildShape, Reading, Unfollowed, Unreadable
-from moe_surgery.read import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
+from moe_surgery.read.block import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
+from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.block_run import record_experts
+from moe_surgery.read.record.experts_dispatch import own_forward
+from moe_surgery.read.unrecorded import check_complete, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -42,7 +42,7 @@ def experts_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def read_experts(module: nn.Module) -> Reading:
     """What a module of experts computes of tokens [T, H], expert ids [T, k] and routing weights [T, k].
 
-    Raises :class:`~moe_surgery.find.result.Unreadable` with the reason if anything in it can't be accounted for.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(module, inputs=3)
     with own_forward(module):

@@ -1,15 +1,12 @@
-"""The values that finding passes on: a site, what was read there, and whether a rule matched."""
+"""What reading a block gives: a :class:`Reading`, or :class:`Unreadable` with the reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class Unreadable(Exception):
@@ -18,19 +15,6 @@ class Unreadable(Exception):
 
 class Unfollowed(Unreadable):
     """The block's forward raised an error of its own while it was recorded."""
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One candidate place in the module tree: a module that looks like a sparse-MoE block."""
-
-    path: str
-    module: nn.Module
-
-    @property
-    def kind(self) -> str:
-        """The class name of the block, for people; nothing is decided by it."""
-        return type(self.module).__name__
 
 
 @dataclass(frozen=True)
@@ -61,45 +45,3 @@ class Reading:
     combine: str
     children: tuple[tuple[str, ChildShape], ...]
     around: str = ""
-
-
-@dataclass(frozen=True)
-class Clue:
-    """One clause held against a site: what was wanted, what was measured, and whether it held."""
-
-    clause: str
-    held: bool
-    wanted: str
-    measured: str
-
-    def __str__(self) -> str:
-        return f"{'✓' if self.held else '✗'} {self.clause}: wanted {self.wanted}, measured {self.measured}"
-
-
-@dataclass(frozen=True)
-class Match:
-    """A rule holds at a site. ``letters`` are the shape letters it bound (E, H, I, S)."""
-
-    site: Site
-    reading: Reading
-    rule: str
-    letters: tuple[tuple[str, int], ...]
-    trail: tuple[Clue, ...]
-
-
-@dataclass(frozen=True)
-class Miss:
-    """No rule holds at a site, or it could not be read. Falsy; ``reason`` is formatted only when asked for."""
-
-    site: Site
-    trail: tuple[Clue, ...]
-    unread: str | None = None
-
-    def __bool__(self) -> bool:
-        return False
-
-    @property
-    def reason(self) -> str:
-        if self.unread is not None:
-            return self.unread
-        return "; ".join(str(clue) for clue in self.trail if not clue.held)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.result import Reading, Unreadable
-from moe_surgery.find.watch import functions
+from moe_surgery.read.reading import Reading, Unreadable
+from moe_surgery.read.record.outside_state import functions
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_RUN = frozenset(["__init__", "extra_repr", "load_weights", "weight_loader"])

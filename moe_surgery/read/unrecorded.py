@@ -7,8 +7,8 @@ from collections import Counter
 
 from torch import Tensor, nn
 
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.watch import scripted
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.outside_state import scripted
 from moe_surgery.weights.layout import Layout, Piece
 
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
@@ -18,7 +18,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.find.result.Unreadable` for hooks, for other than ``inputs`` arguments, for tied
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments, for tied
     weights (stacking would part them), and for matrices of several dtypes or weights on several devices.
     """
     if not any(True for _ in block.parameters()):

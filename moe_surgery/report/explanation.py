@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moe_surgery.report.folding import fold_paths
-from moe_surgery.report.plain import plural, writable
+from moe_surgery.report.folded_paths import fold_paths
 from moe_surgery.report.terminal import indented
+from moe_surgery.report.words import plural, writable
 
 if TYPE_CHECKING:
-    from moe_surgery.find.edits import Edit
-    from moe_surgery.find.result import Clue, Match, Miss
-    from moe_surgery.packs import Rule
-    from moe_surgery.verbs import Explanation
+    from moe_surgery.packs.edits import Edit
+    from moe_surgery.packs.match import Clue, Match, Miss
+    from moe_surgery.packs.pack import Rule
+    from moe_surgery.read.reading import ChildShape
+    from moe_surgery.spec import MoESpec
 
 # Where a clause stands in a pack: the table of the rule that says it.
 _TABLES = {"config": "config", "model_type": "config", "read": "read", "requires": "requires"}
 _FIND = "find"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Why a site is, or isn't, matched: what was read there, and every rule's clauses, nearest rule first.
+
+    ``alike`` are the other sites that were read the same. ``edits`` has, by a rule's full name, the smallest change
+    that makes it match. Of a site that can't be read, ``unread`` is the reason, and the trails hold only the clauses
+    that don't need a reading. Printing it shows all of this.
+    """
+
+    path: str
+    kind: str
+    spec: MoESpec | None
+    combine: str | None
+    unread: str | None
+    trails: tuple[tuple[Rule, Match | Miss], ...]
+    children: tuple[tuple[str, ChildShape], ...] = ()
+    alike: tuple[str, ...] = ()
+    edits: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
+
+    def render(self, console: Console) -> None:
+        """Print what was read and the tree of every rule's clauses."""
+        render_trail(self, console)
+
+    def __str__(self) -> str:
+        """What :meth:`render` prints, without colours, 100 columns wide."""
+        page = io.StringIO()
+        self.render(Console(file=page, width=100, color_system=None))
+        return page.getvalue().rstrip("\n")
 
 
 def render_trail(explanation: Explanation, console: Console) -> None:
@@ -39,13 +71,6 @@ def render_trail(explanation: Explanation, console: Console) -> None:
     if explanation.trails:
         console.print()
     indented(console, trail_sentence(explanation), 0, "bold")
-
-
-def text(explanation: Explanation) -> str:
-    """What :func:`render_trail` prints, without colours, 100 columns wide."""
-    page = io.StringIO()
-    render_trail(explanation, Console(file=page, width=100, color_system=None))
-    return page.getvalue().rstrip("\n")
 
 
 def _read(explanation: Explanation) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_surgery.report.files import write_whole
-from moe_surgery.report.model import Report
+from moe_surgery.report.outcomes import Outcomes
 from moe_surgery.report.terminal import Note, render
 
 # rich's own template fetches a web font and leaves blanks to the viewer, some of which drop those that lead a line.
@@ -41,7 +41,7 @@ _TEMPLATE = """\
 
 
 def save_svg(
-    report: Report, path: str | Path, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128
+    report: Outcomes, path: str | Path, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128
 ) -> None:
     """Write ``report`` as an SVG of ``width`` columns; the file appears whole or not at all.
 

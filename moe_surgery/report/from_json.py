@@ -9,7 +9,8 @@ from typing import Any
 
 from moe_surgery.errors import UsageError
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
-from moe_surgery.report.model import SCHEMA, Memory, Report, Step
+from moe_surgery.report.outcomes import SCHEMA, Memory, Step
+from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_surgery.report.model import Report
+    from moe_surgery.report.outcomes import Outcomes
 
 
-def scan_data(report: Report) -> dict[str, Any]:
+def scan_data(report: Outcomes) -> dict[str, Any]:
     """JSON-ready data of the versioned schema ``moe-surgery/scan/1`` for what ``scan`` returned."""
     sites = [
         {

@@ -1,119 +1,26 @@
-"""The report as one value: a step per site, in the order of the model's module tree."""
+"""The report that ``plan``, ``verify`` and ``apply`` give: outcomes that can be printed and taken back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from moe_surgery.prove.verdict import Verdict
-from moe_surgery.spec import MoESpec
+from moe_surgery.report.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_surgery.operate.transaction import Transaction
 
-Outcome = Literal["replaced", "kept", "missed", "refused"]
-Done = Literal["planned", "verified", "applied", "rolled back", "undone"]
-SCHEMA = "moe-surgery/report/1"
-
 
 @dataclass(frozen=True)
-class Step:
-    """What was done, or is to be done, with one site.
+class Report(Outcomes):
+    """The outcomes for a whole model; ``transaction`` is the operation behind them, where there is one to undo."""
 
-    ``path`` is the site's path in the model, ``kind`` its class name, ``reason`` why it ended this way (one sentence,
-    for every outcome). ``rule`` and ``target`` are None where none applies; ``verdict`` is None before the proof.
-    """
-
-    path: str
-    kind: str
-    outcome: Outcome
-    reason: str
-    rule: str | None = None
-    target: str | None = None
-    spec: MoESpec | None = None
-    verdict: Verdict | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "kind": self.kind,
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "rule": self.rule,
-            "target": self.target,
-            "spec": self.spec.to_json() if self.spec else None,
-            "proof": self.verdict.to_json() if self.verdict else None,
-        }
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes: ``moved`` by reference, ``new`` allocated for the replacements, ``kept`` of the originals for undo."""
-
-    moved: int = 0
-    new: int = 0
-    kept: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of ``plan``, ``verify`` or ``apply`` for a whole model.
-
-    ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
-    "rolled back" (a failure; model as it was) or "undone".
-    """
-
-    model: str
-    done: Done
-    steps: tuple[Step, ...]
-    fingerprint: str
-    versions: dict[str, str]
-    seconds: float = 0.0
-    memory: Memory = Memory()
-    exit_code: int = 0
     transaction: Transaction | None = field(default=None, repr=False, compare=False)
-
-    def _with(self, outcome: Outcome) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.outcome == outcome)
-
-    @property
-    def replaced(self) -> tuple[Step, ...]:
-        return self._with("replaced")
-
-    @property
-    def kept(self) -> tuple[Step, ...]:
-        return self._with("kept")
-
-    @property
-    def missed(self) -> tuple[Step, ...]:
-        return self._with("missed")
-
-    @property
-    def refused(self) -> tuple[Step, ...]:
-        return self._with("refused")
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready data of the versioned schema ``moe-surgery/report/1``."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "done": self.done,
-            "fingerprint": self.fingerprint,
-            "versions": dict(self.versions),
-            "sites": [step.to_json() for step in self.steps],
-            "memory": {"moved": self.memory.moved, "new": self.memory.new, "kept": self.memory.kept},
-            "seconds": round(self.seconds, 3),
-            "exit": self.exit_code,
-        }
 
     def render(self, console: Console) -> None:
         """Print the report: one row per kind of site, indices folded, the sentence to quote last."""
         from moe_surgery.report.terminal import render
 
         render(self, console)
-
-    def but(self, **changes: Any) -> Report:
-        """A copy with some fields changed."""
-        return replace(self, **changes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe_surgery.report.folding import fold_paths
-from moe_surgery.report.model import Outcome, Report, Step
+from moe_surgery.report.folded_paths import fold_paths
+from moe_surgery.report.outcomes import Outcome, Outcomes, Step
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
     margin: float | None
 
 
-def rows(report: Report) -> tuple[Row, ...]:
+def rows(report: Outcomes) -> tuple[Row, ...]:
     """Group the steps of ``report``; rows come in the order of their first site in the model."""
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in report.steps:

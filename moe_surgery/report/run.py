@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.report.plain import plural
-from moe_surgery.report.restored import report_from_json
+from moe_surgery.report.from_json import report_from_json
 from moe_surgery.report.terminal import Note, indented, render
+from moe_surgery.report.words import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_surgery.engine.receipts import Receipt
+    from moe_surgery.report.receipt import Receipt
 
 STYLES = {"operated": "green", "unpatched": "yellow", "failed": "red"}
 

@@ -14,9 +14,9 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from moe_surgery.report.model import Memory, Outcome, Report
-from moe_surgery.report.plain import duration, error, plural, ratio, size, writable
+from moe_surgery.report.outcomes import Memory, Outcome, Outcomes
 from moe_surgery.report.rows import Row, rows
+from moe_surgery.report.words import duration, error, plural, ratio, size, writable
 
 SYMBOLS: dict[Outcome, str] = {"replaced": "~", "kept": "=", "missed": "?", "refused": "!"}
 STYLES: dict[Outcome, str] = {"replaced": "green", "kept": "cyan", "missed": "yellow", "refused": "red"}
@@ -34,7 +34,7 @@ _DONE = {
 }
 
 
-def render(report: Report, console: Console, notes: Sequence[Note] = ()) -> None:
+def render(report: Outcomes, console: Console, notes: Sequence[Note] = ()) -> None:
     """Print ``report``; ``notes`` are further findings, put before the last line."""
     header(report, console)
     _table(console, [_Line.of(row) for row in rows(report)])
@@ -45,20 +45,20 @@ def render(report: Report, console: Console, notes: Sequence[Note] = ()) -> None
     _line(console, sentence(report), "bold" if report.exit_code == 0 else "bold red")
 
 
-def render_scan(report: Report, console: Console) -> None:
+def render_scan(report: Outcomes, console: Console) -> None:
     """Print what ``scan`` found: every MoE-looking site, whether it can be read, and as what or why not."""
     header(report, console)
     _table(console, [_Line.of_scan(row) for row in rows(report)])
     _line(console, scan_sentence(report), "bold")
 
 
-def scan_sentence(report: Report) -> str:
+def scan_sentence(report: Outcomes) -> str:
     """What ``scan`` found in one line: ``68 sites: 68 readable, 0 not · 1.2 s``."""
     readable, sites = len(report.kept), len(report.steps)
     return f"{plural(sites, 'site')}: {readable} readable, {sites - readable} not · {duration(report.seconds)}"
 
 
-def header(report: Report, console: Console) -> None:
+def header(report: Outcomes, console: Console) -> None:
     """Print the model's name and the versions that the findings hold for."""
     text = Text(writable(report.model, console), "bold")
     versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -67,7 +67,7 @@ def header(report: Report, console: Console) -> None:
     _wrapped(console, text, 0)
 
 
-def sentence(report: Report) -> str:
+def sentence(report: Outcomes) -> str:
     """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``."""
     word, remark = _DONE[report.done]
     counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ExpectationError, UsageError
-from moe_surgery.find.clauses import ConfigAt, ModelType
-from moe_surgery.find.config import Absent
+from moe_surgery.installed.versions import versions
+from moe_surgery.packs.clauses import ConfigAt, ModelType
+from moe_surgery.packs.config_values import Absent
 from moe_surgery.report.rows import rows
 from moe_surgery.testing.families import DEFAULT, Family, families, family, model_config
 from moe_surgery.testing.trial import Trial, attempt_family
-from moe_surgery.versions import versions
 
 if TYPE_CHECKING:
-    from moe_surgery.packs import Pack, Rule
-    from moe_surgery.report.model import Outcome
+    from moe_surgery.packs.pack import Pack, Rule
+    from moe_surgery.report.outcomes import Outcome
     from moe_surgery.report.rows import Row
 
 SCHEMA = "moe-surgery/coverage/1"

@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe_surgery.find.pattern import Pattern
+from moe_surgery.packs.pattern import Pattern
 from moe_surgery.testing.families import outputs
 from moe_surgery.testing.trial import TOLERANCE, Trial, attempt, distance
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from moe_surgery.packs import Pack
+    from moe_surgery.packs.pack import Pack
 
 Mutation = Callable[["nn.Module"], object]
 """A change of the model in place, such as ``lambda model: setattr(model.layers[0].mlp, "top_k", 1)``."""

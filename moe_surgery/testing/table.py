@@ -10,12 +10,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moe_surgery.report.plain import duration, plural, ratio, writable
 from moe_surgery.report.terminal import STYLES, SYMBOLS, indented
+from moe_surgery.report.words import duration, plural, ratio, writable
 from moe_surgery.testing.families import DEFAULT, families
 
 if TYPE_CHECKING:
-    from moe_surgery.report.model import Outcome
+    from moe_surgery.report.outcomes import Outcome
     from moe_surgery.testing.coverage import Coverage, Line
 
 COMMAND = "moe-surgery packs test --setting all --markdown docs/coverage.md"

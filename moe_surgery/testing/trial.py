@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import moe_surgery
 from moe_surgery.errors import SurgeryError
-from moe_surgery.packs import Pack
-from moe_surgery.report.model import Report
+from moe_surgery.packs.pack import Pack
+from moe_surgery.report.outcomes import Outcomes
+from moe_surgery.report.report import Report
 
 if TYPE_CHECKING:
     from moe_surgery.testing.families import Family
@@ -38,7 +39,7 @@ class Trial:
     raised.
     """
 
-    report: Report | None
+    report: Outcomes | None
     moved: float
     restored: bool
     idle: tuple[str, ...] = ()
@@ -107,17 +108,19 @@ def _attempt(
     compile: bool,
 ) -> Trial:
     before, picture = outputs(model, inputs), _picture(model)
+    applied: Report | None = None
     fault: Exception | None = None
     try:
-        report: Report | None = moe_surgery.apply(model, packs=packs, target=target)
-    except SurgeryError as error:
-        report, fault = error.report, error
+        applied = moe_surgery.apply(model, packs=packs, target=target)
     except Exception as error:  # one family's failure must not hide what becomes of the others
-        report, fault = None, error
-    after, idle = _compiled(model, inputs, outputs) if compile else _watched(model, inputs, outputs, report)
+        fault = error
+    after, idle = _compiled(model, inputs, outputs) if compile else _watched(model, inputs, outputs, applied)
     moved = distance(after, before)
-    if report is not None and report.transaction is not None:
-        moe_surgery.undo(report)
+    report: Outcomes | None = applied
+    if applied is not None and applied.transaction is not None:
+        moe_surgery.undo(applied)
+    elif isinstance(fault, SurgeryError):
+        report = fault.report
     restored = _picture(model) == picture and torch.equal(outputs(model, inputs), before)
     return Trial(report, moved, restored, idle, fault)
 

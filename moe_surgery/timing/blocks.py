@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_surgery.report.plain import plural, ratio
+from moe_surgery.report.words import plural, ratio
 
 if TYPE_CHECKING:
     import torch

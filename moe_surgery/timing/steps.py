@@ -13,9 +13,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.errors import UsageError
-from moe_surgery.generate import generating, generating_parts, without_a_trace
+from moe_surgery.models.greedy import generating, generating_parts, without_a_trace
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
-from moe_surgery.report.timing import Sample, Speed, Turns, now
+from moe_surgery.timing.blocks import Sample, Speed, Turns, now
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.result import Reading
+from moe_surgery.read.reading import Reading
 from moe_surgery.targets.reference import forward
 from moe_surgery.weights.tensors import gather
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.engine.orders import OnFailure, Orders
-from moe_surgery.engine.receipts import Outcome, Receipt, write
+from moe_surgery.engine.receipts import write
 from moe_surgery.errors import SurgeryError
+from moe_surgery.report.receipt import Outcome, Receipt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moe_surgery.report.model import Report
+    from moe_surgery.report.report import Report
 
 Act = Callable[["PreTrainedModel"], None]
 _depth = threading.local()
@@ -75,7 +76,7 @@ def _act_as_ordered(model: PreTrainedModel) -> None:
     # Nobody gets the report to undo with, so originals are only held on to where a failure must leave the model whole.
     arguments: dict[str, Any] = {"undoable": orders.on_failure == "keep"}
     if orders.plan is not None:
-        from moe_surgery.operate.plan import Plan
+        from moe_surgery.planning.plan import Plan
 
         arguments["plan"] = Plan.load(orders.plan)
     else:

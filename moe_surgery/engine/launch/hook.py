@@ -13,15 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.engine import plugin, receipts
-from moe_surgery.engine.loading import Hook, operate
+from moe_surgery.engine.launch.from_pretrained import Hook, operate
 from moe_surgery.engine.orders import ENGINE_PLAN, VARIABLE, OnFailure, Orders, Prove
-from moe_surgery.engine.receipts import Receipt
 from moe_surgery.errors import SurgeryError, UsageError
-from moe_surgery.operate.plan import Plan
-from moe_surgery.packs import Pack
-from moe_surgery.registry import load_packs
+from moe_surgery.packs.pack import Pack
+from moe_surgery.packs.registry import load_packs
+from moe_surgery.planning.plan import Plan
 from moe_surgery.report.files import write_whole
-from moe_surgery.report.model import Report
+from moe_surgery.report.receipt import Receipt
+from moe_surgery.report.report import Report
 from moe_surgery.targets import check_name
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class Handle:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = self._before
-            if "moe_surgery.engine.seam" in sys.modules:
-                from moe_surgery.engine.seam import disengage
+            if "moe_surgery.engine.model.seam" in sys.modules:
+                from moe_surgery.engine.model.seam import disengage
 
                 disengage()
                 _activate()

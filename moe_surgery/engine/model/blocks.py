@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from moe_surgery.engine.sites import EngineSite
-from moe_surgery.find.result import Reading
+from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.read.reading import Reading
 from moe_surgery.spec import Activation, MoESpec, RouterSpec
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.layout import MLPPieces, Piece

@@ -13,16 +13,16 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 
-from moe_surgery.engine.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
-from moe_surgery.engine.folding import Chosen, FoldedLogits
-from moe_surgery.engine.layer_book import LayerBook
-from moe_surgery.engine.routed import Routed, matrices
-from moe_surgery.engine.sites import EngineSite
-from moe_surgery.find.result import Reading
+from moe_surgery.engine.model.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
+from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
+from moe_surgery.engine.model.layer_book import LayerBook
+from moe_surgery.engine.model.routed import Routed, matrices
+from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.read.reading import Reading
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folding import slices
+from moe_surgery.targets.shared_as_experts import slices
 from moe_surgery.targets.vllm.era_d import construct
-from moe_surgery.targets.vllm.folding import Choose, FoldedRouting, folded
+from moe_surgery.targets.vllm.folded_routing import Choose, FoldedRouting, folded
 from moe_surgery.targets.vllm.routing import Routing
 from moe_surgery.weights.layout import MLPPieces, Piece
 from moe_surgery.weights.tensors import weight

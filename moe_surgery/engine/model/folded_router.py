@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from moe_surgery.engine.blocks import owner
-from moe_surgery.engine.routed import choose, correction_bias
-from moe_surgery.engine.sites import EngineSite
+from moe_surgery.engine.model.blocks import owner
+from moe_surgery.engine.model.routed import choose, correction_bias
+from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
-from moe_surgery.find.result import Reading
-from moe_surgery.targets.vllm import folding
+from moe_surgery.read.reading import Reading
+from moe_surgery.targets.vllm import folded_routing
 from moe_surgery.weights.tensors import weight
 
 
@@ -61,7 +61,7 @@ class Chosen:
 def not_folded(item: EngineSite) -> str | None:
     """Why a block that can be rebuilt can't have its shared expert folded."""
     assert item.reading is not None
-    reason = next(folding.objections(item.reading.spec), None)
+    reason = next(folded_routing.objections(item.reading.spec), None)
     if reason is not None or item.routed is None:
         return reason
     runner = item.routed.runner

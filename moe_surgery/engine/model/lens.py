@@ -5,7 +5,7 @@ of a weight. Under the lens a layer known here runs a plain forward over weights
 reads the same on every rank; everything else in the block runs as it is. What is one rank's part of a sum counts as an
 equal part of the whole, and a sum over n ranks as n times what is summed: so what every rank adds to a sum whole counts
 n times, as it really does. A layer that means more than can be said in plain torch here is
-:class:`~moe_surgery.find.result.Unreadable`, with the reason.
+:class:`~moe_surgery.read.reading.Unreadable`, with the reason.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from moe_surgery.engine.routed import ACTIVATIONS, Routed, correction_bias, find_routed, parts_of, routing
-from moe_surgery.find.result import Unreadable
+from moe_surgery.engine.model.routed import ACTIVATIONS, Routed, correction_bias, find_routed, parts_of, routing
+from moe_surgery.read.reading import Unreadable
 
 _LINEAR_FORWARDS = tuple(
     cls.forward
@@ -51,8 +51,8 @@ class Seen:
 def readable(block: nn.Module) -> Iterator[Seen]:
     """While this lasts, ``block`` takes ``[..., H]`` and can be recorded.
 
-    Raises :class:`~moe_surgery.find.result.Unreadable` for a layer that has more to it. The block is put back as it was
-    in any case.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for a layer that has more to it. The block is put back as it
+    was in any case.
     """
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     meanings: dict[nn.Module, Hashable] = {}

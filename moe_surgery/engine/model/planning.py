@@ -9,17 +9,17 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from moe_surgery.engine.blocks import unfit
-from moe_surgery.engine.folding import not_folded
+from moe_surgery.engine.model.blocks import unfit
+from moe_surgery.engine.model.folded_router import not_folded
+from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
-from moe_surgery.engine.sites import EngineSite
 from moe_surgery.errors import PlanError
-from moe_surgery.find.result import Match, Miss
-from moe_surgery.operate.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
-from moe_surgery.operate.survey import Surveyed
-from moe_surgery.packs import Pack
-from moe_surgery.registry import load_packs
-from moe_surgery.report.model import Step
+from moe_surgery.packs.match import Match, Miss
+from moe_surgery.packs.pack import Pack
+from moe_surgery.packs.registry import load_packs
+from moe_surgery.planning.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
+from moe_surgery.planning.survey import Surveyed
+from moe_surgery.report.outcomes import Step
 
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"

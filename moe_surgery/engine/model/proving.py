@@ -21,14 +21,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
-from moe_surgery.engine.agreement import Ranks
-from moe_surgery.engine.blocks import copies, owner
-from moe_surgery.engine.routed import choose, matrices
-from moe_surgery.engine.sites import EngineSite
+from moe_surgery.engine.model.agreement import Ranks
+from moe_surgery.engine.model.blocks import copies, owner
+from moe_surgery.engine.model.routed import choose, matrices
+from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.prove.ground import survey
 from moe_surgery.prove.proof import prove_swapped
-from moe_surgery.prove.survey import survey
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.report.model import Step
+from moe_surgery.report.outcomes import Step
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.vllm.era_d import drop_shared_output
 from moe_surgery.weights.layout import Layout, Piece

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from moe_surgery.find.result import Unreadable
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Activation
 
 Routes = Literal["softmax", "own", "given"]

@@ -21,14 +21,14 @@ import torch
 
 from moe_surgery.engine import receipts
 from moe_surgery.engine.orders import Orders
-from moe_surgery.engine.receipts import Receipt
 from moe_surgery.errors import SurgeryError, UnsupportedError
+from moe_surgery.report.receipt import Outcome, Receipt
 
 if TYPE_CHECKING:
-    from moe_surgery.engine.agreement import Ranks
-    from moe_surgery.engine.layer_book import Snapshot
-    from moe_surgery.engine.surgery import Surgery
-    from moe_surgery.report.model import Report
+    from moe_surgery.engine.model.agreement import Ranks
+    from moe_surgery.engine.model.layer_book import Snapshot
+    from moe_surgery.engine.model.surgery import Surgery
+    from moe_surgery.report.outcomes import Outcomes
     from moe_surgery.targets.vllm.eras import Installed
 
 UNBUILT = "model"
@@ -80,8 +80,8 @@ class _Seam:
         def load_model(loader: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
             if self.load is not None:
                 return original(loader, vllm_config, *args, **kwargs)
-            from moe_surgery.engine.agreement import Ranks
-            from moe_surgery.engine.layer_book import LayerBook
+            from moe_surgery.engine.model.agreement import Ranks
+            from moe_surgery.engine.model.layer_book import LayerBook
 
             book = LayerBook(vllm_config)
             load = self.load = _Load(self.orders, book.snapshot(), Ranks())
@@ -126,7 +126,7 @@ class _Seam:
                 model = original(*args, **kwargs)
             finally:
                 load.depth -= 1
-            from moe_surgery.engine.surgery import Surgery
+            from moe_surgery.engine.model.surgery import Surgery
 
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
@@ -215,7 +215,7 @@ def _again(load: _Load, original: Callable[[], Any]) -> Any:
 
 def _call_off(load: _Load, book: Any, config: Any) -> None:
     """Put vLLM's registers and config back to what they were before the model was built, and let the next one be."""
-    from moe_surgery.engine.surgery import KEY
+    from moe_surgery.engine.model.surgery import KEY
 
     load.off, load.surgery = True, None
     book.restore(load.before)
@@ -223,9 +223,7 @@ def _call_off(load: _Load, book: Any, config: Any) -> None:
         config.additional_config.pop(KEY, None)
 
 
-def _write(
-    load: _Load, outcome: receipts.Outcome, *, report: Report | None = None, error: Exception | None = None
-) -> None:
+def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, error: Exception | None = None) -> None:
     from vllm.distributed import get_pp_group, get_world_group
 
     surgery, world, pipeline = load.surgery, get_world_group(), get_pp_group()

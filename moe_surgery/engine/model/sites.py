@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from moe_surgery.engine.lens import readable
-from moe_surgery.engine.routed import Routed
+from moe_surgery.engine.model.lens import readable
+from moe_surgery.engine.model.routed import Routed
 from moe_surgery.errors import SurgeryError
-from moe_surgery.find.check import check_site
-from moe_surgery.find.result import Reading, Site, Unreadable
-from moe_surgery.find.structure import Readings, structure
-from moe_surgery.read import read
+from moe_surgery.models.site import Site
+from moe_surgery.models.tree import find_sites
+from moe_surgery.read.block import read
+from moe_surgery.read.reading import Reading, Unreadable
+from moe_surgery.read.sameness import Readings, structure
+from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
-from moe_surgery.tree import find_sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,17 +18,17 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from moe_surgery.engine.agreement import Ranks
-from moe_surgery.engine.blocks import EngineBlock
-from moe_surgery.engine.building import build
-from moe_surgery.engine.layer_book import LayerBook, Snapshot
-from moe_surgery.engine.ledger import Ledger
+from moe_surgery.engine.model.agreement import Ranks
+from moe_surgery.engine.model.blocks import EngineBlock
+from moe_surgery.engine.model.building import build
+from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
+from moe_surgery.engine.model.ledger import Ledger
+from moe_surgery.engine.model.planning import FOLDED, make_engine_plan
+from moe_surgery.engine.model.proving import Exam, examine, prepare, to_prove
+from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
-from moe_surgery.engine.planning import FOLDED, make_engine_plan
-from moe_surgery.engine.proving import Exam, examine, prepare, to_prove
-from moe_surgery.engine.sites import EngineSite, check_unchanged, survey
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
-from moe_surgery.report.model import Report
+from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
 

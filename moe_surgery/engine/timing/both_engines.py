@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from moe_surgery.engine.orders import VARIABLE
 from moe_surgery.errors import SurgeryError, UnsupportedError
-from moe_surgery.report.timing import Sample, Speed
+from moe_surgery.timing.blocks import Sample, Speed
 
 CONTEXT = 32
 """Tokens of a sequence before the decoding steps that are timed."""
@@ -97,7 +97,7 @@ def compare(job: Job, on_phase: Callable[[str], None]) -> Compared:
 
 def _check_installed() -> None:
     """Raise what an engine's process would, before one is started; also if it is too new or old for surgery."""
-    from moe_surgery.engine.seam import check_era
+    from moe_surgery.engine.model.seam import check_era
     from moe_surgery.targets.vllm.eras import look_up
 
     check_era(look_up())
@@ -112,7 +112,7 @@ def _started(job: Job, folder: Path) -> Told:
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CACHE_ROOT": str(folder / "cache"),
     }
-    command = [sys.executable, "-m", "moe_surgery.engine.timed", json.dumps(asdict(job)), str(out)]
+    command = [sys.executable, "-m", "moe_surgery.engine.timing.one_engine", json.dumps(asdict(job)), str(out)]
     child = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
     try:
         code = child.wait()

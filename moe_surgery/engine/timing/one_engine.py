@@ -1,6 +1,6 @@
 """One engine whose steps are timed, in a process of its own.
 
-    python -m moe_surgery.engine.timed JSON OUT
+    python -m moe_surgery.engine.timing.one_engine JSON OUT
 
 What is timed is the model runner's forward of the model, for all sequences of a step together: between CUDA events on a
 GPU, where that is the device's own time as long as a step is one graph, and by the clock on a CPU. Scheduling, sampling
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moe_surgery.engine.timing import CONTEXT, Job, Timed, Told
+from moe_surgery.engine.timing.both_engines import CONTEXT, Job, Timed, Told
 from moe_surgery.errors import SurgeryError, UnsupportedError
 
 STEPS, CALLS = 30, 10

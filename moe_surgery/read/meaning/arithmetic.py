@@ -6,25 +6,23 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.find import rows
-from moe_surgery.find.flow import Choice, Op
-from moe_surgery.find.matrices import COLS, ROWS, Mats
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.rows import Array, Rows, each, objects
-from moe_surgery.find.term import Term
-from moe_surgery.find.terms import Terms
-
-if TYPE_CHECKING:
-    from moe_surgery.find.interpret import Interpreter
+from moe_surgery.read.meaning import rows
+from moe_surgery.read.meaning.evaluation import Evaluation
+from moe_surgery.read.meaning.matrices import COLS, ROWS, Mats
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.rows import Array, Rows, each, objects
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.flow import Choice, Op
 
 
-def _elementwise(run: Interpreter, op: Op) -> Rows:
+def _elementwise(run: Evaluation, op: Op) -> Rows:
     """A function of single elements; its parameters become part of its name. Most are known by name only."""
     if not all(other is None or isinstance(other, (bool, int, float)) for other in op.args[1:]):
         raise Unreadable(f"it applies aten.{op.name} to two computed tensors")
@@ -34,7 +32,7 @@ def _elementwise(run: Interpreter, op: Op) -> Rows:
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.fn(name, term), run.terms)
 
 
-def _clamp(run: Interpreter, op: Op) -> Rows:
+def _clamp(run: Evaluation, op: Op) -> Rows:
     bounds = dict(zip(("min", "max"), op.args[1:], strict=False)) | dict(op.kwargs)
     if op.name != "clamp":
         bounds = {op.name.removeprefix("clamp_"): op.args[1]}
@@ -45,7 +43,7 @@ def _clamp(run: Interpreter, op: Op) -> Rows:
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.clamp(term, low, high), run.terms)
 
 
-def _largest(run: Interpreter, op: Op) -> Any:
+def _largest(run: Evaluation, op: Op) -> Any:
     """The largest element along the last dimension, of which only the value is known."""
     if len(op.args) < 2 or op.args[1] not in (-1, [-1], len(run.rows(op.args[0]).shape) - 1):
         raise Unreadable("it takes the largest of more than one vector")
@@ -56,7 +54,7 @@ def _largest(run: Interpreter, op: Op) -> Any:
     return found if op.name == "amax" else (found, None)
 
 
-def _norm(run: Interpreter, op: Op) -> Rows:
+def _norm(run: Evaluation, op: Op) -> Rows:
     value = run.vectors(op.args[0])
     power, dims, kept = (*op.args[1:4], *(2, None, False)[len(op.args) - 1 :])[:3]
     if dims not in ([-1], [len(value.shape) - 1]) or not isinstance(power, (int, float)):
@@ -65,34 +63,34 @@ def _norm(run: Interpreter, op: Op) -> Rows:
     return Rows(lead, 1) if kept else Rows(lead, None)
 
 
-def _compared(run: Interpreter, op: Op) -> Rows:
+def _compared(run: Evaluation, op: Op) -> Rows:
     raise Unreadable(f"what it does depends on the values it computes ({op.name})")
 
 
-def _gelu(run: Interpreter, op: Op) -> Rows:
+def _gelu(run: Evaluation, op: Op) -> Rows:
     name = {"none": "gelu", "tanh": "gelu_tanh"}[op.kwargs.get("approximate", "none")]
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.fn(name, term), run.terms)
 
 
-def _neg(run: Interpreter, op: Op) -> Rows:
+def _neg(run: Evaluation, op: Op) -> Rows:
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.mul(run.terms.const(-1), term), run.terms)
 
 
-def _cast(run: Interpreter, op: Op) -> Rows:
+def _cast(run: Evaluation, op: Op) -> Rows:
     return rows.combine([run.rows(op.args[0])], lambda term: run.terms.cast(term, op.dtype), run.terms)
 
 
-def _mul(run: Interpreter, op: Op) -> Rows:
+def _mul(run: Evaluation, op: Op) -> Rows:
     return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.mul, run.terms)
 
 
-def _div(run: Interpreter, op: Op) -> Rows:
+def _div(run: Evaluation, op: Op) -> Rows:
     if op.kwargs.get("rounding_mode") is not None:
         raise Unreadable("it divides with rounding")
     return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.div, run.terms)
 
 
-def _add(run: Interpreter, op: Op) -> Rows:
+def _add(run: Evaluation, op: Op) -> Rows:
     first, second = run.rows(op.args[0]), run.rows(op.args[1])
     if op.name == "rsub":
         first, second = second, first
@@ -100,25 +98,25 @@ def _add(run: Interpreter, op: Op) -> Rows:
     return rows.combine([first, second], lambda a, b: run.terms.add(a, run.terms.mul(factor, b)), run.terms)
 
 
-def _where(run: Interpreter, op: Op) -> Rows:
+def _where(run: Evaluation, op: Op) -> Rows:
     mask, yes, no = op.args if op.name == "where" else (op.args[1], op.args[2], op.args[0])
     if not isinstance(run.value(mask), Tensor):
         raise Unreadable("what it does depends on the values it computes (where)")
     return rows.combine([run.rows(mask), run.rows(yes), run.rows(no)], run.terms.pick, run.terms)
 
 
-def _matmul(run: Interpreter, op: Op) -> Rows:
+def _matmul(run: Evaluation, op: Op) -> Rows:
     return linear(run, op.args[0], op.args[1], op)
 
 
-def _addmm(run: Interpreter, op: Op) -> Rows:
+def _addmm(run: Evaluation, op: Op) -> Rows:
     if op.kwargs.get("beta", 1) != 1 or op.kwargs.get("alpha", 1) != 1:
         raise Unreadable("it scales a bias")
     bias, product = run.rows(op.args[0]), linear(run, op.args[1], op.args[2], op)
     return rows.combine([bias, product], run.terms.add, run.terms)
 
 
-def linear(run: Interpreter, first: Any, second: Any, op: Op) -> Rows:
+def linear(run: Evaluation, first: Any, second: Any, op: Op) -> Rows:
     """A product of vectors with matrices of weights, on either side."""
     left, right = run.value(first), run.value(second)
     if isinstance(left, Mats) and isinstance(right, Rows):
@@ -129,7 +127,7 @@ def linear(run: Interpreter, first: Any, second: Any, op: Op) -> Rows:
     return _linear(run, run.rows(first), right, op)
 
 
-def _linear(run: Interpreter, value: Rows, mats: Mats, op: Op) -> Rows:
+def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
     """``value @ mats``; the last two dimensions of the matrices are inputs and outputs."""
     value = rows.vectors(value, run.terms)
     if value.lead.ndim == 0 or value.shape[:-2] != mats.shape[:-2]:
@@ -171,14 +169,14 @@ def _mapped(terms: Terms, term: Term, pieces: Array, sizes: tuple[int, int], dty
     return terms.add(*results)
 
 
-def _softmax(run: Interpreter, op: Op) -> Rows:
+def _softmax(run: Evaluation, op: Op) -> Rows:
     if op.args[1] not in (-1, len(op.shape) - 1):
         raise Unreadable("it takes a softmax over another dimension than the last")
     value = run.vectors(op.args[0])
     return Rows(each(value.lead, run.terms.softmax), value.size)
 
 
-def _sum(run: Interpreter, op: Op) -> Rows:
+def _sum(run: Evaluation, op: Op) -> Rows:
     value = run.rows(op.args[0])
     count = len(value.shape)
     given = op.args[1] if len(op.args) > 1 and op.args[1] else range(count)
@@ -199,12 +197,12 @@ def _sum(run: Interpreter, op: Op) -> Rows:
     return rows.reshaped(Rows(lead, size, after), op.shape, run.terms)
 
 
-def _topk(run: Interpreter, op: Op) -> tuple[Rows, None]:
+def _topk(run: Evaluation, op: Op) -> tuple[Rows, None]:
     scores, number, count = run.vectors(op.args[0]), op.kwargs["choice"], op.args[1]
     return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
 
 
-def _gather(run: Interpreter, op: Op) -> Rows:
+def _gather(run: Evaluation, op: Op) -> Rows:
     values, index = run.vectors(op.args[0]), run.value(op.args[2])
     if not isinstance(index, Tensor):
         raise Unreadable("it gathers by computed places")
@@ -223,12 +221,12 @@ def _gather(run: Interpreter, op: Op) -> Rows:
     return Rows(rows.combine([values, lead], pick, run.terms).lead, choice.k)
 
 
-def _same_ids(run: Interpreter, choice: Choice, index: Tensor, values: Rows) -> bool:
+def _same_ids(run: Evaluation, choice: Choice, index: Tensor, values: Rows) -> bool:
     same = choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
     return same and run.flow.ops[choice.scores.index].shape[-1] == values.shape[-1]
 
 
-_Meaning = Callable[["Interpreter", Op], Any]
+_Meaning = Callable[[Evaluation, Op], Any]
 _ELEMENTWISE = (
     "silu sigmoid relu relu6 tanh exp abs sqrt rsqrt reciprocal log log1p square mish erf sign hardswish hardtanh "
     "hardsigmoid softplus leaky_relu elu celu selu threshold pow round floor ceil nan_to_num"

@@ -1,8 +1,7 @@
 """What a record means: every operation evaluated on rows of terms.
 
 An operation that no meaning is known for can't be read, and the block is left alone with that operation as the reason.
-What an operation means is in :mod:`~moe_surgery.find.vectors` (arithmetic), :mod:`~moe_surgery.find.moves` (rows moved
-about) and :mod:`~moe_surgery.find.matrices` (weights).
+What an operation means is in ``arithmetic.py``, ``row_moves.py`` (rows moved about) and ``matrices.py`` (weights).
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.find import matrices, moves, rows, vectors
-from moe_surgery.find.flow import Flow, Op, Ref
-from moe_surgery.find.matrices import Mats
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.rows import Rows, objects
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.meaning import arithmetic, matrices, row_moves, rows
+from moe_surgery.read.meaning.matrices import Mats
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.rows import Rows, objects
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.flow import Flow, Op, Ref
 from moe_surgery.weights.layout import Piece
 
-_ON_ROWS = {**vectors.MEANINGS, **moves.MEANINGS}
+_ON_ROWS = {**arithmetic.MEANINGS, **row_moves.MEANINGS}
 
 
 class Interpreter:
@@ -83,7 +82,7 @@ class Interpreter:
         first = op.args[0][0] if op.args and isinstance(op.args[0], (list, tuple)) and op.args[0] else op.args[0]
         first = self.value(first)
         by_kind = matrices.MEANINGS if isinstance(first, Mats) else _ON_ROWS
-        handler = vectors.PRODUCTS.get(op.name) or by_kind.get(op.name)
+        handler = arithmetic.PRODUCTS.get(op.name) or by_kind.get(op.name)
         if handler is None and isinstance(first, Mats) and matrices.as_rows(first) is not None:
             handler = _ON_ROWS.get(op.name)
         if handler is None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moe_surgery.find.flow import Op
-from moe_surgery.find.moves import known_places, order, parts, span
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.rows import Array, Rows, Shape, each, objects
-from moe_surgery.find.term import Term
+from moe_surgery.read.meaning.evaluation import Evaluation
+from moe_surgery.read.meaning.row_moves import known_places, order, parts, span
+from moe_surgery.read.meaning.rows import Array, Rows, Shape, each, objects
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.flow import Op
 from moe_surgery.weights.layout import Piece
-
-if TYPE_CHECKING:
-    from moe_surgery.find.interpret import Interpreter
 
 ROWS, COLS = -2, -1
 _MOST_ROWS = 1 << 12
@@ -140,25 +138,25 @@ def band(piece: Piece, start: int, stop: int) -> Piece:
     return replace(piece, rows=(first + start, first + stop))
 
 
-def _same(run: Interpreter, op: Op) -> Mats:
+def _same(run: Evaluation, op: Op) -> Mats:
     # Weights are read at one dtype; what matters is the dtype that the map is computed in.
     value: Mats = run.value(op.args[0])
     return value
 
 
-def _select(run: Interpreter, op: Op) -> Mats | Rows:
+def _select(run: Evaluation, op: Op) -> Mats | Rows:
     value: Mats = run.value(op.args[0])
     if value.dims == ((ROWS,), (COLS,)) and op.args[1] % 2 == 0:
         return Rows(objects([_bias(run, value, op.args[2] % value.rows)], ()), value.cols)
     return value.taken(op.args[1] % len(value.shape), op.args[2])
 
 
-def _bias(run: Interpreter, value: Mats, number: int) -> Term:
+def _bias(run: Evaluation, value: Mats, number: int) -> Term:
     piece: Piece = value.lead[()]  # type: ignore[assignment]
     return run.terms.param(row(piece, number), value.cols)
 
 
-def _index(run: Interpreter, op: Op) -> Mats | Rows:
+def _index(run: Evaluation, op: Op) -> Mats | Rows:
     value: Mats = run.value(op.args[0])
     places = known_places(run, op.args[1] if op.name == "index" else [op.args[2]])
     first = 0 if op.name == "index" else op.args[1] % len(value.shape)
@@ -178,17 +176,17 @@ def _index(run: Interpreter, op: Op) -> Mats | Rows:
     return replace(value, lead=lead, dims=(*dims[:first], *((n,) for n in range(made)), *dims[first + len(axes) :]))
 
 
-def _permute(run: Interpreter, op: Op) -> Mats:
+def _permute(run: Evaluation, op: Op) -> Mats:
     value: Mats = run.value(op.args[0])
     return replace(value, dims=tuple(value.dims[dim] for dim in order(value.shape, op)))
 
 
-def _split(run: Interpreter, op: Op) -> tuple[Mats, ...]:
+def _split(run: Evaluation, op: Op) -> tuple[Mats, ...]:
     value: Mats = run.value(op.args[0])
     return tuple(value.cut(*part) for part in parts(value.shape, op))
 
 
-def _slice(run: Interpreter, op: Op) -> Mats:
+def _slice(run: Evaluation, op: Op) -> Mats:
     value: Mats = run.value(op.args[0])
     dim, start, stop, step = span(value.shape, op)
     if step != 1:
@@ -196,18 +194,18 @@ def _slice(run: Interpreter, op: Op) -> Mats:
     return value.cut(dim, start, stop)
 
 
-def _unbind(run: Interpreter, op: Op) -> tuple[Mats, ...]:
+def _unbind(run: Evaluation, op: Op) -> tuple[Mats, ...]:
     value: Mats = run.value(op.args[0])
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(value.shape)
     return tuple(value.taken(dim, place) for place in range(value.shape[dim]))
 
 
-def _view(run: Interpreter, op: Op) -> Mats:
+def _view(run: Evaluation, op: Op) -> Mats:
     value: Mats = run.value(op.args[0])
     return value.viewed(op.shape)
 
 
-def _expand(run: Interpreter, op: Op) -> Mats:
+def _expand(run: Evaluation, op: Op) -> Mats:
     value: Mats = run.value(op.args[0])
     extra = len(op.shape) - len(value.dims)
     lead, dims = value.lead, [*((),) * extra, *value.dims]
@@ -218,7 +216,7 @@ def _expand(run: Interpreter, op: Op) -> Mats:
     return replace(value, lead=lead, dims=tuple(dims))
 
 
-def _joined(run: Interpreter, op: Op) -> Mats:
+def _joined(run: Evaluation, op: Op) -> Mats:
     values: list[Mats] = [run.value(item) for item in op.args[0]]
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(op.shape)
     first = values[0]
@@ -233,7 +231,7 @@ def _joined(run: Interpreter, op: Op) -> Mats:
     return replace(first, lead=lead, dims=(*first.dims[:dim], (new, *first.dims[dim]), *first.dims[dim + 1 :]))
 
 
-_Meaning = Callable[["Interpreter", Op], Any]
+_Meaning = Callable[[Evaluation, Op], Any]
 _VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"]
 
 MEANINGS: dict[str, _Meaning] = {

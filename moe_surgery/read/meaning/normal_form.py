@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from moe_surgery.find.term import Term
+from moe_surgery.read.meaning.term import Term
 from moe_surgery.weights.layout import Piece
 
 # Terms whose elements don't come each from the same element of their arguments.

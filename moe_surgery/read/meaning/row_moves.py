@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.find import rows
-from moe_surgery.find.flow import Op
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.rows import Array, Rows, each, objects
-
-if TYPE_CHECKING:
-    from moe_surgery.find.interpret import Interpreter
+from moe_surgery.read.meaning import rows
+from moe_surgery.read.meaning.evaluation import Evaluation
+from moe_surgery.read.meaning.rows import Array, Rows, each, objects
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.flow import Op
 
 
 def order(shape: tuple[int, ...], op: Op) -> list[int]:
@@ -47,7 +45,7 @@ def span(shape: tuple[int, ...], op: Op) -> tuple[int, int, int, int]:
     return dim, *slice(*op.args[2:5]).indices(shape[dim])
 
 
-def known_places(run: Interpreter, operand: Iterable[Any]) -> tuple[Any, ...]:
+def known_places(run: Evaluation, operand: Iterable[Any]) -> tuple[Any, ...]:
     """Index tensors as numpy takes them."""
     known = [run.value(index) for index in operand]
     if not all(index is None or isinstance(index, Tensor) for index in known):
@@ -55,23 +53,23 @@ def known_places(run: Interpreter, operand: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(slice(None) if index is None else index.numpy() for index in known)
 
 
-def _reshape(run: Interpreter, op: Op) -> Rows:
+def _reshape(run: Evaluation, op: Op) -> Rows:
     return rows.reshaped(run.rows(op.args[0]), op.shape, run.terms)
 
 
-def _same(run: Interpreter, op: Op) -> Rows:
+def _same(run: Evaluation, op: Op) -> Rows:
     return run.rows(op.args[0])
 
 
-def _expand(run: Interpreter, op: Op) -> Rows:
+def _expand(run: Evaluation, op: Op) -> Rows:
     return rows.expanded(run.rows(op.args[0]), op.shape, run.terms)
 
 
-def _copy(run: Interpreter, op: Op) -> Rows:
+def _copy(run: Evaluation, op: Op) -> Rows:
     return rows.expanded(run.rows(op.args[1]), op.shape, run.terms)
 
 
-def _repeat(run: Interpreter, op: Op) -> Rows:
+def _repeat(run: Evaluation, op: Op) -> Rows:
     value = run.vectors(op.args[0])
     times = op.args[1]
     if times[-1] == 1:
@@ -79,22 +77,22 @@ def _repeat(run: Interpreter, op: Op) -> Rows:
     return rows.moved(value, lambda places: places.repeat(times), run.terms)
 
 
-def _flip(run: Interpreter, op: Op) -> Rows:
+def _flip(run: Evaluation, op: Op) -> Rows:
     return rows.moved(run.rows(op.args[0]), lambda places: places.flip(op.args[1]), run.terms)
 
 
-def _index(run: Interpreter, op: Op) -> Rows:
+def _index(run: Evaluation, op: Op) -> Rows:
     value, places = run.rows(op.args[0]), known_places(run, op.args[1])
     if value.size is not None and not value.after and len(places) <= value.lead.ndim:
         return Rows(value.lead[places], value.size)
     return Rows(rows.scalars(value, run.terms).lead[places], None)
 
 
-def _index_select(run: Interpreter, op: Op) -> Rows:
+def _index_select(run: Evaluation, op: Op) -> Rows:
     return _taken(run, run.rows(op.args[0]), known_places(run, [op.args[2]])[0], op.args[1])
 
 
-def _select(run: Interpreter, op: Op) -> Rows:
+def _select(run: Evaluation, op: Op) -> Rows:
     value = run.rows(op.args[0])
     if value.axis(op.args[1]) is None:
         assert value.size is not None
@@ -103,20 +101,20 @@ def _select(run: Interpreter, op: Op) -> Rows:
     return value.take(op.args[2], op.args[1])
 
 
-def _taken(run: Interpreter, value: Rows, places: Any, dim: int) -> Rows:
+def _taken(run: Evaluation, value: Rows, places: Any, dim: int) -> Rows:
     if value.axis(dim) is None:
         value = rows.scalars(value, run.terms)
     return value.take(places, dim)
 
 
-def _cut(run: Interpreter, value: Rows, dim: int, start: int, stop: int, step: int = 1) -> Rows:
+def _cut(run: Evaluation, value: Rows, dim: int, start: int, stop: int, step: int = 1) -> Rows:
     if value.axis(dim) is None:
         count = len(range(start, stop, step))
         return Rows(each(value.lead, lambda term: run.terms.part(term, start, stop, step)), count, value.after)
     return value.take(range(start, stop), dim)
 
 
-def _slice(run: Interpreter, op: Op) -> Rows:
+def _slice(run: Evaluation, op: Op) -> Rows:
     value = run.rows(op.args[0])
     dim, start, stop, step = span(value.shape, op)
     if step != 1 and (value.axis(dim) is not None or value.size is None):
@@ -124,23 +122,23 @@ def _slice(run: Interpreter, op: Op) -> Rows:
     return _cut(run, value, dim, start, stop, step)
 
 
-def _split(run: Interpreter, op: Op) -> tuple[Rows, ...]:
+def _split(run: Evaluation, op: Op) -> tuple[Rows, ...]:
     value = run.rows(op.args[0])
     return tuple(_cut(run, value, *part) for part in parts(value.shape, op))
 
 
-def _unbind(run: Interpreter, op: Op) -> tuple[Rows, ...]:
+def _unbind(run: Evaluation, op: Op) -> tuple[Rows, ...]:
     value = run.rows(op.args[0])
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(value.shape)
     return tuple(_taken(run, value, place, dim) for place in range(value.shape[dim]))
 
 
-def _permute(run: Interpreter, op: Op) -> Rows:
+def _permute(run: Evaluation, op: Op) -> Rows:
     value = run.rows(op.args[0])
     return value.permuted(order(value.shape, op))
 
 
-def _joined(run: Interpreter, op: Op, join: Callable[..., Array]) -> Rows:
+def _joined(run: Evaluation, op: Op, join: Callable[..., Array]) -> Rows:
     values = [value for value in map(run.rows, op.args[0]) if 0 not in value.shape]
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(op.shape)
     whole = all(value.size == values[0].size and not value.after for value in values)
@@ -153,15 +151,15 @@ def _joined(run: Interpreter, op: Op, join: Callable[..., Array]) -> Rows:
     return Rows(join([rows.scalars(value, run.terms).lead for value in values], axis=dim), None)
 
 
-def _cat(run: Interpreter, op: Op) -> Rows:
+def _cat(run: Evaluation, op: Op) -> Rows:
     return _joined(run, op, np.concatenate)
 
 
-def _stack(run: Interpreter, op: Op) -> Rows:
+def _stack(run: Evaluation, op: Op) -> Rows:
     return _joined(run, op, np.stack)
 
 
-def _write(run: Interpreter, lead: Array, places: Array, items: Array, accumulate: bool) -> Array:
+def _write(run: Evaluation, lead: Array, places: Array, items: Array, accumulate: bool) -> Array:
     """``lead`` with ``items`` written or added at flat ``places``. Writing twice to one place has no meaning."""
     lead = lead.copy()
     flat, places = lead.reshape(-1), places.reshape(-1)
@@ -172,7 +170,7 @@ def _write(run: Interpreter, lead: Array, places: Array, items: Array, accumulat
     return lead
 
 
-def _index_add(run: Interpreter, op: Op) -> Rows:
+def _index_add(run: Evaluation, op: Op) -> Rows:
     target, source = run.vectors(op.args[0]), run.vectors(op.args[3])
     index = known_places(run, [op.args[2]])[0]
     if op.args[1] % len(target.shape) != 0 or target.lead.ndim == 0 or op.kwargs.get("alpha", 1) != 1:
@@ -181,7 +179,7 @@ def _index_add(run: Interpreter, op: Op) -> Rows:
     return Rows(_write(run, target.lead, places, source.lead, True), target.size)
 
 
-def _index_put(run: Interpreter, op: Op) -> Rows:
+def _index_put(run: Evaluation, op: Op) -> Rows:
     target, index = run.vectors(op.args[0]), known_places(run, op.args[1])
     accumulate = bool(len(op.args) > 3 and op.args[3])
     if len(index) > target.lead.ndim:
@@ -192,7 +190,7 @@ def _index_put(run: Interpreter, op: Op) -> Rows:
     return Rows(_write(run, target.lead, places, items.lead, accumulate), target.size)
 
 
-def _scatter(run: Interpreter, op: Op) -> Rows:
+def _scatter(run: Evaluation, op: Op) -> Rows:
     target, index = run.vectors(op.args[0]), run.value(op.args[2])
     dim = op.args[1] % len(target.shape)
     source = run.value(op.args[3])
@@ -217,7 +215,7 @@ def _scatter(run: Interpreter, op: Op) -> Rows:
     return Rows(_write(run, target.lead, places, items, adds), target.size)
 
 
-_Meaning = Callable[["Interpreter", Op], Any]
+_Meaning = Callable[[Evaluation, Op], Any]
 _VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"]
 
 MEANINGS: dict[str, _Meaning] = {

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.term import Term
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.reading import Unreadable
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.term import Term
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Activation, Mix
 from moe_surgery.weights.layout import MLPPieces, Piece
 

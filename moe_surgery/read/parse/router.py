@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from moe_surgery.find.mlps import short
-from moe_surgery.find.rankings import Ranking, Rankings
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.term import Term
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.mlp import short
+from moe_surgery.read.parse.top_k import Ranking, Rankings
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Groups, Precision, Scoring
 from moe_surgery.weights.layout import Piece
 

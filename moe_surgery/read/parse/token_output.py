@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moe_surgery.find.mlps import IDENTITY, MLPParser, MLPRead, short
-from moe_surgery.find.rankings import Ranking
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.routing import SCORED, RouterParser, RouterRead, Weight
-from moe_surgery.find.term import Term
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.mlp import IDENTITY, MLPParser, MLPRead, short
+from moe_surgery.read.parse.router import SCORED, RouterParser, RouterRead, Weight
+from moe_surgery.read.parse.top_k import Ranking
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Precision
 from moe_surgery.weights.layout import Piece
 

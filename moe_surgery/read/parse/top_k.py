@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from moe_surgery.find.mlps import short
-from moe_surgery.find.result import Unreadable
-from moe_surgery.find.term import Term
-from moe_surgery.find.terms import Terms
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.mlp import short
+from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Groups, GroupScore
 
 

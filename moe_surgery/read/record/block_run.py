@@ -1,4 +1,4 @@
-"""Recording a block: it is run once under the :class:`~moe_surgery.find.dataflow.Recorder`, and must leave no trace."""
+"""Recording a block: it is run once under the :class:`~.recorder.Recorder`, and must leave no trace."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.dataflow import Recorder, no_choice
-from moe_surgery.find.flow import Flow, Route
-from moe_surgery.find.result import Unfollowed, Unreadable
-from moe_surgery.find.sizes import Sizes
-from moe_surgery.find.watch import changes, watched
+from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.record.flow import Flow, Route
+from moe_surgery.read.record.outside_state import changes, watched
+from moe_surgery.read.record.python_view import Sizes
+from moe_surgery.read.record.recorder import Recorder, no_choice
 
 
 def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Flow:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.find.batch import DEPENDS, tells_sizes_apart
+from moe_surgery.read.record.batch_size import DEPENDS, tells_sizes_apart
 
 LOAD = "how many tokens an expert gets, or where a token stands in the batch"
 

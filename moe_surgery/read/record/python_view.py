@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.find.batch import DEPENDS, BatchShape, BatchSize
-from moe_surgery.find.entries import tensors
-from moe_surgery.find.known import LOAD, Kind
+from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
+from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
-    from moe_surgery.find.dataflow import Recorder
+    from moe_surgery.read.record.recorder import Recorder
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ recorded. Two things make control flow safe to follow:
 
 * The indices that a top-k returns are real numbers chosen by the caller (``Route``). Loops over experts, masks and
   sorts then run as they would on data, and the record shows which weights met which token. What known numbers stand
-  for is tracked (:mod:`~moe_surgery.find.known`).
+  for is tracked (:mod:`~moe_surgery.read.record.known_numbers`).
 * Sizes that come from the batch are marked. Code that compares such a size with a number branches on the batch size,
   which one record can't show; this, and everything else that a record can't hold (random numbers, a value read back
   to Python, a write to the input or to a weight, a tensor from outside), is written down as an objection. Objections
@@ -24,10 +24,10 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.find.entries import Entries, Entry, mapped, tensors, written
-from moe_surgery.find.flow import Choice, Flow, Op, Ref, Route
-from moe_surgery.find.known import Kind, Ledger, uniform
-from moe_surgery.find.result import Unfollowed, Unreadable
+from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.record.flow import Choice, Flow, Op, Ref, Route
+from moe_surgery.read.record.known_numbers import Kind, Ledger, uniform
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, written
 
 _LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
 _READS_BACK = frozenset(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.find.known import Kind
+from moe_surgery.read.record.known_numbers import Kind
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.kernels.op import compute, folded_moe
-from moe_surgery.kernels.terms import Terms, Weights
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.weights.tensors import BlockTensors

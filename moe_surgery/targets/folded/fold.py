@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_surgery.errors import SurgeryError
-from moe_surgery.kernels.terms import Terms, Weights
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folding import cut, router_rows, slices, unfoldable
+from moe_surgery.targets.shared_as_experts import cut, router_rows, slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
 

@@ -13,7 +13,7 @@ import torch
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
-from moe_surgery.targets.folding import slices, unfoldable
+from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,7 +44,7 @@ class FoldedTarget:
     @cached_property
     def layer(self) -> Target:
         """The same on CPU."""
-        from moe_surgery.targets.vllm.folded import FoldedLayerTarget
+        from moe_surgery.targets.vllm.folded_target import FoldedLayerTarget
 
         return FoldedLayerTarget()
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from moe_surgery.collection import uncollected
 from moe_surgery.errors import UnsupportedError
+from moe_surgery.installed.imports import uncollected
+from moe_surgery.installed.versions import versions
 from moe_surgery.targets.vllm.host import undisturbed
-from moe_surgery.versions import versions
 
 LAYERS = "vllm.model_executor.layers.fused_moe"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folding import slices, unfoldable
+from moe_surgery.targets.shared_as_experts import slices, unfoldable
 
 Choose = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
 """A ``custom_routing_function``: tokens [T, H], logits [T, E], top-k and renormalisation to weights and ids [T, k]."""

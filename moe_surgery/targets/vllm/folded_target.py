@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal
 from moe_surgery.targets.vllm.block import FusedMoEBlock
-from moe_surgery.targets.vllm.folding import objections
+from moe_surgery.targets.vllm.folded_routing import objections
 from moe_surgery.targets.vllm.target import VllmTarget
 from moe_surgery.weights.tensors import BlockTensors
 

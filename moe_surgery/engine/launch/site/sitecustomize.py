@@ -54,7 +54,7 @@ class Watch:
 
 def hook() -> None:
     try:
-        from moe_surgery.engine.loading import hook_as_ordered
+        from moe_surgery.engine.launch.from_pretrained import hook_as_ordered
     except ImportError as error:
         raise RuntimeError(
             f"surgery was asked for, but moe-surgery can't be imported by {sys.executable} ({error}); install it there"

@@ -1,0 +1,1 @@
+"""Timing two whole engines, with and without surgery, each in a process of its own."""

@@ -1,0 +1,22 @@
+"""A place in a model's module tree where something looks like a sparse-MoE block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One candidate place in the module tree: a module that looks like a sparse-MoE block."""
+
+    path: str
+    module: nn.Module
+
+    @property
+    def kind(self) -> str:
+        """The class name of the block, for people; nothing is decided by it."""
+        return type(self.module).__name__
