@@ -22,6 +22,7 @@ from moe_surgery.targets.base import Context, Refusal
 from moe_surgery.targets.folded import target as folded
 from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
 from moe_surgery.targets.folded.target import FoldedTarget
+from moe_surgery.targets.shared_as_experts import cut
 
 CUDA = Context("cuda", "bfloat16", live=False)
 
@@ -30,24 +31,31 @@ CUDA = Context("cuda", "bfloat16", live=False)
 def test_slices_of_the_shared_expert_add_up_to_it(spec: MoESpec) -> None:
     """As further experts that every token visits, with the gate's weight, they give what the shared expert gives."""
     tensors, terms = weights(spec, torch.float64), terms_of(spec)
-    made = fold(tensors, spec)
+    shared13, shared2 = cut(tensors, spec)
     x = torch.randn(20, spec.hidden, dtype=torch.float64)
     out, gate = reference.shared_parts(tensors, x, reference.gated(spec.experts.activation), torch.float64)
     wanted = reference.shared_output(spec, out, gate)
-    assert made.shared13 is not None and made.shared2 is not None
-    assert made.shared13.shape == (terms.slices, 2 * terms.width, terms.hidden)
+    assert shared13.shape == (terms.slices, 2 * terms.width, terms.hidden)
     mix, got = reference.gated(spec.experts.activation), torch.zeros_like(wanted)
-    for w13, w2 in zip(made.shared13, made.shared2, strict=True):
+    for w13, w2 in zip(shared13, shared2, strict=True):
         got += mix(*(x @ w13.T).chunk(2, -1)) @ w2.T
-    weight = (x @ made.router[-1:].T).sigmoid() if terms.gated else 1.0
+    weight = (x @ tensors.shared_gate.T).sigmoid() if tensors.shared_gate is not None else 1.0
     assert worst(got * weight * terms.shared_scale, wanted) < 1e-13
 
 
-def test_routed_experts_are_taken_as_they_lie() -> None:
+def test_weights_are_taken_as_they_lie() -> None:
     tensors = weights(SPEC)
-    made = fold(tensors, SPEC)
-    assert made.w13.data_ptr() == tensors.w13.data_ptr() and made.w2.data_ptr() == tensors.w2.data_ptr()
-    assert torch.equal(made.router[:-1], tensors.router) and torch.equal(made.router[-1:], tensors.shared_gate)
+    made, terms = fold(tensors), terms_of(SPEC)
+    assert made.w13.data_ptr() == tensors.w13.data_ptr() and made.shared_down is tensors.shared_down_proj
+    at, size = made.offsets(), tensors.w13.element_size()
+    found = [made.router.data_ptr() + at.gate * size, made.w13.data_ptr() + at.w13 * size]
+    found += [found[1] + at.up * size, made.w2.data_ptr() + at.w2 * size]
+    parts = (tensors.shared_gate, tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj)
+    assert found == [part.data_ptr() for part in parts if part is not None]
+    assert tensors.shared_gate_proj is not None and tensors.shared_up_proj is not None
+    both = torch.cat([tensors.shared_gate_proj, tensors.shared_up_proj])
+    merged = replace(made, shared_gate=both, shared_up=None).offsets()
+    assert merged.up == terms.slices * terms.width * terms.hidden
 
 
 def test_tensors_of_another_spec_are_refused() -> None:

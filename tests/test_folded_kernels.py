@@ -56,9 +56,24 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
     tensors, terms = weights(spec, dtype, device=DEVICE), terms_of(spec)
     x = clear_tokens(spec, tensors, tokens)
     choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
-    got = run(x, fold(tensors, spec), terms, choice)
+    got = run(x, fold(tensors), terms, choice)
     assert got.dtype == dtype
     assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
+    from moe_surgery.kernels.choice import table
+    from moe_surgery.kernels.launch import run
+
+    tensors, terms = weights(SPEC, torch.float32, device=DEVICE), terms_of(SPEC)
+    x = clear_tokens(SPEC, tensors, 3)
+    choice = next(row for row in table("default-32") if row.path == path)
+    apart = fold(tensors)
+    assert apart.shared_gate is not None and apart.shared_up is not None
+    merged = replace(apart, shared_gate=torch.cat([apart.shared_gate, apart.shared_up]), shared_up=None)
+    assert torch.equal(run(x, apart, terms, choice), run(x, merged, terms, choice))
 
 
 @runs
@@ -72,7 +87,7 @@ def test_a_nan_stays_with_its_token() -> None:
     x[1, 5] = torch.nan
     for path in ("pairs", "grouped"):
         choice = next(row for row in table("default-32") if row.path == path)
-        got = run(x, fold(tensors, SPEC), terms, choice)
+        got = run(x, fold(tensors), terms, choice)
         assert got[1].isnan().all()
         assert worst(got[[0, 2, 3]], wanted[[0, 2, 3]]) < tolerance(SPEC, torch.float32)
 

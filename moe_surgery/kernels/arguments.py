@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,24 +49,42 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Folded weights, all contiguous, of one dtype on one device.
+    """A block's weights as they lie in its model, all contiguous, of one dtype on one device.
 
-    ``router`` [E or E+1, H], the shared expert's gate last; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed
-    experts; ``shared13`` [M, 2I, H] and ``shared2`` [M, H, I] of the shared expert's slices, or None.
+    ``router`` [E, H]; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed experts; of the shared expert, None where
+    there is none, ``gate`` [1, H], ``shared_gate`` [M*I, H], ``shared_up`` alike and ``shared_down`` [H, M*I]. Without
+    ``shared_up`` the up projection's rows follow those of the gate projection: ``shared_gate`` is [2*M*I, H] then.
     """
 
     router: Tensor
     w13: Tensor
     w2: Tensor
-    shared13: Tensor | None
-    shared2: Tensor | None
+    gate: Tensor | None = None
+    shared_gate: Tensor | None = None
+    shared_up: Tensor | None = None
+    shared_down: Tensor | None = None
 
-    def offsets(self) -> tuple[int, int]:
-        """Where the shared slices begin, in elements from the first routed expert: of ``w13`` and of ``w2``."""
-        if self.shared13 is None or self.shared2 is None:
-            return 0, 0
+    def offsets(self) -> Offsets:
+        """How the kernels find the shared expert's weights; nothing is copied."""
         size = self.w13.element_size()
-        return (
-            (self.shared13.data_ptr() - self.w13.data_ptr()) // size,
-            (self.shared2.data_ptr() - self.w2.data_ptr()) // size,
+        gate = 0 if self.gate is None else (self.gate.data_ptr() - self.router.data_ptr()) // size
+        if self.shared_gate is None or self.shared_down is None:
+            return Offsets(gate, 0, 0, 0)
+        start = self.shared_gate.data_ptr()
+        if self.shared_up is None:
+            up = self.shared_gate.numel() // 2
+        else:
+            up = (self.shared_up.data_ptr() - start) // size
+        return Offsets(
+            gate, (start - self.w13.data_ptr()) // size, up, (self.shared_down.data_ptr() - self.w2.data_ptr()) // size
         )
+
+
+class Offsets(NamedTuple):
+    """Distances in elements: of the shared expert's ``gate`` from the router, of its gate projection from ``w13``, of
+    its up projection from that one, and of its down projection from ``w2``."""
+
+    gate: int
+    w13: int
+    up: int
+    w2: int

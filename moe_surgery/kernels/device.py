@@ -115,10 +115,27 @@ def choose(
 
 
 @triton.jit
-def expert_offset(expert, stride, shared, E: tl.constexpr):
+def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
     """Where an expert's matrix begins, in elements from the routed experts' first.
 
-    Shared experts lie in a tensor of their own, ``shared`` elements away, so that the routed ones are never copied.
+    The shared expert lies in a tensor of its own, ``shared`` elements away, and its slices are ``slice_stride`` elements
+    apart there, so that neither is ever copied.
     """
     expert = expert.to(tl.int64)
-    return tl.where(expert < E, expert * stride, shared + (expert - E) * stride)
+    return tl.where(expert < E, expert * stride, shared + (expert - E) * slice_stride)
+
+
+@triton.jit
+def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
+    """How far apart the rows of an expert's down projection lie: a slice of the shared one is M times as wide inside."""
+    if M <= 1:
+        return I
+    return tl.where(expert < E, I, M * I)
+
+
+@triton.jit
+def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr):
+    """Where rows of the router's weight begin; row E is the shared expert's gate, ``gate`` elements away."""
+    if R > E:
+        return tl.where(rows < E, rows.to(tl.int64) * H, gate)
+    return rows * H

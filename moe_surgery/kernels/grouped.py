@@ -15,13 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import activate, choose, expert_offset, let_next_start, wait
+from moe_surgery.kernels.device import activate, choose, expert_offset, let_next_start, router_offset, row_pitch, wait
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_logits(
-    x, router, logits, counts, tokens, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BT: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
+    x, router, gate: tl.int64, logits, counts, tokens, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``pair_logits``, for BT tokens at once. Grid: (cdiv(R, BR), cdiv(tokens, BT))."""
     wait(PDL)
@@ -32,6 +32,7 @@ def group_logits(
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         every = tl.arange(0, BE)
         tl.store(counts + every, tl.zeros([BE], tl.int32), mask=every < E)
+    starts = router_offset(rows, gate, R, E, H)[:, None]
     total = tl.zeros([BT, BR], tl.float32)
     for k in range(0, H, BK):
         inside = (k + columns < H)[None, :]
@@ -40,7 +41,7 @@ def group_logits(
             mask=(token < tokens)[:, None] & inside,
             other=0.0,
         )
-        w = tl.load(router + rows[:, None] * H + k + columns[None, :], mask=(rows < R)[:, None] & inside, other=0.0)
+        w = tl.load(router + starts + k + columns[None, :], mask=(rows < R)[:, None] & inside, other=0.0)
         total = tl.dot(value, w.T, total, input_precision="ieee")
     if NATIVE:
         total = tl.where((rows < E)[None, :], total.to(x.dtype.element_ty).to(tl.float32), total)
@@ -101,9 +102,9 @@ def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_gate_up(
-    x, w13, shared: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, PDL: tl.constexpr,
+    x, w13, shared: tl.int64, shared_up: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
 
@@ -124,7 +125,8 @@ def group_gate_up(
     token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
     columns = tl.arange(0, BK)
     rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
-    at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[None, :] * H + columns[:, None]
+    at = w13 + expert_offset(expert, 2 * I * H, shared, I * H, E) + rows[None, :] * H + columns[:, None]
+    further = tl.where(expert < E, I * H, shared_up)
     source = x + token[:, None] * H + columns[None, :]
     gate = tl.zeros([BM, BI], tl.float32)
     up = tl.zeros([BM, BI], tl.float32)
@@ -132,13 +134,13 @@ def group_gate_up(
         if H % BK == 0 and I % BI == 0:
             value = tl.load(source + k, mask=valid[:, None], other=0.0)
             g = tl.load(at + k)
-            u = tl.load(at + k + I * H)
+            u = tl.load(at + k + further)
         else:
             inside = k + columns < H
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
             mask = (rows < I)[None, :] & inside[:, None]
             g = tl.load(at + k, mask=mask, other=0.0)
-            u = tl.load(at + k + I * H, mask=mask, other=0.0)
+            u = tl.load(at + k + further, mask=mask, other=0.0)
         gate = tl.dot(value, g, gate, input_precision="ieee")
         up = tl.dot(value, u, up, input_precision="ieee")
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
@@ -165,7 +167,7 @@ def group_down(
     else:
         expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
     rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
-    matrix = w2 + expert_offset(expert, H * I, shared, E)
+    matrix = w2 + expert_offset(expert, H * I, shared, I, E)
     wait(PDL)
     let_next_start(PDL)
     if (block >= early) & (expert >= E):
@@ -173,7 +175,7 @@ def group_down(
     valid = pairs >= 0
     pair = tl.maximum(pairs, 0).to(tl.int64)
     columns = tl.arange(0, BK)
-    at = matrix + rows[None, :] * I + columns[:, None]
+    at = matrix + rows[None, :] * row_pitch(expert, E, I, M) + columns[:, None]
     source = act + pair[:, None] * I + columns[None, :]
     total = tl.zeros([BM, BH], tl.float32)
     for k in range(0, I, BK):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import grouped, pairs
-from moe_surgery.kernels.arguments import Terms, Weights
+from moe_surgery.kernels.arguments import Offsets, Terms, Weights
 from moe_surgery.kernels.choice import Choice
 
 ALIGNMENT = 16
@@ -56,30 +56,30 @@ def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tensor:
     Only launches: nothing is copied to the host, so that a CUDA graph can record it.
     """
     kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
-    shared13, shared2 = weights.offsets()
-    aligned = (x.data_ptr() | shared13 | shared2) % ALIGNMENT == 0
+    at = weights.offsets()
+    aligned = (x.data_ptr() | at.gate | at.w13 | at.up | at.w2) % ALIGNMENT == 0
     launch = _pairs if choice.path == "pairs" else _grouped
-    return launch(x, weights, terms, choice, kernels, aligned, shared13, shared2)
+    return launch(x, weights, terms, choice, kernels, aligned, at)
 
 
 def _pairs(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, *shared: int
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
 ) -> Tensor:
     tokens = len(x)
     logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
     act = torch.empty(tokens * terms.pairs, terms.width, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
     grid = (_tiles(terms.rows, choice.logits["BR"]), tokens, 1)
-    kernels.logits(grid, aligned, x, weights.router, logits, logits)
+    kernels.logits(grid, aligned, x, weights.router, at.gate, logits, logits)
     grid = (tokens * terms.pairs, _tiles(terms.width, choice.gate_up["BI"]), 1)
-    kernels.gate_up(grid, aligned, x, logits, weights.w13, shared[0], act, tokens)
+    kernels.gate_up(grid, aligned, x, logits, weights.w13, at.w13, at.up, act, tokens)
     grid = (tokens, _tiles(terms.hidden, choice.down["BH"]), 1)
-    kernels.down(grid, aligned, act, logits, weights.w2, shared[1], out, terms.scale, terms.shared_scale)
+    kernels.down(grid, aligned, act, logits, weights.w2, at.w2, out, terms.scale, terms.shared_scale)
     return out
 
 
 def _grouped(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, *shared: int
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
 ) -> Tensor:
     tokens, visits = len(x), len(x) * terms.pairs
     one, two, three = choice.logits, choice.gate_up, choice.down
@@ -93,14 +93,14 @@ def _grouped(
     assert kernels.route is not None and kernels.add is not None
     if "BT" in one:
         grid = (_tiles(terms.rows, one["BR"]), _tiles(tokens, one["BT"]), 1)
-        kernels.logits(grid, aligned, x, weights.router, logits, counts, tokens)
+        kernels.logits(grid, aligned, x, weights.router, at.gate, logits, counts, tokens)
     else:
-        kernels.logits((_tiles(terms.rows, one["BR"]), tokens, 1), aligned, x, weights.router, logits, counts)
+        kernels.logits((_tiles(terms.rows, one["BR"]), tokens, 1), aligned, x, weights.router, at.gate, logits, counts)
     kernels.route((tokens, 1, 1), aligned, logits, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
     grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
-    kernels.gate_up(grid, aligned, x, weights.w13, shared[0], act, counts, lists, tokens)
+    kernels.gate_up(grid, aligned, x, weights.w13, at.w13, at.up, act, counts, lists, tokens)
     grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]), 1, 1)
-    kernels.down(grid, aligned, act, weights.w2, shared[1], routing, rows, counts, lists, tokens)
+    kernels.down(grid, aligned, act, weights.w2, at.w2, routing, rows, counts, lists, tokens)
     kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, out)
     return out
 

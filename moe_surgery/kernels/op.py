@@ -12,11 +12,12 @@ from moe_surgery.kernels.choice import choose
 from moe_surgery.kernels.launch import run
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
-_LIBRARY.define(
-    "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? shared13, Tensor? shared2, int top_k, "
-    "str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, bool gated, bool native) "
-    "-> Tensor"
+SCHEMA = (
+    "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
+    "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
+    "bool native) -> Tensor"
 )
+_LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
 def compute(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
@@ -33,15 +34,26 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _folded_moe(
-    x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, shared13: Tensor | None, shared2: Tensor | None, top_k: int,
-    activation: str, sigmoid: bool, renormalize: bool, scale: float, shared_scale: float, gated: bool, native: bool,
+    x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
+    shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
+    renormalize: bool, scale: float, shared_scale: float, native: bool,
 ) -> Tensor:  # fmt: skip
-    slices = 0 if shared13 is None else len(shared13)
     experts, hidden, width = w2.shape
     terms = Terms(
-        experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gated, native
+        experts=experts,
+        top_k=top_k,
+        slices=0 if shared_down is None else shared_down.shape[1] // width,
+        hidden=hidden,
+        width=width,
+        activation=activation,
+        sigmoid=sigmoid,
+        renormalize=renormalize,
+        scale=scale,
+        shared_scale=shared_scale,
+        gated=gate is not None,
+        native=native,
     )
-    return compute(x, Weights(router, w13, w2, shared13, shared2), terms)
+    return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
@@ -55,7 +67,8 @@ torch.library.register_fake("moe_surgery::folded_moe", _fake, lib=_LIBRARY)
 def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     """:func:`compute` as an operator, for where a graph is being traced; eagerly its dispatch can be saved."""
     result: Tensor = torch.ops.moe_surgery.folded_moe(
-        x, weights.router, weights.w13, weights.w2, weights.shared13, weights.shared2, terms.top_k, terms.activation,
-        terms.sigmoid, terms.renormalize, terms.scale, terms.shared_scale, terms.gated, terms.native,
+        x, weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
+        weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
+        terms.shared_scale, terms.native,
     )  # fmt: skip
     return result

@@ -19,6 +19,8 @@ from moe_surgery.kernels.device import (
     expert_offset,
     let_next_start,
     ranking_keys,
+    router_offset,
+    row_pitch,
     wait,
     without,
 )
@@ -26,8 +28,8 @@ from moe_surgery.kernels.device import (
 
 @triton.jit
 def pair_logits(
-    x, router, logits, counts, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    NATIVE: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr,
+    x, router, gate: tl.int64, logits, counts, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, NATIVE: tl.constexpr, CLEAR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``logits[t, r] = router[r] · x[t]`` in float32; rows below E are rounded to the input's dtype if NATIVE.
 
@@ -37,7 +39,7 @@ def pair_logits(
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     token = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BK)
-    at = router + rows[:, None] * H + columns[None, :]
+    at = router + router_offset(rows, gate, R, E, H)[:, None] + columns[None, :]
     w = tl.load(at, mask=(rows < R)[:, None] & (columns < H)[None, :], other=0.0)
     wait(PDL)
     let_next_start(PDL)
@@ -60,9 +62,9 @@ def pair_logits(
 
 @triton.jit(do_not_specialize=["tokens"])
 def pair_gate_up(
-    x, logits, w13, shared: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    x, logits, w13, shared: tl.int64, shared_up: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
@@ -81,13 +83,14 @@ def pair_gate_up(
     let_next_start(PDL)
     columns = tl.arange(0, BK)
     rows = tl.program_id(1) * BI + tl.arange(0, BI)
-    at = w13 + expert_offset(expert, 2 * I * H, shared, E) + rows[:, None] * H + columns[None, :]
+    at = w13 + expert_offset(expert, 2 * I * H, shared, I * H, E) + rows[:, None] * H + columns[None, :]
+    up = tl.where(expert < E, I * H, shared_up)
     gates = tl.zeros([BI, BK], tl.float32)
     ups = tl.zeros([BI, BK], tl.float32)
     for k in range(0, H, BK):
         mask = (rows < I)[:, None] & (k + columns < H)[None, :]
         g = tl.load(at + k, mask=mask, other=0.0)
-        u = tl.load(at + k + I * H, mask=mask, other=0.0)
+        u = tl.load(at + k + up, mask=mask, other=0.0)
         source = x + token * H + k + columns
         value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
         gates += g.to(tl.float32) * value
@@ -122,8 +125,9 @@ def pair_down(
     there = slots < K + M
     rows = tl.program_id(1) * BH + tl.arange(0, BH)
     columns = tl.arange(0, BK)
-    offset = expert_offset(experts, H * I, shared, E)
-    at = w2 + offset[:, None, None] + rows[None, :, None] * I + columns[None, None, :]
+    offset = expert_offset(experts, H * I, shared, I, E)
+    inner = rows[None, :, None] * (row_pitch(experts[:, None, None], E, I, M))
+    at = w2 + offset[:, None, None] + inner + columns[None, None, :]
     inside = there[:, None, None] & (rows < H)[None, :, None]
     w = tl.load(at, mask=inside & (columns < I)[None, None, :], other=0.0)
     wait(PDL)

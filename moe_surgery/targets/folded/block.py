@@ -24,8 +24,10 @@ class FoldedMoEBlock(GuardedBlock):
         super().__init__(spec, weights.router, "folded, moe-surgery kernels")
         self.w13 = nn.Parameter(weights.w13, requires_grad=False)
         self.w2 = nn.Parameter(weights.w2, requires_grad=False)
-        self.shared13 = _frozen(weights.shared13)
-        self.shared2 = _frozen(weights.shared2)
+        self.shared_gate_weight = _frozen(weights.gate)
+        self.shared_gate_proj = _frozen(weights.shared_gate)
+        self.shared_up_proj = _frozen(weights.shared_up)
+        self.shared_down_proj = _frozen(weights.shared_down)
         self.terms = terms
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
@@ -33,7 +35,15 @@ class FoldedMoEBlock(GuardedBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
-        weights = Weights(self.router_weight, self.w13, self.w2, self.shared13, self.shared2)
+        weights = Weights(
+            self.router_weight,
+            self.w13,
+            self.w2,
+            self.shared_gate_weight,
+            self.shared_gate_proj,
+            self.shared_up_proj,
+            self.shared_down_proj,
+        )
         if torch.compiler.is_compiling():
             return folded_moe(x, weights, self.terms).view(hidden_states.shape)
         return compute(x, weights, self.terms).view(hidden_states.shape)

@@ -1,7 +1,4 @@
-"""What the folded kernels are given: the spec in their numbers, and the weights as they take them.
-
-Nothing is stored twice: routed experts are taken as they lie, the shared expert's rows are laid out anew.
-"""
+"""What the folded kernels are given: the spec in their numbers, and the weights as they lie in the model."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from torch import Tensor
 from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.shared_as_experts import cut, router_rows, slices, unfoldable
+from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -35,12 +32,13 @@ def terms_of(spec: MoESpec) -> Terms:
     )
 
 
-def fold(tensors: BlockTensors, spec: MoESpec) -> Weights:
-    """Folded weights: ``w13`` and ``w2`` by reference, the router copied if a gate's row is put behind it."""
-    shared13, shared2 = cut(tensors, spec) if spec.shared is not None else (None, None)
-    return Weights(
-        router_rows(tensors).contiguous(), tensors.w13.contiguous(), tensors.w2.contiguous(), shared13, shared2
-    )
+def fold(tensors: BlockTensors) -> Weights:
+    """The kernels' weights, by reference to all that is contiguous."""
+    t = tensors
+    parts = (t.router, t.w13, t.w2, t.shared_gate, t.shared_gate_proj, t.shared_up_proj, t.shared_down_proj)
+    router, w13, w2, *shared = (None if part is None else part.contiguous() for part in parts)
+    assert router is not None and w13 is not None and w2 is not None
+    return Weights(router, w13, w2, *shared)
 
 
 def check_tensors(tensors: BlockTensors, terms: Terms, prefix: str) -> None:

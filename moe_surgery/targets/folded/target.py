@@ -69,7 +69,7 @@ class FoldedTarget:
 
         terms = terms_of(spec)
         check_tensors(tensors, terms, prefix)
-        return FoldedMoEBlock(spec, tensors, fold(tensors, spec), terms)
+        return FoldedMoEBlock(spec, tensors, fold(tensors), terms)
 
 
 def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
