@@ -71,10 +71,7 @@ class Weights:
         if self.shared_gate is None or self.shared_down is None:
             return Offsets(gate, 0, 0, 0)
         start = self.shared_gate.data_ptr()
-        if self.shared_up is None:
-            up = self.shared_gate.numel() // 2
-        else:
-            up = (self.shared_up.data_ptr() - start) // size
+        up = self.shared_gate.numel() // 2 if self.shared_up is None else (self.shared_up.data_ptr() - start) // size
         return Offsets(
             gate, (start - self.w13.data_ptr()) // size, up, (self.shared_down.data_ptr() - self.w2.data_ptr()) // size
         )

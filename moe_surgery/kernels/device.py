@@ -118,8 +118,8 @@ def choose(
 def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
     """Where an expert's matrix begins, in elements from the routed experts' first.
 
-    The shared expert lies in a tensor of its own, ``shared`` elements away, and its slices are ``slice_stride`` elements
-    apart there, so that neither is ever copied.
+    The shared expert lies in a tensor of its own, ``shared`` elements away, where its slices are ``slice_stride``
+    elements apart, so that neither is ever copied.
     """
     expert = expert.to(tl.int64)
     return tl.where(expert < E, expert * stride, shared + (expert - E) * slice_stride)
@@ -127,7 +127,7 @@ def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
 
 @triton.jit
 def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
-    """How far apart the rows of an expert's down projection lie: a slice of the shared one is M times as wide inside."""
+    """How far apart the rows of an expert's down projection lie: a slice's are those of the whole shared expert."""
     if M <= 1:
         return I
     return tl.where(expert < E, I, M * I)
