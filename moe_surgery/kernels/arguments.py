@@ -11,6 +11,13 @@ from torch import Tensor
 WIDE_ROWS = 256
 """Up to this many tokens, an expert's output is kept in float32 until it is added to the others'."""
 
+SCHEMA = (
+    "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
+    "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
+    "bool native) -> Tensor"
+)
+"""The operator, as torch knows it; graphs that were compiled with another one can't be used."""
+
 
 @dataclass(frozen=True)
 class Terms:

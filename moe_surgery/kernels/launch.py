@@ -39,6 +39,16 @@ class Kernel:
             self.compiled = compiled
 
 
+class Unlaunched(Kernel):
+    """One that is compiled when it is called, and not launched."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel.function, kernel.constants, kernel.options)
+
+    def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
+        self.function.warmup(*arguments, grid=grid, **self.constants, **self.options)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernels:
     """The kernels of one path, in order, for one block on one device."""
@@ -49,13 +59,27 @@ class Kernels:
     route: Kernel | None = None
     add: Kernel | None = None
 
+    def unlaunched(self) -> Kernels:
+        return Kernels(*(None if each is None else Unlaunched(each) for each in vars(self).values()))  # type: ignore[arg-type]
+
 
 def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tensor:
     """The block's output [T, H] for tokens ``x`` [T, H], contiguous, in the weights' dtype, with T > 0.
 
     Only launches: nothing is copied to the host, so that a CUDA graph can record it.
     """
+    return _run(
+        x, weights, terms, choice, _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
+    )
+
+
+def compile_only(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> None:
+    """Have the kernels compiled that :func:`run` would launch."""
     kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
+    _run(x, weights, terms, choice, kernels.unlaunched())
+
+
+def _run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels) -> Tensor:
     at = weights.offsets()
     aligned = (x.data_ptr() | at.gate | at.w13 | at.up | at.w2) % ALIGNMENT == 0
     launch = _pairs if choice.path == "pairs" else _grouped

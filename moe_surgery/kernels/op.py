@@ -7,16 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.arguments import Terms, Weights
+from moe_surgery.kernels.arguments import SCHEMA, Terms, Weights
 from moe_surgery.kernels.choice import choose
 from moe_surgery.kernels.launch import run
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
-SCHEMA = (
-    "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
-    "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
-    "bool native) -> Tensor"
-)
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
