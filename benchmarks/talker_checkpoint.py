@@ -13,7 +13,7 @@ HIDDEN, EXPERTS, WIDTH, SHARED, TOP_K, VOCABULARY = 1024, 128, 384, 768, 6, 3072
 HEADS, KV_HEADS, HEAD = 16, 2, 128
 CONFIG: dict[str, Any] = {
     "architectures": ["NaiveTalkerForCausalLM"],
-    "model_type": "qwen3_moe",
+    "model_type": "qwen3_omni_moe_talker_text",
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": SHARED,
@@ -32,7 +32,9 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "attention_bias": False,
+    "use_cache": True,
 }
 
 
