@@ -130,12 +130,14 @@ def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
     """How far apart the rows of an expert's down projection lie: a slice's are those of the whole shared expert."""
     if M <= 1:
         return I
-    return tl.where(expert < E, I, M * I)
+    else:  # Triton would take what follows a return for a result too
+        return tl.where(expert < E, I, M * I)
 
 
 @triton.jit
 def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr):
     """Where rows of the router's weight begin; row E is the shared expert's gate, ``gate`` elements away."""
+    starts = rows.to(tl.int64) * H
     if R > E:
-        return tl.where(rows < E, rows.to(tl.int64) * H, gate)
-    return rows * H
+        starts = tl.where(rows < E, starts, gate)
+    return starts

@@ -138,8 +138,13 @@ def row_blocks(terms: Terms, tokens: int, size: int) -> int:
 @lru_cache(maxsize=1024)
 def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dtype, rows: torch.dtype) -> Kernels:
     """The kernels of ``choice``'s path. Each key has its own, since what they compile to depends on the dtypes."""
-    ranked = _power(terms.experts)
     dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return kernels_of(terms, choice, dependent=dependent)
+
+
+def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
+    """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
+    ranked = _power(terms.experts)
     options = {"launch_pdl": True} if dependent else {}
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     known = {
