@@ -1,8 +1,9 @@
 """The metric: the worst token's relative L2 distance from the reference, with routing judged apart from values.
 
-Where the scores of rank k and k+1 lie within the router's own rounding noise, two right blocks may choose different
-experts. Such a token is a near tie: it has several legitimate outputs, and a block is held against the nearest of
-them. A token with a clear gap has one. Cosine is not used: a shared expert added twice keeps it above 0.97.
+Where rank k and k+1 lie within the router's own rounding noise, in what it ranks (logits or scores) and in the dtype
+that it ranks it in, two right blocks may choose different experts. Such a token is a near tie: it has several
+legitimate outputs, and a block is held against the nearest of them. A token with a clear gap has one. Two saturated
+scores are no tie in a block that ranks logits. Cosine is not used: a shared expert added twice keeps it above 0.97.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import own_scores, ranking, router_scores, scores_of
+from moe_surgery.targets.formula import EXACT, capped
+from moe_surgery.targets.reference import own_scores, ranking, router_scores, scores_of, unrounded
 from moe_surgery.weights.tensors import BlockTensors
 
 # Right blocks that round at the same places measured 0.5 to 1.5 times the noise of plain torch (bfloat16, float16);
@@ -23,8 +25,9 @@ from moe_surgery.weights.tensors import BlockTensors
 SLACK = 4.0
 # Plain torch's matrix products add terms in blocks of about this many.
 BLOCK = 256
-# Scores are rounded to float32, and so is what they are computed from: two roundings for each of two scores.
-SCORE_ROUNDING = 2 * torch.finfo(torch.float32).eps
+# What is ranked is rounded, and so is what it is computed from: two roundings for each of two experts, each of half an
+# eps, and as many again under a soft cap.
+ROUNDINGS = 2
 # A token with more legitimate choices than this says too little to be worth asking.
 MOST_CHOICES = 24
 # How often a router of the model's own is asked again with other rounding errors.
@@ -98,7 +101,7 @@ class Routing:
 
 def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
     """Every legitimate choice of experts for every token."""
-    if not spec.router.ranks_by_logits or spec.experts.weights_on == "input":
+    if not spec.router.follows_logits or spec.experts.weights_on == "input":
         return _shaken_route(spec, tensors, probes)
     k, count = spec.router.top_k, len(probes.x)
     logits, scores = router_scores(spec, tensors.router, probes.x, torch.float64, bias=tensors.router_bias)
@@ -107,8 +110,10 @@ def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
     sure, decidable = [k] * count, [True] * count
     if k < spec.router.num_experts:
         family, noise = probes.family.tolist(), _router_noise(spec, tensors, probes, logits)
-        ranked = zip(logits.gather(1, order).cpu(), scores.gather(1, order).cpu(), noise.tolist(), strict=True)
-        for token, ladder in enumerate(_Ladder(*values, softmax=spec.router.scoring == "softmax") for values in ranked):
+        values = ranking(spec, logits, scores, tensors, EXACT)
+        rounding = _rounding(spec, logits, values, probes.x.dtype)
+        ranked = (part.gather(1, order).cpu() for part in (logits, values, rounding))
+        for token, ladder in enumerate(_Ladder(*steps) for steps in zip(*ranked, noise.tolist(), strict=True)):
             if ladder.clear(k - 1, k):
                 continue
             if family[token] == ZERO:
@@ -140,7 +145,7 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
     logits, scores = router_scores(spec, tensors.router, x, torch.float64, tensors.routing, tensors.router_bias)
     noise = _router_noise(spec, tensors, probes, logits)[:, None]
     generator = torch.Generator("cpu").manual_seed(len(x))
-    ranked = ranking(spec, logits, scores, tensors, torch.float64)
+    ranked = unrounded(spec, logits, scores, tensors)
     chosen = _chosen(ranked, k)
     decidable = (scores != 0).sum(-1) == k if spec.router.own else torch.ones_like(chosen[:, 0])
     for _ in range(_SHAKES if k < spec.router.num_experts else 0):
@@ -163,9 +168,25 @@ def _shaken(spec: MoESpec, tensors: BlockTensors, x: Tensor, logits: Tensor, sig
     """The ranking [T, E] of logits that rounding has moved, itself rounded."""
     if spec.router.own:
         return own_scores(tensors.routing, x, logits, torch.float64)
-    scores = scores_of(spec, logits, torch.float64)
-    ranked = ranking(spec, logits, scores, tensors, torch.float64)
-    return ranked + signs * SCORE_ROUNDING * ranked.abs().clamp(1e-30, 1e30)
+    ranked = ranking(spec, logits, scores_of(spec, logits, EXACT), tensors, EXACT)
+    return ranked + signs * _rounding(spec, logits, ranked, x.dtype).clamp(1e-30, 1e30)
+
+
+def _rounding(spec: MoESpec, logits: Tensor, ranked: Tensor, native: torch.dtype) -> Tensor:
+    """How far apart [N, E] what is ranked must be from another expert's for the block's own rounding not to tie them.
+
+    A softmax's exponent, a difference of float32 logits, makes its rounding greater.
+    """
+    router = spec.router
+    steps = [router.ranked_dtype, *([router.scores_dtype] if router.ranks == "scores" else [])]
+    steps += [router.cap_dtype] * 2 if router.soft_cap is not None else []
+    sizes = [torch.finfo(native if step == "native" else torch.float32).eps for step in steps]
+    relative = torch.full_like(ranked, ROUNDINGS * max(sizes) * (2 if router.soft_cap is not None else 1))
+    if router.ranks == "scores" and router.scoring == "softmax":
+        shown = capped(router, logits, EXACT)
+        exponents = shown.amax(-1, keepdim=True) - shown
+        relative += exponents * ROUNDINGS * min(max(sizes), torch.finfo(torch.float32).eps)
+    return relative * ranked.abs().where(ranked.isfinite(), 0.0)
 
 
 def _chosen(ranked: Tensor, k: int) -> Tensor:
@@ -191,19 +212,19 @@ def _router_noise(spec: MoESpec, tensors: BlockTensors, probes: Probes, logits: 
 class _Ladder:
     """One token's experts in order of their scores, and which of them are clearly apart."""
 
-    def __init__(self, logits: Tensor, scores: Tensor, noise: float, *, softmax: bool) -> None:
-        self.logits, self.scores, self.noise = logits.tolist(), scores.tolist(), noise
-        self.softmax = softmax
+    def __init__(self, logits: Tensor, ranked: Tensor, rounding: Tensor, noise: float) -> None:
+        self.logits, self.noise = logits.tolist(), noise
+        self.ranked, self.rounding = ranked.tolist(), rounding.tolist()
 
     def clear(self, high: int, low: int) -> bool:
         """Does every right block rank ``high`` above ``low``? Both are ranks.
 
-        A gap between logits may still vanish in float32: where a sigmoid saturates, or in a softmax's exponent.
+        A gap between logits may still vanish in what is ranked: where a sigmoid or a soft cap saturates, or in a
+        softmax's exponent.
         """
         gap = self.logits[high] - self.logits[low]
-        exponent = 1 + self.logits[0] - self.logits[low] if self.softmax else 1.0
-        rounding = SCORE_ROUNDING * exponent * self.scores[high]
-        return gap > self.noise and self.scores[high] - self.scores[low] > rounding
+        rounding = max(self.rounding[high], self.rounding[low])
+        return gap > self.noise and self.ranked[high] - self.ranked[low] > rounding
 
     def certain(self, k: int) -> int:
         """How many ranks every right block chooses."""
