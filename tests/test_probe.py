@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from proof_blocks import DTYPES, TALKER, THINKER
 from spec_weights import weights
 
-from moe_surgery.prove.metrics import Truth, luck, route, slack
+from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
+from moe_surgery.prove.routing import route
 from moe_surgery.spec import MoESpec
 
 
