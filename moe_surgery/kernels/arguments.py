@@ -14,7 +14,7 @@ WIDE_ROWS = 256
 SCHEMA = (
     "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
     "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
-    "bool native) -> Tensor"
+    "bool native, bool by_sigmoid) -> Tensor"
 )
 """The operator, as torch knows it; graphs that were compiled with another one can't be used."""
 
@@ -23,7 +23,8 @@ SCHEMA = (
 class Terms:
     """One block in numbers. ``slices`` experts of the routed width stand for the shared expert, 0 if there is none.
 
-    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do.
+    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do. Experts are
+    ranked ``by_sigmoid``, which saturates, where the block ranks its sigmoid scores, else by logits.
     """
 
     experts: int
@@ -38,6 +39,7 @@ class Terms:
     shared_scale: float
     gated: bool
     native: bool
+    by_sigmoid: bool
 
     @property
     def pairs(self) -> int:

@@ -31,7 +31,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 def _folded_moe(
     x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
     shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
-    renormalize: bool, scale: float, shared_scale: float, native: bool,
+    renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
     terms = Terms(
@@ -47,6 +47,7 @@ def _folded_moe(
         shared_scale=shared_scale,
         gated=gate is not None,
         native=native,
+        by_sigmoid=by_sigmoid,
     )
     return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
 
@@ -64,6 +65,6 @@ def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     result: Tensor = torch.ops.moe_surgery.folded_moe(
         x, weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
         weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
-        terms.shared_scale, terms.native,
+        terms.shared_scale, terms.native, terms.by_sigmoid,
     )  # fmt: skip
     return result
