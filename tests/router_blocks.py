@@ -42,7 +42,9 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     experts = draw(st.sampled_from([4, 8]))
     order = draw(st.sampled_from(["scores", "logits", "gathered"]))
-    groups = st.tuples(st.just(experts // 2), st.just(2), st.sampled_from(["max", "top2"]), st.sampled_from([0.0, -1e9]))
+    groups = st.tuples(
+        st.just(experts // 2), st.just(2), st.sampled_from(["max", "top2"]), st.sampled_from([0.0, -1e9])
+    )
     plain = draw(st.integers(0, 2)) > 0  # most have neither groups nor a correction bias
     return Case(
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),

@@ -1,4 +1,4 @@
-"""Mutants that choose other experts: ranked without the bias or the groups, by what isn't ranked, or in another dtype."""
+"""Mutants that choose other experts: ranked without bias or groups, by what isn't ranked, or in another dtype."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def chosen_otherwise(
     no token shows what a block ranks, the choice is the right one: a check that can't tell has failed.
     """
     router, bias, found = spec.router, tensors.correction_bias, {}
-    others = _ranked_otherwise(spec, tensors, probes, routing)
-    telling = {name: 1 for name in others}
+    owed = _ranked_otherwise(spec, probes, routing)
+    others = dict(owed)
     if bias is not None and (router.groups is not None or bool((bias != bias.flatten()[0]).any())):
         others["correction bias left out"] = _ranks(router, routing, None)
     if router.groups is not None:
@@ -39,7 +39,7 @@ def chosen_otherwise(
         ids = ranks.topk(router.top_k, -1).indices
         differ = (ids.sort(-1).values != mine).any(-1) & clear
         tokens = differ.nonzero().flatten()[:_FEW]
-        if not len(tokens) and name in telling:
+        if not len(tokens) and name in owed:
             tokens, ids = clear.nonzero().flatten()[:1], mine
         if len(tokens):
             found[name] = tokens, ids[tokens]
@@ -50,14 +50,13 @@ def _ranks(router: RouterSpec, routing: Routing, correction: Tensor | None) -> T
     return ranked(router, capped(router, routing.logits, EXACT), routing.scores, correction, EXACT)
 
 
-def _ranked_otherwise(
-    spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing
-) -> dict[str, Tensor]:
+def _ranked_otherwise(spec: MoESpec, probes: Probes, routing: Routing) -> dict[str, Tensor]:
     """Rankings [N, E] of what the block doesn't rank, where that may choose other experts.
 
     Experts that these tie are ranked the other way round: which of them a top-k takes is chance.
     """
-    router, native, found = spec.router, probes.x.dtype, {}
+    router, native = spec.router, probes.x.dtype
+    found: dict[str, Tensor] = {}
     if router.own or router.top_k == router.num_experts:
         return found
     arithmetic = Arithmetic(native)

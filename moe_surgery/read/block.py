@@ -59,7 +59,7 @@ def read(block: nn.Module) -> Reading:
         records = [
             crowded.record,
             _tokens(block, (*batch, width), torch.float32, spread),
-            _parse(record(block, (1, 1, width), own, spread, plain=True), own),
+            parse_record(record(block, (1, 1, width), own, spread, plain=True), own),
         ]
         records += _if_it_takes(block, (2, 3, width), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
@@ -79,7 +79,7 @@ def read(block: nn.Module) -> Reading:
     )
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
-    # What it does in half precision says how it rounds; in the dtype of its own weights, if that is another than float32.
+    # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
     precisions = (first if own == torch.float32 else records[2].tokens[0]).precisions
     if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
         raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
@@ -184,15 +184,11 @@ def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, p
         flow = record(block, shape, dtype, _crowded, plain=plain)
     except Unfollowed:
         return []
-    return [_parse(flow, dtype)]
+    return [parse_record(flow, dtype)]
 
 
 def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> Record:
-    return _parse(record(block, shape, dtype, route), dtype)
-
-
-def _parse(flow: Flow, dtype: torch.dtype) -> Record:
-    return parse_record(flow, dtype)
+    return parse_record(record(block, shape, dtype, route), dtype)
 
 
 def parse_record(flow: Flow, dtype: torch.dtype) -> Record:

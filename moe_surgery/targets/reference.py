@@ -36,7 +36,7 @@ def router_scores(
     routing: OwnRouting | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits, not capped, and scores [T, E] of tokens [T, H], in the dtypes of the spec unless ``dtype`` says otherwise.
+    """Logits, not capped, and scores [T, E] of tokens [T, H], in the spec's dtypes unless ``dtype`` says otherwise.
 
     A router of the model's own gives the experts it chooses their weights for scores, and all others zero.
     """

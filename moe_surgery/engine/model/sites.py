@@ -97,7 +97,7 @@ def _as_routed(reading: Reading, routed: Routed | None) -> Reading:
     if routed.routes == "own":
         router = replace(router, scoring="own", renormalize=False, weights_dtype="float32")
     else:
-        # vLLM takes the softmax of the logits' dtype on CPU, and of float32 on a GPU.
-        scores: Precision = "native" if current_platform.is_cpu() else "float32"
-        router = replace(router, scores_dtype=scores, weights_dtype="float32")
+        # vLLM takes and ranks the softmax of the logits' dtype on CPU, and of float32 on a GPU.
+        kept: Precision = "native" if current_platform.is_cpu() else "float32"
+        router = replace(router, scores_dtype=kept, weights_dtype="float32", ranks="scores", ranked_dtype=kept)
     return replace(reading, spec=replace(reading.spec, router=router))

@@ -200,7 +200,9 @@ class RouterParser:
             # A softmax over the chosen logits is the softmax over all, renormalised; the others keep the order.
             summed = outer.scoring == "softmax"
             rounded = self.rounding.lost(outer.logits) or self.rounding.lost(values)
-            return self._ranked(_Scored(outer.scoring, values, outer.dtype, rounded), ranked, number, taken.size, summed)
+            return self._ranked(
+                _Scored(outer.scoring, values, outer.dtype, rounded), ranked, number, taken.size, summed
+            )
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args

@@ -19,7 +19,7 @@ from moe_surgery.targets.shared_as_experts import cut
 from moe_surgery.targets.vllm.folded_routing import FoldedRouting, folded
 from moe_surgery.targets.vllm.host import hosting
 from moe_surgery.targets.vllm.in_place import LaidOutInPlace
-from moe_surgery.targets.vllm.routing import Handed, Routing
+from moe_surgery.targets.routing import Handed, Routing
 from moe_surgery.targets.vllm.shared import SharedExpert
 from moe_surgery.weights.tensors import BlockTensors
 
