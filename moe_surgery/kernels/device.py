@@ -29,19 +29,34 @@ def let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """``act(gate) * up`` in float32."""
+def mixed(
+    gate, up, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """``act(gate) * up`` in float32, with all that :class:`~moe_surgery.spec.Mix` has; a LIMIT of 0 is none."""
+    if LIMIT > 0 and not AFTER:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "silu":
-        value = gate * tl.sigmoid(gate)
+        value = gate * tl.sigmoid(ALPHA * gate)
     elif ACT == "gelu":
         value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         value = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
     else:
-        tl.static_assert(ACT == "relu")
-        value = tl.maximum(gate, 0.0)
-    return value * up
+        value = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACT == "relu2":
+            value = value * value
+        else:
+            tl.static_assert(ACT == "relu")
+    if LIMIT > 0 and AFTER:
+        value = tl.minimum(value, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if UP:
+        if LIMIT > 0:
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = value * (up + OFFSET)
+    return value
 
 
 @triton.jit

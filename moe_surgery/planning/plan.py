@@ -209,9 +209,10 @@ def _decide(
         return Step(path, kind, "refused", reason, rule, target.name, spec)
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else "cpu", dtype, live)
-    note = None
     if isinstance(target, AutoTarget):
         target, note = target.pick(spec, context)
+    else:
+        note = target.remark(spec, context)
     refusal = target.accepts(spec, context)
     if refusal is not None:
         reason = f"{refusal.reason}; {note}" if note else refusal.reason

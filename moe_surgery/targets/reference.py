@@ -284,6 +284,9 @@ class ReferenceTarget:
             return Refusal(misfit)
         return None
 
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        return None
+
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
         return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.kernels.arguments import Terms, Weights
+from moe_surgery.kernels.arguments import Weights
 from moe_surgery.kernels.op import compute, folded_moe
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folded.fold import fold, terms_of
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -20,7 +21,8 @@ class FoldedMoEBlock(GuardedBlock):
 
     kernels = "this library's MoE kernels"
 
-    def __init__(self, spec: MoESpec, tensors: BlockTensors, weights: Weights, terms: Terms) -> None:
+    def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
+        weights = fold(tensors)
         super().__init__(spec, weights.router, "folded, moe-surgery kernels")
         self.w13 = nn.Parameter(weights.w13, requires_grad=False)
         self.w2 = nn.Parameter(weights.w2, requires_grad=False)
@@ -28,7 +30,7 @@ class FoldedMoEBlock(GuardedBlock):
         self.shared_gate_proj = _frozen(weights.shared_gate)
         self.shared_up_proj = _frozen(weights.shared_up)
         self.shared_down_proj = _frozen(weights.shared_down)
-        self.terms = terms
+        self.terms = terms_of(spec)
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
