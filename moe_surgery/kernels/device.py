@@ -62,10 +62,10 @@ def mixed(
 @triton.jit
 def score(row, index, E: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """What experts are ranked by: the logit, or its sigmoid, which may tie where logits differ."""
-    logit = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
+    value = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
     if BY_SIGMOID:
-        return tl.sigmoid(logit)
-    return logit
+        value = tl.sigmoid(value)
+    return value
 
 
 @triton.jit
@@ -146,13 +146,17 @@ def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
 def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
     """How far apart the rows of an expert's down projection lie: a slice's are those of the whole shared expert."""
     if M <= 1:
-        return I
-    return tl.where(expert < E, I, M * I)
+        pitch = I
+    else:
+        pitch = tl.where(expert < E, I, M * I)
+    return pitch
 
 
 @triton.jit
 def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr):
     """Where rows of the router's weight begin; row E is the shared expert's gate, ``gate`` elements away."""
     if R > E:
-        return tl.where(rows < E, rows.to(tl.int64) * H, gate)
-    return rows * H
+        start = tl.where(rows < E, rows.to(tl.int64) * H, gate)
+    else:
+        start = rows * H
+    return start
