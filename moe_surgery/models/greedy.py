@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
 # the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
-_FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
+FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
 
 
 def generating_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -83,7 +83,7 @@ def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str)
     vocabulary, device = embedding.weight.shape[0], embedding.weight.device
     ids = torch.tensor(prompts, device=device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-    fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
+    fed = [key for key in FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
     if fed:
         with torch.no_grad():
             arguments["inputs_embeds"] = embedding(ids % vocabulary)
