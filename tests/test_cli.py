@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import moe_surgery.models.greedy
 from moe_surgery import verbs
 from moe_surgery.cli.app import app
-from moe_surgery.cli.operating import Tokens
+from moe_surgery.cli.apply_verify import Tokens
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.packs.file import parse_pack
 from moe_surgery.packs.registry import load_packs

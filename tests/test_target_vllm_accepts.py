@@ -17,7 +17,7 @@ from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.vllm import VllmTarget, eras
-from moe_surgery.targets.vllm.kernels import Kernels
+from moe_surgery.targets.vllm.installed_kernels import Kernels
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 

@@ -1,4 +1,4 @@
-"""The commands and their flags. What a command does is in ``reading``, ``operating`` and ``tools``."""
+"""The commands and their flags. What a command does is in ``scan_plan_explain``, ``apply_verify`` and the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from moe_surgery.cli import benching, exits, launching, operating, reading, testing, tools
+from moe_surgery.cli import (
+    apply_verify,
+    benchmark,
+    exits,
+    packs_doctor,
+    packs_trial,
+    run_report,
+    scan_plan_explain,
+)
 from moe_surgery.cli.command import grouped
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Choice, Loading, Model, ModelOrPlan, OnFailure, Output, Proof, Prove, Svg, Trust
@@ -49,7 +57,7 @@ Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's name, or a .
 @grouped
 def scan(model: Model, trust: Trust, output: Output) -> None:
     """List every MoE-looking site of MODEL and what is known of it. Needs no weights."""
-    run(output, lambda screen: reading.scan(screen, model, trust))
+    run(output, lambda screen: scan_plan_explain.scan(screen, model, trust))
 
 
 @app.command()
@@ -67,7 +75,7 @@ def plan(
     svg: Svg = None,
 ) -> None:
     """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
-    run(output, lambda screen: reading.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
+    run(output, lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
 
 
 @app.command()
@@ -84,7 +92,7 @@ def explain(
     rule: Annotated[str | None, typer.Option("--rule", metavar="R", help="Only this rule.", show_default=False)] = None,
 ) -> None:
     """Say how SITE was read, and which clause of which rule holds or fails there. Needs no weights."""
-    run(output, lambda screen: reading.explain(screen, model, site, trust, packs=pack, rule=rule))
+    run(output, lambda screen: scan_plan_explain.explain(screen, model, site, trust, packs=pack, rule=rule))
 
 
 @app.command()
@@ -109,7 +117,7 @@ def apply(
     svg: Svg = None,
 ) -> None:
     """Load MODEL, replace its MoE blocks, prove each, and report."""
-    job = operating.Job(
+    job = apply_verify.Job(
         model,
         choice,
         loading,
@@ -120,7 +128,7 @@ def apply(
         undoable=not no_undo,
         svg=svg,
     )
-    run(output, lambda screen: operating.apply(screen, job))
+    run(output, lambda screen: apply_verify.apply(screen, job))
 
 
 @app.command()
@@ -135,8 +143,8 @@ def verify(
     svg: Svg = None,
 ) -> None:
     """Do the proof of apply alone: MODEL is loaded, each block is built, compared and given up again."""
-    job = operating.Job(model, choice, loading, proof, trust, svg=svg)
-    run(output, lambda screen: operating.verify(screen, job))
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    run(output, lambda screen: apply_verify.verify(screen, job))
 
 
 @app.command()
@@ -171,12 +179,12 @@ def bench(
     svg: Svg = None,
 ) -> None:
     """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
-    job = operating.Job(model, choice, loading, proof, trust, svg=svg)
-    times = benching.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    times = benchmark.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
     if engine:
-        run(output, lambda screen: benching.bench_engine(screen, job, times, eager=eager))
+        run(output, lambda screen: benchmark.bench_engine(screen, job, times, eager=eager))
     else:
-        run(output, lambda screen: benching.bench(screen, job, times, eager=eager))
+        run(output, lambda screen: benchmark.bench(screen, job, times, eager=eager))
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -210,8 +218,8 @@ def run_command(
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
-    job = launching.Launch(tuple(command), packs, plan, prove.value, on_failure.value, target, folder)
-    run(output, lambda screen: launching.launch(screen, job), shared=True)
+    job = run_report.Launch(tuple(command), packs, plan, prove.value, on_failure.value, target, folder)
+    run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 
 @app.command()
@@ -223,28 +231,28 @@ def report(
     output: Output,
 ) -> None:
     """Say what each process of a run did, and fail if they disagree."""
-    run(output, lambda screen: launching.report(screen, folder))
+    run(output, lambda screen: run_report.report(screen, folder))
 
 
 @app.command()
 @grouped
 def doctor(output: Output) -> None:
     """Say whether this installation can operate, and what to do if it can't."""
-    run(output, tools.doctor)
+    run(output, packs_doctor.doctor)
 
 
 @packs.command("list")
 @grouped
 def packs_list(output: Output) -> None:
     """List the installed packs and their rules."""
-    run(output, tools.packs_list)
+    run(output, packs_doctor.packs_list)
 
 
 @packs.command("show")
 @grouped
 def packs_show(pack: Pack, output: Output) -> None:
     """Print a pack as it was understood, in the form of its file."""
-    run(output, lambda screen: tools.packs_show(screen, pack))
+    run(output, lambda screen: packs_doctor.packs_show(screen, pack))
 
 
 @packs.command("check")
@@ -256,7 +264,7 @@ def packs_check(
     output: Output,
 ) -> None:
     """Check that packs can be read; the error names file and line."""
-    run(output, lambda screen: tools.packs_check(screen, files))
+    run(output, lambda screen: packs_doctor.packs_check(screen, files))
 
 
 @packs.command("test")
@@ -286,5 +294,5 @@ def packs_test(
     """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
     run(
         output,
-        lambda screen: testing.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
+        lambda screen: packs_trial.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
     )

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_surgery.prove.exercise import asked_alone
+from moe_surgery.prove.asking import asked_alone
 from moe_surgery.prove.metrics import Routing, Truth, luck, route, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
-from moe_surgery.prove.parts import F64, Parts
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
-from moe_surgery.prove.reach import reach, unreachable
-from moe_surgery.prove.tries import try_out
+from moe_surgery.prove.probe_own_router import try_out
+from moe_surgery.prove.probe_unreached import reach, unreachable
+from moe_surgery.prove.truth_parts import F64, Parts
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.reference import (

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_surgery.prove.metrics import Routing
-from moe_surgery.prove.parts import F64, Parts, recombined
 from moe_surgery.prove.probe import LARGE, UNIT, ZERO, Probes
+from moe_surgery.prove.truth_parts import F64, Parts, recombined
 from moe_surgery.spec import Activation, Mix, MoESpec
 from moe_surgery.targets.formula import Mixer, mixer, ranked
 from moe_surgery.targets.reference import (

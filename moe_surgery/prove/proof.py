@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from moe_surgery.prove.exercise import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
-from moe_surgery.prove.given import behind_a_router
+from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
+from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
 from moe_surgery.prove.mutants import Twin
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO

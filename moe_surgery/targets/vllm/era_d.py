@@ -62,7 +62,7 @@ class FusedLayer(nn.Module):
                 experts.w2_bias = nn.Parameter(tensors.w2_bias.clone(), requires_grad=False)
             if kernel_activation(spec.experts) is None:
                 # Imported where it is needed: it registers an operator, which takes long, and engines never use it.
-                from moe_surgery.targets.vllm.loop import ExpertsInTurn
+                from moe_surgery.targets.vllm.experts_in_turn import ExpertsInTurn
 
                 experts.quant_method.experts_cls = type("ExpertsInTurn", (ExpertsInTurn,), {"spec": spec.experts})
             experts.quant_method.process_weights_after_loading(experts)

@@ -14,7 +14,7 @@ from moe_surgery.targets.base import Context, Refusal
 from moe_surgery.targets.vllm.block import FusedExperts, FusedMoEBlock
 from moe_surgery.targets.vllm.eras import Installed, detect, look_up
 from moe_surgery.targets.vllm.host import undisturbed
-from moe_surgery.targets.vllm.kernels import Kernels
+from moe_surgery.targets.vllm.installed_kernels import Kernels
 from moe_surgery.weights.tensors import BlockTensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.cli.operating import Job, block_speeds, load, named, saved_plan
+from moe_surgery.cli.apply_verify import Job, block_speeds, load, named, saved_plan
 from moe_surgery.cli.options import Proof
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import ModelError, UsageError
