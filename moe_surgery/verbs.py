@@ -112,13 +112,14 @@ def apply(
     Without ``plan`` one is made with the arguments of :func:`plan`. ``undoable`` keeps the originals for
     :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. With
     ``model_check`` the whole model, or what parts of it take a few made-up token ids, runs before and after and must do
-    the same; arguments to call it with may be given instead. A block whose weights let no check tell it from a wrong one
-    is refused, and the others are replaced. Raises :class:`~moe_surgery.errors.ProofError` if a block or the model with
-    the new blocks is wrong, :class:`~moe_surgery.errors.ExpectationError` if ``expect`` or ``strict`` ask for more than
-    can be proven, and :class:`~moe_surgery.errors.PlanError` if ``plan`` doesn't fit the model; the model is then as it
-    was.
+    the same; arguments to call it with may be given instead. A block whose weights let no check tell it from a wrong
+    one is refused, and the others are replaced. Raises :class:`~moe_surgery.errors.ProofError` if a block or the model
+    with the new blocks is wrong, :class:`~moe_surgery.errors.ExpectationError` if ``expect`` or ``strict`` ask for more
+    than can be proven, and :class:`~moe_surgery.errors.PlanError` if ``plan`` doesn't fit the model; the model is then
+    as it was.
     """
-    settings = Settings(margin, seed, undoable, on_progress, model_check, as_plan.get("expect"), bool(as_plan.get("strict")))
+    expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
+    settings = Settings(margin, seed, undoable, on_progress, model_check, expect, strict)
     return _operation(_live(model), plan, settings, as_plan).apply()
 
 

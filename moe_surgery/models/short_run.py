@@ -48,6 +48,10 @@ class NotRun:
     reason: str
 
 
+class Incomparable(Exception):
+    """A run that gives nothing to compare; the message is why. Never leaves the library."""
+
+
 Tried = Callable[[ShortRun], Exception | None]
 
 
@@ -163,6 +167,8 @@ def _wanted(module: nn.Module) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, Incomparable):
+        return str(error)
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}…"
     return f"called on a few tokens it raises {type(error).__name__}: {text}"

@@ -242,7 +242,9 @@ class Operation:
         if settings.expect is not None and left != settings.expect and self.refused:
             reason = f"expected {settings.expect} sites to replace, {left} can be"
         elif settings.strict and self.refused:
-            reason = f"strict: {len(self.refused)} sites are refused" if len(self.refused) > 1 else "strict: 1 is refused"
+            reason = (
+                f"strict: {len(self.refused)} sites are refused" if len(self.refused) > 1 else "strict: 1 is refused"
+            )
         if reason is not None:
             listed = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
             report = self._report(done, exit_code=ExpectationError.exit_code)
@@ -272,7 +274,9 @@ class Operation:
         if verdict is not None and not verdict.passed:
             return replace(step, outcome="refused", reason=f"proof failed: {verdict.reason}", verdict=verdict)
         if done == "rolled back":
-            return replace(step, outcome="kept", reason="left as it was: the operation was rolled back", verdict=verdict)
+            return replace(
+                step, outcome="kept", reason="left as it was: the operation was rolled back", verdict=verdict
+            )
         return replace(step, verdict=verdict)
 
 

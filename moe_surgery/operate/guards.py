@@ -35,7 +35,7 @@ class Guards:
     def put(self) -> None:
         """Put the guards on; an exception leaves none of them."""
         try:
-            for path in sorted({around for path, _ in self.blocks for around in _around(path)}):
+            for path in sorted({around for site, _ in self.blocks for around in _around(site)}):
                 self._put_on(self.model.get_submodule(path), path)
         except BaseException:
             self.remove()

@@ -1,10 +1,10 @@
 """The check of the whole model: a short run before, with the old blocks, and one after, with the new ones in place.
 
-The proof ends where a block ends. Here the model around the blocks is asked: does it call the new ones as it called the
-old ones, and make the same of what they return? In the run before, everything that goes into and comes out of a block,
-and what every module around one returns, is kept. The new block is held against the old one on those very inputs. In the
-run after, a new block is called, but its output is replaced by what the old one had returned, so that rounding doesn't
-add up from layer to layer, and nothing else may differ by more than the blocks' own measured noise.
+The proof ends where a block ends. Here the model around the blocks is asked: does it call the new ones as it called
+the old ones, and make the same of what they return? In the run before, everything that goes into and comes out of a
+block, and what every module around one returns, is kept. The new block is held against the old one on those very
+inputs. In the run after, a new block is called, but its output is replaced by what the old one had returned, so that
+rounding doesn't add up from layer to layer, and nothing else may differ by more than the blocks' own measured noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from moe_surgery.models.short_run import NotRun, ShortRun, given_run, run_parts
+from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.report.outcomes import ModelCheck
 
@@ -48,8 +48,8 @@ class _Played:
 class WholeModel:
     """The check of one operation on ``model``, whose ``sites`` are to be replaced.
 
-    ``hidden`` is the width of the first site. ``given`` are arguments to call the model with; without them token ids are
-    made up, and of a model that can't be called those parts that can.
+    ``hidden`` is the width of the first site. ``given`` are arguments to call the model with; without them token ids
+    are made up, and of a model that can't be called those parts are run that can.
     """
 
     model: nn.Module
@@ -134,7 +134,7 @@ class WholeModel:
             return error
         floats = [value for value in result if isinstance(value, Tensor) and value.is_floating_point()]
         if not all(bool(value.isfinite().all()) for value in floats):
-            return ValueError("its output isn't finite, so it is equal to nothing")
+            return Incomparable("its output isn't finite, and a number that isn't is equal to none")
         self._played.append(_Played(run, tuple(events), result))
         return None
 
@@ -150,8 +150,11 @@ class WholeModel:
             if event is None or (event.kind, event.path) != (kind, path):
                 was = "nothing more happened" if event is None else f"{event.path} was {event.kind}"
                 now = f"{path} is {kind}" if kind == "called" else f"{path or 'the model'} has returned"
-                differences.append(f"{now} where before {was}" if event is None or event.kind == "called" else
-                                   f"{now} where before {event.path or 'the model'} had returned")
+                differences.append(
+                    f"{now} where before {was}"
+                    if event is None or event.kind == "called"
+                    else f"{now} where before {event.path or 'the model'} had returned"
+                )
                 return None
             if (apart := _apart(values, event.values)) > bound:
                 what = "is given another input" if kind == "called" else "returns another output"
@@ -177,9 +180,7 @@ class WholeModel:
                 result = _kept(played.run())
         except Exception as error:
             where = inside[-1] if inside else played.run.path
-            return (
-                f"{where or 'the model'} doesn't run with the new blocks in it: {type(error).__name__}: {error}"
-            )
+            return f"{where or 'the model'} doesn't run with the new blocks in it: {type(error).__name__}: {error}"
         if differences:
             return differences[0]
         if (left := next(wanted, None)) is not None:

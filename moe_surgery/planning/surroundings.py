@@ -1,8 +1,8 @@
 """Who else could use or change a site's weights: the code and the objects of the model around it.
 
-A block is proven alone. Should a module around it, a hook or an adapter hold one of its children or weights, it would go
-on with those of the old block. So whatever can be reached from outside of a site is looked through, by reference and by
-name. What isn't found is a name made up at run time and what happens in C.
+A block is proven alone. Should a module around it, a hook or an adapter hold one of its children or weights, it would
+go on with those of the old block. So whatever can be reached from outside of a site is looked through, by reference and
+by name. What isn't found is a name made up at run time and what happens in C.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Surroundings:
                 inner = self._inner_of(found)
                 if inner is not None and inner.site != own:
                     held = self.sites[inner.site].path + (f".{inner.name}" if inner.name else "")
-                    self._found.setdefault(inner.site, f"{what.format(where=where)} holds {held}, which would stay as it is")
+                    self._found.setdefault(
+                        inner.site, f"{what.format(where=where)} holds {held}, which would stay as it is"
+                    )
 
     def _inner_of(self, found: Tensor | nn.Module) -> _Inner | None:
         inner = self._inner.get(id(found))

@@ -1,7 +1,7 @@
 """Old and new block on tokens that the model itself gave to the old one.
 
-What the old block returned then was computed with whatever stood in its weights at that moment. So a difference tells of
-a new block that is wrong on these tokens, or of somebody who changes the weights, or the output, around the call.
+What the old block returned then was computed with whatever stood in its weights at that moment. So a difference tells
+of a new block that is wrong on these tokens, or of somebody who changes the weights, or the output, around the call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def disagreement(
         return apart, None
     new, old, limit = _from_truth(heard, answer, spec, tensors, bound)
     if new > limit:
-        return apart, f"on the model's own tokens the new block is {new:.2g} from the reference; {limit:.2g} is its noise"
+        return (
+            apart,
+            f"on the model's own tokens the new block is {new:.2g} from the reference; {limit:.2g} is its noise",
+        )
     if old > limit:
         return apart, (
             f"in the model the old block's output is {old:.2g} from what its weights give ({limit:.2g} is its noise): "

@@ -44,8 +44,8 @@ class Verdict:
     has all of them. ``margin`` is the least margin of all mutants: the nearest mutant's distance over the error of the
     block. ``near_ties`` tokens are those whose choice of experts is within the noise of the router; ``routing_flips``
     of them took the other choice. ``left_out`` probes said nothing in this dtype and were not asked. ``powerless`` says
-    that it didn't pass for want of power: no block was found wrong, but these weights let none be proven. ``bound`` is how
-    far a right block may be from the reference, on tokens of unit scale.
+    that it didn't pass for want of power: no block was found wrong, but these weights let none be proven. ``bound`` is
+    how far a right block may be from the reference, on tokens of unit scale.
     An error is infinite where a block returned something that isn't finite, or nothing at all.
     """
 

@@ -20,31 +20,31 @@ _KNOWN = frozenset(
 class GivenUp(Tensor):
     """A tensor of known name, shape and dtype whose elements nobody has any more."""
 
-    name: str
+    _path: str
 
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> Self:
         tensor = torch.empty(tuple(shape), dtype=dtype, device="meta").as_subclass(cls)
-        tensor.name = name
+        vars(tensor)["_path"] = name
         return tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        _refuse(next((leaf for leaf in args if isinstance(leaf, GivenUp)), None))
+        if func not in _KNOWN:
+            _refuse(next((leaf for leaf in args if isinstance(leaf, GivenUp)), None))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse(self)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"GivenUp({vars(self)['name']})"
+        return f"GivenUp({vars(self)['_path']})"
 
 
 def _refuse(tensor: GivenUp | None) -> NoReturn:
-    name = "a tensor" if tensor is None else vars(tensor)["name"]
+    name = "a tensor" if tensor is None else vars(tensor)["_path"]
     raise SurgeryError(
-        f"{name} can't be saved or read: the originals of the swapped MoE blocks were given up (undoable=False); load the "
-        "model again"
+        f"{name} can't be saved or read: the originals of the swapped MoE blocks were given up (undoable=False); load "
+        "the model again"
     )

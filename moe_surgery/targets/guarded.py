@@ -97,7 +97,9 @@ class GuardedBlock(SwappedBlock):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         if self._likeness is None:
-            raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout and can't be saved; undo first")
+            raise SurgeryError(
+                "a swapped MoE block's weights lie in the kernels' layout and can't be saved; undo first"
+            )
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -1,7 +1,8 @@
 """What is left of a module that was replaced: its class, its plain attributes and the names of its children.
 
-The code around a block may ask it for more than its output. Whatever doesn't depend on where the weights lie is answered
-as before; what does is an error of one sentence, and never an ``AttributeError``, which ``hasattr`` would take for a no.
+The code around a block may ask it for more than its output. Whatever doesn't depend on where the weights lie is
+answered as before; what does is an error of one sentence, and never an ``AttributeError``, which ``hasattr`` would take
+for a no.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What code can get hold of from an object: through attributes, containers, closures, bound methods and weak references.
+"""What code can get hold of from an object: by attributes, containers, closures, bound methods and weak references.
 
 A reference that is found may be used at any time; one that isn't found is either made by a call or lies in C.
 """
@@ -78,10 +78,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 def holds_weights(value: Any) -> bool:
     """Whether ``value`` leads to a tensor or to a module that has any."""
-    for found in reachable([value], set()):
-        if isinstance(found, Tensor) or has_weights(found):
-            return True
-    return False
+    return any(isinstance(found, Tensor) or has_weights(found) for found in reachable([value], set()))
 
 
 def has_weights(module: nn.Module) -> bool:
