@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe_surgery.models.site import Site
@@ -121,7 +122,9 @@ class Surroundings:
                     waiting.append(vars(found))
 
     def _roots(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Everything that a module refers to, with what to call it; the child that is a site is its parent's to hold."""
+        """Everything that a module refers to, with what to call it, but the child that is a site."""
+        if isinstance(module, torch.jit.ScriptModule):  # holds what it was given in C
+            return
         for name, value in vars(module).items():
             if name in _STORED:
                 yield from (
@@ -170,6 +173,8 @@ class Surroundings:
 
 def _attributes(module: nn.Module) -> Iterator[str]:
     """The names by which a module's own values, children and tensors are used."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     yield from (name for name in vars(module) if name not in _INTERNAL)
     for stored in _STORED:
         yield from vars(module)[stored]

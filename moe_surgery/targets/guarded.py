@@ -28,7 +28,7 @@ class GuardedBlock(SwappedBlock):
         super().__init__()
         self.spec = spec
         self.label = label
-        self.router_weight = nn.Parameter(router, requires_grad=False)
+        self.fused_router = nn.Parameter(router, requires_grad=False)
         self._observed: nn.Module | None = None
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class GuardedBlock(SwappedBlock):
                 f"{self.kernels} have no backward pass and would give wrong gradients silently; run under "
                 "torch.no_grad() or torch.inference_mode(), as generate() does, or undo before training"
             )
-        weight = self.router_weight
+        weight = self.fused_router
         if x.dtype != weight.dtype or x.device != weight.device:
             raise SurgeryError(
                 f"a swapped MoE block was built for {weight.dtype} on {weight.device}; got {x.dtype} on {x.device}"
@@ -82,7 +82,7 @@ class GuardedBlock(SwappedBlock):
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Let through what changes neither dtype nor device (``model.to("cpu")`` on a CPU model)."""
-        weight = self.router_weight
+        weight = self.fused_router
         after = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
         if after.dtype != weight.dtype or after.device != weight.device:
             raise SurgeryError(

@@ -22,21 +22,21 @@ class FoldedMoEBlock(GuardedBlock):
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors, weights: Weights, terms: Terms) -> None:
         super().__init__(spec, weights.router, "folded, moe-surgery kernels")
-        self.w13 = nn.Parameter(weights.w13, requires_grad=False)
-        self.w2 = nn.Parameter(weights.w2, requires_grad=False)
-        self.shared13 = _frozen(weights.shared13)
-        self.shared2 = _frozen(weights.shared2)
-        self.terms = terms
+        self.folded_w13 = nn.Parameter(weights.w13, requires_grad=False)
+        self.folded_w2 = nn.Parameter(weights.w2, requires_grad=False)
+        self.folded_shared13 = _frozen(weights.shared13)
+        self.folded_shared2 = _frozen(weights.shared2)
+        self.folded_terms = terms
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
-        weights = Weights(self.router_weight, self.w13, self.w2, self.shared13, self.shared2)
+        weights = Weights(self.fused_router, self.folded_w13, self.folded_w2, self.folded_shared13, self.folded_shared2)
         if torch.compiler.is_compiling():
-            return folded_moe(x, weights, self.terms).view(hidden_states.shape)
-        return compute(x, weights, self.terms).view(hidden_states.shape)
+            return folded_moe(x, weights, self.folded_terms).view(hidden_states.shape)
+        return compute(x, weights, self.folded_terms).view(hidden_states.shape)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
