@@ -58,6 +58,7 @@ class Surroundings:
     _inner: dict[int, _Inner] = field(default_factory=dict)
     _storages: dict[int, _Inner] = field(default_factory=dict)
     _found: dict[int, str] = field(default_factory=dict)
+    _names: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for number, site in enumerate(self.sites):
@@ -70,7 +71,6 @@ class Surroundings:
         modules = dict(self.model.named_modules())
         self._outside = {path: module for path, module in modules.items() if id(module) not in self._inner}
         self._tree = {id(module) for module in modules.values()}
-        self._public = frozenset(itertools.chain.from_iterable(map(_attributes, self._outside.values())))
         parents = [(modules[path], key) for path, _, key in (site.path.rpartition(".") for site in self.sites) if key]
         self._places = {(id(parent), key) for parent, key in parents}
         if self.sites:
@@ -147,17 +147,25 @@ class Surroundings:
                     if not callable(value) and not name.startswith("__"):
                         yield f"{cls.__name__}.{name}", value
 
+    def _public(self, path: str) -> frozenset[str]:
+        """The names that the code of the module at ``path`` may use for what isn't in any site."""
+        if path not in self._names:
+            prefix = f"{path}." if path else ""
+            near = [module for name, module in self._outside.items() if name == path or name.startswith(prefix)]
+            self._names[path] = frozenset(itertools.chain.from_iterable(map(_attributes, near)))
+        return self._names[path]
+
     def _named(self, site: Site) -> str | None:
         """Why the code of the modules around a site may use more of it than its output, judged by the names in it."""
         kind = type(site.module).__name__
         private = {part for name, _ in _inside(site.module) for part in name.split(".") if not part.isdigit()}
-        private -= self._public | {site.path.rpartition(".")[2]}
+        private.discard(site.path.rpartition(".")[2])
         for path in _around(site.path):
             module = self.model.get_submodule(path)
             where = path or "the model"
             if (moved := _moving(module)) is not None:
                 return f"{moved} on {where} may move or replace its weights around every call"
-            named = _reached(module)
+            named, private = _reached(module), private - self._public(path)
             used = sorted(named & private)
             if used:
                 return f"the forward of {where} uses {', '.join(used[:3])}, which lies elsewhere in a swapped block"

@@ -132,7 +132,7 @@ class Standing(nn.Module):
         object.__setattr__(self, "_likeness", likeness)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         likeness = vars(self).get("_likeness")
         return type(self) if likeness is None else likeness.kind
 
