@@ -258,7 +258,7 @@ def test_what_scan_found() -> None:
 def test_the_json_of_a_report_keeps_its_shape() -> None:
     data = json.loads(dumps(report([talker(0), thinker(3, outcome="missed", spec=None, verdict=None)]).to_json()))
     assert list(data) == [
-        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "seconds", "exit",
+        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "model_check", "seconds", "exit",
     ]  # fmt: skip
     assert data["schema"] == "moe-surgery/report/1"
     assert list(data["sites"][0]) == ["path", "kind", "outcome", "reason", "rule", "target", "spec", "proof"]

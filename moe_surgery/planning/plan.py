@@ -201,6 +201,8 @@ def _decide(
     rule, spec = match.rule, match.reading.spec
     if excuse:
         return Step(path, kind, "kept", excuse, rule, None, spec)
+    if item.held is not None:
+        return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
