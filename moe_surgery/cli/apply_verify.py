@@ -64,6 +64,7 @@ def apply(screen: Screen, job: Job) -> int:
     import moe_surgery
 
     prompt = _prompt(job.generate)
+    screen.will_write(job.svg)
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
@@ -102,6 +103,7 @@ def verify(screen: Screen, job: Job) -> int:
     """Load, prove and report; nothing is replaced."""
     import moe_surgery
 
+    screen.will_write(job.svg)
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):

@@ -37,6 +37,7 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
 
     if eager:
         raise UsageError("--eager is for --engine; here nothing is compiled anyway")
+    screen.will_write(job.svg)
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
@@ -75,6 +76,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     from moe_surgery.packs.registry import load_packs
     from moe_surgery.report.from_json import report_from_json
 
+    screen.will_write(job.svg)
     _check(job)
     load_packs(job.choice.pack or None)
     asked = both_engines.Job(

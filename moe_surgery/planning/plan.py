@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -15,6 +14,7 @@ from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.installed.versions import versions
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
+from moe_surgery.report.files import write_whole
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
@@ -80,14 +80,13 @@ class Plan:
             )
         return plan
 
+    def to_text(self) -> str:
+        """The plan as its file says it."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        temporary = Path(f"{path}.{os.getpid()}.part")
-        try:
-            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the plan as JSON, whole or not at all. Raises :class:`UsageError` if it can't be written."""
+        write_whole(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
