@@ -98,9 +98,13 @@ def test_regular_expressions_agree_with_python(expression: str, text: str) -> No
     assert Pattern(f"re:{expression}").matches(text) == (re.fullmatch(expression, text) is not None)
 
 
-@pytest.mark.parametrize("glob", ["re:(a+)+$", "re:(a|a)*b", "re:" + ".*" * 40 + "x", "*a" * 30 + "*b", ".".join(["**"] * 40)])
+@pytest.mark.parametrize(
+    "glob", ["re:(a+)+$", "re:(a|a)*b", "re:" + ".*" * 40 + "x", "*a" * 30 + "*b", ".".join(["**"] * 40)]
+)
 def test_no_pattern_takes_for_ever(glob: str) -> None:
-    assert not Pattern(glob, dotted="*a" not in glob).matches("a" * 300 + "!" if "." not in glob[3:] else "a." * 100 + "!.")
+    assert not Pattern(glob, dotted="*a" not in glob).matches(
+        "a" * 300 + "!" if "." not in glob[3:] else "a." * 100 + "!."
+    )
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_third_party_packs_come_first_and_generic_last(site: ThirdParty) -> None
 
 def test_a_folder_without_init_serves_too(site: ThirdParty) -> None:
     site.install("nspacks", {"rules/n.toml": pack_text("n")}, packs="nspacks.rules")
-    assert [pack.name for pack in installed_packs().packs][0] == "n"
+    assert next(pack.name for pack in installed_packs().packs) == "n"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_folder_without_init_serves_too(site: ThirdParty) -> None:
     [
         ("bad.rules", {"rules/x.toml": pack_text("x") + "nmae = 1\n"}, 'bad/rules/x.toml:8: unknown key "nmae"'),
         ("bad", {"__init__.py": "", "x.toml": "[["}, "bad/x.toml:1: not TOML"),
-        ("bad", {"__init__.py": "", "x.toml": pack_text("generic")}, "bad/x.toml:1: a pack named \"generic\" is already"),
+        ("bad", {"__init__.py": "", "x.toml": pack_text("generic")}, 'bad/x.toml:1: a pack named "generic" is'),
         ("bad.nowhere", {"__init__.py": ""}, "bad.nowhere is no package that holds .toml files"),
         ("absent", {"__init__.py": ""}, "no package absent is installed"),
         ("bad", {"__init__.py": "raise SystemExit"}, "bad: no .toml file is there"),

@@ -38,9 +38,7 @@ _TEMPLATE = """\
 """
 
 
-def picture(
-    report: Outcomes, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128
-) -> str:
+def picture(report: Outcomes, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128) -> str:
     """``report`` as an SVG of ``width`` columns.
 
     It needs nothing but itself to be shown, and the same report gives the same text.
