@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moe_surgery.errors import UsageError
+from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.operate.apply import Operation, Progress, Settings
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack, Rule
@@ -35,17 +36,23 @@ class _Subject:
     name: str
     module: nn.Module
     config: object
+    directory: Path | None
 
     @classmethod
     def of(cls, model: Model, trust_remote_code: bool = False) -> _Subject:
         if isinstance(model, nn.Module):
             config = getattr(model, "config", None)
-            name = getattr(config, "name_or_path", "") or type(model).__name__
-            return cls(str(name), model, config)
+            name = str(getattr(config, "name_or_path", "") or "")
+            directory = Path(name) if name and (Path(name) / CONFIG).is_file() else None
+            return cls(name or type(model).__name__, model, config, directory)
         from moe_surgery.models.opening import open_meta
 
         opened = open_meta(str(model), trust_remote_code=trust_remote_code)
-        return cls(opened.name, opened.module, opened.config)
+        return cls(opened.name, opened.module, opened.config, opened.directory)
+
+    def digest(self) -> Digest | None:
+        """What tells the checkpoint it came from from others, if that is known."""
+        return None if self.directory is None else digest(self.directory)
 
 
 def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
@@ -93,7 +100,7 @@ def plan(
 def _plan(subject: _Subject, sites: Sequence[Surveyed], packs: Packs, target: str, selection: Selection) -> Plan:
     started = time.perf_counter()
     made = make_plan(subject.name, sites, subject.config, load_packs(packs), target, get_target, selection)
-    return replace(made, seconds=time.perf_counter() - started)
+    return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started)
 
 
 def apply(
@@ -146,6 +153,9 @@ def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan:
         made = _plan(subject, sites, packs, target, Selection(only, skip, **as_plan))
     elif as_plan:
         raise UsageError(f"a plan is given; {', '.join(as_plan)} would have to be planned anew")
+    else:
+        made.check_origin(subject.digest(), subject.name)
+        made.warn_of_versions()
     return Operation(model, made, sites, get_target, settings)
 
 

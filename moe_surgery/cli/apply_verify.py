@@ -68,7 +68,7 @@ def apply(screen: Screen, job: Job) -> int:
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         before = _greedy(opened.module, prompt, job.new_tokens, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
@@ -107,7 +107,7 @@ def verify(screen: Screen, job: Job) -> int:
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -149,9 +149,12 @@ def named(model: str) -> Iterator[None]:
         raise
 
 
-def load(job: Job, model: str, progress: Progress) -> Opened:
+def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
+    from moe_surgery.models.checkpoint import digest
     from moe_surgery.models.opening import load_model
 
+    if plan is not None and Path(model).is_dir():
+        plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
     progress.phase(f"loading {model}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)

@@ -41,7 +41,7 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     plan = saved_plan(job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
             opened.module,

@@ -42,6 +42,7 @@ class Opened:
     name: str
     module: nn.Module
     config: dict[str, Any]
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
         kind, config = _model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             module = kind._from_config(config, dtype=dtype)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
 def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
@@ -98,7 +99,7 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
         )
         _check_loaded(checkpoint, info)
         module = module.to(place)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
 def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
