@@ -176,7 +176,7 @@ def _header(path: Path, complete: bool) -> Header:
         data.pop("__metadata__", None)
         entries = {name: (str(e["dtype"]), tuple(map(int, e["shape"])), e["data_offsets"]) for name, e in data.items()}
         ends = {name: (int(begin), int(end)) for name, (_, _, (begin, end)) in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ModelError(f"{path}: not safetensors: the header isn't readable") from None
     for name, (dtype, shape, _) in entries.items():
         _check_extent(path, name, dtype, shape, ends[name])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ModelError, UsageError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_LONGEST_REASON = 300
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONFIG_FILES = ("config.json", "generation_config.json", INDEX)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -67,7 +69,7 @@ def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
 
     checkpoint = _find(model, trust_remote_code, weights=False)
     dtype = _dtype(checkpoint)
-    with _model_errors(checkpoint), uncollected():
+    with _model_errors(checkpoint.directory / CONFIG), uncollected():
         kind, config = _model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             module = kind._from_config(config, dtype=dtype)
@@ -84,8 +86,9 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     headers = checkpoint_headers(checkpoint.directory)
     wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
     place = _device(device)
-    with _model_errors(checkpoint, headers), _progress_bars_only_on_a_terminal():
+    with _model_errors(checkpoint.directory / CONFIG):
         kind, config = _model_class(checkpoint)
+    with _model_errors(checkpoint.directory, headers), _progress_bars_only_on_a_terminal():
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -239,21 +242,23 @@ def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _model_errors(checkpoint: _Checkpoint, headers: Header | None = None) -> Iterator[None]:
-    """Turn whatever transformers raises over a config or a checkpoint into one error naming the directory.
+def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises over a config or a checkpoint into one error naming the file or directory.
 
     It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers.
     """
     try:
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:
         # A bad field surfaces as a KeyError, AttributeError, ValueError or validation error, depending on the model.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # torch lets stack frames follow, and transformers advice.
+        text = " ".join(str(error).partition("Exception raised from")[0].split())
+        reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
-        raise ModelError(f"{checkpoint.directory}: {hint}{type(error).__name__}: {reason}") from error
+        raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
 
 
 @contextmanager
