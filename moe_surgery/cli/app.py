@@ -110,7 +110,9 @@ def apply(
             "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="How many to generate.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", min=1, max=1 << 20, help="How many to generate.")
+    ] = 16,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
     ] = False,
@@ -162,6 +164,7 @@ def bench(
             "--tokens",
             metavar="N",
             min=1,
+            max=1 << 20,
             help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
             show_default="1, 8, 64, 512",
         ),
@@ -169,7 +172,12 @@ def bench(
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", metavar="N", min=1, help="Sequences of a decoding step; repeatable.", show_default="1, 8"
+            "--batch",
+            metavar="N",
+            min=1,
+            max=1 << 16,
+            help="Sequences of a decoding step; repeatable.",
+            show_default="1, 8",
         ),
     ] = None,
     engine: Annotated[

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_surgery import checks
 from moe_surgery.cli import exits
 from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
@@ -64,8 +65,7 @@ def apply(screen: Screen, job: Job) -> int:
     import moe_surgery
 
     prompt = _prompt(job.generate)
-    screen.will_write(job.svg)
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
         opened = load(job, plan, name, progress)
@@ -103,8 +103,7 @@ def verify(screen: Screen, job: Job) -> int:
     """Load, prove and report; nothing is replaced."""
     import moe_surgery
 
-    screen.will_write(job.svg)
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
         opened = load(job, plan, name, progress)
@@ -123,6 +122,14 @@ def verify(screen: Screen, job: Job) -> int:
     if failed:
         screen.say(f"error: the proof failed at {plural(len(failed), 'site')}, first {failed[0].path}")
     return report.exit_code
+
+
+def begin(screen: Screen, job: Job) -> Plan | None:
+    """Check all that can be before a model is loaded, and return the plan if the argument is one."""
+    screen.will_write(job.svg)
+    checks.margin(job.proof.margin)
+    checks.seed(job.proof.seed)
+    return saved_plan(job)
 
 
 def saved_plan(job: Job) -> Plan | None:
@@ -193,7 +200,8 @@ def block_speeds(report: Report, progress: Progress, tokens: Sequence[int] | Non
     speeds = []
     for step in first.values():
         old, new = swaps[step.path].old, swaps[step.path].new
-        if old is not None and step.spec is not None:
+        # Experts alone are called with what a router gives them, which isn't made up here.
+        if old is not None and step.spec is not None and step.spec.at == "block":
             progress.phase(f"timing {step.path}")
             weight = next(old.parameters())
             dtype, device, sizes = weight.dtype, weight.device, tokens or TOKENS

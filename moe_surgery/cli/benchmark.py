@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.cli.apply_verify import Job, block_speeds, load, named, saved_plan
+from moe_surgery.cli.apply_verify import Job, begin, block_speeds, load, named
 from moe_surgery.cli.options import Proof
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import ModelError, UsageError
@@ -37,8 +37,7 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
 
     if eager:
         raise UsageError("--eager is for --engine; here nothing is compiled anyway")
-    screen.will_write(job.svg)
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
         opened = load(job, plan, name, progress)

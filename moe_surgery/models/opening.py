@@ -6,6 +6,7 @@ when a model is opened, not when this module is.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -107,9 +108,11 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
 
 def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
     directory = Path(model)
-    if directory.is_dir():
+    if not model:
+        raise ModelError("no model is named")
+    if os.path.isdir(model):
         name = directory.resolve().name
-    elif directory.exists():
+    elif os.path.exists(model):
         raise ModelError(f"{model}: a file; a model is a directory with {CONFIG}, or a hub id")
     elif not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ModelError(f"{model}: no such directory")
@@ -220,7 +223,10 @@ def _device(name: str) -> torch.device:
 
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "meta":
+            raise UsageError("device 'meta' holds no weights")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
@@ -234,11 +240,18 @@ def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
         ("mismatched_keys", "of another shape in the checkpoint"),
         ("error_msgs", "with errors"),
     ):
-        names = sorted(str(entry) for entry in info.get(key) or ())
+        names = sorted(_told(entry) for entry in info.get(key) or ())
         if names:
             found.append(f"{len(names)} {words}, first {names[0]}")
     if found:
         raise ModelError(f"{checkpoint.directory}: weights don't fit the model: " + "; ".join(found))
+
+
+def _told(entry: object) -> str:
+    if not isinstance(entry, tuple):
+        return str(entry)
+    name, found, wanted = entry
+    return f"{name}: {list(found)} for {list(wanted)}"
 
 
 @contextmanager

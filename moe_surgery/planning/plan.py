@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from moe_surgery import checks
 from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.installed.versions import versions
 from moe_surgery.models.checkpoint import Digest
@@ -102,7 +103,7 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises :class:`PlanError` naming the file."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(checks.path(path, "a plan").read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"{path}: not a plan: {error.strerror or error}") from error
         except (ValueError, TypeError, RecursionError) as error:
@@ -152,6 +153,14 @@ class Selection:
     skip: tuple[str, ...] = ()
     expect: int | None = None
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises :class:`UsageError` for what is of the wrong type."""
+        checks.texts(self.only, "only")
+        checks.texts(self.skip, "skip")
+        checks.truth(self.strict, "strict")
+        if self.expect is not None:
+            checks.whole(self.expect, "expect", 0)
 
     def excuse(self, path: str) -> str | None:
         """Why a site is left out by the caller, if it is."""
