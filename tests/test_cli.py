@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from typer.testing import CliRunner, Result
 
 import moe_surgery
@@ -476,6 +479,19 @@ def test_bad_input_is_one_error_that_names_it(model: str, arguments: list[str], 
     assert result.stdout == ""
     assert words in result.stderr
     assert "unexpected" not in result.stderr
+
+
+def test_a_prompt_may_be_text_where_there_is_a_tokenizer(model: str, tmp_path: Path) -> None:
+    arguments = ("apply", tmp_path / "tiny", *REFERENCE, "--prompt", "w1 w2", "--new-tokens", "2")
+    shutil.copytree(model, tmp_path / "tiny")
+    assert "no tokenizer is there" in call(*arguments, exit_code=2).stderr
+    made = Tokenizer(WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "tiny")
+    lines = call(*arguments).stdout.splitlines()
+    given = data("apply", model, *REFERENCE, "--generate", "1,2", "--new-tokens", "2")["tokens"]["after"]["model"]
+    assert any(f"'w{given[0]} w{given[1]}'" in line for line in lines)
+    assert "give one" in call(*arguments, "--generate", "1", exit_code=2).stderr
 
 
 @pytest.mark.parametrize("top_k", [9, 0, -1])

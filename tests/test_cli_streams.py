@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.main
 from hanging import HANG
+from typer.testing import CliRunner
 
 from moe_surgery import errors
 from moe_surgery.cli import exits
+from moe_surgery.cli.app import app
+from moe_surgery.cli.examples import EXAMPLES
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Format, Output
 from moe_surgery.cli.progress import Lines, progress
@@ -73,6 +78,23 @@ def test_help_tells_the_exit_codes_and_imports_nothing_heavy() -> None:
     assert "'moe_surgery.cli.app'" in modules
     for heavy in ("'torch'", "'transformers'", "'vllm'"):
         assert heavy not in modules
+
+
+def test_every_command_has_help_with_examples_that_can_be_parsed() -> None:
+    top = typer.main.get_command(app)
+    for name, examples in EXAMPLES.items():
+        command, context = top, top.make_context("moe-surgery", ["doctor"], resilient_parsing=True)
+        for word in name.split():
+            command = command.get_command(context, word)
+        text = CliRunner().invoke(app, [*name.split(), "--help"]).stdout
+        assert "<bool>" not in text
+        for example in examples:
+            assert example.split()[-1] in text
+            words = shlex.split(example.partition("|")[0])[len(name.split()) :]
+            assert command.make_context(name, words).params
+    listed = {name.split()[0] for name in EXAMPLES}
+    assert listed == set(top.list_commands(top.make_context("moe-surgery", ["doctor"], resilient_parsing=True)))
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:

@@ -285,6 +285,17 @@ def test_the_json_of_a_scan_keeps_its_shape() -> None:
     assert list(data["sites"][0]) == ["path", "kind", "readable", "reason", "spec"]
 
 
+def test_a_report_is_one_short_line_and_in_a_notebook_its_rows() -> None:
+    shown = repr(report())
+    assert shown.startswith("<Report of ")
+    assert "24 replaced, 0 kept, 1 missed, 1 refused" in shown
+    assert len(shown) < 200
+    assert "\n" not in shown
+    page = ElementTree.fromstring(report()._repr_html_().replace("&nbsp;", " "))
+    assert page.tag == "pre"
+    assert "talker.model.layers.{0..19}.mlp" in "".join(page.itertext())
+
+
 def test_a_picture_holds_the_report() -> None:
     drawn, again = (picture(report(), notes=[("speed", "twice as fast")]) for _ in range(2))
     assert drawn == again

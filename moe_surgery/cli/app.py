@@ -106,6 +106,15 @@ def apply(
             "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="The same from text; the model must have its tokenizer.",
+            show_default=False,
+        ),
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", metavar="N", min=1, max=1 << 20, help="How many to generate.")
     ] = 16,
@@ -122,6 +131,7 @@ def apply(
         proof,
         trust,
         generate=generate,
+        prompt=prompt,
         new_tokens=new_tokens,
         undoable=not no_undo,
         svg=svg,

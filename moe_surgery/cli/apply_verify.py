@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moe_surgery.models.opening import Opened
+    from moe_surgery.models.text import Tokenizer
     from moe_surgery.planning.plan import Plan
     from moe_surgery.report.outcomes import Step
     from moe_surgery.report.report import Report
@@ -36,6 +37,7 @@ class Job:
     proof: Proof
     trust: Trust
     generate: str | None = None
+    prompt: str | None = None
     new_tokens: int = 16
     undoable: bool = True
     svg: Path | None = None
@@ -47,6 +49,7 @@ class Tokens:
 
     before: dict[str, list[int]]
     after: dict[str, list[int]]
+    tokenizer: Tokenizer | None = None
 
     @property
     def equal(self) -> bool:
@@ -54,7 +57,10 @@ class Tokens:
 
     def sentences(self) -> list[str]:
         """One line for each part: that its tokens are equal, or where they part."""
-        return [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        lines = [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        if self.tokenizer is not None:
+            lines += [f"{part}: {self.tokenizer.text(ids)!r}" for part, ids in self.after.items()]
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         return {"equal": self.equal, "before": self.before, "after": self.after}
@@ -63,13 +69,18 @@ class Tokens:
 def apply(screen: Screen, job: Job) -> int:
     """Load, operate, prove, compare and report."""
     import moe_surgery
+    from moe_surgery.models.text import Tokenizer
 
-    prompt = _prompt(job.generate)
+    ids = _ids(job)
     plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
         opened = load(job, plan, name, progress)
-        before = _greedy(opened.module, prompt, job.new_tokens, progress)
+        tokenizer = None
+        if job.prompt is not None:
+            tokenizer = Tokenizer(opened.directory, trust_remote_code=job.trust.trust_remote_code)
+            ids = tokenizer.ids(job.prompt)
+        before = _greedy(opened.module, ids, job.new_tokens, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
             opened.module,
@@ -80,7 +91,7 @@ def apply(screen: Screen, job: Job) -> int:
             on_progress=progress.step,
             **({} if plan else job.choice.as_plan()),
         )
-        tokens = Tokens(before, _greedy(opened.module, prompt, job.new_tokens, progress))
+        tokens = Tokens(before, _greedy(opened.module, ids, job.new_tokens, progress), tokenizer)
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
     failed = not tokens.equal and rounded is None
@@ -167,8 +178,11 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
 
 
-def _prompt(text: str | None) -> list[int]:
+def _ids(job: Job) -> list[int]:
     """Token ids from the command line, none if it gave none."""
+    text = job.generate
+    if text is not None and job.prompt is not None:
+        raise UsageError("--prompt and --generate both say what to continue; give one")
     if text is None:
         return []
     try:

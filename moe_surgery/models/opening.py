@@ -27,6 +27,7 @@ from moe_surgery.models.checkpoint import (
     read_config,
     refuse_pickles,
 )
+from moe_surgery.models.text import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,11 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
     """The directory of a hub id's files in the local cache, fetched if need be; never a pickle."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    patterns = [
+        *_CONFIG_FILES,
+        *(["*.safetensors", *TOKENIZER_FILES] if weights else []),
+        *(["*.py"] if trust_remote_code else []),
+    ]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:

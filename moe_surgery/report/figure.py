@@ -1,4 +1,4 @@
-"""The terminal's rendering of a report as a picture."""
+"""The terminal's rendering of a report as a picture, and as a piece of a page."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ _TEMPLATE = """\
 </g>
 </svg>
 """
+
+
+_PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3">{code}</pre>'
+
+
+def page(report: Outcomes, *, width: int = 128) -> str:
+    """``report`` as a piece of HTML of ``width`` columns, in the page's own colours for text."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    render(report, console)
+    return console.export_html(inline_styles=True, code_format=_PAGE)
 
 
 def picture(report: Outcomes, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128) -> str:
