@@ -12,8 +12,8 @@ INTERRUPTED = 130
 
 MEANINGS: tuple[tuple[int, str], ...] = (
     (DONE, "done, or nothing to do"),
-    (FAILED, "unexpected failure"),
-    (USAGE, "wrong usage; a pack, model or plan that can't be read"),
+    (FAILED, "out of memory, or an unexpected failure"),
+    (USAGE, "wrong usage; input that can't be read, output that can't be written"),
     (CHANGES, "changes are pending (plan --check only)"),
     (11, "expectation not met, or a site missed or refused under --strict"),
     (UNPROVEN, "a proof failed, rolled back; or greedy tokens or outputs differ"),
