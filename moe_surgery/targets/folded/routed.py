@@ -50,7 +50,17 @@ class _RoutedBlock(GuardedBlock):
         if self.folded_terms.slices:
             slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.folded_terms.slices)], dim=-1)
         gate, up, down = (None, None, None) if self._beside else self._shared()
-        held = Weights(self.folded_w13, self.folded_w13, self.folded_w2, None, gate, up, down, self.folded_w13_bias, self.folded_w2_bias)
+        held = Weights(
+            self.folded_w13,
+            self.folded_w13,
+            self.folded_w2,
+            None,
+            gate,
+            up,
+            down,
+            self.folded_w13_bias,
+            self.folded_w2_bias,
+        )
         terms = self.folded_terms if count == self.folded_terms.top_k else replace(self.folded_terms, top_k=count)
         routed = Routed(kept.contiguous(), slots.contiguous())
         out = (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
