@@ -65,7 +65,9 @@ class Tokens:
         """One line for each part: that its tokens are equal, or where they part."""
         lines = [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
         if self.tokenizer is not None:
-            lines += [f"{part}: {self.tokenizer.text(ids)!r}" for part, ids in self.after.items()]
+            for part, ids in self.after.items():
+                numbers = [token for token in ids if token is not None]
+                lines += [f"{part}: {self.tokenizer.text(numbers)!r}"] if len(numbers) == len(ids) else []
         return lines
 
     def to_json(self) -> dict[str, Any]:
