@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_part_that_cant_be_run_is_named() -> None:
     lines = model_sentences(check)
     assert lines[0].startswith("text, run on 8 tokens, does the same around the new blocks")
     assert lines[1].startswith("no run came to eye.inner.mlp")
+    layer = talking.Layer(talking.Block(), talking.plain)
     alone = apply(nn.ModuleDict({"eye": Pictures(layer)}).eval()).model_check
     assert alone.parts == () and "NOT RUN: the whole model" in model_sentences(alone)[0]
 
@@ -55,10 +57,8 @@ def test_arguments_to_call_a_model_with_can_be_given() -> None:
 
 def test_a_report_tells_of_the_check_in_json_too() -> None:
     report = apply(tiny(2))
-    assert (
-        report_from_json(report.to_json()).model_check
-        == report.but(model_check=report_from_json(report.to_json()).model_check).model_check
-    )
+    again = report_from_json(report.to_json()).model_check
+    assert again == replace(report.model_check, seconds=round(report.model_check.seconds, 3))
     assert report.to_json()["model_check"]["parts"] == [""]
     assert apply(tiny(2), model_check=False).to_json()["model_check"] is None
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock
+from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.formula import Mixer, capped, mixer, ranked, score, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -189,7 +189,7 @@ def forward(spec: MoESpec, tensors: BlockTensors, x: Tensor, dtype: torch.dtype 
     return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
 
 
-class ReferenceBlock(SwappedBlock):
+class ReferenceBlock(StandingBlock):
     """A block that computes in float64 if it is a float64 block and in float32 otherwise, then rounds once.
 
     Takes and returns ``[..., H]`` in the weights' dtype. The weights are used by reference and take no gradient.
@@ -267,7 +267,7 @@ class ReferenceTarget:
             return Refusal(misfit)
         return None
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 
 

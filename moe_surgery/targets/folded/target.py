@@ -12,7 +12,7 @@ import torch
 
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
 from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -55,7 +55,7 @@ class FoldedTarget:
         reason = next(_objections(spec, context), None)
         return None if reason is None else Refusal(reason)
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`. On CUDA routed experts are used as they lie in memory."""
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         if context.device == "cpu":
