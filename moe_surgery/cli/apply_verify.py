@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_surgery import checks
 from moe_surgery.cli import exits
 from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moe_surgery.models.opening import Opened
+    from moe_surgery.models.text import Tokenizer
     from moe_surgery.planning.plan import Plan
     from moe_surgery.report.outcomes import Step
     from moe_surgery.report.report import Report
@@ -35,6 +37,7 @@ class Job:
     proof: Proof
     trust: Trust
     generate: str | None = None
+    prompt: str | None = None
     new_tokens: int = 16
     undoable: bool = True
     model_check: bool = True
@@ -47,6 +50,7 @@ class Tokens:
 
     before: dict[str, list[int | None]]
     after: dict[str, list[int | None]]
+    tokenizer: Tokenizer | None = None
 
     @property
     def equal(self) -> bool:
@@ -59,7 +63,12 @@ class Tokens:
 
     def sentences(self) -> list[str]:
         """One line for each part: that its tokens are equal, or where they part."""
-        return [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        lines = [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        if self.tokenizer is not None:
+            for part, ids in self.after.items():
+                numbers = [token for token in ids if token is not None]
+                lines += [f"{part}: {self.tokenizer.text(numbers)!r}"] if len(numbers) == len(ids) else []
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         return {"equal": self.equal, "before": self.before, "after": self.after}
@@ -68,13 +77,18 @@ class Tokens:
 def apply(screen: Screen, job: Job) -> int:
     """Load, operate, prove, compare and report."""
     import moe_surgery
+    from moe_surgery.models.text import Tokenizer
 
-    prompt = _prompt(job.generate)
-    plan = saved_plan(job)
+    ids = _ids(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
-        before = _greedy(opened.module, prompt, job.new_tokens, progress)
+        opened = load(job, plan, name, progress)
+        tokenizer = None
+        if job.prompt is not None:
+            tokenizer = Tokenizer(opened.directory, trust_remote_code=job.trust.trust_remote_code)
+            ids = tokenizer.ids(job.prompt)
+        before = _greedy(opened.module, ids, job.new_tokens, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
             opened.module,
@@ -86,7 +100,7 @@ def apply(screen: Screen, job: Job) -> int:
             on_progress=progress.step,
             **({} if plan else job.choice.as_plan()),
         )
-        tokens = Tokens(before, _greedy(opened.module, prompt, job.new_tokens, progress))
+        tokens = Tokens(before, _greedy(opened.module, ids, job.new_tokens, progress), tokenizer)
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
     failed = not tokens.finite or (not tokens.equal and rounded is None)
@@ -111,10 +125,10 @@ def verify(screen: Screen, job: Job) -> int:
     """Load, prove and report; nothing is replaced."""
     import moe_surgery
 
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -130,6 +144,14 @@ def verify(screen: Screen, job: Job) -> int:
     if failed:
         screen.say(f"error: the proof failed at {plural(len(failed), 'site')}, first {failed[0].path}")
     return report.exit_code
+
+
+def begin(screen: Screen, job: Job) -> Plan | None:
+    """Check all that can be before a model is loaded, and return the plan if the argument is one."""
+    screen.will_write(job.svg)
+    checks.margin(job.proof.margin)
+    checks.seed(job.proof.seed)
+    return saved_plan(job)
 
 
 def saved_plan(job: Job) -> Plan | None:
@@ -156,16 +178,22 @@ def named(model: str) -> Iterator[None]:
         raise
 
 
-def load(job: Job, model: str, progress: Progress) -> Opened:
+def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
+    from moe_surgery.models.checkpoint import digest
     from moe_surgery.models.opening import load_model
 
+    if plan is not None and Path(model).is_dir():
+        plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
     progress.phase(f"loading {model}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
 
 
-def _prompt(text: str | None) -> list[int]:
+def _ids(job: Job) -> list[int]:
     """Token ids from the command line, none if it gave none."""
+    text = job.generate
+    if text is not None and job.prompt is not None:
+        raise UsageError("--prompt and --generate both say what to continue; give one")
     if text is None:
         return []
     try:
@@ -197,7 +225,8 @@ def block_speeds(report: Report, progress: Progress, tokens: Sequence[int] | Non
     speeds = []
     for step in first.values():
         old, new = swaps[step.path].old, swaps[step.path].new
-        if old is not None and step.spec is not None:
+        # Experts alone are called with what a router gives them, which isn't made up here.
+        if old is not None and step.spec is not None and step.spec.at == "block":
             progress.phase(f"timing {step.path}")
             weight = next(old.parameters())
             dtype, device, sizes = weight.dtype, weight.device, tokens or TOKENS

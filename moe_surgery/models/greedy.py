@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moe_surgery import checks
 from moe_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
+MOST_TOKENS = 1 << 20
+_MOST_ID = 2**63 - 1
 # Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
 # the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
 FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
@@ -68,8 +71,11 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     """
     import torch
 
-    if not prompt or count < 1:
-        raise UsageError("a prompt of at least one token and a count of at least one are needed")
+    if not prompt:
+        raise UsageError("a prompt of at least one token is needed")
+    checks.whole(count, "the number of tokens to generate", 1, MOST_TOKENS)
+    for token in prompt:
+        checks.whole(token, "a token id", 0, _MOST_ID)
     result: dict[str, Tokens] = {}
     for name, part in generating_parts(model).items():
         arguments = generating(part, [prompt], count, name)
@@ -83,12 +89,22 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     return result
 
 
+def _check_positions(part: nn.Module, tokens: int, name: str) -> None:
+    """Raise :class:`UsageError` if a part's config has fewer positions than ``tokens``."""
+    config: Any = getattr(part, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens > positions:
+        raise UsageError(f"{name}: {tokens} tokens, prompt and answer, are more than its {positions} positions")
+
+
 def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str) -> dict[str, Any]:
     """Arguments of ``generate`` that have a part continue prompts of one length, greedily, as said above."""
     import torch
     from transformers import GenerationConfig
 
     embedding: Any = part.get_input_embeddings()  # type: ignore[operator]
+    _check_positions(part, len(prompts[0]) + count, name)
     vocabulary, device = embedding.weight.shape[0], embedding.weight.device
     ids = torch.tensor(prompts, device=device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}

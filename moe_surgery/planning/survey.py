@@ -13,7 +13,7 @@ from moe_surgery.models.tree import find_sites
 from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.block import read
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.reading import Reading, Unreadable
+from moe_surgery.read.reading import Broken, Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
@@ -52,6 +52,8 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
         return Surveyed(site, None, None)
     try:
         return _whole(site, known, shared)
+    except Broken as error:
+        return Surveyed(site, None, str(error))
     except Unreadable as error:
         inside = _inside(site, known, shared, str(error))
         return inside if inside is not None else Surveyed(site, None, str(error))

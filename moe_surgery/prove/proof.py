@@ -50,13 +50,14 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
 def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
+    It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
     ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
 
 
 def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
-    reading = _examine_old(old, ground)
+    reading = _examine_old(old, ground, empty=who == "old")
     faults = _error_faults(who, reading, ground)
     judged = reading
     if new is not None:
@@ -88,19 +89,21 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
     return verdict if faults else replace(verdict, reason=_account(verdict, margin))
 
 
-def _examine(block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False) -> Answers | Misconduct:
+def _examine(
+    block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False, empty: bool = True
+) -> Answers | Misconduct:
     try:
-        return exercise(block, calls(ground.probes, new=new), ground.truth, excused)
+        return exercise(block, calls(ground.probes, new=new, empty=empty), ground.truth, excused)
     except Misconduct as misconduct:
         return misconduct
 
 
-def _examine_old(old: Block, ground: Ground) -> Answers | Misconduct:
+def _examine_old(old: Block, ground: Ground, *, empty: bool) -> Answers | Misconduct:
     """Ask the old block, which takes ``[B, S, H]`` or, if it refuses that, only ``[T, H]``."""
     excused = frozenset({STRIDED, EMPTY})
-    answers = _examine(old, ground, excused)
+    answers = _examine(old, ground, excused, empty=empty)
     if isinstance(answers, Refused):
-        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused)
+        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty)
         return flat if isinstance(flat, Answers) else answers
     return answers
 

@@ -26,7 +26,7 @@ class Readings:
     """What was read of blocks so far, by their structure. Holds as long as the blocks live and nobody changes them."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, Reading | str] = {}
+        self._known: dict[Hashable, Reading | Unreadable] = {}
 
     def once(self, key: Hashable, read: Callable[[], Reading]) -> Reading:
         """What was read, or is now, of blocks that share ``key``. Raises :class:`Unreadable` as ``read`` did."""
@@ -34,10 +34,11 @@ class Readings:
             try:
                 self._known[key] = read()
             except Unreadable as error:
-                self._known[key] = str(error)
+                # A new one, as the frames and causes of this one would keep the block alive.
+                self._known[key] = type(error)(str(error))
         found = self._known[key]
-        if isinstance(found, str):
-            raise Unreadable(found)
+        if isinstance(found, Unreadable):
+            raise type(found)(str(found))
         return found
 
 

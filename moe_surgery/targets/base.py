@@ -83,6 +83,10 @@ class Target(Protocol):
         """None if ``build`` would succeed in ``context``; decided without touching weights or the GPU."""
         ...
 
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        """What a plan is to say beyond that ``spec`` is accepted, if anything."""
+        ...
+
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """A block computing ``spec`` with ``tensors``, on their device, in their dtype.
 

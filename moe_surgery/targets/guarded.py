@@ -117,7 +117,8 @@ def measure(block: nn.Module, tensors: BlockTensors) -> tuple[int, int]:
     Tensors that were stacked for the build are new memory themselves, if the kernels take them as they are.
     """
     given = [tensors.router, tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj]
-    given += [tensors.shared_gate, *([] if tensors.copied else [tensors.w13, tensors.w2])]
+    given += [tensors.shared_gate, tensors.router_bias, tensors.correction_bias, tensors.output_bias]
+    given += [] if tensors.copied else [tensors.w13, tensors.w2, tensors.w13_bias, tensors.w2_bias]
     originals = {tensor.untyped_storage().data_ptr() for tensor in given if tensor is not None}
     new: dict[int, int] = {}
     moved = 0

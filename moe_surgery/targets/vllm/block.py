@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.targets.reference import within
+from moe_surgery.targets.routing import handed
 from moe_surgery.targets.shared_as_experts import router_rows
-from moe_surgery.targets.vllm.routing import handed
 from moe_surgery.weights.tensors import BlockTensors
 
 
