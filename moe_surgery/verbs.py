@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,17 +115,23 @@ def apply(
     margin: float = 5.0,
     seed: int = 0,
     on_progress: Progress | None = None,
+    model_check: bool | Mapping[str, Any] = True,
     **as_plan: Any,
 ) -> Report:
     """Replace the blocks of a live model in place: all or nothing, every block proven before any is exchanged.
 
     Without ``plan`` one is made with the arguments of :func:`plan`. ``undoable`` keeps the originals for
-    :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. Raises
-    :class:`~moe_surgery.errors.ProofError` if a proof fails and :class:`~moe_surgery.errors.PlanError` if ``plan``
-    doesn't fit the model; the model is then as it was.
+    :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. With
+    ``model_check`` the whole model, or what parts of it take a few made-up token ids, runs before and after and must do
+    the same; arguments to call it with may be given instead. A block whose weights let no check tell it from a wrong
+    one is refused, and the others are replaced. Raises :class:`~moe_surgery.errors.ProofError` if a block or the model
+    with the new blocks is wrong, :class:`~moe_surgery.errors.ExpectationError` if ``expect`` or ``strict`` ask for more
+    than can be proven, and :class:`~moe_surgery.errors.PlanError` if ``plan`` doesn't fit the model; the model is then
+    as it was.
     """
     checks.margin(margin), checks.seed(seed), checks.truth(undoable, "undoable")
-    settings = Settings(margin, seed, undoable, on_progress)
+    expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
+    settings = Settings(margin, seed, undoable, on_progress, model_check, expect, strict)
     return _operation(_live(model), plan, settings, as_plan).apply()
 
 
@@ -140,14 +146,17 @@ def verify(
 ) -> Report:
     """The proof alone: every block is built and measured, the model is left as it was.
 
-    A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a proof fails.
+    A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a block is wrong; a block that
+    these weights don't let be proven is refused.
     """
     checks.margin(margin), checks.seed(seed)
     if isinstance(model, str | Path):
         from moe_surgery.models.opening import load_model
 
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
-    return _operation(model, plan, Settings(margin, seed, True, on_progress), as_plan).verify()
+    expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
+    settings = Settings(margin, seed, True, on_progress, False, expect, strict)
+    return _operation(model, plan, settings, as_plan).verify()
 
 
 def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any]) -> Operation:

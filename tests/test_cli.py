@@ -169,8 +169,9 @@ def test_apply_reports_proof_memory_speed_and_equal_tokens(model: str) -> None:
     assert " ×3  rel " in lines[1]
     assert "margin" in lines[1]
     assert lines[3].startswith("weights  ")
-    assert lines[4].startswith("speed    MoE block ")
-    assert " at 1 token, " in lines[4]
+    assert lines[4].startswith("model    the whole model, run on 8 tokens, ")
+    assert lines[5].startswith("speed    MoE block ")
+    assert " at 1 token, " in lines[5]
     assert any(line.startswith("tokens   model: the same 5 greedy tokens, ") for line in lines)
     assert lines[-1].startswith("3 replaced, 0 kept, 0 missed, 0 refused · ")
 

@@ -121,6 +121,9 @@ def apply(
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
     ] = False,
+    no_model_check: Annotated[
+        bool, typer.Option("--no-model-check", help="Don't run the whole model on a few tokens, before and after.")
+    ] = False,
     svg: Svg = None,
 ) -> None:
     """Load MODEL, replace its MoE blocks, prove each, and report."""
@@ -134,6 +137,7 @@ def apply(
         prompt=prompt,
         new_tokens=new_tokens,
         undoable=not no_undo,
+        model_check=not no_model_check,
         svg=svg,
     )
     run(output, lambda screen: apply_verify.apply(screen, job))

@@ -46,6 +46,7 @@ class Job:
     prompt: str | None = None
     new_tokens: int = 16
     undoable: bool = True
+    model_check: bool = True
     svg: Path | None = None
 
 
@@ -53,19 +54,26 @@ class Job:
 class Tokens:
     """Greedy tokens of every part that generates, before and after; nothing if none were asked for."""
 
-    before: dict[str, list[int]]
-    after: dict[str, list[int]]
+    before: dict[str, list[int | None]]
+    after: dict[str, list[int | None]]
     tokenizer: Tokenizer | None = None
 
     @property
     def equal(self) -> bool:
-        return self.before == self.after
+        return self.finite and self.before == self.after
+
+    @property
+    def finite(self) -> bool:
+        """Whether every token was chosen among numbers."""
+        return not any(None in tokens for run in (self.before, self.after) for tokens in run.values())
 
     def sentences(self) -> list[str]:
         """One line for each part: that its tokens are equal, or where they part."""
         lines = [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
         if self.tokenizer is not None:
-            lines += [f"{part}: {self.tokenizer.text(ids)!r}" for part, ids in self.after.items()]
+            for part, ids in self.after.items():
+                numbers = [token for token in ids if token is not None]
+                lines += [f"{part}: {self.tokenizer.text(numbers)!r}"] if len(numbers) == len(ids) else []
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def apply(screen: Screen, job: Job) -> int:
             opened.module,
             plan,
             undoable=job.undoable,
+            model_check=job.model_check,
             margin=job.proof.margin,
             seed=job.proof.seed,
             on_progress=progress.step,
@@ -100,7 +109,7 @@ def apply(screen: Screen, job: Job) -> int:
         tokens = Tokens(before, _greedy(opened.module, ids, job.new_tokens, progress), tokenizer)
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
-    failed = not tokens.equal and rounded is None
+    failed = not tokens.finite or (not tokens.equal and rounded is None)
     report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
     notes += [("tokens", line) for line in tokens.sentences()]
@@ -108,7 +117,9 @@ def apply(screen: Screen, job: Job) -> int:
         notes.append(("next", _NEXT))
     more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
     screen.report(report, notes=notes, more=more, svg=job.svg)
-    if failed:
+    if not tokens.finite:
+        screen.say("error: logits that aren't finite agree with nothing")
+    elif failed:
         screen.say("error: greedy tokens before and after differ")
     elif not tokens.equal:
         screen.say(
@@ -137,7 +148,7 @@ def verify(screen: Screen, job: Job) -> int:
         )
     report = report.but(model=name)
     screen.report(report, svg=job.svg)
-    failed = [step for step in report.refused if step.verdict is not None]
+    failed = [step for step in report.refused if step.verdict is not None and not step.verdict.powerless]
     if failed:
         screen.say(f"error: the proof failed at {plural(len(failed), 'site')}, first {failed[0].path}")
     return report.exit_code
@@ -202,7 +213,7 @@ def _ids(job: Job) -> list[int]:
     return ids
 
 
-def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int]]:
+def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int | None]]:
     if not prompt:
         return {}
     from moe_surgery.models.greedy import greedy_tokens
@@ -238,7 +249,10 @@ def _low_precision(module: nn.Module) -> str | None:
     return next(iter(sorted(dtypes & {"bfloat16", "float16"})), None)
 
 
-def _compared(part: str, before: list[int], after: list[int]) -> str:
+def _compared(part: str, before: list[int | None], after: list[int | None]) -> str:
+    for when, tokens in (("before", before), ("after", after)):
+        if None in tokens:
+            return f"{part}: NOTHING TO COMPARE: {when} its logits aren't finite at token {tokens.index(None) + 1}"
     if before == after:
         return f"{part}: the same {plural(len(before), 'greedy token')}, {_few(before)}"
     at = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
@@ -247,6 +261,6 @@ def _compared(part: str, before: list[int], after: list[int]) -> str:
     return f"{part}: GREEDY TOKENS DIFFER from number {at + 1} on: {_few(before[at:])} became {_few(after[at:])}"
 
 
-def _few(tokens: list[int]) -> str:
+def _few(tokens: Sequence[int | None]) -> str:
     shown = " ".join(map(str, tokens[:8]))
     return f"{shown} …" if len(tokens) > 8 else shown

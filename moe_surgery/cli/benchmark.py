@@ -71,14 +71,14 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
 
 def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     """Time an engine's steps with surgery and without. Nothing is said of single blocks."""
-    from moe_surgery.engine.timing import both_engines
+    from moe_surgery.engine.timing import asking, both_engines
     from moe_surgery.packs.registry import load_packs
     from moe_surgery.report.from_json import report_from_json
 
     screen.will_write(job.svg)
     _check(job)
     load_packs(job.choice.pack or None)
-    asked = both_engines.Job(
+    asked = asking.Job(
         job.model,
         times.sequences,
         times.prefill,

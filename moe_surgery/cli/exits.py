@@ -20,6 +20,7 @@ MEANINGS: tuple[tuple[int, str], ...] = (
     (13, "weights not covered"),
     (UNSUPPORTED, "unsupported version, or no engine"),
     (15, "processes disagree, or none loaded a model"),
+    (16, "a GPU failed and can't be used any more"),
     (INTERRUPTED, "interrupted, rolled back"),
 )
 

@@ -17,7 +17,7 @@ MOST_TOKENS = 1 << 20
 _MOST_ID = 2**63 - 1
 # Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
 # the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
-_FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
+FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
 
 
 def generating_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,14 +55,19 @@ def without_a_trace(*models: nn.Module) -> Iterator[None]:
                 delattr(module, mark)
 
 
-def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, list[int]]:
+Tokens = list[int | None]
+"""Token ids; None stands for one that was chosen among logits that aren't numbers, and is equal to no other."""
+
+
+def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, Tokens]:
     """Continue ``prompt`` by at most ``count`` tokens, always the likeliest, with each generating part on its own.
 
     The keys are the names of the parts ("thinker", "talker"), or "model" for a model that is one. A part that another
     one feeds gets the prompt as embeddings of its own vocabulary, token ids taken modulo its size, and zeros as the
     other part's states: not what the model would say, but the same question before and after. A part stops early at
-    the end-of-sequence token of its generation config. Raises :class:`UsageError` for a prompt that doesn't fit the
-    vocabulary and for a model in which nothing generates, :class:`ModelError` for one that can't be run.
+    the end-of-sequence token of its generation config. Logits with a NaN in them, or whose greatest is infinite, choose
+    no token. Raises :class:`UsageError` for a prompt that doesn't fit the vocabulary and for a model in which nothing
+    generates, :class:`ModelError` for one that can't be run.
     """
     import torch
 
@@ -71,15 +76,19 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     checks.whole(count, "the number of tokens to generate", 1, MOST_TOKENS)
     for token in prompt:
         checks.whole(token, "a token id", 0, _MOST_ID)
-    result = {}
+    result: dict[str, Tokens] = {}
     for name, part in generating_parts(model).items():
         arguments = generating(part, [prompt], count, name)
+        arguments["generation_config"].output_logits = True
         try:
             with torch.no_grad(), without_a_trace(part):
-                tokens = part.generate(**arguments).sequences[0].tolist()  # type: ignore[operator]
+                found = part.generate(**arguments)  # type: ignore[operator]
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a model that doesn't run as it is
             raise ModelError(f"{name}: it can't generate: {type(error).__name__}: {error}") from error
-        result[name] = tokens[len(prompt) :] if "input_ids" in arguments else tokens
+        tokens = found.sequences[0].tolist()
+        tokens = tokens[len(prompt) :] if "input_ids" in arguments else tokens
+        chosen = zip(tokens, found.logits, strict=True)
+        result[name] = [token if bool(logits[0].max().isfinite()) else None for token, logits in chosen]
     return result
 
 
@@ -102,7 +111,7 @@ def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str)
     vocabulary, device = embedding.weight.shape[0], embedding.weight.device
     ids = torch.tensor(prompts, device=device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-    fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
+    fed = [key for key in FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
     if fed:
         with torch.no_grad():
             arguments["inputs_embeds"] = embedding(ids % vocabulary)

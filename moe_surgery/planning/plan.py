@@ -249,6 +249,8 @@ def _decide(
     rule, spec = match.rule, match.reading.spec
     if excuse:
         return Step(path, kind, "kept", excuse, rule, None, spec)
+    if item.held is not None:
+        return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
@@ -257,9 +259,10 @@ def _decide(
         return Step(path, kind, "refused", reason, rule, target.name, spec)
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else "cpu", dtype, live)
-    note = None
     if isinstance(target, AutoTarget):
         target, note = target.pick(spec, context)
+    else:
+        note = target.remark(spec, context)
     refusal = target.accepts(spec, context)
     if refusal is not None:
         reason = f"{refusal.reason}; {note}" if note else refusal.reason

@@ -140,7 +140,7 @@ def _named(module: nn.Module) -> Iterator[str]:
     yield from _named_by(type(module))  # type: ignore[arg-type]
     for value in vars(module).values():
         for function in functions(value):
-            yield from _words(function.__code__)
+            yield from words(function.__code__)
 
 
 @functools.cache
@@ -153,14 +153,15 @@ def _named_by(kind: type) -> frozenset[str]:
             function = getattr(value, "fget", value)
             if name not in _NOT_RUN and isinstance(function, FunctionType):
                 for other in (function, *functions(function)):
-                    found.update(_words(other.__code__))
+                    found.update(words(other.__code__))
     return frozenset(found)
 
 
-def _words(code: CodeType) -> Iterator[str]:
+def words(code: CodeType) -> Iterator[str]:
+    """The names in code, and the texts that may be names."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
         elif isinstance(constant, CodeType):
-            yield from _words(constant)
+            yield from words(constant)

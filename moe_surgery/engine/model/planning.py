@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import unfit
 from moe_surgery.engine.model.folded_router import not_folded
+from moe_surgery.engine.model.kernel_block import not_on_kernels
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.errors import PlanError
@@ -24,7 +26,7 @@ from moe_surgery.report.outcomes import Step
 
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"
-"""What engines take: the shared-fused layer, or the shared expert among the routed ones."""
+"""What engines take: the shared-fused layer, or the shared expert among the routed ones (on a GPU, in our kernels)."""
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -104,9 +106,9 @@ def _decide(
     reason = obstacle or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
-    if wanted != FOLDED:
+    if wanted == LAYER or (wanted == AUTO and not current_platform.is_cuda()):
         return Step(path, kind, "replaced", spec.sentence(), rule, LAYER, spec)
-    reason = not_folded(item)
+    reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
     if reason is not None:
         return Step(path, kind, "replaced", f"{spec.sentence()} · not folded: {reason}", rule, LAYER, spec)
     return Step(path, kind, "replaced", spec.sentence(), rule, FOLDED, spec)
