@@ -72,6 +72,24 @@ def test_a_restarted_process_replaces_what_it_left_before(tmp_path: Path) -> Non
     check(read_all(tmp_path))
 
 
+def test_a_draft_model_does_not_speak_for_its_target(tmp_path: Path) -> None:
+    target = replace(ONE, outcome="unpatched", error="why")
+    draft = replace(ONE, load=2)
+    paths = [write(tmp_path, receipt) for receipt in (target, draft)]
+    assert [path.name for path in paths] == ["Model-rank0-11.json", "Model-rank0-11.2.json"]
+    assert read_all(tmp_path) == (target, draft)
+    with pytest.raises(ReceiptError, match="no receipt of rank 1"):
+        check([*ranks(2), *ranks(2, load=2)[:1]])
+
+
+def test_a_failure_that_its_process_outlived_stays(tmp_path: Path) -> None:
+    failed = replace(ONE, pid=os.getpid(), outcome="failed", error="out of memory")
+    os.utime(write(tmp_path, failed), ns=(1, 1))
+    write(tmp_path, replace(ONE, pid=2**22 + 1))
+    with pytest.raises(SurgeryError, match="out of memory"):
+        check(read_all(tmp_path))
+
+
 def test_other_files_in_the_folder_are_no_receipts(tmp_path: Path) -> None:
     for name in ("plan.json", "notes.txt", ".Model-rank0-1.json.x.part"):
         (tmp_path / name).write_text("{")
