@@ -225,9 +225,16 @@ PUSHES: dict[str, Callable[[Any, Path], Any]] = {
     "start_weight_update": lambda worker, folder: worker.start_weight_update(),
     "update_weights": lambda worker, folder: worker.update_weights({}),
     "weight_loader": _by_parameter,
-    "sleep without a copy": lambda worker, folder: worker.sleep(2),
+    "sleep without a copy": lambda worker, folder: _sleep(worker),
 }
 """Each way that weights come into an engine which serves, as a call in its worker."""
+
+
+def _sleep(worker: Any) -> None:
+    """As a GPU's worker does; that of a CPU, which is one too, lets it be."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    Worker.sleep(worker, 2)
 
 
 def _inner(model: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from engine.make_checkpoint import make
 from engine_examples import PUSHES, Run, run_all
 
-TARGETS = {"naive_talker": ("vllm", "folded"), "list_moe": ("vllm", "folded"), "unfused_deepseek": ("folded",)}
+TARGETS = {"naive_talker": ("vllm", "folded"), "list_moe": ("vllm",)}
 
 
 @pytest.mark.slow

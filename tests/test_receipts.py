@@ -243,3 +243,18 @@ def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
 def test_the_command_says_what_runs_unpatched(tmp_path: Path) -> None:
     write(tmp_path, replace(ONE, outcome="unpatched", fingerprint=None, error="no kernels"))
     assert call(tmp_path, exit_code=0).stderr == "warning: Model runs unpatched in process 11: no kernels\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="can't (make|write to) /proc/1"):
+        new_run("/proc/1")
+
+
+def test_the_front_end_misses_cores_without_a_receipt(tmp_path: Path) -> None:
+    from moe_surgery.engine.cores import check_cores
+
+    write(tmp_path, replace(ONE, pid=2**22 + 1))  # of an engine that ended
+    with pytest.raises(ReceiptError, match="1 of 1 engine cores started without it"):
+        check_cores(tmp_path, 1)
+    write(tmp_path, replace(ONE, pid=os.getpid()))
+    check_cores(tmp_path, 1)

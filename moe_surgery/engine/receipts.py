@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -38,13 +39,18 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def new_run(run: str | Path) -> Path:
     """The folder ``run``, made if need be, as an absolute path.
 
-    Raises :class:`UsageError` if it can't be made, or has receipts already: they would pass for those of a later run.
+    Raises :class:`UsageError` if it can't be made or written to, or has receipts already: they would pass for those of
+    a later run.
     """
     folder = Path(run).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"can't make {run}: {error.strerror or error}") from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"can't write to {run}: {error.strerror or error}") from error
     if _paths(folder):
         raise UsageError(f"{run} has the receipts of an earlier run; give another folder")
     return folder
@@ -71,7 +77,7 @@ def read_all(run: str | Path) -> tuple[Receipt, ...]:
     """
     told = sorted((_read(path) for path in _paths(Path(run))), key=lambda read: (read[1], read[0].pid))
     newest = {(receipt.model, receipt.load, receipt.rank): receipt for receipt, _ in told}
-    failing = [receipt for receipt, _ in told if receipt.outcome == "failed" and _lives(receipt.pid)]
+    failing = [receipt for receipt, _ in told if receipt.outcome == "failed" and lives(receipt.pid)]
     return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *failing)}.values(), key=_order))
 
 
@@ -79,7 +85,7 @@ def check(receipts: Iterable[Receipt]) -> None:
     """Raise unless every rank of every model tells of the same operation.
 
     The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
-    is no receipt, if a rank has none, or if ranks of one model differ in outcome, or in plan within a pipeline stage:
+    is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan within a pipeline stage:
     stages hold different layers. Ledgers aren't compared: under tensor parallelism each rank has weights of its own.
     """
     told = sorted(receipts, key=_order)
@@ -91,9 +97,9 @@ def check(receipts: Iterable[Receipt]) -> None:
     for (model, _), group in groupby(told, key=lambda receipt: (receipt.model, receipt.load)):
         ranks = list(group)
         _check_ranks(model, ranks)
-        _check_equal(model, "outcomes", ranks, [receipt.outcome for receipt in ranks])
         for stage in sorted({receipt.stage for receipt in ranks}):
             mine = [receipt for receipt in ranks if receipt.stage == stage]
+            _check_equal(model, "outcomes", mine, [receipt.outcome for receipt in mine])
             _check_equal(model, "plans", mine, [receipt.fingerprint or "none" for receipt in mine])
 
 
@@ -148,7 +154,8 @@ def _read(path: Path) -> tuple[Receipt, int]:
     return Receipt(**data), written
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process of this host is still there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -106,7 +106,7 @@ class _Seam:
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
                 else:
-                    _write(load, "operated", report=report)
+                    _write(load, "operated" if report.replaced else "kept", report=report)
                     return model
                 # Out of the handler: its traceback would keep the model that failed in memory beside the new one.
                 _call_off(load, book, vllm_config)
@@ -260,7 +260,7 @@ def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, err
         ),
     )
     # In a pipeline no process knows of all sites.
-    if surgery is not None and world.rank == 0 and outcome == "operated" and pipeline.world_size == 1:
+    if surgery is not None and world.rank == 0 and outcome in ("operated", "kept") and pipeline.world_size == 1:
         which = model if load.number == 1 else f"{model}-{load.number}"
         surgery.plan.save(Path(load.orders.run) / f"{which}-plan.json")
 
