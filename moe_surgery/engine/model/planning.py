@@ -130,7 +130,6 @@ def _obstacle(config: VllmConfig) -> str | None:
         "expert load balancing": parallel.enable_eplb,
         "sequence parallelism of MoE layers": parallel.use_sequence_parallel_moe,
         "LoRA": config.lora_config is not None,
-        "quantisation": config.quant_config is not None,
     }
     found = [what for what, on in held.items() if on]
     return f"the swap is not supported under {' and '.join(found)}" if found else None
