@@ -140,7 +140,9 @@ def _read(path: Path) -> tuple[Receipt, int]:
     try:
         written = path.stat().st_mtime_ns
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: not a receipt: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a receipt: {error}") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise UsageError(f"{path}: not a receipt of schema {SCHEMA}")

@@ -59,7 +59,7 @@ def read(block: nn.Module) -> Reading:
         records = [
             crowded.record,
             _tokens(block, (*batch, width), torch.float32, spread),
-            _parse(record(block, (1, 1, width), own, spread, plain=True), own),
+            parse_record(record(block, (1, 1, width), own, spread, plain=True), own),
         ]
         records += _if_it_takes(block, (2, 3, width), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
@@ -79,6 +79,10 @@ def read(block: nn.Module) -> Reading:
     )
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
+    # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
+    precisions = (first if own == torch.float32 else records[2].tokens[0]).precisions
+    if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
+        raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
     spec = MoESpec(
         hidden=width,
         router=RouterSpec(
@@ -87,8 +91,9 @@ def read(block: nn.Module) -> Reading:
             scoring=router.scoring,
             renormalize=router.renormalize,
             scale=router.scale,
-            logits_dtype=first.logits_dtype,
-            weights_dtype=first.weights_dtype,
+            logits_dtype=precisions.logits,
+            weights_dtype=precisions.weights,
+            scores_dtype=precisions.scores,
             bias=router.bias is not None,
             soft_cap=router.soft_cap,
             correction_bias=router.correction is not None,
@@ -96,6 +101,9 @@ def read(block: nn.Module) -> Reading:
             epsilon=router.epsilon,
             floor=router.floor,
             norm=router.norm,
+            ranks=router.ranks,
+            ranked_dtype=precisions.ranked,
+            cap_dtype=precisions.cap,
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
@@ -176,15 +184,11 @@ def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, p
         flow = record(block, shape, dtype, _crowded, plain=plain)
     except Unfollowed:
         return []
-    return [_parse(flow, dtype)]
+    return [parse_record(flow, dtype)]
 
 
 def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> Record:
-    return _parse(record(block, shape, dtype, route), dtype)
-
-
-def _parse(flow: Flow, dtype: torch.dtype) -> Record:
-    return parse_record(flow, dtype)
+    return parse_record(record(block, shape, dtype, route), dtype)
 
 
 def parse_record(flow: Flow, dtype: torch.dtype) -> Record:

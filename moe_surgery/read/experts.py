@@ -65,10 +65,7 @@ def read_experts(module: nn.Module) -> Reading:
         raise Unreadable("its experts add what has no routing weight")
     if first.on_input:
         raise Unreadable("its experts weight their inputs")
-    everyone = [
-        replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records
-    ]
-    experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
+    experts = same_experts(records, first, total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
     check_complete(state, layout, range(total, total + identities))
     found = replace(experts_spec(experts, first), identities=identities)
