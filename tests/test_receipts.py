@@ -258,3 +258,11 @@ def test_the_front_end_misses_cores_without_a_receipt(tmp_path: Path) -> None:
         check_cores(tmp_path, 1)
     write(tmp_path, replace(ONE, pid=os.getpid()))
     check_cores(tmp_path, 1)
+
+
+def test_the_receipts_of_an_earlier_engine_do_not_count_for_a_later_one(tmp_path: Path) -> None:
+    from moe_surgery.engine.cores import check_cores
+
+    write(tmp_path, replace(ONE, pid=os.getpid()))
+    with pytest.raises(ReceiptError, match="1 of 1 engine cores started without it"):
+        check_cores(tmp_path, 1, before=frozenset({os.getpid()}))

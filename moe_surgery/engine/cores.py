@@ -24,12 +24,14 @@ def watch() -> None:
 
     @functools.wraps(original)
     def start(client: Any, *args: Any, **kwargs: Any) -> None:
-        original(client, *args, **kwargs)
         orders = Orders.from_env()
         if orders is None or not orders.for_engines:
+            original(client, *args, **kwargs)
             return
+        before = _living(orders.run)  # of engines that were started earlier
+        original(client, *args, **kwargs)
         try:
-            check_cores(orders.run, len(client.core_engines))
+            check_cores(orders.run, len(client.core_engines), before)
         except ReceiptError:
             client.shutdown()
             raise
@@ -37,11 +39,19 @@ def watch() -> None:
     MPClient.__init__ = start
 
 
-def check_cores(run: str | Path, cores: int) -> None:
-    """Raise :class:`ReceiptError` if fewer living processes than ``cores`` left a receipt in ``run``."""
-    told = {receipt.pid for receipt in receipts.read_all(run) if receipts.lives(receipt.pid)}
+def check_cores(run: str | Path, cores: int, before: frozenset[int] = frozenset()) -> None:
+    """Raise :class:`ReceiptError` if fewer living processes than ``cores`` left a receipt in ``run``.
+
+    Those of the processes ``before`` don't count.
+    """
+    told = _living(run) - before
     if len(told) < cores:
         raise ReceiptError(
             f"surgery was asked for, but {cores - len(told)} of {cores} engine cores started without it: they don't "
             "see the plugin moe_surgery (see moe-surgery doctor)"
         )
+
+
+def _living(run: str | Path) -> frozenset[int]:
+    """The living processes that left a receipt in ``run``."""
+    return frozenset(receipt.pid for receipt in receipts.read_all(run) if receipts.lives(receipt.pid))
