@@ -55,6 +55,7 @@ class RouterSpec:
     scores themselves, which models keep in float32. With ``scoring`` "own" the model's own router runs as it is and
     hands over ids and weights; how it finds them is not said here.
 
+    ``matrix_dtype`` is "float32" where the router's matrix is stored in float32 though the block's weights are not.
     ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
     divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
@@ -74,6 +75,7 @@ class RouterSpec:
     epsilon: float = 0.0
     floor: float = 0.0
     norm: float = 1.0
+    matrix_dtype: Precision = "native"
 
     @property
     def ranks_by_logits(self) -> bool:
@@ -196,6 +198,8 @@ class MoESpec:
     def _routing(self) -> str:
         r = self.router
         text = f"{'its own' if r.own else r.scoring} top-{r.top_k} of {r.num_experts}"
+        if r.matrix_dtype == "float32":
+            text += " by a float32 router"
         if r.bias:
             text += " with logit bias"
         if r.soft_cap is not None:
@@ -216,6 +220,7 @@ class MoESpec:
         r, e, s = self.router, self.experts, self.shared
         has = {
             "only its experts": self.at == "experts",
+            "a float32 router": r.matrix_dtype != "native",
             "a logit bias": r.bias,
             "a soft cap": r.soft_cap is not None,
             "a correction bias": r.correction_bias,

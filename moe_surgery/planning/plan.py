@@ -15,6 +15,7 @@ from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.installed.versions import versions
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
+from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
@@ -207,7 +208,7 @@ def _decide(
     if live and any(module.training for module in item.site.module.modules()):
         reason = "the model is in training mode, and the replacement has no backward pass; call model.eval()"
         return Step(path, kind, "refused", reason, rule, target.name, spec)
-    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else "cpu", dtype, live)
     note = None
     if isinstance(target, AutoTarget):

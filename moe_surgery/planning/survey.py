@@ -44,8 +44,7 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
     try:
         return _whole(site, known, shared)
     except Unreadable as error:
-        inside = _inside(site, known, shared, str(error))
-        return inside if inside is not None else Surveyed(site, None, str(error))
+        return _inside(site, known, shared, str(error))
 
 
 def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
@@ -54,19 +53,19 @@ def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveye
     return Surveyed(site, _read(site, known, read), None)
 
 
-def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed | None:
-    """The only module of experts inside a block that can't be read for ``reason``, if it can be."""
+def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed:
+    """The only module of experts inside a block that can't be read for ``reason``, if it can be; else both reasons."""
     found = list(experts_modules(site.module))
     if len(found) != 1:
-        return None
+        return Surveyed(site, None, reason)
     path, module = found[0]
     inner = Site(f"{site.path}.{path}" if site.path else path, module)
     try:
         _check_place(inner, shared)
         check_site(module, inputs=3)
         return Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None)
-    except Unreadable:
-        return None
+    except Unreadable as error:
+        return Surveyed(site, None, f"{reason}; nor its experts alone ({path}): {error}")
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:

@@ -26,7 +26,8 @@ from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Choice, Flow, Route
-from moe_surgery.read.unrecorded import check_complete, check_site
+from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
@@ -53,7 +54,7 @@ def read(block: nn.Module) -> Reading:
         crowded = _first(block, hidden, state)
         router = crowded.tokens[0].router
         width = crowded.width
-        own = next(iter(state.values())).dtype
+        own = own_dtype(state) or torch.float32
         tokens = max(_MANY, router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
@@ -96,6 +97,7 @@ def read(block: nn.Module) -> Reading:
             epsilon=router.epsilon,
             floor=router.floor,
             norm=router.norm,
+            matrix_dtype=check_dtypes(state, layout),
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
@@ -141,7 +143,7 @@ def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Cr
 
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
-    problem: Unreadable = Unreadable("it has no weights")
+    problem = Unfollowed("it has no weights", -1)
     for width in widths:
         try:
             batch = odd_batch(state, 1)
@@ -152,7 +154,7 @@ def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Cr
                 found = _tokens(block, (*known, width), torch.bfloat16, _crowded)
             return _Crowded(found, width)
         except Unfollowed as error:
-            problem = error if width == widths[0] else problem
+            problem = error if error.operations > problem.operations else problem  # it came further
     raise problem
 
 

@@ -18,7 +18,8 @@ from moe_surgery.read.block import Record, experts_spec, hidden_sizes, odd_batch
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
-from moe_surgery.read.unrecorded import check_complete, check_site
+from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -47,8 +48,8 @@ def read_experts(module: nn.Module) -> Reading:
     state = check_site(module, inputs=3)
     with own_forward(module):
         width, total, few = _first(module, state)
-        own = next(iter(state.values())).dtype
-        batch = odd_batch(state, max(_MANY, total), total, few)
+        own = own_dtype(state) or torch.float32
+        batch = odd_batch(state, max(_MANY, total // min(3, total) + 1), total, few)
         count = batch[0] * batch[1]
         k = min(3, total)
         records = [
@@ -71,6 +72,7 @@ def read_experts(module: nn.Module) -> Reading:
     experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
     check_complete(state, layout, range(total, total + identities))
+    check_dtypes(state, layout)
     found = replace(experts_spec(experts, first), identities=identities)
     spec = MoESpec(
         hidden=width,
@@ -85,12 +87,12 @@ def read_experts(module: nn.Module) -> Reading:
 
 def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
     """The input's width, the number of experts, and a number of choices they take."""
-    problem: Unreadable | None = None
+    problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
     for width in hidden_sizes(state):
         for total in _totals(module, state):
             few = min(2, total)
             try:
-                batch = odd_batch(state, 1, total, few)
+                batch = odd_batch(state, total // few + 1, total, few)  # enough to visit every expert
                 rows = batch[0] * batch[1]
                 record = _record(module, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
                 experts = same_experts([record], record.tokens[0], total)
@@ -100,9 +102,13 @@ def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
                 check_complete(state, layout, range(total, 1 << 30))
                 return width, total, few
             except Unreadable as error:
-                known = problem is not None and not isinstance(problem, Unfollowed)
-                problem = problem if known else error
-    raise problem or Unreadable("it has no weights that experts could have")
+                problem = error if _further(error) > _further(problem) else problem
+    raise problem
+
+
+def _further(problem: Unreadable) -> float:
+    """How far reading came, that of all sizes tried the reason of the likeliest is given."""
+    return problem.operations if isinstance(problem, Unfollowed) else float("inf")
 
 
 def _totals(module: nn.Module, state: dict[str, Tensor]) -> list[int]:

@@ -14,7 +14,11 @@ class Unreadable(Exception):
 
 
 class Unfollowed(Unreadable):
-    """The block's forward raised an error of its own while it was recorded."""
+    """The block's forward raised an error of its own while it was recorded, after ``operations``."""
+
+    def __init__(self, reason: str, operations: int = 0) -> None:
+        super().__init__(reason)
+        self.operations = operations
 
 
 @dataclass(frozen=True)

@@ -1529,7 +1529,7 @@ def one_expert_of_another_kind(block: Any) -> None:
     block.experts[4].act_fn = lambda x: torch.relu(x).square()
 
 
-@altered("dtypes", parts=(ListOfMLPs,))
+@altered("float64", parts=(ListOfMLPs,))
 def mixed_dtypes(block: Any) -> None:
     block.gate.double()
     block.logits = lambda x: F.linear(x, block.gate.weight.to(x.dtype))

@@ -58,7 +58,8 @@ def _recorded(
     except Exception as error:
         if recorder.objections:
             raise Unreadable(recorder.objections[0]) from error
-        raise Unfollowed(f"its forward could not be followed: {type(error).__name__}: {error}") from error
+        reason = f"its forward could not be followed: {type(error).__name__}: {error}"
+        raise Unfollowed(reason, len(recorder.graph.nodes)) from error
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
     changed = changes(before, watched(block))

@@ -249,7 +249,8 @@ class Recorder(TorchDispatchMode):
             raise self.object_to("its output doesn't depend on its input")
         alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
         if (tuple(output.shape) != shape and not (self.route is no_choice and alike)) or output.dtype != self.dtype:
-            raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
+            reason = f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}"
+            raise Unfollowed(reason, len(self.graph.nodes))
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
         while waiting:
             node = waiting.pop()

@@ -28,7 +28,7 @@ class FusedMoEBlock(GuardedBlock):
         self, spec: MoESpec, tensors: BlockTensors, fused: nn.Module, label: str, *, folded: bool = False
     ) -> None:
         """``folded``: ``fused`` takes the shared expert's gate behind the router's logits, if there is one."""
-        super().__init__(spec, router_rows(tensors) if folded else tensors.router, label)
+        super().__init__(spec, router_rows(tensors) if folded else tensors.router, label, tensors.w13.dtype)
         bias = tensors.router_bias
         if bias is not None and len(self.router_weight) > len(bias):
             bias = torch.cat([bias, bias.new_zeros(1)])
