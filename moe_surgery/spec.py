@@ -167,7 +167,8 @@ class MoESpec:
     """A sparse-MoE block as a function of its input ``[..., hidden]``; it returns one tensor of the same shape.
 
     ``at`` is "block" where the whole block was read. It is "experts" where only the module of its routed experts was:
-    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is.
+    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is. ``results``
+    is what the block returns, in words, if that isn't its output alone.
     """
 
     hidden: int
@@ -176,6 +177,7 @@ class MoESpec:
     shared: SharedSpec | None
     at: Literal["block", "experts"] = "block"
     output_bias: bool = False
+    results: str = ""
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
@@ -193,6 +195,8 @@ class MoESpec:
             parts.append(f"shared {s.width} {s.mix}{gate}{scale}")
         if self.output_bias:
             parts.append("output bias")
+        if self.results:
+            parts.append(f"returns {self.results}")
         return " · ".join(parts)
 
     def _routing(self) -> str:
@@ -233,6 +237,7 @@ class MoESpec:
             "identity experts": e.identities > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,
             "an output bias": self.output_bias,
+            "other results than its output": bool(self.results),
         }
         return tuple(what for what, held in has.items() if held)
 
@@ -253,6 +258,7 @@ class MoESpec:
             shared=None if shared is None else SharedSpec(**shared),
             at=data.get("at", "block"),
             output_bias=data.get("output_bias", False),
+            results=data.get("results", ""),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,13 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
-from moe_surgery.prove.proof import prove
+from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import SwappedBlock, Target
+from moe_surgery.targets.convention import Convention
 from moe_surgery.weights.tensors import BlockTensors, gather
 
 Progress = Callable[[int, int, str], None]
@@ -135,9 +135,11 @@ class Operation:
     def _build(self, path: str, tensors: BlockTensors | None = None) -> SwappedBlock:
         block = self.model.get_submodule(path)
         reading = self.readings[path]
-        new = self.targets[path].build(reading.spec, tensors or gather(block, reading.layout), prefix=path)
+        tensors = tensors or gather(block, reading.layout)
+        new = self.targets[path].build(reading.spec, tensors, prefix=path)
         new.rule = self.rules[path]
-        new.names = tuple(inspect.signature(block.forward).parameters)
+        if reading.spec.at == "experts" or not (reading.calling.plain and reading.results is None):
+            new.convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
             new.observe(owner, block.get_submodule(owner))
@@ -150,7 +152,10 @@ class Operation:
             tensors = gather(block, reading.layout)
             new = self._build(path, tensors)
             settings = self.settings
-            self.verdicts[path] = prove(block, new, reading.spec, tensors, seed=settings.seed, margin=settings.margin)
+            convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
+            self.verdicts[path] = prove_block(
+                block, new, reading.spec, tensors, convention, seed=settings.seed, margin=settings.margin
+            )
         return new
 
     def _accepted(self, path: str) -> SwappedBlock:

@@ -55,17 +55,19 @@ def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveye
 
 def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed:
     """The only module of experts inside a block that can't be read for ``reason``, if it can be; else both reasons."""
-    found = list(experts_modules(site.module))
-    if len(found) != 1:
-        return Surveyed(site, None, reason)
-    path, module = found[0]
-    inner = Site(f"{site.path}.{path}" if site.path else path, module)
-    try:
-        _check_place(inner, shared)
-        check_site(module, inputs=3)
-        return Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None)
-    except Unreadable as error:
-        return Surveyed(site, None, f"{reason}; nor its experts alone ({path}): {error}")
+    found: list[Surveyed] = []
+    others: list[str] = []
+    for path, module in experts_modules(site.module):
+        inner = Site(f"{site.path}.{path}" if site.path else path, module)
+        try:
+            _check_place(inner, shared)
+            check_site(module, inputs=3)
+            found.append(Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None))
+        except Unreadable as error:
+            others.append(f"{reason}; nor its experts alone ({path}): {error}")
+    if len(found) == 1:
+        return found[0]
+    return Surveyed(site, None, others[0] if len(others) == 1 and not found else reason)
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import Calling, Structure
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.mlp import MLPRead
+from moe_surgery.read.parse.results import met, parse_results
 from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Choice, Flow, Route
@@ -37,10 +43,11 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 
 @dataclass(frozen=True)
 class Record:
-    """One record, parsed: what every token's output is, and the experts it was sent to, ``ids`` [T, k]."""
+    """One record, parsed: what every token's output is, the experts it was sent to, ``ids`` [T, k], and the results."""
 
     tokens: tuple[TokenRead, ...]
     ids: Tensor
+    results: Structure | None = None
 
 
 def read(block: nn.Module) -> Reading:
@@ -49,9 +56,9 @@ def read(block: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(block)
-    hidden = hidden_sizes(state)
+    ask = Asking(block, arguments_of(block))
     with own_forward(block):
-        crowded = _first(block, hidden, state)
+        crowded = _first(ask, hidden_sizes(state), state)
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
@@ -59,12 +66,13 @@ def read(block: nn.Module) -> Reading:
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            _tokens(block, (*batch, width), torch.float32, spread),
-            _parse(record(block, (1, 1, width), own, spread, plain=True), own),
+            ask((*batch, width), torch.float32, spread),
+            ask((1, 1, width), own, spread, plain=True),
         ]
-        records += _if_it_takes(block, (2, 3, width), own, plain=True)
+        calling = _without_effect(ask, (1, 1, width), own, records[-1])
+        records += ask.if_it_takes((2, 3, width), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
-        records += _if_it_takes(block, (few[0] * few[1], width), own, plain=False)
+        records += ask.if_it_takes((few[0] * few[1], width), own)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
     if any(expert.identity for expert in experts):
@@ -104,7 +112,9 @@ def read(block: nn.Module) -> Reading:
         output_bias=first.output_bias is not None,
     )
     check_complete(state, layout)
-    return Reading(spec, layout, combine(spec, layout), children(spec, layout))
+    results = reduce(met, [record_.results for record_ in records])
+    spec = replace(spec, results=str(results or ""))
+    return Reading(spec, layout, combine(spec, layout), children(spec, layout), "", calling, results)
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
@@ -138,7 +148,39 @@ class _Crowded:
         return self.record.tokens
 
 
-def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
+
+    block: nn.Module
+    calling: Calling
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
+        return parse_record(record(self.block, shape, dtype, route, plain=plain, calling=self.calling), dtype)
+
+    def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
+        """A record; none where the block's own forward doesn't take such an input."""
+        try:
+            flow = record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
+        except Unfollowed:
+            return []
+        return [parse_record(flow, dtype)]
+
+
+def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
+    """How the block is called; arguments that it only passes on, and that nobody looks at, count as unused."""
+    calling = ask.calling
+    for argument in passed_on(calling):
+        value = Untouched()
+        how: dict[str, Any] = {"plain": True, "calling": calling, "more": {argument.name: value}}
+        with suppress(Unreadable):
+            found = parse_record(record(ask.block, shape, dtype, spread, **how), dtype)
+            if not was_touched(value) and (found.tokens, found.results) == (like.tokens, like.results):
+                calling = unused(calling, argument)
+    return calling
+
+
+def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
     """The first record; it also finds the input's width, the number of experts and top-k.
 
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
@@ -147,11 +189,11 @@ def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Cr
     for width in widths:
         try:
             batch = odd_batch(state, 1)
-            found = _tokens(block, (*batch, width), torch.bfloat16, _crowded)
+            found = ask((*batch, width), torch.bfloat16, _crowded)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = _tokens(block, (*known, width), torch.bfloat16, _crowded)
+                found = ask((*known, width), torch.bfloat16, _crowded)
             return _Crowded(found, width)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
@@ -172,23 +214,6 @@ def spread(rows: int, choices: int, k: int) -> Tensor:
     return torch.cat([torch.stack(first)[:rows], others])
 
 
-def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, plain: bool) -> list[Record]:
-    """A record; none where the block's own forward doesn't take such an input."""
-    try:
-        flow = record(block, shape, dtype, _crowded, plain=plain)
-    except Unfollowed:
-        return []
-    return [_parse(flow, dtype)]
-
-
-def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> Record:
-    return _parse(record(block, shape, dtype, route), dtype)
-
-
-def _parse(flow: Flow, dtype: torch.dtype) -> Record:
-    return parse_record(flow, dtype)
-
-
 def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
     """What a record says of every token."""
     terms = Terms()
@@ -200,12 +225,14 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         raise Unreadable("it has no top-k")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
-    tokens = tuple(
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings]).parse(term)
-        for number, term in enumerate(output.lead.reshape(-1))
-    )
+    parsers = [
+        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
+        for number in range(count)
+    ]
+    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
     ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
-    return Record(tokens, ids)
+    lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
+    return Record(tokens, ids, parse_results(flow, run, native, tokens[0].router, parsers, lead))
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_surgery.calling import PLAIN, Calling, Structure
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout
 
@@ -41,6 +42,7 @@ class Reading:
 
     ``combine`` is the formula in the block's own child names, such as
     ``experts + sigmoid(shared_expert_gate) * shared_expert``. ``children`` maps each child's name to its shape.
+    ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -49,3 +51,5 @@ class Reading:
     combine: str
     children: tuple[tuple[str, ChildShape], ...]
     around: str = ""
+    calling: Calling = PLAIN
+    results: Structure | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.arguments import arguments_of
 from moe_surgery.read.record.outside_state import scripted
 from moe_surgery.spec import Precision
 from moe_surgery.weights.layout import Layout, Piece
@@ -21,9 +21,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments, for tied
-    weights (stacking would part them), for weights that are no floating-point numbers as they are, and for weights on
-    several devices.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments without a
+    default, for tied weights (stacking would part them), for weights that are no floating-point numbers as they are,
+    and for weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -34,11 +34,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     for name, module in block.named_modules():
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             raise Unreadable(f"{name or 'the block'} has a hook")
-    parameters = list(inspect.signature(block.forward).parameters.values())
-    plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(parameters) != inputs or len(plain) != inputs:
-        wanted = "one tensor" if inputs == 1 else f"{inputs} tensors"
-        raise Unreadable(f"its forward takes ({', '.join(map(str, parameters))}), not {wanted}")
+    arguments_of(block, inputs)
     state: dict[str, Tensor] = {}
     owners: dict[object, str] = {}
     for source in (block.named_parameters(remove_duplicate=False), block.named_buffers(remove_duplicate=False)):

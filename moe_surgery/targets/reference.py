@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, SwappedBlock
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.formula import Mixer, capped, mixer, ranked, score, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -209,6 +210,7 @@ class ReferenceBlock(SwappedBlock):
     def _tensors(self) -> BlockTensors:
         return BlockTensors(**{name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}, copied=False)
 
+    @answering
     def forward(self, x: Tensor) -> Tensor:
         work = torch.promote_types(x.dtype, torch.float32)
         return forward(self.spec, self._tensors(), x.reshape(-1, x.shape[-1]), work).to(x.dtype).view(x.shape)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import structured
 from moe_surgery.read.record.known_numbers import Kind
 
 
@@ -162,6 +163,13 @@ def tensors(value: Any) -> list[Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for item in value for tensor in tensors(item)]
+
+
+def tensors_in(answer: Any) -> list[Tensor]:
+    """Every tensor among what a block returns, in order."""
+    found: list[Tensor] = []
+    structured(answer, lambda value, _: found.append(value) if isinstance(value, Tensor) else None)
+    return found
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:

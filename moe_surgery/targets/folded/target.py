@@ -24,7 +24,7 @@ NEEDS_CAPABILITY = (8, 0)
 
 # What the kernels know of a spec. Any other field must have its default: it would be computed as if it had.
 _KNOWN = {
-    "": {"hidden", "router", "experts", "shared"},
+    "": {"hidden", "router", "experts", "shared", "results"},
     "router": {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"},
     "experts": {"num_experts", "width", "activation"},
     "shared": {"width", "activation", "gate", "scale"},

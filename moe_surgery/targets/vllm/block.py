@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.targets.reference import within
 from moe_surgery.targets.shared_as_experts import router_rows
@@ -37,6 +38,7 @@ class FusedMoEBlock(GuardedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
+    @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
