@@ -62,6 +62,7 @@ class FoldedBlock(nn.Module):
             shared_scale=1.0,
             gated=True,
             native=True,
+            by_sigmoid=False,
         )
         self.router = _empty(experts + 1, hidden)
         self.w13, self.w2 = _empty(experts, 2 * width, hidden), _empty(experts, hidden, width)

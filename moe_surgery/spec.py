@@ -9,7 +9,7 @@ For a token ``x`` of width H, with experts ``e`` of width I and a shared expert 
               c * tanh(logits / c)  with a soft cap c
     scores  = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
               or the weights that the model's own router gives, as it is
-    ranked  = scores  (+ correction bias)
+    ranked  = logits or scores  (+ correction bias)
               in the best groups only, where groups limit the choice
     ids     = the k experts that rank highest
     w       = scores[ids];  w = w / max(sum(w) + epsilon, floor) if renormalize;  w = w * scale
@@ -23,13 +23,17 @@ where ``MLP(x) = W_down mix(W_gate x + b_gate, W_up x + b_up) + b_down`` and :cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "own"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Precision = Literal["native", "float32"]
 GroupScore = Literal["max", "top2"]
+Ranks = Literal["scores", "logits"]
+
+# A sigmoid's float32 steps are coarser than its slope's above this, and coarser still in half precision.
+_SATURATED = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,15 @@ class Groups:
 class RouterSpec:
     """How experts are chosen and weighted.
 
-    ``logits_dtype`` and ``weights_dtype`` say whether the router's linear layer, and the routing weights as they meet
-    the experts' outputs, are kept in the input's dtype ("native") or in float32. ``scores_dtype`` says the same of the
-    scores themselves, which models keep in float32. With ``scoring`` "own" the model's own router runs as it is and
-    hands over ids and weights; how it finds them is not said here.
+    ``ranks`` is what experts are ranked by. The order of scores is that of their logits until they are rounded: a
+    float32 sigmoid is 1 for every logit above 17.
 
-    ``matrix_dtype`` is "float32" where the router's matrix is stored in float32 though the block's weights are not.
+    The fields ``…_dtype`` say what is kept in the input's dtype ("native") and what in float32: the router's linear
+    layer, its soft cap, the scores, what is ranked, and the routing weights as they meet the experts' outputs. With
+    ``scoring`` "own" the model's own router runs as it is and hands over ids and weights; how it finds them is not said
+    here.
+
+    ``wide_matrix`` says that the router's matrix is stored in float32 though the block's weights are not.
     ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
     divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
@@ -75,12 +82,36 @@ class RouterSpec:
     epsilon: float = 0.0
     floor: float = 0.0
     norm: float = 1.0
-    matrix_dtype: Precision = "native"
+    ranks: Ranks = "scores"
+    ranked_dtype: Precision = "float32"
+    cap_dtype: Precision = "float32"
+    wide_matrix: bool = False
 
     @property
-    def ranks_by_logits(self) -> bool:
-        """Whether the experts of the highest logits are those chosen."""
+    def follows_logits(self) -> bool:
+        """Whether the experts of the highest logits are those chosen, but for rounding."""
         return self.scoring != "own" and not self.correction_bias and self.groups is None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether scores tie where logits don't: a sigmoid's, if no soft cap keeps its logits small."""
+        return self.scoring == "sigmoid" and (self.soft_cap is None or self.soft_cap > _SATURATED)
+
+    def within(self, dtype: str) -> RouterSpec:
+        """The same in a block of ``dtype``: in float32 nothing is native that isn't float32."""
+        if dtype != "float32":
+            return self
+        names = [field.name for field in fields(self) if field.name.endswith("_dtype")]
+        changed: dict[str, Any] = dict.fromkeys(names, "float32")
+        return replace(self, **changed)
+
+    def ranking(self) -> str:
+        """What experts are ranked by, in words."""
+        if self.own:
+            return "what its own router ranks by"
+        text = self.ranks if self.ranks == "logits" else f"{self.scoring} scores"
+        text += " with their correction bias" if self.correction_bias else ""
+        return text + (" in float32" if self.ranked_dtype == "float32" else " in the block's dtype")
 
     @property
     def own(self) -> bool:
@@ -202,8 +233,10 @@ class MoESpec:
     def _routing(self) -> str:
         r = self.router
         text = f"{'its own' if r.own else r.scoring} top-{r.top_k} of {r.num_experts}"
-        if r.matrix_dtype == "float32":
+        if r.wide_matrix:
             text += " by a float32 router"
+        if r.ranks == "logits":
+            text += " by logits"
         if r.bias:
             text += " with logit bias"
         if r.soft_cap is not None:
@@ -224,7 +257,7 @@ class MoESpec:
         r, e, s = self.router, self.experts, self.shared
         has = {
             "only its experts": self.at == "experts",
-            "a float32 router": r.matrix_dtype != "native",
+            "a float32 router": r.wide_matrix,
             "a logit bias": r.bias,
             "a soft cap": r.soft_cap is not None,
             "a correction bias": r.correction_bias,
@@ -242,7 +275,11 @@ class MoESpec:
         return tuple(what for what, held in has.items() if held)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-ready data. Fields that came later are left out at their defaults, so that older plans stay the same."""
         data: dict[str, Any] = _finite(asdict(self))
+        for name in _LATER:
+            if data["router"][name] == _DEFAULTS[name]:
+                del data["router"][name]
         return data
 
     @classmethod
@@ -260,6 +297,10 @@ class MoESpec:
             output_bias=data.get("output_bias", False),
             results=data.get("results", ""),
         )
+
+
+_LATER = ("ranks", "ranked_dtype", "cap_dtype")
+_DEFAULTS = {field.name: field.default for field in fields(RouterSpec)}
 
 
 def _finite(value: Any) -> Any:

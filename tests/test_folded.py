@@ -140,7 +140,7 @@ def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.Monke
         assert ("not folded: shared width 40" in step.reason) is (target == "vllm")
 
 
-TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True)
+TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True, False)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)

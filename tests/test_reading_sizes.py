@@ -79,8 +79,8 @@ def test_a_router_may_have_another_dtype(router: torch.dtype, rest: torch.dtype,
             read(block)
         return
     reading = read(block)
-    assert reading.spec.router.matrix_dtype == ("native" if router == rest else "float32")
-    plain_spec = replace(reading.spec, router=replace(reading.spec.router, matrix_dtype="native"))
+    assert reading.spec.router.wide_matrix == (router != rest)
+    plain_spec = replace(reading.spec, router=replace(reading.spec.router, wide_matrix=False))
     assert plain_spec == read(plain.make(block_class(Float32Matrix, store))).spec
     assert_reads_right(block, reading)
 

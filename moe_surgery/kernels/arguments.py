@@ -15,7 +15,8 @@ WIDE_ROWS = 256
 class Terms:
     """One block in numbers. ``slices`` experts of the routed width stand for the shared expert, 0 if there is none.
 
-    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do.
+    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do. Experts are
+    ranked ``by_sigmoid``, which saturates, where the block ranks its sigmoid scores, else by logits.
     """
 
     experts: int
@@ -30,6 +31,7 @@ class Terms:
     shared_scale: float
     gated: bool
     native: bool
+    by_sigmoid: bool
 
     @property
     def pairs(self) -> int:

@@ -45,23 +45,23 @@ def activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def score(row, index, E: tl.constexpr, SIGMOID: tl.constexpr):
+def score(row, index, E: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """What experts are ranked by: the logit, or its sigmoid, which may tie where logits differ."""
     logit = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
-    if SIGMOID:
+    if BY_SIGMOID:
         return tl.sigmoid(logit)
     return logit
 
 
 @triton.jit
-def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr):
+def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """Keys [BE] of one token's experts, int64, that order as their scores do; of equal scores the lower index is more.
 
     A key holds score and index, so that choosing the best expert takes a single reduction. No two are equal, and those
     beyond E are less than all others, whatever the logits are, NaN included.
     """
     index = tl.arange(0, BE)
-    bits = score(row, index, E, SIGMOID).to(tl.int32, bitcast=True)
+    bits = score(row, index, E, BY_SIGMOID).to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF  # as floats order, so do these integers
     keys = (bits.to(tl.int64) << 32) | (BE - 1 - index).to(tl.int64)
     return tl.where(index < E, keys, -(1 << 63) + (BE - 1 - index).to(tl.int64))
@@ -90,10 +90,10 @@ def score_of(key):
 @triton.jit
 def choose(
     row, slots, scale, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
+    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One token's experts and their routing weights, by slot; slots of K and beyond hold zeros."""
-    keys = ranking_keys(row, E, BE, SIGMOID)
+    keys = ranking_keys(row, E, BE, BY_SIGMOID)
     experts = tl.zeros_like(slots)
     scores = tl.zeros_like(slots).to(tl.float32)
     for slot in tl.static_range(0, K):
@@ -102,14 +102,16 @@ def choose(
         experts = tl.where(slots == slot, expert_of(best, BE), experts)
         scores = tl.where(slots == slot, score_of(best), scores)
     values = scores
-    if not SIGMOID:
+    if SIGMOID and not BY_SIGMOID:
+        values = tl.sigmoid(scores)
+    elif not SIGMOID:
         most = tl.max(tl.where(slots == 0, scores, float("-inf")), axis=0)
         values = tl.exp(scores - most)
     values = tl.where(slots < K, values, 0.0)
     if RENORMALIZE:
         values = values / tl.sum(values, axis=0)
     elif not SIGMOID:
-        logits = score(row, tl.arange(0, BE), E, SIGMOID)
+        logits = score(row, tl.arange(0, BE), E, False)
         values = values / tl.sum(tl.exp(logits - most), axis=0)
     return experts, values * scale
 

@@ -120,7 +120,8 @@ def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dt
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     known = {
         **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
-        "SIGMOID": terms.sigmoid, "RENORMALIZE": terms.renormalize, "GATED": terms.gated, "NATIVE": terms.native,
+        "SIGMOID": terms.sigmoid, "BY_SIGMOID": terms.by_sigmoid, "RENORMALIZE": terms.renormalize,
+        "GATED": terms.gated, "NATIVE": terms.native,
         "CLEAR": ranked if choice.path == "grouped" else 0, "PDL": dependent,
     }  # fmt: skip
 

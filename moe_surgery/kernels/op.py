@@ -14,7 +14,8 @@ from moe_surgery.kernels.launch import run
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
 _LIBRARY.define(
     "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? shared13, Tensor? shared2, int top_k, "
-    "str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, bool gated, bool native) "
+    "str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, bool gated, bool native, "
+    "bool by_sigmoid) "
     "-> Tensor"
 )
 
@@ -35,12 +36,14 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 def _folded_moe(
     x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, shared13: Tensor | None, shared2: Tensor | None, top_k: int,
     activation: str, sigmoid: bool, renormalize: bool, scale: float, shared_scale: float, gated: bool, native: bool,
+    by_sigmoid: bool,
 ) -> Tensor:  # fmt: skip
     slices = 0 if shared13 is None else len(shared13)
     experts, hidden, width = w2.shape
     terms = Terms(
-        experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gated, native
-    )
+        experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gated, native,
+        by_sigmoid,
+    )  # fmt: skip
     return compute(x, Weights(router, w13, w2, shared13, shared2), terms)
 
 
@@ -57,5 +60,6 @@ def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     result: Tensor = torch.ops.moe_surgery.folded_moe(
         x, weights.router, weights.w13, weights.w2, weights.shared13, weights.shared2, terms.top_k, terms.activation,
         terms.sigmoid, terms.renormalize, terms.scale, terms.shared_scale, terms.gated, terms.native,
+        terms.by_sigmoid,
     )  # fmt: skip
     return result

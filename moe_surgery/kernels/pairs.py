@@ -62,7 +62,7 @@ def pair_logits(
 def pair_gate_up(
     x, logits, w13, shared: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
@@ -74,7 +74,7 @@ def pair_gate_up(
     expert = E + slot - K
     if slot < K:
         wait(PDL)
-        keys = ranking_keys(logits + token * R, E, BE, SIGMOID)
+        keys = ranking_keys(logits + token * R, E, BE, BY_SIGMOID)
         for _ in range(slot):
             keys = without(keys, tl.max(keys, axis=0), BE)
         expert = expert_of(tl.max(keys, axis=0), BE)
@@ -103,7 +103,7 @@ def pair_gate_up(
 def pair_down(
     act, logits, w2, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
+    BE: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
@@ -112,7 +112,7 @@ def pair_down(
     """
     token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, P)
-    experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
+    experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
     experts = tl.where(slots < K, experts, E + slots - K)
     if M > 0:
         gate = shared_scale

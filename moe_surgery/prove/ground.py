@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_surgery.prove.asking import asked_alone
-from moe_surgery.prove.metrics import Routing, Truth, luck, route, slack
+from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
 from moe_surgery.prove.probe_own_router import try_out
 from moe_surgery.prove.probe_unreached import reach, unreachable
+from moe_surgery.prove.routing import Routing, route
 from moe_surgery.prove.truth_parts import F64, Parts
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import mixer
@@ -77,7 +78,7 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Grou
     probes = make_probes(spec, tensors.router, seed, tensors)
     if spec.router.own:
         probes = try_out(spec, tensors, probes, seed)
-    elif not spec.router.ranks_by_logits:
+    elif not spec.router.follows_logits:
         probes = reach(spec, tensors, probes)
     asked = len(probes.x)
     while not bool((routing := route(spec, tensors, probes)).decidable.all()):

@@ -1,9 +1,10 @@
 """Probes: the tokens a block is asked about, made from its router's weights and a seed.
 
-There are four families. ``unit`` holds tokens of root mean square 1, as a norm before the block makes them: random
+There are five families. ``unit`` holds tokens of root mean square 1, as a norm before the block makes them: random
 ones, one steered to each expert, and near ties between the last expert chosen and the first one not. ``small`` and
 ``large`` are random tokens at other scales, for what shows only there (a clamp, an overflow, an epsilon). ``zero`` is
-the all-zero token. Errors are compared within a family, because rounding noise grows with the scale of the logits.
+the all-zero token. ``saturated`` tokens have logits so large that scores round to 1 or 0, whatever the scale of the
+router's weights. Errors are compared within a family, because rounding noise grows with the scale of the logits.
 
 Everything is computed on the CPU in float64 and rounded to the block's dtype last, so that a seed means the same
 tokens on every device.
@@ -20,12 +21,17 @@ from torch import Tensor
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
-UNIT, SMALL, LARGE, ZERO = range(4)
-FAMILIES = ("unit", "small", "large", "zero")
+UNIT, SMALL, LARGE, ZERO, SATURATED = range(5)
+FAMILIES = ("unit", "small", "large", "zero", "saturated")
 SCALES = (1.0, 2.0**-4, 2.0**3, 0.0)
 
 _RANDOM = 64
 _SCALED = 16
+# Root mean squares of a saturated token's logits, the tokens of each, and how many are tried for each of them.
+_LOGITS = (10.0, 20.0, 40.0)
+_SATURATED, _TRIED = 6, 16
+# No token is larger than this: experts' outputs would overflow.
+_LARGEST = 2.0**12
 # Gaps between rank k and rank k+1, in units of eps(dtype) * largest logit: within the router's noise, and beyond it.
 _GAPS = (0.0, 0.0, 0.0, 0.0, 8.0, 8.0, 32.0, 32.0, 128.0, 128.0)
 # How far a steered token is pushed towards its expert, in units of the random token under it.
@@ -76,11 +82,33 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
         (LARGE, random(_SCALED) * SCALES[LARGE]),
         (LARGE, _clamped(spec, tensors, weight, random(_SCALED))),
         (ZERO, random(1) * SCALES[ZERO]),
+        (SATURATED, saturated(spec, weight, random(0 if spec.router.own else _SATURATED * _TRIED))),
     ]
     return Probes(
         torch.cat([x for _, x in parts]).to(dtype).to(router.device),
         torch.cat([torch.full((len(x),), family, device="cpu") for family, x in parts]).to(router.device),
     )
+
+
+def saturated(spec: MoESpec, weight: Tensor, x: Tensor) -> Tensor:
+    """Some of the tokens ``x`` [n, H] at those scales that give their logits the sizes of ``_LOGITS``.
+
+    Half of each size are those whose logit of rank k + 1 is highest: with it the choice lies between large logits.
+    """
+    k, experts = spec.router.top_k, len(weight)
+    if k >= experts or len(x) == 0:
+        return x[:0]
+    logits = x @ weight.T
+    size = logits.pow(2).mean(-1, keepdim=True).sqrt()
+    height = (logits / size.clamp_min(1e-300)).topk(k + 1, -1).values[:, -1]
+    order = height.argsort(descending=True, stable=True).tolist()
+    parts = []
+    for number, wanted in enumerate(_LOGITS):
+        high, half = order[number :: len(_LOGITS)], _SATURATED // 2
+        some = [*high[:half], *high[-half:]]
+        scale = wanted / size[some]
+        parts.append((x[some] * scale)[(scale < _LARGEST).squeeze(1)])
+    return torch.cat(parts)
 
 
 def _clamped(spec: MoESpec, tensors: BlockTensors | None, router: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
-from moe_surgery.targets.formula import ranked
 from moe_surgery.weights.tensors import BlockTensors
 
 _SLACK = 8.0
@@ -72,7 +71,7 @@ def _faults(
     x = probes.x[probes.of(UNIT)]
     x = x[: len(x) // 2 * 2]
     exact, rounded = convention.routed(x, torch.float64), convention.routed(x)
-    sure = _sure(spec, tensors, exact, rounded)
+    sure = _sure(spec, exact, rounded)
     if not bool(sure.any()):
         yield "its results can't be proven: every probe is within the router's noise"
     most = torch.finfo(x.dtype).eps * spec.hidden**0.5
@@ -132,9 +131,9 @@ def _value(leaf: Result, values: dict[str, Tensor]) -> Tensor:
     return values[leaf.value] if leaf.weighting is None else weights_of(leaf, values)
 
 
-def _sure(spec: MoESpec, tensors: BlockTensors, exact: dict[str, Tensor], rounded: dict[str, Tensor]) -> Tensor:
+def _sure(spec: MoESpec, exact: dict[str, Tensor], rounded: dict[str, Tensor]) -> Tensor:
     """Tokens [T] whose best k + 1 experts are so far apart that rounding can't exchange any two of them."""
-    by = [ranked(spec.router, values["scores"].double(), tensors.correction_bias) for values in (exact, rounded)]
+    by = [values["ranked"].double() for values in (exact, rounded)]
     finite = by[0].isfinite() & by[1].isfinite()
     noise = (by[0] - by[1]).where(finite, 0.0).abs().max()
     best = by[0].topk(min(spec.router.top_k + 1, by[0].shape[-1]), -1).values

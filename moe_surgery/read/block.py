@@ -88,6 +88,10 @@ def read(block: nn.Module) -> Reading:
     )
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
+    # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
+    precisions = (first if own == torch.float32 else records[2].tokens[0]).precisions
+    if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
+        raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
     spec = MoESpec(
         hidden=width,
         router=RouterSpec(
@@ -96,8 +100,9 @@ def read(block: nn.Module) -> Reading:
             scoring=router.scoring,
             renormalize=router.renormalize,
             scale=router.scale,
-            logits_dtype=first.logits_dtype,
-            weights_dtype=first.weights_dtype,
+            logits_dtype=precisions.logits,
+            weights_dtype=precisions.weights,
+            scores_dtype=precisions.scores,
             bias=router.bias is not None,
             soft_cap=router.soft_cap,
             correction_bias=router.correction is not None,
@@ -105,7 +110,10 @@ def read(block: nn.Module) -> Reading:
             epsilon=router.epsilon,
             floor=router.floor,
             norm=router.norm,
-            matrix_dtype=check_dtypes(state, layout),
+            ranks=router.ranks,
+            ranked_dtype=precisions.ranked,
+            cap_dtype=precisions.cap,
+            wide_matrix=check_dtypes(state, layout),
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),

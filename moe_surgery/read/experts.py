@@ -82,10 +82,7 @@ def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Read
         raise Unreadable("its experts add what has no routing weight")
     if first.on_input:
         raise Unreadable("its experts weight their inputs")
-    everyone = [
-        replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records
-    ]
-    experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
+    experts = same_experts(records, first, total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
     check_complete(state, layout, range(total, total + identities))
     check_dtypes(state, layout)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.arguments import arguments_of
 from moe_surgery.read.record.outside_state import scripted
-from moe_surgery.spec import Precision
 from moe_surgery.weights.layout import Layout, Piece
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,8 +52,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     return state
 
 
-def check_dtypes(state: dict[str, Tensor], layout: Layout) -> Precision:
-    """The dtype of the router's matrix: "native", that of the experts, or "float32".
+def check_dtypes(state: dict[str, Tensor], layout: Layout) -> bool:
+    """Whether the router's matrix is float32 and the experts' aren't.
 
     Vectors, such as a correction bias kept in float32, are read at any precision. Raises
     :class:`~moe_surgery.read.reading.Unreadable` for experts or a shared expert of several dtypes.
@@ -68,10 +67,10 @@ def check_dtypes(state: dict[str, Tensor], layout: Layout) -> Precision:
         held = ", ".join(f"{path} is {dtype}" for dtype, path in found.items())
         raise Unreadable(f"its experts have several dtypes: {held}")
     if not layout.router.path or state[layout.router.path].dtype in found:
-        return "native"
+        return False
     if state[layout.router.path].dtype != torch.float32:
         raise Unreadable(f"its router is {state[layout.router.path].dtype}, its experts are {next(iter(found))}")
-    return "float32"
+    return True
 
 
 def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = range(0)) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_surgery.calling import Calling, Constant, Result, Structure
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.formula import capped, ranked, score, weighted
+from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -57,15 +57,17 @@ class Convention:
         return self.results.made(leaf)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Logits, scores and ids of tokens [T, H]; computed in ``dtype``, or as the block does."""
+        """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
         assert self.spec is not None and self.router is not None
         router = self.spec.router
-        work = dtype or (torch.float32 if router.logits_dtype == "float32" else x.dtype)
+        arithmetic = Arithmetic(x.dtype) if dtype is None else Arithmetic(dtype, dtype)
+        work = arithmetic.of(router.logits_dtype)
         bias = None if self.router_bias is None else self.router_bias.to(work)
         logits = F.linear(x.to(work), self.router.to(work), bias)
-        scores = score(router.scoring, capped(router, logits.to(dtype or torch.float32)))
-        ids = ranked(router, scores, self.correction_bias).topk(router.top_k, -1).indices
-        return {"logits": logits, "scores": scores, "ids": ids}
+        limited = capped(router, logits, arithmetic)
+        scores = scored(router, limited, arithmetic)
+        by = ranked(router, limited, scores, self.correction_bias, arithmetic)
+        return {"logits": logits, "scores": scores, "ranked": by, "ids": by.topk(router.top_k, -1).indices}
 
     @staticmethod
     def _valued(leaf: Result, values: dict[str, Any]) -> Tensor:

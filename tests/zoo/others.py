@@ -353,7 +353,7 @@ class TwoLevelsDown(nn.Module):
         return self.ffn(hidden_states, scores, weights, ids)
 
 
-@module(PLACES, "meaning", "matrix", "way")
+@module(PLACES, "input of a linear map")
 class OneWideLayer(nn.Module):
     """Experts are slices of one MLP, and weights stand inside it: listed, though it can't be read."""
 

@@ -97,5 +97,6 @@ def _as_routed(reading: Reading, routed: Routed | None) -> Reading:
     if routed.routes == "own":
         router = replace(router, scoring="own", renormalize=False, weights_dtype="float32")
     else:
-        router = replace(router, scores_dtype="native", weights_dtype="float32")
+        # On CPU vLLM ranks a softmax in the logits' dtype, on a GPU one in float32, which is within that one's ties.
+        router = replace(router, scores_dtype="native", weights_dtype="float32", ranks="scores", ranked_dtype="native")
     return replace(reading, spec=replace(reading.spec, router=router))

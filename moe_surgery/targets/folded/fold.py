@@ -32,6 +32,7 @@ def terms_of(spec: MoESpec) -> Terms:
         shared_scale=float(shared.scale) if shared is not None else 1.0,
         gated=shared is not None and shared.gate is not None,
         native=router.logits_dtype == "native",
+        by_sigmoid=router.scoring == "sigmoid" and router.ranks == "scores",
     )
 
 

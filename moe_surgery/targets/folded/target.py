@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_surgery.errors import UnsupportedError
-from moe_surgery.spec import MoESpec
+from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
 from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
@@ -25,7 +25,8 @@ NEEDS_CAPABILITY = (8, 0)
 # What the kernels know of a spec. Any other field must have its default: it would be computed as if it had.
 _KNOWN = {
     "": {"hidden", "router", "experts", "shared", "results"},
-    "router": {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"},
+    "router": {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"}
+    | {"ranks", "ranked_dtype", "scores_dtype"},
     "experts": {"num_experts", "width", "activation"},
     "shared": {"width", "activation", "gate", "scale"},
 }
@@ -80,6 +81,7 @@ def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
     if context.dtype not in DTYPES:
         yield f"dtype {context.dtype} is none of {', '.join(DTYPES)}"
     yield from _unknown_fields(spec)
+    yield from _ranked_coarser(router.within(context.dtype))
     if router.scoring not in ("softmax", "sigmoid"):
         yield f"routing {router.scoring} is none that the folded kernels compute: softmax, sigmoid"
     if experts.activation not in ACTIVATIONS:
@@ -95,6 +97,20 @@ def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
         yield f"{router.top_k} + {slices(spec)} experts for each token are more than {MOST_PAIRS}"
     if context.live and context.device == "cuda":
         yield from _missing()
+
+
+def _ranked_coarser(router: RouterSpec) -> Iterator[str]:
+    """Fields by which a block ranks what is rounded more than the kernels round it: float32 scores, or its logits.
+
+    Scores that aren't ranked are weights, which the kernels keep in float32 whatever the spec says.
+    """
+    if router.ranks == "scores":
+        coarser = {"scores_dtype": router.scores_dtype, "ranked_dtype": router.ranked_dtype}
+    else:
+        coarser = {"ranked_dtype": router.ranked_dtype} if router.logits_dtype == "float32" else {}
+    for name, dtype in coarser.items():
+        if dtype == "native":
+            yield f"router.{name} = native is nothing that the folded kernels compute"
 
 
 def _unknown_fields(spec: MoESpec) -> Iterator[str]:
