@@ -139,8 +139,11 @@ def make_plan(
     target: str,
     targets: Callable[[str], Target],
     selection: Selection,
+    obstacle: Callable[[Surveyed], str | None] = lambda item: None,
 ) -> Plan:
     """Decide every site. ``targets`` gives a target by name; a rule's own wins where ``target`` is "auto".
+
+    ``obstacle`` says why a site can't be operated on whatever the target.
 
     Raises :class:`ExpectationError` (with the report) if a rule or the caller expected more.
     """
@@ -151,7 +154,7 @@ def make_plan(
     def choose(rule: str) -> Target:
         return named(wanted[rule])
 
-    steps = tuple(_decide(item, matches[item.site.path], choose, selection) for item in sites)
+    steps = tuple(_decide(item, matches[item.site.path], choose, selection, obstacle(item)) for item in sites)
     plan = Plan(name, target, steps)
     try:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
@@ -192,6 +195,7 @@ def _decide(
     match: Match | Miss | None,
     choose: Callable[[str], Target],
     selection: Selection,
+    obstacle: str | None,
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
@@ -203,6 +207,8 @@ def _decide(
     if excuse:
         return Step(path, kind, "kept", excuse, rule, None, spec)
     target = choose(rule)
+    if obstacle is not None:
+        return Step(path, kind, "refused", obstacle, rule, target.name, spec)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
     if live and any(module.training for module in item.site.module.modules()):
