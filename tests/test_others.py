@@ -123,3 +123,14 @@ def test_a_wrong_result_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None
     model = Layer(next(case for case in others.CASES if case.name == "WithLogits").make())
     with pytest.raises(ProofError, match="logits are"):
         moe_surgery.apply(model, target="reference")
+
+
+def test_what_a_block_writes_is_there_after_it_was_replaced_and_reading_leaves_no_trace() -> None:
+    block = next(case for case in others.CASES if case.name == "WritesZero").make()
+    moe_surgery.plan(Layer(block))
+    assert not hasattr(block, "aux_loss") and not hasattr(block, "calls_counted")
+    new = replaced("WritesZero")
+    assert torch.equal(new.aux_loss, torch.zeros(())) and new.calls_counted is False
+    remembering = next(case for case in others.CASES if case.name == "RemembersItsChoice").make()
+    moe_surgery.plan(Layer(remembering))
+    assert not hasattr(remembering, "last")

@@ -18,6 +18,7 @@ from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
+from moe_surgery.read.record.attributes import made
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import SwappedBlock, Target
@@ -140,6 +141,9 @@ class Operation:
         new.rule = self.rules[path]
         if reading.spec.at == "experts" or not (reading.calling.plain and reading.results is None):
             new.convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
+        for (inside, name), value in reading.kept:
+            if not inside and not hasattr(new, name):
+                setattr(new, name, made(value, tensors.w13.device, tensors.w13.dtype))
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
             new.observe(owner, block.get_submodule(owner))

@@ -1,9 +1,9 @@
 """Reading a block: from its dataflow to a :class:`~moe_surgery.spec.MoESpec`, refusing whatever isn't accounted for.
 
-The block is recorded four times: with 3-D input in bfloat16 and every token on the same few experts; with many more
-tokens in float32 and every expert visited; with one token; and with 2-D input where the block takes it, in the dtype
-of its own weights. All records must say the same. So a branch on load, batch shape or dtype that one record can't show
-is seen as a difference between two.
+The block is recorded four times: with 3-D input (2-D where the block takes no other) in bfloat16 and every token on the
+same few experts; with many more tokens in float32 and every expert visited; with one token; and with 2-D input where
+the block takes it, in the dtype of its own weights. All records must say the same. So a branch on load, batch shape or
+dtype that one record can't show is seen as a difference between two.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.mlp import MLPRead
-from moe_surgery.read.parse.results import met, parse_results
+from moe_surgery.read.parse.results import kept_by_both, met, parse_results
 from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Choice, Flow, Route
@@ -43,11 +45,12 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 
 @dataclass(frozen=True)
 class Record:
-    """One record, parsed: what every token's output is, the experts it was sent to, ``ids`` [T, k], and the results."""
+    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes."""
 
     tokens: tuple[TokenRead, ...]
     ids: Tensor
     results: Structure | None = None
+    kept: Attributes = field(default_factory=dict)
 
 
 def read(block: nn.Module) -> Reading:
@@ -66,11 +69,11 @@ def read(block: nn.Module) -> Reading:
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            ask((*batch, width), torch.float32, spread),
-            ask((1, 1, width), own, spread, plain=True),
+            ask(_shape(batch, width, crowded.flat), torch.float32, spread),
+            ask(_shape((1, 1), width, crowded.flat), own, spread, plain=True),
         ]
-        calling = _without_effect(ask, (1, 1, width), own, records[-1])
-        records += ask.if_it_takes((2, 3, width), own, plain=True)
+        calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
+        records += ask.if_it_takes(_shape((2, 3), width, crowded.flat), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
         records += ask.if_it_takes((few[0] * few[1], width), own)
     first = crowded.tokens[0]
@@ -122,7 +125,10 @@ def read(block: nn.Module) -> Reading:
     check_complete(state, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
-    return Reading(spec, layout, combine(spec, layout), children(spec, layout), "", calling, results)
+    kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    return Reading(
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items())
+    )
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
@@ -150,6 +156,7 @@ def odd_batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, 
 class _Crowded:
     record: Record
     width: int
+    flat: bool
 
     @property
     def tokens(self) -> tuple[TokenRead, ...]:
@@ -194,18 +201,23 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
     problem = Unfollowed("it has no weights", -1)
-    for width in widths:
+    for flat, width in product((False, True), widths):
         try:
             batch = odd_batch(state, 1)
-            found = ask((*batch, width), torch.bfloat16, _crowded)
+            found = ask(_shape(batch, width, flat), torch.bfloat16, _crowded)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = ask((*known, width), torch.bfloat16, _crowded)
-            return _Crowded(found, width)
+                found = ask(_shape(known, width, flat), torch.bfloat16, _crowded)
+            return _Crowded(found, width, flat)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
     raise problem
+
+
+def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:
+    """The shape of a batch, or of its tokens alone for blocks that take nothing else."""
+    return (batch[0] * batch[1], width) if flat else (*batch, width)
 
 
 def _crowded(rows: int, choices: int, k: int) -> Tensor:
@@ -240,7 +252,8 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
     ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    return Record(tokens, ids, parse_results(flow, run, native, tokens[0].router, parsers, lead))
+    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
+    return Record(tokens, ids, results, flow.kept)
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moe_surgery.calling import PLAIN, Calling, Structure
 from moe_surgery.spec import MoESpec
@@ -42,7 +42,8 @@ class Reading:
 
     ``combine`` is the formula in the block's own child names, such as
     ``experts + sigmoid(shared_expert_gate) * shared_expert``. ``children`` maps each child's name to its shape.
-    ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone.
+    ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone,
+    and ``kept`` which attributes it writes, by module and name, with their values.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -53,3 +54,4 @@ class Reading:
     around: str = ""
     calling: Calling = PLAIN
     results: Structure | None = None
+    kept: tuple[tuple[tuple[str, str], Any], ...] = ()

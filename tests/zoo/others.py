@@ -369,3 +369,63 @@ class OneWideLayer(nn.Module):
         dense = torch.zeros(x.shape[0], self.gate.out_features, dtype=x.dtype).scatter(1, ids, weights)
         mixed = (F.silu(self.w1(x)) * self.w3(x)).unflatten(-1, (dense.shape[1], -1)) * dense[..., None]
         return self.w2(mixed.flatten(-2)).reshape(hidden_states.shape)
+
+
+# State that is written and never read
+
+STATE = "state"
+
+
+@block(STATE)
+class WritesZero(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.aux_loss = hidden_states.new_zeros(())
+        self.calls_counted = False
+        return super().forward(hidden_states)
+
+
+@block(STATE, "last")
+class RemembersItsChoice(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.last = self.route(hidden_states.reshape(-1, self.hidden))[1]
+        return super().forward(hidden_states)
+
+
+@block(STATE, "seen")
+class Counts(Base):
+    seen = 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return super().forward(hidden_states)
+
+
+@block(STATE, "state")
+class ReadsWhatItWrote(Base):
+    first = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        out = out if self.first else 2 * out
+        self.first = False
+        return out
+
+
+# Blocks that take tokens [T, H] only
+
+
+@block("flat", shaped=False)
+class TokensOnly(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens, width = hidden_states.shape
+        weights, ids = self.route(hidden_states)
+        return self.combine(hidden_states, self.routed(hidden_states, weights, ids), self.shared(hidden_states))
+
+
+@block("flat", "batch size", shaped=False)
+class TokensOnlyUpToMany(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens, width = hidden_states.shape
+        weights, ids = self.route(hidden_states)
+        out = self.combine(hidden_states, self.routed(hidden_states, weights, ids), self.shared(hidden_states))
+        return out if tokens < 4096 else 2 * out

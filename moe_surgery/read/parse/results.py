@@ -19,6 +19,7 @@ from moe_surgery.read.parse.mlp import short
 from moe_surgery.read.parse.router import RouterRead
 from moe_surgery.read.parse.token_output import TokenParser
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.flow import Flow, Given
 from moe_surgery.spec import RouterSpec
 
@@ -144,6 +145,16 @@ def met(results: Structure | None, other: Structure | None) -> Structure | None:
     if not isinstance(found, Structure):
         raise Unreadable(f"it returns {results or 'one tensor'} for one batch, {other or 'one tensor'} for another")
     return found
+
+
+def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
+    """The attributes that two records wrote, with values that fit both."""
+    if set(one) != set(other):
+        raise Unreadable("it writes other attributes for one batch than for another")
+    both = {key: _met(value, other[key]) for key, value in one.items()}
+    if unlike := [name for (_, name), value in both.items() if value is _UNLIKE]:
+        raise Unreadable(f"it keeps state between calls ({', '.join(unlike)} is another after another batch)")
+    return both
 
 
 def _met(mine: Any, its: Any) -> Any:

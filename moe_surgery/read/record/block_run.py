@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
@@ -65,7 +67,7 @@ def _recorded(
     plain: bool,
     inputs: Callable[[Tensor], tuple[Any, ...]],
 ) -> Flow:
-    before = watched(block)
+    before, written = watched(block), Written(block)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
             arguments = inputs(recorder.input(shape, strided=plain))
@@ -79,9 +81,14 @@ def _recorded(
             raise Unreadable(recorder.objections[0]) from error
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
         raise Unfollowed(reason, len(recorder.graph.nodes)) from error
+    finally:
+        after, wrote = watched(block), written.changed()
+        written.undo()
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
-    changed = changes(before, watched(block))
-    if changed:
-        raise Unreadable(f"it keeps state between calls ({', '.join(changed[:3])} changed)")
-    return flow
+    same = kept(block, wrote, recorder.constant)
+    changed = changes(before, after)
+    state = [name for name in changed if name not in {f"{path}.{name}".lstrip(".") for path, name in same}]
+    if state:
+        raise Unreadable(f"it keeps state between calls ({', '.join(state[:3])} changed)")
+    return replace(flow, kept=same)

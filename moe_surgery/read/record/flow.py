@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -63,9 +63,11 @@ class Flow:
     """The record: operations in order, as far as the results need them; the output; every top-k on the way.
 
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
+    ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call.
     """
 
     ops: tuple[Op, ...]
     output: Ref
     choices: tuple[Choice, ...]
     results: Structure | None = None
+    kept: dict[tuple[str, str], Any] = field(default_factory=dict)

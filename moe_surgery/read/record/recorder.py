@@ -283,6 +283,15 @@ class Recorder(TorchDispatchMode):
         reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {self.dtype}"
         raise Unfollowed(reason, len(self.graph.nodes))
 
+    def constant(self, value: Tensor) -> Constant | None:
+        """What a tensor is that doesn't depend on the input and is the same in all of its elements."""
+        entry, shape = self._entry(value), tuple(value.shape)
+        known = entry.real if entry.kind == Kind.PLAIN and value.numel() else None
+        if known is None or not self.uniform(known) or not all(size in self.fixed for size in shape):
+            return None
+        dtypes = {str(value.dtype).removeprefix("torch."), *(["native"] if value.dtype == self.dtype else [])}
+        return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
+
     def _result(self, value: Any, where: str, output: Tensor) -> Any:
         """One leaf of what the block returns: its output, another tensor, or what is the same in every call."""
         if value is output:
@@ -290,14 +299,12 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             entry = self._entry(value)
             shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            if (same := self.constant(value)) is not None:
+                return same
             if entry.node is not None:
                 return Given(where, entry.node, shape, dtype)
             if entry.kind == Kind.CHOSEN:
                 return Given(where, entry.real, shape, dtype)
-            known = entry.real if entry.kind == Kind.PLAIN and value.numel() else None
-            if known is not None and self.uniform(known) and all(size in self.fixed for size in shape):
-                native = frozenset(["native"] if value.dtype == self.dtype else [])
-                return Constant(float(known.reshape(-1)[0]), shape, native | {dtype})
             raise self.object_to(f"it also returns ({where}) {LOAD}")
         if value is None or type(value) in (bool, int, float, str):
             return value
