@@ -25,7 +25,7 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt pyproject.toml setup/install.py
+$(READY): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt requirements/apart/triton.txt pyproject.toml setup/install.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed; name it: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) setup/install.py $(VENV)
 	@touch $@

@@ -5,6 +5,7 @@ Standard library only: this runs before anything is installed. It can be run aga
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
         say("the rest of the pinned lists (some 400 MB and a few minutes, if it isn't there)")
         pip(python, "-r", str(LISTS / "cpu.txt"), "-r", str(LISTS / "dev.txt"))
         pip(python, "--no-build-isolation", "--editable", str(ROOT))
+        install_apart(python)
         check_imports(python)
     except SetupError as error:
         print(f"setup failed: {error}", file=sys.stderr)
@@ -101,6 +103,17 @@ def install_torch(python: Path) -> None:
 def pip(python: Path, *arguments: str) -> None:
     if subprocess.run([python, *PIP, *arguments], check=False).returncode != 0:
         raise SetupError(f"pip install {' '.join(arguments)}: see above")
+
+
+def install_apart(python: Path) -> None:
+    """Triton into a folder ``interpreter`` of its own, for the kernels' tests, out of everyone else's way."""
+    listed = LISTS / "apart" / "triton.txt"
+    folder = python.parent.parent / "interpreter"
+    name, version = next(line for line in listed.read_text().splitlines() if not line.startswith("#")).split("==")
+    if not (folder / f"{name}-{version}.dist-info").is_dir():
+        say("Triton's interpreter for the kernels' tests (some 200 MB)")
+        shutil.rmtree(folder, ignore_errors=True)
+        pip(python, "--target", str(folder), "-r", str(listed))
 
 
 def check_imports(python: Path) -> None:
