@@ -429,3 +429,37 @@ class TokensOnlyUpToMany(Base):
         weights, ids = self.route(hidden_states)
         out = self.combine(hidden_states, self.routed(hidden_states, weights, ids), self.shared(hidden_states))
         return out if tokens < 4096 else 2 * out
+
+
+# Lengths of tensors
+
+
+@block("lengths")
+class AsksForLengths(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros(len(x), self.hidden, dtype=x.dtype)
+        for number in range(len(self.experts)):
+            rows, slots = torch.where(ids == number)
+            if len(rows) == 0:
+                continue
+            out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+        return out
+
+
+@block("lengths", "batch size")
+class BranchesOnTheLength(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = super().routed(x, weights, ids)
+        return out * 2 if len(x) > 8192 else out
+
+
+@block("lengths", "batch size", "how many tokens")
+class DropsAboveACapacity(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            if len(rows) > 100000:
+                rows, slots = rows[:100000], slots[:100000]
+            out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+        return out

@@ -13,6 +13,7 @@ from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.read.reading import Unfollowed, Unreadable
 from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.flow import Flow, Route
+from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder, no_choice
@@ -71,7 +72,7 @@ def _recorded(
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
             arguments = inputs(recorder.input(shape, strided=plain))
-            with Sizes(recorder, marks=not plain), recorder:
+            with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         flow = recorder.flow(output, shape)
     except Unfollowed:
