@@ -105,7 +105,7 @@ class Bench:
 
     def __init__(self, case: Case) -> None:
         self.terms = terms_of(case.spec)
-        self.weights = [fold(random_tensors(case.spec, seed=seed), case.spec) for seed in range(case.layers)]
+        self.weights = [fold(random_tensors(case.spec, seed=seed)) for seed in range(case.layers)]
 
     def calls(self, tokens: int, choice: Choice) -> list[Callable[[], object]]:
         layers = self.weights if tokens < 1024 else self.weights[:3]
@@ -158,11 +158,13 @@ def compile_rows(case: str, tokens: int, rows: list[Row]) -> None:
     like = {"device": "cuda", "dtype": torch.bfloat16}
     experts, slices, hidden, width = terms.experts, terms.slices, terms.hidden, terms.width
     weights = Weights(
-        torch.empty(terms.rows, hidden, **like),
+        torch.empty(experts, hidden, **like),
         torch.empty(experts, 2 * width, hidden, **like),
         torch.empty(experts, hidden, width, **like),
-        torch.empty(slices, 2 * width, hidden, **like) if slices else None,
-        torch.empty(slices, hidden, width, **like) if slices else None,
+        torch.empty(1, hidden, **like) if terms.gated else None,
+        torch.empty(2 * slices * width, hidden, **like) if slices else None,
+        None,
+        torch.empty(hidden, slices * width, **like) if slices else None,
     )
     x = torch.randn(tokens, hidden, **like)
     for row in rows:

@@ -73,6 +73,12 @@ class UnsupportedError(SurgeryError):
     exit_code = 14
 
 
+class DeviceError(SurgeryError):
+    """A GPU failed in a way that ends all use of it in this process."""
+
+    exit_code = 16
+
+
 class ReceiptError(SurgeryError):
     """The processes of a run disagree on what was done, or one of them, or all, told nothing."""
 

@@ -149,7 +149,7 @@ CASES: list[tuple[str, int, str]] = [
     # wrong values
     (swap('path = "**.mlp"', 'path = "a..b"'), 13, "empty segment"),
     (swap('path = "**.mlp"', 'path = ["ok", "x**"]'), 13, "** must be a whole segment"),
-    (swap('path = "**.mlp"', 'path = "re:(mlp"'), 13, 'regular expression "re:(mlp" doesn\'t compile: missing )'),
+    (swap('path = "**.mlp"', 'path = "re:(mlp"'), 13, 'regular expression "re:(mlp" doesn\'t compile: missing ")"'),
     (swap('"re:Mixture|Sparse"', '"re:*"'), 14, "class: regular expression"),
     (swap('model_type = "my_*"', 'model_type = "a.b"'), 10, "model_type: glob"),
     (swap('config = "text"', 'config = "a..b"'), 9, 'config: "a..b" is no config path'),

@@ -17,7 +17,7 @@ from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.target import FoldedTarget
 from moe_surgery.targets.reference import chosen, forward
-from moe_surgery.targets.vllm.routing import Routing
+from moe_surgery.targets.routing import Routing
 
 SIGMOID = replace(TALKER, router=RouterSpec(16, 4, "sigmoid", renormalize=True))
 BY_LOGITS = replace(SIGMOID, router=replace(SIGMOID.router, ranks="logits", ranked_dtype="native"))

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WIDE_ROWS = 256
 """Up to this many tokens, an expert's output is kept in float32 until it is added to the others'."""
+
+SCHEMA = (
+    "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
+    "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
+    "bool native, bool by_sigmoid) -> Tensor"
+)
+"""The operator, as torch knows it; graphs that were compiled with another one can't be used."""
+
+ROUTED_SCHEMA = (
+    "routed_moe(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, str activation, bool up, float limit, "
+    "bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
+)
+"""The one for experts that were chosen outside of the kernels."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +32,10 @@ class Terms:
 
     ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do. Experts are
     ranked ``by_sigmoid``, which saturates, where the block ranks its sigmoid scores, else by logits.
+
+    Where experts and their weights are ``given``, nothing is routed here. ``up`` to ``offset`` are the fields of
+    :class:`~moe_surgery.spec.Mix` (a ``limit`` of 0 is none). Routing weights ``on_input`` are those of inputs.
+    ``biases`` are the routed experts'; a shared expert has none.
     """
 
     experts: int
@@ -32,6 +51,14 @@ class Terms:
     gated: bool
     native: bool
     by_sigmoid: bool
+    given: bool = False
+    up: bool = True
+    limit: float = 0.0
+    limit_after: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+    on_input: bool = False
+    biases: bool = False
 
     @property
     def pairs(self) -> int:
@@ -50,24 +77,52 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Folded weights, all contiguous, of one dtype on one device.
+    """A block's weights as they lie in its model, all contiguous, of one dtype on one device.
 
-    ``router`` [E or E+1, H], the shared expert's gate last; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed
-    experts; ``shared13`` [M, 2I, H] and ``shared2`` [M, H, I] of the shared expert's slices, or None.
+    ``router`` [E, H]; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed experts; of the shared expert, None where
+    there is none, ``gate`` [1, H], ``shared_gate`` [M*I, H], ``shared_up`` alike and ``shared_down`` [H, M*I]. Without
+    ``shared_up`` the up projection's rows follow those of the gate projection: ``shared_gate`` is [2*M*I, H] then.
+    Without up projections ``w13`` is [E, I, H]. ``w13_bias`` [E, 2I] and ``w2_bias`` [E, H] are of the routed experts.
     """
 
     router: Tensor
     w13: Tensor
     w2: Tensor
-    shared13: Tensor | None
-    shared2: Tensor | None
+    gate: Tensor | None = None
+    shared_gate: Tensor | None = None
+    shared_up: Tensor | None = None
+    shared_down: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
 
-    def offsets(self) -> tuple[int, int]:
-        """Where the shared slices begin, in elements from the first routed expert: of ``w13`` and of ``w2``."""
-        if self.shared13 is None or self.shared2 is None:
-            return 0, 0
+    def offsets(self) -> Offsets:
+        """How the kernels find the shared expert's weights; nothing is copied."""
         size = self.w13.element_size()
-        return (
-            (self.shared13.data_ptr() - self.w13.data_ptr()) // size,
-            (self.shared2.data_ptr() - self.w2.data_ptr()) // size,
+        gate = 0 if self.gate is None else (self.gate.data_ptr() - self.router.data_ptr()) // size
+        if self.shared_gate is None or self.shared_down is None:
+            return Offsets(gate, 0, 0, 0)
+        start = self.shared_gate.data_ptr()
+        up = self.shared_gate.numel() // 2 if self.shared_up is None else (self.shared_up.data_ptr() - start) // size
+        return Offsets(
+            gate, (start - self.w13.data_ptr()) // size, up, (self.shared_down.data_ptr() - self.w2.data_ptr()) // size
         )
+
+
+class Routed(NamedTuple):
+    """What was chosen outside: expert ``ids`` [T, K] int32, less than 0 for none, and ``weights`` [T, K + M] float32.
+
+    The last M weights are those of the shared expert's slices. Both are contiguous.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+class Offsets(NamedTuple):
+    """Distances in elements: of the shared expert's ``gate`` from the router, of its gate projection from ``w13``, of
+    its up projection from that one, and of its down projection from ``w2``."""
+
+    gate: int
+    w13: int
+    up: int
+    w2: int

@@ -54,9 +54,13 @@ def table(name: str) -> tuple[Choice, ...]:
 
 @cache
 def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
-    """The row that serves ``tokens``. Tables are for two-byte dtypes; float32 takes the default's tiles."""
-    rows = (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(f"{DEFAULT}-{8 * dtype.itemsize}")
-    return serving(rows, tokens)
+    """The row that serves ``tokens``."""
+    return serving(rows_for(terms, dtype), tokens)
+
+
+def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
+    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(f"{DEFAULT}-{8 * dtype.itemsize}")
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:

@@ -29,28 +29,43 @@ def let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """``act(gate) * up`` in float32."""
+def mixed(
+    gate, up, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """``act(gate) * up`` in float32, with all that :class:`~moe_surgery.spec.Mix` has; a LIMIT of 0 is none."""
+    if LIMIT > 0 and not AFTER:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "silu":
-        value = gate * tl.sigmoid(gate)
+        value = gate * tl.sigmoid(ALPHA * gate)
     elif ACT == "gelu":
         value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         value = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
     else:
-        tl.static_assert(ACT == "relu")
-        value = tl.maximum(gate, 0.0)
-    return value * up
+        value = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACT == "relu2":
+            value = value * value
+        else:
+            tl.static_assert(ACT == "relu")
+    if LIMIT > 0 and AFTER:
+        value = tl.minimum(value, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if UP:
+        if LIMIT > 0:
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = value * (up + OFFSET)
+    return value
 
 
 @triton.jit
 def score(row, index, E: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """What experts are ranked by: the logit, or its sigmoid, which may tie where logits differ."""
-    logit = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
+    value = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
     if BY_SIGMOID:
-        return tl.sigmoid(logit)
-    return logit
+        value = tl.sigmoid(value)
+    return value
 
 
 @triton.jit
@@ -117,10 +132,31 @@ def choose(
 
 
 @triton.jit
-def expert_offset(expert, stride, shared, E: tl.constexpr):
+def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
     """Where an expert's matrix begins, in elements from the routed experts' first.
 
-    Shared experts lie in a tensor of their own, ``shared`` elements away, so that the routed ones are never copied.
+    The shared expert lies in a tensor of its own, ``shared`` elements away, where its slices are ``slice_stride``
+    elements apart, so that neither is ever copied.
     """
     expert = expert.to(tl.int64)
-    return tl.where(expert < E, expert * stride, shared + (expert - E) * stride)
+    return tl.where(expert < E, expert * stride, shared + (expert - E) * slice_stride)
+
+
+@triton.jit
+def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
+    """How far apart the rows of an expert's down projection lie: a slice's are those of the whole shared expert."""
+    if M <= 1:
+        pitch = I
+    else:
+        pitch = tl.where(expert < E, I, M * I)
+    return pitch
+
+
+@triton.jit
+def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr):
+    """Where rows of the router's weight begin; row E is the shared expert's gate, ``gate`` elements away."""
+    if R > E:
+        start = tl.where(rows < E, rows.to(tl.int64) * H, gate)
+    else:
+        start = rows * H
+    return start

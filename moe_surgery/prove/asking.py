@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_surgery.errors import DeviceError
 from moe_surgery.prove.metrics import Truth
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
+from moe_surgery.prove.settling import settle
 
 Block = Callable[[Tensor], Tensor]
 
@@ -36,8 +38,8 @@ class Call:
     tokens: Tensor
 
 
-def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
-    """The calls that ask a block about every probe, alone and in company.
+def calls(probes: Probes, *, new: bool, empty: bool = True) -> Iterator[Call]:
+    """The calls that ask a block about every probe, alone and in company; ``empty``: about no token at all too.
 
     A new block is asked with inputs [T, H] too, and with a long sequence. An old block gets [B, S, H] only, and no
     more than 72 tokens at once: some copy an expert's weights for each token.
@@ -64,7 +66,8 @@ def calls(probes: Probes, *, new: bool) -> Iterator[Call]:
         yield _sequence(x, token)
     crowd = probes.of(UNIT)[-1:].repeat(_BEYOND)
     yield Call("72 times the same token", x[crowd][None], crowd)
-    yield Call(EMPTY, x[:0][None], everyone[:0])
+    if empty:
+        yield Call(EMPTY, x[:0][None], everyone[:0])
 
 
 def asked_alone(probes: Probes) -> list[Tensor]:
@@ -129,11 +132,14 @@ def exercise(block: Block, asked: Iterable[Call], truth: Truth, excused: Contain
 
 
 def ask(block: Block, call: Call) -> Tensor:
-    """The block's output [T, H] for a call; raises :class:`Misconduct`."""
+    """The block's output [T, H] for a call, computed; raises :class:`Misconduct`, or :class:`DeviceError`."""
     before = _bits(call.x)
     try:
         with torch.no_grad():
             y = block(call.x)
+        settle(call.x.device)
+    except DeviceError:
+        raise
     except Exception as error:
         line = str(error).strip().splitlines()
         raise Refused(f"raised {type(error).__name__} ({line[0] if line else ''}) on {call.name}") from error

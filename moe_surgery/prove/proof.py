@@ -50,15 +50,15 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
 def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
+    It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
     ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
 
 
 def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
-    faults = _ground_faults(ground)
-    reading = _examine_old(old, ground)
-    faults += _error_faults(who, reading, ground)
+    reading = _examine_old(old, ground, empty=who == "old")
+    faults = _error_faults(who, reading, ground)
     judged = reading
     if new is not None:
         # A right answer to an empty input is owed only where the old block gave one.
@@ -67,7 +67,8 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
     mutants = sorted((_measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
-    # A wrong block, or an expert that isn't reached, would fail here again.
+    # An expert that isn't reached would fail here again, as would a wrong block.
+    wrong, faults = bool(faults), _ground_faults(ground) + faults
     faults = faults or _power_faults(mutants, ground, margin)
     verdict = Verdict(
         passed=not faults,
@@ -82,23 +83,27 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         routing_flips=int(judged.flipped.sum()) if isinstance(judged, Answers) else 0,
         families=tuple(_families(ground, _worst(reading), None if new is None else _worst(judged))),
         left_out=ground.overflowed + ground.undecided,
+        powerless=bool(faults) and not wrong,
+        bound=ground.slack * ground.noise[UNIT],
     )
     return verdict if faults else replace(verdict, reason=_account(verdict, margin))
 
 
-def _examine(block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False) -> Answers | Misconduct:
+def _examine(
+    block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False, empty: bool = True
+) -> Answers | Misconduct:
     try:
-        return exercise(block, calls(ground.probes, new=new), ground.truth, excused)
+        return exercise(block, calls(ground.probes, new=new, empty=empty), ground.truth, excused)
     except Misconduct as misconduct:
         return misconduct
 
 
-def _examine_old(old: Block, ground: Ground) -> Answers | Misconduct:
+def _examine_old(old: Block, ground: Ground, *, empty: bool) -> Answers | Misconduct:
     """Ask the old block, which takes ``[B, S, H]`` or, if it refuses that, only ``[T, H]``."""
     excused = frozenset({STRIDED, EMPTY})
-    answers = _examine(old, ground, excused)
+    answers = _examine(old, ground, excused, empty=empty)
     if isinstance(answers, Refused):
-        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused)
+        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty)
         return flat if isinstance(flat, Answers) else answers
     return answers
 
@@ -148,6 +153,7 @@ def _hopeless(reason: str, new: bool) -> Verdict:
         tokens=0,
         near_ties=0,
         routing_flips=0,
+        powerless=True,
     )
 
 

@@ -22,6 +22,10 @@ class Unfollowed(Unreadable):
         self.operations = operations
 
 
+class Broken(Unreadable):
+    """The block can't run as it is, so that nothing inside it is worth replacing."""
+
+
 @dataclass(frozen=True)
 class ChildShape:
     """What a direct child of a block is, with its sizes.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _ASCII = str.maketrans(
     {
         "×": "x",
+        "±": "+/-",
         "→": "->",
         "·": "|",
         "…": "...",

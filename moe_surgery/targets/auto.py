@@ -38,11 +38,16 @@ class AutoTarget:
         return self.layer.label
 
     def pick(self, spec: MoESpec, context: Context) -> tuple[Target, str | None]:
-        """The target for ``spec``, and why it isn't the folded one, where that was to be expected."""
+        """The target for ``spec``, and what a plan is to say of it: why it isn't the folded one, say."""
         if context.device != "cuda":
             return self.layer, None
         refusal = self.folded.accepts(spec, context)
-        return (self.folded, None) if refusal is None else (self.layer, f"not folded: {refusal.reason}")
+        if refusal is None:
+            return self.folded, self.folded.remark(spec, context)
+        return self.layer, f"not folded: {refusal.reason}"
+
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        return self.pick(spec, context)[1]
 
     def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
         return self.pick(spec, context)[0].accepts(spec, context)

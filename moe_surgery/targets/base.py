@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention
+from moe_surgery.targets.likeness import Standing
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -33,7 +34,7 @@ class Refusal:
     reason: str
 
 
-class SwappedBlock(nn.Module):
+class SwappedBlock(Standing):
     """Base of every block that this library puts into a model, so that a second run leaves it alone.
 
     ``label`` is what reports print for it, ``rule`` the rule that put it there. ``new_bytes`` were allocated for it,
@@ -56,8 +57,15 @@ class SwappedBlock(nn.Module):
         tensors = self.convention.calling.taken(given, named)
         return tensors["hidden_states"], tensors["ids"], tensors["weights"]
 
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
+
     def observe(self, name: str, router: nn.Module) -> None:
         """Keep the old router as child ``name``, if others may have hooks on it. By default it isn't needed."""
+
+    def observed(self, name: str) -> bool:
+        """Whether child ``name`` is the old router, kept for its hooks."""
+        return False
 
 
 class Target(Protocol):
@@ -70,6 +78,10 @@ class Target(Protocol):
 
     def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
         """None if ``build`` would succeed in ``context``; decided without touching weights or the GPU."""
+        ...
+
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        """What a plan is to say beyond that ``spec`` is accepted, if anything."""
         ...
 
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:

@@ -221,13 +221,16 @@ class ReferenceBlock(SwappedBlock):
         self.label = ReferenceTarget.label
         for name in (*_REQUIRED, *_OPTIONAL):
             tensor = getattr(tensors, name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(
+                f"spec_{name}", None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            )
         size = sum(parameter.nbytes for parameter in self.parameters())
         stacked = tensors.w13.nbytes + tensors.w2.nbytes if tensors.copied else 0
         self.new_bytes, self.moved_bytes = stacked, size - stacked
 
     def _tensors(self) -> BlockTensors:
-        return BlockTensors(**{name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}, copied=False)
+        tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
+        return BlockTensors(**tensors, copied=False)
 
     @answering
     def forward(self, x: Tensor) -> Tensor:
@@ -284,6 +287,9 @@ class ReferenceTarget:
             return Refusal(f"the reference computes in {', '.join(_DTYPES)}, not in {context.dtype}")
         if misfit := _misfit(spec.experts, spec):
             return Refusal(misfit)
+        return None
+
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
         return None
 
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:

@@ -25,7 +25,8 @@ _SECONDS = 2.0
 class Sample:
     """Median seconds of ``calls`` calls, of the original and of the replacement.
 
-    A call has ``tokens`` tokens for each of ``sequences`` sequences.
+    A call has ``tokens`` tokens for each of ``sequences`` sequences. ``spread`` is that of the ratio where it is known,
+    as :func:`spread` says.
     """
 
     tokens: int
@@ -33,10 +34,31 @@ class Sample:
     old: float
     new: float
     sequences: int = 1
+    spread: float | None = None
 
     @property
     def ratio(self) -> float:
         return self.old / self.new
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two can be told apart."""
+        return self.spread is None or abs(self.ratio - 1) > self.spread
+
+    def words(self) -> str:
+        """``1.9× faster ± 0.1``, or ``no difference``."""
+        if not self.differs:
+            return f"no difference (± {self.spread:.2g})"
+        # Below one the replacement is the slower of the two, and the sentence has to say so.
+        word, factor = ("faster", self.ratio) if self.ratio >= 1 else ("slower", 1 / self.ratio)
+        return f"{ratio(factor)} {word}" + (f" ± {self.spread:.2g}" if self.spread is not None else "")
+
+
+def spread(old: Sequence[float], new: Sequence[float]) -> float:
+    """Half of what eight in ten turns' ratios lie within; of fewer than ten turns, half of what all do."""
+    ratios = sorted(before / after for before, after in zip(old, new, strict=True))
+    left_out = len(ratios) // 10
+    return (ratios[-1 - left_out] - ratios[left_out]) / 2
 
 
 @dataclass(frozen=True)
@@ -52,13 +74,10 @@ class Speed:
         """``MoE block 1.9× faster at 1 token, 2.4× faster at 64 tokens (median of 30 calls in turns, NAME)``."""
         parts = []
         for sample in self.samples:
-            # Below one the replacement is the slower of the two, and the sentence has to say so.
-            word = "faster" if sample.ratio >= 1 else "slower"
-            factor = ratio(max(sample.ratio, 1 / sample.ratio))
             count = (
                 plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
             )
-            parts.append(f"{factor} {word} at {count}")
+            parts.append(f"{sample.words()} at {count}")
         calls = min(sample.calls for sample in self.samples)
         return f"{self.what} {', '.join(parts)} (median of {plural(calls, 'call')} {self.how}, {self.name})"
 

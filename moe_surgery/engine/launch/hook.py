@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from moe_surgery import checks
 from moe_surgery.engine import plugin, receipts
 from moe_surgery.engine.launch.from_pretrained import Hook, operate
 from moe_surgery.engine.orders import ENGINE_PLAN, VARIABLE, OnFailure, Orders, Prove
@@ -119,6 +120,10 @@ def install(
     if there is no such target, or if a plan is to get another.
     """
     check_name(target)
+    checks.one_of(prove, "prove", get_args(Prove))
+    checks.one_of(on_failure, "on_failure", get_args(OnFailure))
+    if run is not None:
+        checks.path(run, "run")
     if target != "auto" and isinstance(plan_or_packs, Plan):
         raise UsageError(f"a plan says what is built; it can't be {target}")
     folder = _folder(run)

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
 from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
+from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.layer_book import LayerBook
 from moe_surgery.engine.model.routed import Routed, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.routing import Routing
 from moe_surgery.targets.shared_as_experts import slices
 from moe_surgery.targets.vllm.era_d import construct
 from moe_surgery.targets.vllm.folded_routing import Choose, FoldedRouting, folded
-from moe_surgery.targets.vllm.routing import Routing
 from moe_surgery.weights.layout import MLPPieces, Piece
 from moe_surgery.weights.tensors import weight
 
@@ -32,12 +34,13 @@ def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlo
     """The block that replaces ``item``'s, whose weights are loaded and not yet in any kernel's layout.
 
     Routed experts that lie in vLLM's layer already stay where they are. Those of single MLPs, and all if the shared
-    expert is to be among them, are copied into a new layer: one block of extra memory, until the old block goes. The
-    old block can't be used afterwards.
+    expert comes among them, are copied into a new layer: one block of extra memory, until the old block goes. The
+    old block can't be used afterwards. With ``fold`` the shared expert is among them on a CPU; on a GPU this library's
+    kernels compute with the weights that vLLM's layer and the shared expert hold.
     """
     reading, block = item.reading, item.site.module
     assert reading is not None
-    if fold:
+    if fold and not current_platform.is_cuda():
         logits = FoldedLogits(block, reading)
         book.release(block)
         child, runner = _folded(item, reading)
@@ -50,6 +53,8 @@ def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlo
         runner = _filled(reading.spec, like, name, shared, _routing(block, reading, like.dtype), mlps)
     else:
         child, runner = item.routed.path, _regrouped(block, item.routed, reading, shared)
+    if fold:
+        return KernelBlock(item, router, child, runner, gate, shared)
     return EngineBlock(block, router, child, runner, gate)
 
 

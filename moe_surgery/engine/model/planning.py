@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import unfit
 from moe_surgery.engine.model.folded_router import not_folded
+from moe_surgery.engine.model.kernel_block import not_on_kernels
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.errors import PlanError
+from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
@@ -23,7 +26,7 @@ from moe_surgery.report.outcomes import Step
 
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"
-"""What engines take: the shared-fused layer, or the shared expert among the routed ones."""
+"""What engines take: the shared-fused layer, or the shared expert among the routed ones (on a GPU, in our kernels)."""
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -40,7 +43,7 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
     steps = tuple(_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
-    plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps)
+    plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
@@ -58,6 +61,12 @@ def checkpoint_config(config: VllmConfig) -> object:
         hf_config: object = config.model_config.hf_config
         return hf_config
     return _overridden(json.loads(file.read_text(encoding="utf-8")), overrides or {})
+
+
+def _origin(config: VllmConfig) -> Digest | None:
+    """What tells the checkpoint from others, where it is a directory."""
+    directory = Path(config.model_config.model)
+    return digest(directory) if (directory / CONFIG).is_file() else None
 
 
 def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,9 +106,9 @@ def _decide(
     reason = obstacle or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
-    if wanted != FOLDED:
+    if wanted == LAYER or (wanted == AUTO and not current_platform.is_cuda()):
         return Step(path, kind, "replaced", spec.sentence(), rule, LAYER, spec)
-    reason = not_folded(item)
+    reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
     if reason is not None:
         return Step(path, kind, "replaced", f"{spec.sentence()} · not folded: {reason}", rule, LAYER, spec)
     return Step(path, kind, "replaced", spec.sentence(), rule, FOLDED, spec)
@@ -124,6 +133,8 @@ def _obstacle(config: VllmConfig) -> str | None:
 def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:
     if wanted.model != plan.model:
         raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
+    wanted.check_origin(plan.checkpoint, plan.model)
+    wanted.warn_of_versions()
     if wanted.fingerprint == plan.fingerprint:
         return
     after = {step.path: step for step in plan.steps}

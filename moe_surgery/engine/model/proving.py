@@ -25,8 +25,10 @@ from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import copies, owner
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.errors import DeviceError
 from moe_surgery.prove.ground import survey
 from moe_surgery.prove.proof import prove_swapped
+from moe_surgery.prove.settling import settle
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.report.outcomes import Step
 from moe_surgery.spec import MoESpec
@@ -102,13 +104,15 @@ def _asked(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Cal
                 set_forward_context(None, config, num_tokens=tokens),
                 exam.ranks.summing(f"the answer to {question}"),
             ):
-                out: Tensor = block(x.contiguous())
+                out: Tensor = block(x.contiguous()).clone()
+                settle(x.device)
         except BaseException as error:
             drop_shared_output(runner)
-            if isinstance(error, Exception):  # A block may refuse a question, if it does so on all ranks.
+            # A block may refuse a question, if it does so on all ranks.
+            if isinstance(error, Exception) and not isinstance(error, DeviceError):
                 exam.ranks.meet(f"where {question} raised {type(error).__name__}: {error}")
             raise
-        return out.clone()
+        return out
 
     return ask
 

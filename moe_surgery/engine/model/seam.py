@@ -21,7 +21,7 @@ import torch
 
 from moe_surgery.engine import receipts
 from moe_surgery.engine.orders import Orders
-from moe_surgery.errors import SurgeryError, UnsupportedError
+from moe_surgery.errors import DeviceError, SurgeryError, UnsupportedError
 from moe_surgery.report.receipt import Outcome, Receipt
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class _Seam:
                     load.ranks.meet("at the end")
                 except Exception as error:
                     load.ranks.fail(error)
-                    kept = load.orders.on_failure == "keep"
+                    kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
                     try:
                         _write(load, "unpatched" if kept else "failed", error=error)
                     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.lens import readable
 from moe_surgery.engine.model.routed import Routed
@@ -17,6 +18,7 @@ from moe_surgery.read.block import read
 from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
+from moe_surgery.spec import Precision
 from moe_surgery.targets.base import SwappedBlock
 
 
@@ -97,6 +99,7 @@ def _as_routed(reading: Reading, routed: Routed | None) -> Reading:
     if routed.routes == "own":
         router = replace(router, scoring="own", renormalize=False, weights_dtype="float32")
     else:
-        # On CPU vLLM ranks a softmax in the logits' dtype, on a GPU one in float32, which is within that one's ties.
-        router = replace(router, scores_dtype="native", weights_dtype="float32", ranks="scores", ranked_dtype="native")
+        # vLLM takes and ranks the softmax of the logits' dtype on CPU, and of float32 on a GPU.
+        kept: Precision = "native" if current_platform.is_cpu() else "float32"
+        router = replace(router, scores_dtype=kept, weights_dtype="float32", ranks="scores", ranked_dtype=kept)
     return replace(reading, spec=replace(reading.spec, router=router))

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import build
+from moe_surgery.engine.model.kernel_block import warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.planning import FOLDED, make_engine_plan
@@ -28,6 +29,7 @@ from moe_surgery.engine.model.proving import Exam, examine, prepare, to_prove
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
+from moe_surgery.kernels.arguments import SCHEMA
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
@@ -111,7 +113,7 @@ class Surgery:
         held = [value for module in self.model.modules() for value in vars(module).values()]
         for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
             assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
-            config.additional_config[KEY] = self.plan.fingerprint
+            config.additional_config[KEY] = f"{self.plan.fingerprint} {SCHEMA}"
 
     def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> dict[nn.Module, nn.Module]:
         """Put ``new`` into the model; what took the place of what is returned."""
@@ -150,6 +152,9 @@ class Surgery:
             raise SurgeryError("the model was loaded in a way that passed the surgery by")
         for path in self.exams:
             self._judge(path)
+        started = time.perf_counter()
+        warm_kernels(self.model)
+        self.seconds += time.perf_counter() - started
         return self._report()
 
     def _report(self) -> Report:

@@ -1,67 +1,21 @@
-"""A whole engine's steps with and without surgery: two engines, one after the other, each in a process of its own."""
+"""A whole engine's steps with and without surgery: two engines, each in a process of its own, asked in turns."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from moe_surgery.engine.orders import VARIABLE
-from moe_surgery.errors import SurgeryError, UnsupportedError
-from moe_surgery.timing.blocks import Sample, Speed
+from moe_surgery.engine.timing.asking import Engine, Job, Turns, What, measure
+from moe_surgery.errors import UnsupportedError
+from moe_surgery.timing.blocks import Sample, Speed, spread
 
-CONTEXT = 32
-"""Tokens of a sequence before the decoding steps that are timed."""
 NAME = "vLLM"
-_HOW = "each, one engine after the other"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to start and what to time.
-
-    Surgery is done, with ``packs`` and to ``target``, if there is a folder ``run`` for receipts.
-
-    ``sequences`` are those of a decoding step, ``prefill`` the tokens of one; ``dtype`` is as vLLM takes it. ``eager``
-    is without compilation and graphs.
-    """
-
-    model: str
-    sequences: tuple[int, ...]
-    prefill: tuple[int, ...]
-    packs: tuple[str, ...] | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    eager: bool = False
-    target: str = "auto"
-    run: str | None = None
-
-
-@dataclass(frozen=True)
-class Timed:
-    """The median seconds of ``calls`` forwards of a whole model, with ``tokens`` for each of ``sequences``."""
-
-    what: Literal["decode step", "prefill"]
-    tokens: int
-    sequences: int
-    calls: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Told:
-    """What an engine's process leaves behind: its times, surgery's report, or the error that it ended with."""
-
-    times: tuple[Timed, ...]
-    report: dict[str, Any] | None
-    error: str | None = None
-    exit_code: int = 0
+_TOGETHER, _APART = "each, in turns", "each, one engine after the other, since both didn't fit at once"
 
 
 @dataclass(frozen=True)
@@ -73,26 +27,65 @@ class Compared:
 
 
 def compare(job: Job, on_phase: Callable[[str], None]) -> Compared:
-    """Time an engine with surgery, then, if it replaced anything, one without.
+    """Time an engine with surgery, if it replaced anything, and one without.
 
-    Each has its own folder of compiled graphs, which goes afterwards. Raises :class:`UnsupportedError` if vLLM can't
-    serve the model, and what surgery raised, with its exit code.
+    Each has its own folder of compiled graphs, which goes afterwards. Both stand at the same time and are asked in
+    turns; where the second doesn't start beside the first, they follow each other. Raises :class:`UnsupportedError` if
+    vLLM can't serve the model, and what surgery raised, with its exit code.
     """
     _check_installed()
-    with tempfile.TemporaryDirectory(prefix="moe-surgery-bench-") as folder:
-        on_phase("starting and timing an engine with surgery")
-        new = _started(replace(job, run=f"{folder}/run"), Path(folder, "operated"))
-        assert new.report is not None
-        if not new.times:
-            return Compared(new.report, ())
+    with tempfile.TemporaryDirectory(prefix="moe-surgery-bench-") as name, ExitStack() as ends:
+        folder = Path(name)
+        on_phase("starting an engine with surgery")
+        new = Engine(replace(job, run=f"{folder}/run"), folder / "operated")
+        ends.callback(new.end)
+        report = new.report()
+        assert report is not None
+        if all(site["outcome"] != "replaced" for site in report["sites"]):
+            return Compared(report, ())
+        on_phase("starting an engine without surgery")
+        old = Engine(job, folder / "plain")
+        ends.callback(old.end)
+        try:
+            old.report()
+        except UnsupportedError:
+            old.end()
+        else:
+            on_phase("timing both engines in turns")
+            return Compared(report, _speeds(_measure([old, new], job), _TOGETHER))
+        on_phase("timing the engine with surgery")
+        after = [turns for _, [turns] in _measure([new], job)]
+        new.end()
         on_phase("starting and timing an engine without surgery")
-        old = _started(job, Path(folder, "plain"))
-    samples: dict[Literal["decode step", "prefill"], list[Sample]] = {}
-    for before, after in zip(old.times, new.times, strict=True):
-        calls = min(before.calls, after.calls)
-        sample = Sample(before.tokens, calls, before.seconds, after.seconds, before.sequences)
-        samples.setdefault(before.what, []).append(sample)
-    return Compared(new.report, tuple(Speed(NAME, tuple(each), what, _HOW) for what, each in samples.items()))
+        old = Engine(job, folder / "alone")
+        ends.callback(old.end)
+        old.report()
+        before = _measure([old], job)
+        apart = [(size, [*turns, late]) for (size, turns), late in zip(before, after, strict=True)]
+        return Compared(report, _speeds(apart, _APART))
+
+
+Size = tuple[What, int, int]
+"""What is timed, of so many sequences, with so many tokens each."""
+
+
+def sizes(job: Job) -> Iterator[Size]:
+    yield from (("decode step", sequences, 1) for sequences in job.sequences)
+    yield from (("prefill", 1, tokens) for tokens in job.prefill)
+
+
+def _measure(engines: Sequence[Engine], job: Job) -> list[tuple[Size, list[Turns]]]:
+    return [(size, measure(engines, *size)) for size in sizes(job)]
+
+
+def _speeds(found: Sequence[tuple[Size, list[Turns]]], how: str) -> tuple[Speed, ...]:
+    samples: dict[What, list[Sample]] = {}
+    for (what, sequences, tokens), (old, new) in found:
+        medians = statistics.median(old.device), statistics.median(new.device)
+        calls = min(old.calls, new.calls)
+        sample = Sample(tokens, calls, *medians, sequences, spread(old.device, new.device))
+        samples.setdefault(what, []).append(sample)
+    return tuple(Speed(NAME, tuple(each), what, how) for what, each in samples.items())
 
 
 def _check_installed() -> None:
@@ -101,29 +94,3 @@ def _check_installed() -> None:
     from moe_surgery.targets.vllm.eras import look_up
 
     check_era(look_up())
-
-
-def _started(job: Job, folder: Path) -> Told:
-    folder.mkdir()
-    out = folder / "told.json"
-    environ = {key: value for key, value in os.environ.items() if key != VARIABLE}
-    environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "moe_surgery.engine.timing.one_engine", json.dumps(asdict(job)), str(out)]
-    child = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL)
-    try:
-        code = child.wait()
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
-    if not out.exists():
-        raise UnsupportedError(f"the process of an engine for {job.model} ended with {code} (-v shows what it said)")
-    data = json.loads(out.read_text(encoding="utf-8"))
-    told = Told(**{**data, "times": tuple(Timed(**each) for each in data["times"])})
-    if told.error is not None:
-        raise SurgeryError(told.error).with_code(told.exit_code)
-    return told

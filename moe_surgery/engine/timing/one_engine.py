@@ -1,10 +1,13 @@
 """One engine whose steps are timed, in a process of its own.
 
-    python -m moe_surgery.engine.timing.one_engine JSON OUT
+    python -m moe_surgery.engine.timing.one_engine JOB
+
+It says on stdout, as one line of JSON, what surgery did, or with which error it ended. Then each line of stdin asks for
+one measurement, and gets one line.
 
 What is timed is the model runner's forward of the model, for all sequences of a step together: between CUDA events on a
-GPU, where that is the device's own time as long as a step is one graph, and by the clock on a CPU. Scheduling, sampling
-and the front end are not in it. The engine is of this process, so it has one rank.
+GPU, where that is the device's own time as long as a step is one graph, and by the clock on a CPU. The wall time is
+that of whole engine steps, scheduling and sampling included. The engine is of this process, so it has one rank.
 """
 
 from __future__ import annotations
@@ -12,28 +15,24 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 
-from moe_surgery.engine.timing.both_engines import CONTEXT, Job, Timed, Told
+from moe_surgery.engine.timing.asking import CONTEXT, Job, Times
 from moe_surgery.errors import SurgeryError, UnsupportedError
 
-STEPS, CALLS = 30, 10
-"""How many decoding steps, and how many prefills, are timed if two seconds are enough for them."""
-_SECONDS, _FEWEST, _WARM_UP = 2.0, 5, 4
 _KV_CACHE = 1 << 30
+_LEAST_OF_THE_GPU = 0.05
+"""Of its memory must be free at the start; how much is used depends on the model and the cache alone."""
 
 
-def serve(job: Job) -> Told:
-    """Start the engine, and measure; nothing is measured if surgery was asked for and replaced nothing.
+def start(job: Job) -> tuple[_Bench | None, dict[str, Any] | None]:
+    """The engine, and the report of the surgery if there was any; no engine to measure if it replaced nothing.
 
     Raises :class:`UnsupportedError` if the engine doesn't start, and not because of surgery.
     """
@@ -41,9 +40,11 @@ def serve(job: Job) -> Told:
 
     import moe_surgery
 
-    handle = None if job.run is None else moe_surgery.install(job.packs, target=job.target, run=job.run)
+    handle = None
+    if job.run is not None:
+        handle = moe_surgery.install(job.packs, target=job.target, run=job.run, prove=job.prove)
     try:
-        engine = _start(vllm, job)
+        engine = _engine(vllm, job)
     except Exception as error:
         if handle is not None and handle.receipts():
             handle.check()
@@ -57,12 +58,12 @@ def serve(job: Job) -> Told:
         report = handle.receipts()[0].report
         assert report is not None
         if all(site["outcome"] != "replaced" for site in report["sites"]):
-            return Told((), report)
-    return Told(_Bench(engine).measure(job), report)
+            return None, report
+    return _Bench(engine), report
 
 
-def _start(vllm: Any, job: Job) -> Any:
-    longest = max(CONTEXT + STEPS + _WARM_UP, *(tokens + 1 for tokens in job.prefill), 64)
+def _engine(vllm: Any, job: Job) -> Any:
+    longest = max(CONTEXT + job.most_steps, *(tokens + 1 for tokens in job.prefill), 64)
     at_once = max(*job.sequences, 1)
     return vllm.LLM(
         job.model,
@@ -77,15 +78,17 @@ def _start(vllm: Any, job: Job) -> Any:
         enable_prefix_caching=False,
         disable_log_stats=True,
         distributed_executor_backend="uni",
+        **({"gpu_memory_utilization": _LEAST_OF_THE_GPU} if torch.cuda.is_available() else {}),
     )
 
 
 class _Bench:
-    """Asks one engine, and collects the seconds of each forward of its model."""
+    """Asks one engine, and collects the times of each forward of its model."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self._marks: list[tuple[Any, Any]] = []
+        self._begun: list[float] = []
         self._seed = itertools.count()
         [self._vocabulary] = engine.collective_rpc(self._watch)
 
@@ -98,6 +101,7 @@ class _Bench:
         mark = _event if torch.cuda.is_available() else time.perf_counter
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self._begun.append(time.perf_counter())
             begin = mark()
             result = forward(*args, **kwargs)
             self._marks.append((begin, mark()))
@@ -106,36 +110,25 @@ class _Bench:
         runner._model_forward = timed
         return int(runner.model_config.get_vocab_size())
 
-    def _ask(self, sequences: int, tokens: int, count: int) -> list[float]:
-        """Continue random prompts by ``count`` tokens; seconds of the prefill and of each step after it."""
+    def answer(self, sequences: int, tokens: int, steps: int) -> Times:
+        """Continue random prompts: the times of a prefill if ``steps`` is 0, else those of the decoding steps after."""
         from vllm import SamplingParams
 
         self._marks.clear()
+        self._begun.clear()
         generator = torch.Generator().manual_seed(next(self._seed))
         ids = torch.randint(self._vocabulary, (sequences, tokens), generator=generator).tolist()
-        sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0.0, max_tokens=1 + steps, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
         self.engine.generate([{"prompt_token_ids": prompt} for prompt in ids], sampling, use_tqdm=False)
-        if len(self._marks) < count:
-            raise SurgeryError(f"{len(self._marks)} forwards were seen where {count} were to be timed")
-        return [_seconds(begin, end) for begin, end in self._marks[:count]]
-
-    def measure(self, job: Job) -> tuple[Timed, ...]:
-        steps = [self._decode(sequences) for sequences in job.sequences]
-        return (*steps, *(self._prefill(tokens) for tokens in job.prefill))
-
-    def _decode(self, sequences: int) -> Timed:
-        rough = self._ask(sequences, CONTEXT, 1 + _WARM_UP)[-1]
-        seconds = self._ask(sequences, CONTEXT, 1 + _fit(rough, STEPS))[1:]
-        return Timed("decode step", 1, sequences, len(seconds), statistics.median(seconds))
-
-    def _prefill(self, tokens: int) -> Timed:
-        [rough] = self._ask(1, tokens, 1)
-        seconds = [self._ask(1, tokens, 1)[0] for _ in range(_fit(rough, CALLS))]
-        return Timed("prefill", tokens, 1, len(seconds), statistics.median(seconds))
-
-
-def _fit(seconds: float, most: int) -> int:
-    return min(most, max(int(_SECONDS / seconds), _FEWEST))
+        ended = time.perf_counter()
+        if len(self._marks) < 1 + steps:
+            raise SurgeryError(f"{len(self._marks)} forwards were seen where {1 + steps} were to be timed")
+        device = [_seconds(begin, end) for begin, end in self._marks[: 1 + steps]]
+        if steps == 0:
+            return Times(device, [ended - started])
+        begun = [*self._begun[1 : 1 + steps], ended]
+        return Times(device[1:], [after - before for before, after in itertools.pairwise(begun)])
 
 
 def _event() -> Any:
@@ -151,21 +144,25 @@ def _seconds(begin: Any, end: Any) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def main(job: str, out: str) -> None:
-    try:
-        told = serve(Job(**{key: _tuple(value) for key, value in json.loads(job).items()}))
-    except SurgeryError as error:
-        told = Told((), None, str(error), error.exit_code)
-    Path(out).write_text(json.dumps(asdict(told)), encoding="utf-8")
-    # Engines end in their own time, or not at all; all that they were started for is written.
-    sys.stdout.flush()
+def main(job: str) -> None:
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # what libraries print goes to stderr
+
+        def tell(**data: Any) -> None:
+            print(json.dumps(data), file=out, flush=True)
+
+        try:
+            bench, report = start(Job.from_json(json.loads(job)))
+            tell(report=report)
+            for line in sys.stdin if bench is not None else ():
+                assert bench is not None
+                tell(**vars(bench.answer(**json.loads(line))))
+        except SurgeryError as error:
+            tell(error=str(error), exit_code=error.exit_code)
+    # Engines end in their own time, or not at all; all that they were started for is told.
     sys.stderr.flush()
     os._exit(0)
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import PLAIN, Calling
-from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.length import marked_lengths
@@ -75,7 +75,7 @@ def _recorded(
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         flow = recorder.flow(output, shape)
-    except Unfollowed:
+    except (Unfollowed, Broken):
         raise
     except Exception as error:
         if recorder.objections:

@@ -1,0 +1,205 @@
+"""The block that computes with this library's kernels on a GPU, over the weights as vLLM holds them.
+
+vLLM's routed layer, the router and the shared expert stay in the tree, under their names, and own their weights: these
+are looked up at every call and nothing is derived from them, so loading them anew, or putting them to sleep, needs no
+care here. All that depends on the number of tokens is inside of one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import vllm.envs as envs
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
+from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.errors import SurgeryError
+from moe_surgery.kernels.arguments import Weights
+from moe_surgery.read.reading import Reading
+from moe_surgery.targets.base import Context
+from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
+from moe_surgery.targets.folded.fold import terms_of
+from moe_surgery.weights.layout import Piece
+
+_AS_LOADED = ("TRITON", "BATCHED_TRITON")
+"""vLLM's MoE backends that leave stacked weights as they were loaded; others shuffle them within the same shape."""
+
+
+def not_on_kernels(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that can be rebuilt can't be computed by this library's kernels, if it can't."""
+    return next(_objections(item, config), None)
+
+
+def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
+    assert item.reading is not None and config.model_config is not None
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    spec = item.reading.spec
+    for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
+        yield reason
+        return
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "the kernels' sums depend on the number of tokens, and VLLM_BATCH_INVARIANT is set"
+    told = (getattr(config, "aux_output_config", None), config.model_config)
+    if any(getattr(holder, "enable_return_routed_experts", False) for holder in told):
+        yield "the kernels don't say which experts they chose, and enable_return_routed_experts is set"
+    backend = _backend(item, config)
+    if backend not in _AS_LOADED:
+        yield f"vLLM's MoE backend {backend} lays weights out in a way of its own; moe_backend='triton' doesn't"
+    slices, left = divmod(_shared_width(item), _width(item.reading))
+    if left:
+        yield f"a rank's share of the shared expert is {left} wider than {slices} of the routed ones"
+    if item.reading.spec.router.top_k + slices > MOST_PAIRS:
+        yield f"{item.reading.spec.router.top_k} + {slices} experts for each token are more than {MOST_PAIRS}"
+    router = _weight(item.site.module, item.reading.layout.router)
+    if tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
+        yield f"{item.reading.layout.router} is a part of a weight"
+    for piece in _small(item.reading):
+        found = _weight(item.site.module, piece).dtype
+        if found != config.model_config.dtype:
+            yield f"{piece.path} is {str(found).removeprefix('torch.')}, the block {dtype}"
+
+
+def _backend(item: EngineSite, config: VllmConfig) -> str:
+    """What lays out the block's routed experts; for those that aren't in vLLM's layer yet, what is to be expected."""
+    if item.routed is not None:
+        method: Any = item.routed.runner.routed_experts.quant_method
+        return str(method.unquantized_backend.name)
+    wanted = config.kernel_config.moe_backend
+    if wanted in ("auto", "humming"):  # the latter is for quantised experts
+        return "TRITON" if torch.cuda.get_device_capability() < (10, 0) else "of this GPU"
+    return str(wanted).upper()
+
+
+def _width(reading: Reading) -> int:
+    """Of a rank's share of a routed expert."""
+    return reading.spec.experts.width // int(get_tensor_model_parallel_world_size())
+
+
+def _shared_width(item: EngineSite) -> int:
+    """Of what a rank computes of the shared expert; 0 if there is none."""
+    assert item.reading is not None
+    shared = item.reading.layout.shared
+    return 0 if shared is None else int(_weight(item.site.module, shared.down).shape[-1])
+
+
+def _small(reading: Reading) -> Iterator[Piece]:
+    """The weights of a block but for the routed experts'."""
+    layout = reading.layout
+    yield layout.router
+    if layout.shared is not None:
+        yield from layout.shared.pieces()
+    if layout.shared_gate is not None:
+        yield layout.shared_gate
+
+
+def _weight(block: nn.Module, piece: Piece) -> Tensor:
+    weight: Tensor = getattr(owner(block, piece), piece.path.rpartition(".")[2])
+    return weight
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A weight by the module that owns it: vLLM exchanges the parameters themselves."""
+
+    module: nn.Module
+    name: str
+
+    def __call__(self) -> Tensor:
+        weight: Tensor = getattr(self.module, self.name)
+        return weight
+
+
+class KernelBlock(EngineBlock):
+    """A sparse-MoE block of an engine in one operator: tokens [T, H] to [T, H], summed over the ranks."""
+
+    def __init__(
+        self,
+        item: EngineSite,
+        router: str,
+        name: str,
+        runner: nn.Module,
+        logits: nn.Module | None,
+        shared: SharedExpert | None,
+    ) -> None:
+        """As for :class:`EngineBlock`; ``shared`` is what the routed layer was given as its shared expert.
+
+        Raises :class:`SurgeryError` if the routed layer doesn't hold its weights as the kernels take them.
+        """
+        assert item.reading is not None
+        super().__init__(item.site.module, router, name, runner, logits)
+        from moe_surgery.kernels.op import compute, folded_moe  # needs Triton
+
+        self.label = "folded, moe-surgery kernels"
+        self._compute, self._operator = compute, folded_moe
+        piece = item.reading.layout.router
+        self._router_weight = _Held(owner(item.site.module, piece), piece.path.rpartition(".")[2])
+        self._shared = (shared,)  # not a child, or its weights would have two names
+        self._ranks = int(get_tensor_model_parallel_world_size())
+        slices = _shared_width(item) // _width(item.reading)
+        scale = 1.0 if shared is None else shared.factor
+        self.terms = replace(terms_of(item.reading.spec), width=_width(item.reading), slices=slices, shared_scale=scale)
+        self._check()
+
+    def weights(self) -> Weights:
+        """The block's weights, where they are now."""
+        experts: Any = getattr(self, self._routed).routed_experts
+        router, w13, w2 = self._router_weight(), experts.w13_weight, experts.w2_weight
+        shared: Any = self._shared[0]
+        if shared is None:
+            return Weights(router, w13, w2)
+        return Weights(
+            router,
+            w13,
+            w2,
+            None if shared.gate is None else shared.gate.weight,
+            shared.gate_up.weight,
+            None if shared.up is None else shared.up.weight,
+            shared.down.weight,
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        operator = self._operator if torch.compiler.is_compiling() else self._compute
+        out = operator(x, self.weights(), self.terms)
+        if self._ranks > 1:
+            out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
+        return out.view(hidden_states.shape)
+
+    def _check(self) -> None:
+        weights, t = self.weights(), self.terms
+        experts: Any = getattr(self, self._routed).routed_experts
+        backend = experts.quant_method.unquantized_backend.name
+        if backend not in _AS_LOADED:
+            raise SurgeryError(
+                f"vLLM's MoE backend {backend} lays weights out in a way of its own; set moe_backend='triton'"
+            )
+        rows = t.slices * t.width * (1 if weights.shared_up is not None else 2)
+        wanted: dict[str, tuple[int, ...] | None] = {
+            "router": (t.experts, t.hidden),
+            "w13": (t.experts, 2 * t.width, t.hidden),
+            "w2": (t.experts, t.hidden, t.width),
+            "gate": (1, t.hidden) if t.gated else None,
+            "shared_gate": (rows, t.hidden) if t.slices else None,
+            "shared_up": (rows, t.hidden) if weights.shared_up is not None else None,
+            "shared_down": (t.hidden, t.slices * t.width) if t.slices else None,
+        }
+        for name, shape in wanted.items():
+            tensor: Tensor | None = getattr(weights, name)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape or (tensor is not None and not tensor.is_contiguous()):
+                raise SurgeryError(f"{name} lies in memory as {found}, and the kernels take {shape}, contiguous")
+
+
+def warm_kernels(model: nn.Module) -> None:
+    """Compile all that the blocks of ``model`` may ever launch: an engine's own warm-up meets some sizes only."""
+    blocks = {block.terms: block for block in model.modules() if isinstance(block, KernelBlock)}
+    for terms, block in blocks.items():
+        from moe_surgery.kernels.warming import warm
+
+        warm(block.weights(), terms)

@@ -1,0 +1,31 @@
+"""Compiling ahead: all kernels that any number of tokens may need, side by side, so that no request waits for one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from triton.runtime._async_compile import AsyncCompileMode
+
+from moe_surgery.kernels.arguments import WIDE_ROWS, Terms, Weights
+from moe_surgery.kernels.choice import Choice, rows_for
+from moe_surgery.kernels.launch import compile_only
+
+
+def warm(weights: Weights, terms: Terms) -> None:
+    """Compile every kernel for ``terms`` on the weights' device, or find it in Triton's cache; nothing is launched."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+        for choice, tokens in _variants(terms, weights.w13.dtype):
+            compile_only(weights.w13.new_empty(tokens, terms.hidden), weights, terms, choice)
+
+
+def _variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
+    """Every row of the table with a number of tokens for each dtype of experts' outputs that it may meet."""
+    rows = rows_for(terms, dtype)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        if row.tokens <= WIDE_ROWS:
+            yield row, 2
+        if after is None or after.tokens > WIDE_ROWS + 1:
+            yield row, WIDE_ROWS + 1
