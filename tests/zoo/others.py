@@ -259,9 +259,9 @@ class _Kept(nn.Module):
         super().__init__()
         self.gate = plain.linear(sizes.hidden, sizes.experts)
         self.sizes = (sizes.experts, sizes.hidden, sizes.width)
-        self.keep(*self.sizes)
+        self.store(*self.sizes)
 
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         raise NotImplementedError
 
     def expert(self, number: int, x: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class _Kept(nn.Module):
 
 @module(PLACES)
 class AsAttributes(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         for number in range(experts):
             setattr(self, f"ffn{number}", plain.MLP(hidden, width))
 
@@ -289,7 +289,7 @@ class AsAttributes(_Kept):
 
 @module(PLACES)
 class InASequential(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         self.ffns = nn.Sequential(*(plain.MLP(hidden, width) for _ in range(experts)))
 
     def expert(self, number: int, x: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class InASequential(_Kept):
 
 @module(PLACES)
 class InAModuleDict(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         self.bank = nn.ModuleDict({f"e{number}": plain.MLP(hidden, width) for number in range(experts)})
 
     def expert(self, number: int, x: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ class InAModuleDict(_Kept):
 
 @module(PLACES)
 class InParameterLists(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         def listed(*shape: int) -> nn.ParameterList:
             return nn.ParameterList([plain.parameter(*shape) for _ in range(experts)])
 
@@ -320,7 +320,7 @@ class InParameterLists(_Kept):
 
 @module(PLACES)
 class OneStackPerChild(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         for name, shape in (("up", (hidden, width)), ("act", (hidden, width)), ("down", (width, hidden))):
             setattr(self, name, nn.ParameterDict({"weight": plain.parameter(experts, *shape)}))
 
@@ -331,7 +331,7 @@ class OneStackPerChild(_Kept):
 
 @module(PLACES)
 class OneStackForAll(_Kept):
-    def keep(self, experts: int, hidden: int, width: int) -> None:
+    def store(self, experts: int, hidden: int, width: int) -> None:
         self.w = plain.parameter(experts, 3 * width, hidden)
 
     def expert(self, number: int, x: Tensor) -> Tensor:
