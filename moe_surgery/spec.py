@@ -62,6 +62,7 @@ class RouterSpec:
     ``scoring`` "own" the model's own router runs as it is and hands over ids and weights; how it finds them is not said
     here.
 
+    ``wide_matrix`` says that the router's matrix is stored in float32 though the block's weights are not.
     ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
     divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
@@ -84,6 +85,7 @@ class RouterSpec:
     ranks: Ranks = "scores"
     ranked_dtype: Precision = "float32"
     cap_dtype: Precision = "float32"
+    wide_matrix: bool = False
 
     @property
     def follows_logits(self) -> bool:
@@ -196,7 +198,8 @@ class MoESpec:
     """A sparse-MoE block as a function of its input ``[..., hidden]``; it returns one tensor of the same shape.
 
     ``at`` is "block" where the whole block was read. It is "experts" where only the module of its routed experts was:
-    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is.
+    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is. ``results``
+    is what the block returns, in words, if that isn't its output alone.
     """
 
     hidden: int
@@ -205,6 +208,7 @@ class MoESpec:
     shared: SharedSpec | None
     at: Literal["block", "experts"] = "block"
     output_bias: bool = False
+    results: str = ""
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
@@ -222,11 +226,15 @@ class MoESpec:
             parts.append(f"shared {s.width} {s.mix}{gate}{scale}")
         if self.output_bias:
             parts.append("output bias")
+        if self.results:
+            parts.append(f"returns {self.results}")
         return " · ".join(parts)
 
     def _routing(self) -> str:
         r = self.router
         text = f"{'its own' if r.own else r.scoring} top-{r.top_k} of {r.num_experts}"
+        if r.wide_matrix:
+            text += " by a float32 router"
         if r.ranks == "logits":
             text += " by logits"
         if r.bias:
@@ -249,6 +257,7 @@ class MoESpec:
         r, e, s = self.router, self.experts, self.shared
         has = {
             "only its experts": self.at == "experts",
+            "a float32 router": r.wide_matrix,
             "a logit bias": r.bias,
             "a soft cap": r.soft_cap is not None,
             "a correction bias": r.correction_bias,
@@ -261,6 +270,7 @@ class MoESpec:
             "identity experts": e.identities > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,
             "an output bias": self.output_bias,
+            "other results than its output": bool(self.results),
         }
         return tuple(what for what, held in has.items() if held)
 
@@ -285,6 +295,7 @@ class MoESpec:
             shared=None if shared is None else SharedSpec(**shared),
             at=data.get("at", "block"),
             output_bias=data.get("output_bias", False),
+            results=data.get("results", ""),
         )
 
 

@@ -25,6 +25,7 @@ from moe_surgery.report.report import Report
 from moe_surgery.targets import get_target
 
 if TYPE_CHECKING:
+    from moe_surgery.models.quantisation import Quantisation
     from moe_surgery.report.explanation import Explanation
 
 Model = nn.Module | str | Path
@@ -39,6 +40,7 @@ class _Subject:
     module: nn.Module
     config: object
     directory: Path | None
+    quantisation: Quantisation | None = None
 
     @classmethod
     def of(cls, model: Model, trust_remote_code: bool = False) -> _Subject:
@@ -52,7 +54,16 @@ class _Subject:
         from moe_surgery.models.opening import open_meta
 
         opened = open_meta(str(model), trust_remote_code=trust_remote_code)
-        return cls(opened.name, opened.module, opened.config, opened.directory)
+        return cls(opened.name, opened.module, opened.config, opened.directory, opened.quantisation)
+
+    def obstacle(self, item: Surveyed) -> str | None:
+        """Why a site that can be read can't be operated on in the numbers that its weights are kept in."""
+        if self.quantisation is None or item.reading is None:
+            return None
+        mlp = item.reading.layout.experts[0]
+        if not self.quantisation.covers(f"{item.site.path}.{mlp.gate.path.removesuffix('.weight')}"):
+            return None
+        return f"its weights are {self.quantisation.scheme}; {self.quantisation.advice}"
 
     def digest(self) -> Digest | None:
         """What tells the checkpoint it came from from others, if that is known."""
@@ -66,15 +77,15 @@ def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
     """
     started = time.perf_counter()
     subject = _Subject.of(model, trust_remote_code)
-    steps = tuple(_scanned(item) for item in survey(subject.module))
+    steps = tuple(_scanned(item, subject) for item in survey(subject.module))
     plan_ = Plan(subject.name, "none", steps)
     return plan_.report().but(seconds=time.perf_counter() - started)
 
 
-def _scanned(item: Surveyed) -> Step:
+def _scanned(item: Surveyed, subject: _Subject) -> Step:
     site, reading = item.site, item.reading
     if reading is not None:
-        return Step(site.path, site.kind, "kept", "readable", spec=reading.spec)
+        return Step(site.path, site.kind, "kept", subject.obstacle(item) or "readable", spec=reading.spec)
     return Step(site.path, site.kind, "kept" if item.swapped else "missed", item.unread or "already fused")
 
 
@@ -103,7 +114,9 @@ def plan(
 
 def _plan(subject: _Subject, sites: Sequence[Surveyed], packs: Packs, target: str, selection: Selection) -> Plan:
     started = time.perf_counter()
-    made = make_plan(subject.name, sites, subject.config, load_packs(packs), target, get_target, selection)
+    made = make_plan(
+        subject.name, sites, subject.config, load_packs(packs), target, get_target, selection, subject.obstacle
+    )
     return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started)
 
 

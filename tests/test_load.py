@@ -120,10 +120,6 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
             r"model/config\.json: .*num_experts",
         ),
         (
-            {"architectures": ["X"], "text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            r"config\.json: text_config\.quantization_config: quantised",
-        ),
-        (
             {"architectures": ["MyModel"], "auto_map": {"AutoModelForCausalLM": "mine.MyModel"}},
             r"config\.json: auto_map: .* only with trust_remote_code",
         ),
@@ -175,6 +171,18 @@ def test_remote_code_runs_only_if_trusted(
     opened = load_model(str(model), trust_remote_code=True)
     stored = load_file(model / "model.safetensors")
     assert torch.equal(opened.module.lm_head.weight, stored["lm_head.weight"])
+    for change in ({"architectures": ["Qwen2MoeForCausalLM"]}, {"auto_map": {"AutoModelForCausalLM": "mine.MyModel"}}):
+        (model / "config.json").write_text(json.dumps({**config, **change}))
+        assert open_meta(str(model), trust_remote_code=True).module.brought_along
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2MoeForCausalLM"]}))
+    assert not hasattr(open_meta(str(model)).module, "brought_along")
+
+
+@pytest.mark.parametrize("name, own", [("Qwen2MoEForCausalLM", True), ("Qwen2MoeFlashForCausalLM", False)])
+def test_a_class_is_found_by_the_models_type(write_tiny: WriteTiny, tmp_path: Path, name: str, own: bool) -> None:
+    config = json.loads((write_tiny("float32") / "config.json").read_text()) | {"architectures": [name]}
+    config |= {"auto_map": {"AutoModelForCausalLM": "mine.MyModel"}} if own else {}
+    assert type(open_meta(config_only(tmp_path / "model", config)).module).__name__ == "Qwen2MoeForCausalLM"
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

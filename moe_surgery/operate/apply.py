@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import Calling, output_of
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
-from moe_surgery.prove.own_tokens import disagreement
-from moe_surgery.prove.proof import prove
+from moe_surgery.prove.own_tokens import Heard, disagreement
+from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
+from moe_surgery.read.record.attributes import made
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
+from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Likeness
 from moe_surgery.weights.tensors import BlockTensors, gather
 
@@ -179,12 +181,17 @@ class Operation:
         """The block for a site, which answers for the old one. Raises :class:`_Unanswerable` if it can't."""
         block = self.model.get_submodule(path)
         reading = self.readings[path]
-        new = self.targets[path].build(reading.spec, tensors or gather(block, reading.layout), prefix=path)
+        tensors = tensors or gather(block, reading.layout)
+        new = self.targets[path].build(reading.spec, tensors, prefix=path)
         new.rule = self.rules[path]
-        new.names = tuple(inspect.signature(block.forward).parameters)
         likeness = Likeness.of(block, path)
         if overlap := new.overlap(likeness):
             raise _Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
+        if reading.spec.at == "experts" or not (reading.calling.plain and reading.results is None):
+            new.convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
+        for (inside, name), value in reading.kept:
+            if not inside and not hasattr(new, name):
+                setattr(new, name, made(value, tensors.w13.device, tensors.w13.dtype))
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
             new.observe(owner, block.get_submodule(owner))
@@ -203,7 +210,10 @@ class Operation:
                 self.refused[path] = str(error)
                 return None
             settings = self.settings
-            verdict = prove(block, new, reading.spec, tensors, seed=settings.seed, margin=settings.margin)
+            convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
+            verdict = prove_block(
+                block, new, reading.spec, tensors, convention, seed=settings.seed, margin=settings.margin
+            )
             self.verdicts[path] = verdict
             if verdict.powerless:
                 self.refused[path] = f"can't be proven: {verdict.reason}"
@@ -214,9 +224,12 @@ class Operation:
 
     def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
         """Ask a new block what the model asked the old one. Raises :class:`ProofError` if the answers differ."""
-        for heard in whole.heard(path):
+        calling = self.readings[path].calling
+        for called in whole.heard(path):
             try:
-                answer = new(*heard.given)
+                heard = _by_role(called, calling, self.readings[path].spec.at)
+                roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
+                answer = output_of(self.readings[path].results, new(*calling.placed(roles)))
             except Exception as error:
                 raise self._failed(f"{path}: {error} (on what the model gives it)") from error
             spec, bound = self.readings[path].spec, self.verdicts[path].bound
@@ -303,6 +316,14 @@ class Double(StandingBlock):
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         return torch.empty_like([*given, *named.values()][0])
+
+
+def _by_role(heard: Heard, calling: Calling, at: str) -> Heard:
+    """A call with the block's own tensors alone: its input, or tokens, ids and weights."""
+    if at == "block":
+        return replace(heard, given=heard.given[:1])
+    tensors = calling.taken(heard.given, {})
+    return replace(heard, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
 
 
 class _Reported:

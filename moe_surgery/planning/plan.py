@@ -17,6 +17,7 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.models.checkpoint import Digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
+from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.outcomes import Outcome, Step
 from moe_surgery.report.report import Report
@@ -186,8 +187,11 @@ def make_plan(
     target: str,
     targets: Callable[[str], Target],
     selection: Selection,
+    obstacle: Callable[[Surveyed], str | None] = lambda item: None,
 ) -> Plan:
     """Decide every site. ``targets`` gives a target by name; a rule's own wins where ``target`` is "auto".
+
+    ``obstacle`` says why a site can't be operated on whatever the target.
 
     Raises :class:`ExpectationError` (with the report) if a rule or the caller expected more.
     """
@@ -198,7 +202,7 @@ def make_plan(
     def choose(rule: str) -> Target:
         return named(wanted[rule])
 
-    steps = tuple(_decide(item, matches[item.site.path], choose, selection) for item in sites)
+    steps = tuple(_decide(item, matches[item.site.path], choose, selection, obstacle(item)) for item in sites)
     plan = Plan(name, target, steps)
     try:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
@@ -239,6 +243,7 @@ def _decide(
     match: Match | Miss | None,
     choose: Callable[[str], Target],
     selection: Selection,
+    obstacle: str | None,
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
@@ -252,12 +257,14 @@ def _decide(
     if item.held is not None:
         return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
+    if obstacle is not None:
+        return Step(path, kind, "refused", obstacle, rule, target.name, spec)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
     if live and any(module.training for module in item.site.module.modules()):
         reason = "the model is in training mode, and the replacement has no backward pass; call model.eval()"
         return Step(path, kind, "refused", reason, rule, target.name, spec)
-    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else "cpu", dtype, live)
     if isinstance(target, AutoTarget):
         target, note = target.pick(spec, context)

@@ -55,8 +55,7 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
     except Broken as error:
         return Surveyed(site, None, str(error))
     except Unreadable as error:
-        inside = _inside(site, known, shared, str(error))
-        return inside if inside is not None else Surveyed(site, None, str(error))
+        return _inside(site, known, shared, str(error))
 
 
 def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
@@ -65,19 +64,21 @@ def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveye
     return Surveyed(site, _read(site, known, read), None)
 
 
-def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed | None:
-    """The only module of experts inside a block that can't be read for ``reason``, if it can be."""
-    found = list(experts_modules(site.module))
-    if len(found) != 1:
-        return None
-    path, module = found[0]
-    inner = Site(f"{site.path}.{path}" if site.path else path, module)
-    try:
-        _check_place(inner, shared)
-        check_site(module, inputs=3)
-        return Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None)
-    except Unreadable:
-        return None
+def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed:
+    """The only module of experts inside a block that can't be read for ``reason``, if it can be; else both reasons."""
+    found: list[Surveyed] = []
+    others: list[str] = []
+    for path, module in experts_modules(site.module):
+        inner = Site(f"{site.path}.{path}" if site.path else path, module)
+        try:
+            _check_place(inner, shared)
+            check_site(module, inputs=3)
+            found.append(Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None))
+        except Unreadable as error:
+            others.append(f"{reason}; nor its experts alone ({path}): {error}")
+    if len(found) == 1:
+        return found[0]
+    return Surveyed(site, None, others[0] if len(others) == 1 and not found else reason)
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:

@@ -68,6 +68,7 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
     otherwise for it: most of them lies where the router doesn't look.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    dtype = router.dtype if tensors is None else tensors.w13.dtype
     weight = router.detach().to("cpu", torch.float64)
     k = spec.router.top_k
     bias = None if tensors is None or tensors.router_bias is None else tensors.router_bias.detach().to(weight)
@@ -77,9 +78,9 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
 
     parts = [
         (UNIT, random(_RANDOM)),
-        (UNIT, steer(weight, k, random(len(weight)), router.dtype)),
+        (UNIT, steer(weight, k, random(len(weight)), dtype)),
         # Whose scores are near to each other, only a router of known scoring tells.
-        (UNIT, near_ties(weight, k, random(_gaps(spec, router.dtype)), router.dtype, bias)),
+        (UNIT, near_ties(weight, k, random(_gaps(spec, dtype)), dtype, bias)),
         (SMALL, random(_SCALED) * SCALES[SMALL]),
         (LARGE, random(_SCALED) * SCALES[LARGE]),
         (LARGE, _clamped(spec, tensors, weight, random(_SCALED))),
@@ -87,7 +88,7 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
         (SATURATED, saturated(spec, weight, random(0 if spec.router.own else _SATURATED))),
     ]
     return Probes(
-        torch.cat([x for _, x in parts]).to(router.dtype).to(router.device),
+        torch.cat([x for _, x in parts]).to(dtype).to(router.device),
         torch.cat([torch.full((len(x),), family, device="cpu") for family, x in parts]).to(router.device),
     )
 

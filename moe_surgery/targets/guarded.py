@@ -24,8 +24,10 @@ class GuardedBlock(StandingBlock):
 
     kernels = "these MoE kernels"
 
-    def __init__(self, spec: MoESpec, router: Tensor, label: str) -> None:
+    def __init__(self, spec: MoESpec, router: Tensor, label: str, dtype: torch.dtype | None = None) -> None:
+        """``dtype`` is that of the block's input, None for its router's."""
         super().__init__()
+        self._dtype = dtype or router.dtype
         self.spec = spec
         self.label = label
         self.fused_router = nn.Parameter(router, requires_grad=False)
@@ -69,9 +71,9 @@ class GuardedBlock(StandingBlock):
                 "torch.no_grad() or torch.inference_mode(), as generate() does, or undo before training"
             )
         weight = self.fused_router
-        if x.dtype != weight.dtype or x.device != weight.device:
+        if x.dtype != self._dtype or x.device != weight.device:
             raise SurgeryError(
-                f"a swapped MoE block was built for {weight.dtype} on {weight.device}; got {x.dtype} on {x.device}"
+                f"a swapped MoE block was built for {self._dtype} on {weight.device}; got {x.dtype} on {x.device}"
             )
         if torch.is_autocast_enabled(x.device.type):
             raise SurgeryError("a swapped MoE block computes in the dtype it was built for; turn autocast off")
@@ -83,12 +85,13 @@ class GuardedBlock(StandingBlock):
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Let through what changes neither dtype nor device (``model.to("cpu")`` on a CPU model)."""
         weight = self.fused_router
-        after = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
-        if after.dtype != weight.dtype or after.device != weight.device:
-            raise SurgeryError(
-                f"a swapped MoE block can't go from {weight.dtype} on {weight.device} to {after.dtype} on "
-                f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again"
-            )
+        for dtype in {self._dtype, weight.dtype}:
+            after = fn(torch.empty(0, dtype=dtype, device=weight.device))
+            if after.dtype != dtype or after.device != weight.device:
+                raise SurgeryError(
+                    f"a swapped MoE block can't go from {dtype} on {weight.device} to {after.dtype} on "
+                    f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.check_conversion(fn)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -231,6 +232,7 @@ class ReferenceBlock(StandingBlock):
         tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
         return BlockTensors(**tensors, copied=False)
 
+    @answering
     def forward(self, x: Tensor) -> Tensor:
         work, flat, tensors = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, x.shape[-1]), self._tensors()
         ids = chosen(self.spec, tensors, flat)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_surgery.kernels.arguments import Weights
 from moe_surgery.kernels.op import compute, folded_moe
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.folded.fold import fold, terms_of
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.weights.tensors import BlockTensors
@@ -34,6 +35,7 @@ class FoldedMoEBlock(GuardedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
+    @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)

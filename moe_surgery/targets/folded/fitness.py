@@ -24,7 +24,7 @@ _RANKED = {"ranks", "ranked_dtype", "scores_dtype"}
 _ROUTED_HERE = {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"} | _RANKED
 # What is known of a spec. Any other field must have its default: it would be computed as if it had.
 _KNOWN = {
-    "": {"hidden", "router", "experts", "shared", "at", "output_bias"},
+    "": {"hidden", "router", "experts", "shared", "at", "output_bias", "results"},
     "router": _ROUTED_HERE | {"bias", "soft_cap", "correction_bias", "groups", "epsilon", "floor", "norm", "cap_dtype"},
     "experts": {"num_experts", "width", "activation", "gated", "limit", "limit_after", "alpha", "offset"}
     | {"biases", "weights_on", "identities"},
@@ -32,7 +32,7 @@ _KNOWN = {
 }
 # The same of what one operator computes, its own choice of experts included.
 _WHOLE = {
-    "": {"hidden", "router", "experts", "shared"},
+    "": {"hidden", "router", "experts", "shared", "results"},
     "router": _ROUTED_HERE,
     "experts": {"num_experts", "width", "activation"},
     "shared": {"width", "activation", "gate", "scale"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_surgery.kernels.arguments import Routed, Weights
 from moe_surgery.kernels.op import compute, routed_moe
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.folded.fitness import beside
 from moe_surgery.targets.folded.fold import fold, terms_of
 from moe_surgery.targets.formula import mixer
@@ -94,6 +95,7 @@ class RoutedMoEBlock(_RoutedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
+    @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x, router = self.tokens(hidden_states), self.spec.router

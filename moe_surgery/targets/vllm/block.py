@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import answering
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.targets.reference import within
 from moe_surgery.targets.routing import handed
@@ -28,7 +29,7 @@ class FusedMoEBlock(GuardedBlock):
         self, spec: MoESpec, tensors: BlockTensors, fused: nn.Module, label: str, *, folded: bool = False
     ) -> None:
         """``folded``: ``fused`` takes the shared expert's gate behind the router's logits, if there is one."""
-        super().__init__(spec, router_rows(tensors) if folded else tensors.router, label)
+        super().__init__(spec, router_rows(tensors) if folded else tensors.router, label, tensors.w13.dtype)
         bias = tensors.router_bias
         if bias is not None and len(self.fused_router) > len(bias):
             bias = torch.cat([bias, bias.new_zeros(1)])
@@ -37,6 +38,7 @@ class FusedMoEBlock(GuardedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
+    @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
