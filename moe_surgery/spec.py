@@ -9,7 +9,7 @@ For a token ``x`` of width H, with experts ``e`` of width I and a shared expert 
               c * tanh(logits / c)  with a soft cap c
     scores  = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
               or the weights that the model's own router gives, as it is
-    ranked  = scores  (+ correction bias)
+    ranked  = logits or scores  (+ correction bias)
               in the best groups only, where groups limit the choice
     ids     = the k experts that rank highest
     w       = scores[ids];  w = w / max(sum(w) + epsilon, floor) if renormalize;  w = w * scale
@@ -23,13 +23,17 @@ where ``MLP(x) = W_down mix(W_gate x + b_gate, W_up x + b_up) + b_down`` and :cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "own"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Precision = Literal["native", "float32"]
 GroupScore = Literal["max", "top2"]
+Ranks = Literal["scores", "logits"]
+
+# A sigmoid's float32 steps are coarser than its slope's above this, and coarser still in half precision.
+_SATURATED = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,15 @@ class Groups:
 class RouterSpec:
     """How experts are chosen and weighted.
 
-    ``logits_dtype`` and ``weights_dtype`` say whether the router's linear layer, and the routing weights as they meet
-    the experts' outputs, are kept in the input's dtype ("native") or in float32. ``scores_dtype`` says the same of the
-    scores themselves, which models keep in float32. With ``scoring`` "own" the model's own router runs as it is and
-    hands over ids and weights; how it finds them is not said here.
+    ``ranks`` is what experts are ranked by. The order of scores is that of their logits until they are rounded: a
+    float32 sigmoid is 1 for every logit above 17.
 
+    The fields ``…_dtype`` say what is kept in the input's dtype ("native") and what in float32: the router's linear
+    layer, its soft cap, the scores, what is ranked, and the routing weights as they meet the experts' outputs. With
+    ``scoring`` "own" the model's own router runs as it is and hands over ids and weights; how it finds them is not said
+    here.
+
+    ``wide_matrix`` says that the router's matrix is stored in float32 though the block's weights are not.
     ``bias`` is one on the logits; ``correction_bias`` is added to the scores for ranking only. Renormalised weights are
     divided by ``max(sum + epsilon, floor)``, where the sum is their ``norm``-norm if that isn't 1.
     """
@@ -74,11 +82,36 @@ class RouterSpec:
     epsilon: float = 0.0
     floor: float = 0.0
     norm: float = 1.0
+    ranks: Ranks = "scores"
+    ranked_dtype: Precision = "float32"
+    cap_dtype: Precision = "float32"
+    wide_matrix: bool = False
 
     @property
-    def ranks_by_logits(self) -> bool:
-        """Whether the experts of the highest logits are those chosen."""
+    def follows_logits(self) -> bool:
+        """Whether the experts of the highest logits are those chosen, but for rounding."""
         return self.scoring != "own" and not self.correction_bias and self.groups is None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether scores tie where logits don't: a sigmoid's, if no soft cap keeps its logits small."""
+        return self.scoring == "sigmoid" and (self.soft_cap is None or self.soft_cap > _SATURATED)
+
+    def within(self, dtype: str) -> RouterSpec:
+        """The same in a block of ``dtype``: in float32 nothing is native that isn't float32."""
+        if dtype != "float32":
+            return self
+        names = [field.name for field in fields(self) if field.name.endswith("_dtype")]
+        changed: dict[str, Any] = dict.fromkeys(names, "float32")
+        return replace(self, **changed)
+
+    def ranking(self) -> str:
+        """What experts are ranked by, in words."""
+        if self.own:
+            return "what its own router ranks by"
+        text = self.ranks if self.ranks == "logits" else f"{self.scoring} scores"
+        text += " with their correction bias" if self.correction_bias else ""
+        return text + (" in float32" if self.ranked_dtype == "float32" else " in the block's dtype")
 
     @property
     def own(self) -> bool:
@@ -165,7 +198,8 @@ class MoESpec:
     """A sparse-MoE block as a function of its input ``[..., hidden]``; it returns one tensor of the same shape.
 
     ``at`` is "block" where the whole block was read. It is "experts" where only the module of its routed experts was:
-    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is.
+    a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is. ``results``
+    is what the block returns, in words, if that isn't its output alone.
     """
 
     hidden: int
@@ -174,6 +208,7 @@ class MoESpec:
     shared: SharedSpec | None
     at: Literal["block", "experts"] = "block"
     output_bias: bool = False
+    results: str = ""
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
@@ -191,11 +226,17 @@ class MoESpec:
             parts.append(f"shared {s.width} {s.mix}{gate}{scale}")
         if self.output_bias:
             parts.append("output bias")
+        if self.results:
+            parts.append(f"returns {self.results}")
         return " · ".join(parts)
 
     def _routing(self) -> str:
         r = self.router
         text = f"{'its own' if r.own else r.scoring} top-{r.top_k} of {r.num_experts}"
+        if r.wide_matrix:
+            text += " by a float32 router"
+        if r.ranks == "logits":
+            text += " by logits"
         if r.bias:
             text += " with logit bias"
         if r.soft_cap is not None:
@@ -216,6 +257,7 @@ class MoESpec:
         r, e, s = self.router, self.experts, self.shared
         has = {
             "only its experts": self.at == "experts",
+            "a float32 router": r.wide_matrix,
             "a logit bias": r.bias,
             "a soft cap": r.soft_cap is not None,
             "a correction bias": r.correction_bias,
@@ -228,11 +270,16 @@ class MoESpec:
             "identity experts": e.identities > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,
             "an output bias": self.output_bias,
+            "other results than its output": bool(self.results),
         }
         return tuple(what for what, held in has.items() if held)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-ready data. Fields that came later are left out at their defaults, so that older plans stay the same."""
         data: dict[str, Any] = _finite(asdict(self))
+        for name in _LATER:
+            if data["router"][name] == _DEFAULTS[name]:
+                del data["router"][name]
         return data
 
     @classmethod
@@ -248,7 +295,12 @@ class MoESpec:
             shared=None if shared is None else SharedSpec(**shared),
             at=data.get("at", "block"),
             output_bias=data.get("output_bias", False),
+            results=data.get("results", ""),
         )
+
+
+_LATER = ("ranks", "ranked_dtype", "cap_dtype")
+_DEFAULTS = {field.name: field.default for field in fields(RouterSpec)}
 
 
 def _finite(value: Any) -> Any:

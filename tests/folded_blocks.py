@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.spec import ExpertsSpec, Groups, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.tensors import BlockTensors
 
 SPEC = MoESpec(
@@ -46,6 +46,27 @@ SPECS = {
         but(num_experts=6, top_k=3, experts={"num_experts": 6, "width": 24}, shared={"width": 72}), hidden=80
     ),
 }
+
+DEEPSEEK = but(scoring="sigmoid", correction_bias=True, groups=Groups(4, 2, "top2", 0.0), scale=2.5, epsilon=1e-20)
+CLAMPED = {"limit": 0.5, "alpha": 1.702, "offset": 1.0}
+# What the kernels compute behind a router in torch, or with the shared expert beside them.
+ROUTED = {
+    "correction bias and groups": DEEPSEEK,
+    "square roots of softplus": but(scoring="sqrtsoftplus", correction_bias=True),
+    "logit bias and soft cap": but(bias=True, soft_cap=3.0, logits_dtype="float32"),
+    "ranked in its own dtype": but(scores_dtype="native", ranked_dtype="native"),
+    "biases, clamped, two slices": but(experts={"biases": True, **CLAMPED}, shared=CLAMPED),
+    "clamped after": but(experts={"limit": 0.1, "limit_after": True}, shared={"limit": 0.1, "limit_after": True}),
+    "ungated": but(experts={"gated": False, "activation": "relu2"}, shared={"gated": False, "activation": "relu2"}),
+    "weighted inputs": but(experts={"weights_on": "input"}, scoring="sigmoid", renormalize=False),
+    "shared expert of another width": but(shared={"width": 40}),
+    "shared expert of another kind": but(shared={"activation": "relu", "scale": 0.5}),
+    "identity experts": but(num_experts=10),
+    "output bias": replace(SPEC, output_bias=True),
+}
+ROUTED["identity experts"] = replace(
+    ROUTED["identity experts"], experts=replace(ROUTED["identity experts"].experts, identities=2)
+)
 
 
 def clear_tokens(spec: MoESpec, tensors: BlockTensors, count: int) -> Tensor:

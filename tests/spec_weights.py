@@ -20,14 +20,19 @@ def weights(spec: MoESpec, dtype: torch.dtype = torch.float32, *, seed: int = 0,
 
     hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
     return BlockTensors(
-        router=matrix(experts, hidden) * 2,
-        w13=matrix(experts, 2 * width, hidden),
+        router=matrix(spec.router.num_experts, hidden) * 2 if spec.at == "block" else matrix(0, hidden),
+        w13=matrix(experts, 2 * width if spec.experts.gated else width, hidden),
         w2=matrix(experts, hidden, width),
         shared_gate_proj=matrix(shared.width, hidden) if shared else None,
-        shared_up_proj=matrix(shared.width, hidden) if shared else None,
+        shared_up_proj=matrix(shared.width, hidden) if shared and shared.gated else None,
         shared_down_proj=matrix(hidden, shared.width) if shared else None,
         shared_gate=matrix(1, hidden) if shared and shared.gate else None,
         copied=False,
+        router_bias=matrix(experts) if spec.router.bias else None,
+        correction_bias=matrix(experts) if spec.router.correction_bias else None,
+        w13_bias=matrix(experts, 2 * width if spec.experts.gated else width) if spec.experts.biases else None,
+        w2_bias=matrix(experts, hidden) if spec.experts.biases else None,
+        output_bias=matrix(hidden) if spec.output_bias else None,
     )
 
 

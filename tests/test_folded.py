@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from folded_blocks import SPEC, SPECS, but
+from folded_blocks import DEEPSEEK, ROUTED, SPEC, SPECS, but
 from hypothesis import given
 from hypothesis import strategies as st
 from spec_weights import weights, worst
@@ -19,9 +19,10 @@ from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets import get_target, reference
 from moe_surgery.targets.auto import AutoTarget
 from moe_surgery.targets.base import Context, Refusal
-from moe_surgery.targets.folded import target as folded
-from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
+from moe_surgery.targets.folded import fitness
+from moe_surgery.targets.folded.fold import fold, terms_of
 from moe_surgery.targets.folded.target import FoldedTarget
+from moe_surgery.targets.shapes import check_shapes
 from moe_surgery.targets.shared_as_experts import cut
 
 CUDA = Context("cuda", "bfloat16", live=False)
@@ -60,25 +61,41 @@ def test_weights_are_taken_as_they_lie() -> None:
 
 def test_tensors_of_another_spec_are_refused() -> None:
     with pytest.raises(SurgeryError, match=r"mlp: w13 has shape \(8, 32, 64\), the spec wants \(8, 48, 64\)"):
-        check_tensors(weights(SPEC), terms_of(but(experts={"width": 24}, shared={"width": 48})), "mlp")
+        check_shapes(but(experts={"width": 24}, shared={"width": 48}), weights(SPEC), "mlp")
     mixed = replace(weights(SPEC), w2=weights(SPEC).w2.half())
     with pytest.raises(SurgeryError, match=r"w2 is torch.float16 on cpu, the experts are torch.float32"):
-        check_tensors(mixed, terms_of(SPEC), "mlp")
+        check_shapes(SPEC, mixed, "mlp")
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("spec", [*SPECS.values(), *ROUTED.values()], ids=[*SPECS, *ROUTED])
 def test_accepts_what_the_kernels_compute(spec: MoESpec) -> None:
     assert FoldedTarget().accepts(spec, CUDA) is None
+    assert (FoldedTarget().remark(spec, CUDA) is None) is (spec in SPECS.values())
+
+
+REMARKS = {
+    "shared width 40 is not a multiple of the expert width 16 (2 × 16 leaves 8)": but(shared={"width": 40}),
+    "the shared expert's activation is relu, the routed experts' silu": but(shared={"activation": "relu"}),
+    "2 + 80 experts for each token are more than 64": but(shared={"width": 1280}),
+    "router.scores_dtype = native is nothing that the folded kernels compute": but(scores_dtype="native"),
+    "router.correction_bias = True is nothing that the folded kernels compute": DEEPSEEK,
+}
+
+
+@pytest.mark.parametrize("reason", REMARKS)
+def test_says_what_is_not_in_the_kernels(reason: str) -> None:
+    assert FoldedTarget().accepts(REMARKS[reason], CUDA) is None
+    assert FoldedTarget().remark(REMARKS[reason], CUDA) == f"not all in one kernel call: {reason}"
 
 
 REFUSED = {
-    "shared width 40 is not a multiple of the expert width 16 (2 × 16 leaves 8)": but(shared={"width": 40}),
-    "the shared expert's activation is relu, the routed experts' silu": but(shared={"activation": "relu"}),
-    "routing own is none that the folded kernels compute: softmax, sigmoid": but(scoring="own"),
+    "its router is the model's own, which only its experts alone can be behind": but(scoring="own"),
+    "expert activation tanh is none of the folded kernels': silu, gelu, gelu_tanh, relu, relu2": but(
+        experts={"activation": "tanh"}
+    ),
     "the router scores 8 experts, there are 6": but(experts={"num_experts": 6}),
     "top-9 of 8 experts": but(top_k=9),
-    "2 + 80 experts for each token are more than 64": but(shared={"width": 1280}),
-    "router.scores_dtype = native is nothing that the folded kernels compute": but(scores_dtype="native"),
+    "65 experts for each token are more than 64": but(num_experts=80, top_k=65, experts={"num_experts": 80}),
 }
 
 
@@ -110,12 +127,12 @@ def test_refuses_other_devices_and_dtypes() -> None:
 
 
 def test_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folded, "find_spec", lambda name: None)
-    folded._missing.cache_clear()
+    monkeypatch.setattr(fitness, "find_spec", lambda name: None)
+    fitness._missing.cache_clear()
     try:
         refusal = FoldedTarget().accepts(SPEC, Context("cuda", "bfloat16"))
     finally:
-        folded._missing.cache_clear()
+        fitness._missing.cache_clear()
     assert refusal == Refusal("the folded kernels need Triton, which isn't installed")
 
 
@@ -125,8 +142,9 @@ def test_auto_folds_on_cuda_and_says_why_where_it_does_not() -> None:
     target, note = auto.pick(SPEC, CUDA)
     assert (target.name, note) == ("folded", None)
     target, note = auto.pick(but(shared={"width": 40}), CUDA)
-    assert target.name == "vllm"
-    assert note == "not folded: shared width 40 is not a multiple of the expert width 16 (2 × 16 leaves 8)"
+    assert target.name == "folded" and note is not None and note.startswith("not all in one kernel call: shared width")
+    target, note = auto.pick(but(experts={"num_experts": 6}), CUDA)
+    assert (target.name, note) == ("vllm", "not folded: the router scores 8 experts, there are 6")
     assert auto.pick(SPEC, Context("cpu", "float32"))[0].name == "vllm"
 
 
@@ -138,17 +156,17 @@ def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(planning, "Context", lambda device, dtype, live: Context("cuda", dtype, False))
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    for shared, target in ((32, "folded"), (40, "vllm")):
+    for shared in (32, 40):
         config = Qwen2MoeConfig(
             **sizes, vocab_size=32, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=16, shared_expert_intermediate_size=shared,
         )  # fmt: skip
         [step] = moe_surgery.plan(Qwen2MoeForCausalLM(config).eval(), packs=["generic"]).steps
-        assert step.target == target
-        assert ("not folded: shared width 40" in step.reason) is (target == "vllm")
+        assert step.target == "folded"
+        assert ("not all in one kernel call: shared width 40" in step.reason) is (shared == 40)
 
 
-TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True)
+TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True, False)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folded_blocks import SPEC, SPECS, clear_tokens
+from folded_blocks import ROUTED, SPEC, SPECS, clear_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_weights import tolerance, weights, worst
@@ -76,6 +76,53 @@ def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
     assert apart.shared_gate is not None and apart.shared_up is not None
     merged = replace(apart, shared_gate=torch.cat([apart.shared_gate, apart.shared_up]), shared_up=None)
     assert torch.equal(run(x, apart, terms, choice), run(x, merged, terms, choice))
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+@pytest.mark.parametrize("spec", ROUTED.values(), ids=ROUTED.keys())
+def test_computes_what_is_routed_outside(
+    spec: MoESpec, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_surgery.kernels import op
+    from moe_surgery.kernels.choice import table
+    from moe_surgery.targets.folded.routed import RoutedMoEBlock
+
+    tensors = weights(spec, dtype, device=DEVICE)
+    choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
+    monkeypatch.setattr(op, "choose", lambda *_: choice)
+    x = torch.randn(20, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
+    with torch.no_grad():
+        got = RoutedMoEBlock(spec, tensors)(x)
+    # Held against the experts that its own arithmetic chooses: near ties are the proof's business.
+    ids = reference.chosen(spec, tensors, x)
+    assert worst(got, reference.forward(spec, tensors, x, torch.float64, ids)) < 2 * tolerance(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert may have all of a token's slots, and ids beyond the experts stand for none."""
+    from moe_surgery.kernels import op
+    from moe_surgery.kernels.choice import table
+    from moe_surgery.targets.folded.routed import RoutedExperts
+
+    spec = replace(SPEC, at="experts", shared=None, router=replace(SPEC.router, scoring="own", renormalize=False))
+    tensors = weights(spec, torch.float32, device=DEVICE)
+    choice = next(row for row in table("default-32") if row.path == path)
+    monkeypatch.setattr(op, "choose", lambda *_: choice)
+    x = torch.randn(40, spec.hidden, device=DEVICE)
+    ids = torch.randint(0, 9, (40, 3), device=DEVICE)
+    ids[:30] = 3
+    ids[31] = 8
+    given = torch.rand(40, 3, device=DEVICE)
+    with torch.no_grad():
+        got = RoutedExperts(spec, tensors)(x, ids, given)
+        truth = reference.ReferenceExperts(spec, tensors)(x, ids, given)
+    assert got[31].abs().max() == 0
+    there = (ids < 8).any(-1)
+    assert worst(got[there], truth[there].double()) < tolerance(spec, torch.float32)
 
 
 @runs

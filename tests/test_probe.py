@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from proof_blocks import DTYPES, TALKER, THINKER
 from spec_weights import weights
 
-from moe_surgery.prove.metrics import Truth, luck, route, slack
+from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
+from moe_surgery.prove.routing import route
 from moe_surgery.spec import MoESpec
 
 
@@ -72,7 +73,7 @@ def test_some_tokens_are_near_ties_and_some_only_nearly(dtype: torch.dtype) -> N
     tied = torch.bincount(routing.tokens, minlength=len(probes.x)) > 1
     clear = ~tied & (probes.family == UNIT)
     # A router that rounds a few bits worse than the dtype does would get the nearest of the clear ones wrong.
-    assert float(gaps[tied].max()) < 0.2
+    assert float(gaps[tied & (probes.family == UNIT)].max()) < 0.2
     assert float(gaps[clear].min()) < 100 * torch.finfo(dtype).eps * float(ranked.abs().max())
     assert int(routing.sure[tied].max()) < k
     assert bool((routing.sure[~tied] == k).all())
@@ -102,7 +103,7 @@ def test_a_distance_is_that_of_the_worst_token_from_its_nearest_choice() -> None
     torch.testing.assert_close(distance, torch.tensor([0.1, 0.05, 0.0], dtype=torch.float64), rtol=1e-6, atol=0)
     assert other.tolist() == [True, False, False]
     worst = truth.worst(distance, torch.arange(3))
-    torch.testing.assert_close(worst, distance.new_tensor([0.1, 0.0, 0.0, 0.0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(worst, distance.new_tensor([0.1, 0.0, 0.0, 0.0, 0.0]), rtol=1e-6, atol=0)
     assert len(worst) == len(FAMILIES)
     y[1, 0] = torch.nan
     assert truth.distance(y, torch.arange(3))[0].isinf().tolist() == [False, True, False]

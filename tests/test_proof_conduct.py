@@ -74,7 +74,7 @@ MISCONDUCT: dict[str, tuple[type[PlainBlock], str]] = {
     "branches on strides": (off_if(lambda x: not x.is_contiguous()), "every other row"),
     "clamps": (
         wrong(mix=lambda self, gate, up: F.silu(gate.clamp(max=12)) * up.clamp(-12, 12)),
-        "at a large token",
+        "at a saturated token",
     ),
     "adds an epsilon": (wrong(forward=lambda self, x: PlainBlock.forward(self, x) + 1e-4), "is not what the spec says"),
     "NaN for the zero token": (

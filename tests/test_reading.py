@@ -29,9 +29,15 @@ ROUTERS: dict[type[plain.Base], dict[str, Any]] = {
     plain.SoftmaxFirst: {},
     plain.NotRenormalised: {"renormalize": False},
     plain.InPlaceRenormalised: {},
-    plain.SoftmaxLast: {},
+    plain.SoftmaxLast: {"ranks": "logits", "ranked_dtype": "native", "scores_dtype": "native"},
     plain.Gathered: {"scoring": "sigmoid", "scale": 2.5},
-    plain.SigmoidOfChosen: {"scoring": "sigmoid", "renormalize": False},
+    plain.SigmoidOfChosen: {
+        "scoring": "sigmoid",
+        "renormalize": False,
+        "ranks": "logits",
+        "ranked_dtype": "native",
+        "scores_dtype": "native",
+    },
     plain.BareRouter: {},
     plain.Float32Router: {"logits_dtype": "float32"},
     plain.TransposedRouter: {},
@@ -144,6 +150,42 @@ def test_dtypes_are_read_alike(router: type[plain.Base]) -> None:
     expected = read(make(cls))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert read(make(cls, dtype=dtype)) == expected
+
+
+def test_what_is_ranked_and_in_which_dtype() -> None:
+    def ranked(**methods: Any) -> tuple[str, ...]:
+        spec = read(make(block_class(type("Ranked", (plain.Base,), methods)))).spec.router
+        return spec.ranks, spec.logits_dtype, spec.scores_dtype, spec.ranked_dtype
+
+    def top(scores: Any, values: Any) -> Any:
+        ids = scores.topk(2, -1).indices
+        return values.gather(1, ids), ids
+
+    def by(rank: Any, score: Any) -> dict[str, Any]:
+        return {"route": lambda self, x: top(rank(self.logits(x)), score(self.logits(x)))}
+
+    def wide(logits: Any) -> Any:
+        return logits.float().softmax(-1)
+
+    def narrow(logits: Any) -> Any:
+        return logits.softmax(-1)
+
+    logits = {"logits": lambda self, x: torch.nn.functional.linear(x.float(), self.gate.weight.float())}
+    assert ranked(**by(wide, wide)) == ("scores", "native", "float32", "float32")
+    assert ranked(**by(narrow, narrow)) == ("scores", "native", "native", "native")
+    assert ranked(**by(lambda it: it, wide)) == ("logits", "native", "float32", "native")
+    assert ranked(**by(lambda it: it.float(), narrow)) == ("logits", "native", "native", "float32")
+    assert ranked(**logits, **by(lambda it: it, wide)) == ("logits", "float32", "float32", "float32")
+    # Rounded on the way: to what is ranked, or to both.
+    taken = {"route": lambda self, x: top(self.logits(x).to(x.dtype), wide(self.logits(x)))}
+    assert ranked(**logits, **taken) == ("logits", "float32", "float32", "native")
+    both = {"route": lambda self, x: top(self.logits(x).to(x.dtype), wide(self.logits(x).to(x.dtype)))}
+    assert ranked(**logits, **both) == ("logits", "native", "float32", "native")
+    scores = {"route": lambda self, x: top(wide(self.logits(x)).to(x.dtype), wide(self.logits(x)))}
+    assert ranked(**scores) == ("scores", "native", "float32", "native")
+    only = {"route": lambda self, x: top(self.logits(x), wide(self.logits(x).to(x.dtype)))}
+    with pytest.raises(Unreadable, match="rounded on the way to its scores or its ranking, and not on both"):
+        ranked(**logits, **only)
 
 
 def test_precisions() -> None:

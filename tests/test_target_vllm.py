@@ -12,7 +12,7 @@ from vllm_blocks import DTYPES, SPEC, TARGET, build, tokens
 
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets import reference
-from moe_surgery.targets.vllm.routing import Routing
+from moe_surgery.targets.routing import Routing
 from moe_surgery.weights.tensors import BlockTensors
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")

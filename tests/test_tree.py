@@ -145,3 +145,18 @@ def test_a_swapped_block_is_a_site_and_nothing_inside_it_is() -> None:
 def test_the_order_is_that_of_the_module_tree() -> None:
     make = plain.block_class()
     assert paths(Model(z=make(), a=make(), m=stack(make()))) == ["z", "a", "m.layers.0.mlp"]
+
+
+def test_ordinary_layers_of_many_equal_matrices_are_no_sites() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("q", "k", "v", "o"):
+                setattr(self, name, nn.Linear(64, 64))
+            self.heads = nn.Linear(64, 8)  # a gate for each head
+            self.towers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3)))
+            self.bias = nn.Parameter(torch.zeros(4, 7, 7))
+            self.conv = nn.Conv1d(8, 8, 3)
+
+    layers = nn.ModuleList(nn.Sequential(Attention(), nn.LSTM(8, 8), nn.Linear(64, 256)) for _ in range(4))
+    assert find_sites(nn.ModuleDict({"layers": layers, "head": nn.Linear(64, 12)})) == ()

@@ -14,16 +14,28 @@ WIDE_ROWS = 256
 SCHEMA = (
     "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
     "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
-    "bool native) -> Tensor"
+    "bool native, bool by_sigmoid) -> Tensor"
 )
 """The operator, as torch knows it; graphs that were compiled with another one can't be used."""
+
+ROUTED_SCHEMA = (
+    "routed_moe(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, str activation, bool up, float limit, "
+    "bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
+)
+"""The one for experts that were chosen outside of the kernels."""
 
 
 @dataclass(frozen=True)
 class Terms:
     """One block in numbers. ``slices`` experts of the routed width stand for the shared expert, 0 if there is none.
 
-    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do.
+    ``native`` logits are rounded to the input's dtype before experts are ranked, as the spec's routers do. Experts are
+    ranked ``by_sigmoid``, which saturates, where the block ranks its sigmoid scores, else by logits.
+
+    Where experts and their weights are ``given``, nothing is routed here. ``up`` to ``offset`` are the fields of
+    :class:`~moe_surgery.spec.Mix` (a ``limit`` of 0 is none). Routing weights ``on_input`` are those of inputs.
+    ``biases`` are the routed experts'; a shared expert has none.
     """
 
     experts: int
@@ -38,6 +50,15 @@ class Terms:
     shared_scale: float
     gated: bool
     native: bool
+    by_sigmoid: bool
+    given: bool = False
+    up: bool = True
+    limit: float = 0.0
+    limit_after: bool = False
+    alpha: float = 1.0
+    offset: float = 0.0
+    on_input: bool = False
+    biases: bool = False
 
     @property
     def pairs(self) -> int:
@@ -61,6 +82,7 @@ class Weights:
     ``router`` [E, H]; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed experts; of the shared expert, None where
     there is none, ``gate`` [1, H], ``shared_gate`` [M*I, H], ``shared_up`` alike and ``shared_down`` [H, M*I]. Without
     ``shared_up`` the up projection's rows follow those of the gate projection: ``shared_gate`` is [2*M*I, H] then.
+    Without up projections ``w13`` is [E, I, H]. ``w13_bias`` [E, 2I] and ``w2_bias`` [E, H] are of the routed experts.
     """
 
     router: Tensor
@@ -70,6 +92,8 @@ class Weights:
     shared_gate: Tensor | None = None
     shared_up: Tensor | None = None
     shared_down: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
 
     def offsets(self) -> Offsets:
         """How the kernels find the shared expert's weights; nothing is copied."""
@@ -82,6 +106,16 @@ class Weights:
         return Offsets(
             gate, (start - self.w13.data_ptr()) // size, up, (self.shared_down.data_ptr() - self.w2.data_ptr()) // size
         )
+
+
+class Routed(NamedTuple):
+    """What was chosen outside: expert ``ids`` [T, K] int32, less than 0 for none, and ``weights`` [T, K + M] float32.
+
+    The last M weights are those of the shared expert's slices. Both are contiguous.
+    """
+
+    ids: Tensor
+    weights: Tensor
 
 
 class Offsets(NamedTuple):

@@ -29,39 +29,54 @@ def let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """``act(gate) * up`` in float32."""
+def mixed(
+    gate, up, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """``act(gate) * up`` in float32, with all that :class:`~moe_surgery.spec.Mix` has; a LIMIT of 0 is none."""
+    if LIMIT > 0 and not AFTER:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "silu":
-        value = gate * tl.sigmoid(gate)
+        value = gate * tl.sigmoid(ALPHA * gate)
     elif ACT == "gelu":
         value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         value = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
     else:
-        tl.static_assert(ACT == "relu")
-        value = tl.maximum(gate, 0.0)
-    return value * up
+        value = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACT == "relu2":
+            value = value * value
+        else:
+            tl.static_assert(ACT == "relu")
+    if LIMIT > 0 and AFTER:
+        value = tl.minimum(value, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if UP:
+        if LIMIT > 0:
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = value * (up + OFFSET)
+    return value
 
 
 @triton.jit
-def score(row, index, E: tl.constexpr, SIGMOID: tl.constexpr):
+def score(row, index, E: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """What experts are ranked by: the logit, or its sigmoid, which may tie where logits differ."""
-    logit = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
-    if SIGMOID:
-        return tl.sigmoid(logit)
-    return logit
+    value = tl.load(row + index, mask=index < E, other=float("-inf"), cache_modifier=".cg")
+    if BY_SIGMOID:
+        value = tl.sigmoid(value)
+    return value
 
 
 @triton.jit
-def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr):
+def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
     """Keys [BE] of one token's experts, int64, that order as their scores do; of equal scores the lower index is more.
 
     A key holds score and index, so that choosing the best expert takes a single reduction. No two are equal, and those
     beyond E are less than all others, whatever the logits are, NaN included.
     """
     index = tl.arange(0, BE)
-    bits = score(row, index, E, SIGMOID).to(tl.int32, bitcast=True)
+    bits = score(row, index, E, BY_SIGMOID).to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF  # as floats order, so do these integers
     keys = (bits.to(tl.int64) << 32) | (BE - 1 - index).to(tl.int64)
     return tl.where(index < E, keys, -(1 << 63) + (BE - 1 - index).to(tl.int64))
@@ -90,10 +105,10 @@ def score_of(key):
 @triton.jit
 def choose(
     row, slots, scale, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
+    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One token's experts and their routing weights, by slot; slots of K and beyond hold zeros."""
-    keys = ranking_keys(row, E, BE, SIGMOID)
+    keys = ranking_keys(row, E, BE, BY_SIGMOID)
     experts = tl.zeros_like(slots)
     scores = tl.zeros_like(slots).to(tl.float32)
     for slot in tl.static_range(0, K):
@@ -102,14 +117,16 @@ def choose(
         experts = tl.where(slots == slot, expert_of(best, BE), experts)
         scores = tl.where(slots == slot, score_of(best), scores)
     values = scores
-    if not SIGMOID:
+    if SIGMOID and not BY_SIGMOID:
+        values = tl.sigmoid(scores)
+    elif not SIGMOID:
         most = tl.max(tl.where(slots == 0, scores, float("-inf")), axis=0)
         values = tl.exp(scores - most)
     values = tl.where(slots < K, values, 0.0)
     if RENORMALIZE:
         values = values / tl.sum(values, axis=0)
     elif not SIGMOID:
-        logits = score(row, tl.arange(0, BE), E, SIGMOID)
+        logits = score(row, tl.arange(0, BE), E, False)
         values = values / tl.sum(tl.exp(logits - most), axis=0)
     return experts, values * scale
 
@@ -129,15 +146,17 @@ def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
 def row_pitch(expert, E: tl.constexpr, I: tl.constexpr, M: tl.constexpr):
     """How far apart the rows of an expert's down projection lie: a slice's are those of the whole shared expert."""
     if M <= 1:
-        return I
-    else:  # Triton would take what follows a return for a result too
-        return tl.where(expert < E, I, M * I)
+        pitch = I
+    else:
+        pitch = tl.where(expert < E, I, M * I)
+    return pitch
 
 
 @triton.jit
 def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr):
     """Where rows of the router's weight begin; row E is the shared expert's gate, ``gate`` elements away."""
-    starts = rows.to(tl.int64) * H
     if R > E:
-        starts = tl.where(rows < E, starts, gate)
-    return starts
+        start = tl.where(rows < E, rows.to(tl.int64) * H, gate)
+    else:
+        start = rows * H
+    return start

@@ -6,6 +6,8 @@
     group_down     the other one, times the routing weights; one row for each pair of a token and an expert
     group_sum      adds each token's rows in the order of their slots
 
+Where experts are chosen outside, ``group_count`` and ``group_enter`` take the place of the first two.
+
 The order within a list depends on chance (integer atomics), but a row's value doesn't depend on its place in a tile,
 and rows are added in a fixed order: the output is the same to the bit every time.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import activate, choose, expert_offset, let_next_start, router_offset, row_pitch, wait
+from moe_surgery.kernels.device import choose, expert_offset, let_next_start, mixed, router_offset, row_pitch, wait
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -52,7 +54,7 @@ def group_logits(
 @triton.jit(do_not_specialize=["tokens"])
 def group_route(
     logits, weights, counts, lists, tokens, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr,
+    M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``weights`` [T, K+M] by slot; each expert's ``lists`` [E, T] of pairs ``t * (K+M) + slot``. Grid: (tokens,)."""
@@ -61,7 +63,7 @@ def group_route(
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * R
     slots = tl.arange(0, P)
-    experts, values = choose(row, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
+    experts, values = choose(row, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
     chosen = slots < K
     pair = token * (K + M) + slots
     place = tl.atomic_add(counts + experts, 1, mask=chosen, sem="relaxed")
@@ -75,6 +77,36 @@ def group_route(
 
 
 @triton.jit
+def group_count(ids, counts, places, K: tl.constexpr, P: tl.constexpr):
+    """Experts' visitors ``counts`` [E], which are zero before, from ``ids`` [T, K], and each pair's place among its
+    expert's. Grid: (tokens,)."""
+    slots = tl.arange(0, P)
+    at = tl.program_id(0).to(tl.int64) * K + slots
+    experts = tl.load(ids + at, mask=slots < K, other=-1)
+    place = tl.atomic_add(counts + experts, 1, mask=experts >= 0, sem="relaxed")
+    tl.store(places + at, place, mask=experts >= 0)
+
+
+@triton.jit
+def group_enter(
+    ids, counts, places, lists, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Pairs ``t * (K+M) + slot`` into one flat list, expert after expert. Grid: (tokens,).
+
+    An expert may have any number of a token's slots, which rows of fixed length for each expert couldn't hold.
+    """
+    slots = tl.arange(0, P)
+    every = tl.arange(0, BE)
+    token = tl.program_id(0)
+    at = token.to(tl.int64) * K + slots
+    experts = tl.load(ids + at, mask=slots < K, other=-1)
+    count = tl.load(counts + every, mask=every < E, other=0)
+    starts = tl.sum(tl.where(every[None, :] < experts[:, None], count[None, :], 0), axis=1)
+    place = tl.load(places + at, mask=experts >= 0, other=0)
+    tl.store(lists + starts + place, token * (K + M) + slots, mask=experts >= 0)
+
+
+@triton.jit
 def shared_rows(tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
     """As :func:`find_rows`, for the blocks of the shared expert: all tokens, in order, for each of its slices."""
     expert = E + block % M
@@ -83,7 +115,7 @@ def shared_rows(tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr
 
 
 @triton.jit
-def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, FLAT: tl.constexpr):
     """The routed expert that row block ``block`` belongs to, and its pairs [BM], -1 where there is none.
 
     Blocks are numbered through the experts in order. E and beyond for an expert means that there is no such block.
@@ -96,15 +128,20 @@ def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, B
     first = block - tl.max(tl.where(before, ends, 0), axis=0)
     size = tl.sum(tl.where(every == expert, count, 0), axis=0)
     place = first * BM + tl.arange(0, BM)
-    at = lists + expert.to(tl.int64) * tokens + place
+    if FLAT:
+        at = lists + tl.sum(tl.where(every < expert, count, 0), axis=0) + place
+    else:
+        at = lists + expert.to(tl.int64) * tokens + place
     return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_gate_up(
-    x, w13, shared: tl.int64, shared_up: tl.int64, act, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    x, given, w13, bias, shared: tl.int64, shared_up: tl.int64, act, counts, lists, tokens, E: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr,
+    ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
 
@@ -117,7 +154,7 @@ def group_gate_up(
         expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
     else:
         wait(PDL)
-        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM, GIVEN)
     let_next_start(PDL)
     if (block >= early) & (expert >= E):
         return
@@ -125,7 +162,7 @@ def group_gate_up(
     token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
     columns = tl.arange(0, BK)
     rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
-    at = w13 + expert_offset(expert, 2 * I * H, shared, I * H, E) + rows[None, :] * H + columns[:, None]
+    at = w13 + expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + rows[None, :] * H + columns[:, None]
     further = tl.where(expert < E, I * H, shared_up)
     source = x + token[:, None] * H + columns[None, :]
     gate = tl.zeros([BM, BI], tl.float32)
@@ -134,26 +171,40 @@ def group_gate_up(
         if H % BK == 0 and I % BI == 0:
             value = tl.load(source + k, mask=valid[:, None], other=0.0)
             g = tl.load(at + k)
-            u = tl.load(at + k + further)
+            if UP:
+                u = tl.load(at + k + further)
         else:
             inside = k + columns < H
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
             mask = (rows < I)[None, :] & inside[:, None]
             g = tl.load(at + k, mask=mask, other=0.0)
-            u = tl.load(at + k + further, mask=mask, other=0.0)
+            if UP:
+                u = tl.load(at + k + further, mask=mask, other=0.0)
         gate = tl.dot(value, g, gate, input_precision="ieee")
-        up = tl.dot(value, u, up, input_precision="ieee")
+        if UP:
+            up = tl.dot(value, u, up, input_precision="ieee")
+    if ON_INPUT:
+        factor = tl.load(given + tl.maximum(pairs, 0), mask=valid & (expert < E), other=1.0)[:, None]
+        gate *= factor
+        up *= factor
+    if BIAS:
+        its = bias + expert.to(tl.int64) * ((1 + UP) * I) + rows
+        there = (rows < I) & (expert < E)
+        gate += tl.load(its, mask=there, other=0.0).to(tl.float32)[None, :]
+        if UP:
+            up += tl.load(its + I, mask=there, other=0.0).to(tl.float32)[None, :]
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
     if block < early:
         wait(PDL)
-    tl.store(to, activate(gate, up, ACT).to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
+    result = mixed(gate, up, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
+    tl.store(to, result.to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_down(
-    act, w2, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    act, w2, bias, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, PDL: tl.constexpr,
+    BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
@@ -165,7 +216,7 @@ def group_down(
     if block < early:
         expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
     else:
-        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM)
+        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM, GIVEN)
     rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
     matrix = w2 + expert_offset(expert, H * I, shared, I, E)
     wait(PDL)
@@ -187,21 +238,34 @@ def group_down(
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
             w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(value, w, total, input_precision="ieee")
-    total *= tl.load(weights + pair, mask=valid, other=0.0)[:, None]
+    if BIAS:
+        its = bias + expert.to(tl.int64) * H + rows
+        total += tl.load(its, mask=(rows < H) & (expert < E), other=0.0).to(tl.float32)[None, :]
+    if ON_INPUT:
+        total *= tl.load(weights + pair, mask=valid & (expert >= E), other=1.0)[:, None]
+    else:
+        total *= tl.load(weights + pair, mask=valid, other=0.0)[:, None]
     to = rows_out + pair[:, None] * H + rows[None, :]
     tl.store(to, total.to(rows_out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])
 
 
 @triton.jit
 def group_sum(
-    rows_out, out, P: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr,
+    rows_out, ids, out, P: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, GIVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over slots of rows_out[t * P + slot]`` in float32. Grid: (tokens, cdiv(H, BH))."""
+    """``out[t] = sum over slots of rows_out[t * P + slot]`` in float32. Grid: (tokens, cdiv(H, BH)).
+
+    Where GIVEN, slots below K that have no expert in ``ids`` have no row.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BH + tl.arange(0, BH)
     wait(PDL)
     let_next_start(PDL)
     total = tl.zeros([BH], tl.float32)
     for slot in tl.static_range(0, P):
-        total += tl.load(rows_out + (token * P + slot) * H + columns, mask=columns < H, other=0.0).to(tl.float32)
+        there = columns < H
+        if GIVEN and slot < K:
+            there = there & (tl.load(ids + token * K + slot) >= 0)
+        total += tl.load(rows_out + (token * P + slot) * H + columns, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * H + columns, total.to(out.dtype.element_ty), mask=columns < H)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import grouped, pairs
-from moe_surgery.kernels.arguments import Offsets, Terms, Weights
-from moe_surgery.kernels.choice import Choice
+from moe_surgery.kernels.arguments import Offsets, Routed, Terms, Weights
+from moe_surgery.kernels.choice import Choice, Tiles
 
 ALIGNMENT = 16
 """Bytes. Compiled kernels take pointers and offsets for multiples of it where the first ones they got were."""
@@ -53,24 +53,27 @@ class Unlaunched(Kernel):
 class Kernels:
     """The kernels of one path, in order, for one block on one device."""
 
-    logits: Kernel
     gate_up: Kernel
     down: Kernel
+    logits: Kernel | None = None
     route: Kernel | None = None
     add: Kernel | None = None
+    count: Kernel | None = None
+    enter: Kernel | None = None
 
     def unlaunched(self) -> Kernels:
         return Kernels(*(None if each is None else Unlaunched(each) for each in vars(self).values()))  # type: ignore[arg-type]
 
 
-def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> Tensor:
+def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, routed: Routed | None = None) -> Tensor:
     """The block's output [T, H] for tokens ``x`` [T, H], contiguous, in the weights' dtype, with T > 0.
+
+    ``routed`` has the chosen experts where the terms say that they are given.
 
     Only launches: nothing is copied to the host, so that a CUDA graph can record it.
     """
-    return _run(
-        x, weights, terms, choice, _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
-    )
+    kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
+    return _run(x, weights, terms, choice, kernels, routed)
 
 
 def compile_only(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> None:
@@ -79,54 +82,97 @@ def compile_only(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> N
     _run(x, weights, terms, choice, kernels.unlaunched())
 
 
-def _run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels) -> Tensor:
+def _run(
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, routed: Routed | None = None
+) -> Tensor:
     at = weights.offsets()
-    aligned = (x.data_ptr() | at.gate | at.w13 | at.up | at.w2) % ALIGNMENT == 0
+    places = x.data_ptr() | at.gate | at.w13 | at.up | at.w2
+    for bias in (weights.w13_bias, weights.w2_bias):
+        places |= 0 if bias is None else bias.data_ptr()
     launch = _pairs if choice.path == "pairs" else _grouped
-    return launch(x, weights, terms, choice, kernels, aligned, at)
+    return launch(x, weights, terms, choice, kernels, places % ALIGNMENT == 0, at, routed)
 
 
 def _pairs(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
-) -> Tensor:
-    tokens = len(x)
-    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets,
+    routed: Routed | None,
+) -> Tensor:  # fmt: skip
+    tokens, w = len(x), weights
     act = torch.empty(tokens * terms.pairs, terms.width, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
-    grid = (_tiles(terms.rows, choice.logits["BR"]), tokens, 1)
-    kernels.logits(grid, aligned, x, weights.router, at.gate, logits, logits)
+    if routed is None:
+        assert kernels.logits is not None
+        chosen = given = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
+        grid = (_tiles(terms.rows, choice.logits["BR"]), tokens, 1)
+        kernels.logits(grid, aligned, x, w.router, at.gate, chosen, chosen)
+    else:
+        chosen, given = routed
     grid = (tokens * terms.pairs, _tiles(terms.width, choice.gate_up["BI"]), 1)
-    kernels.gate_up(grid, aligned, x, logits, weights.w13, at.w13, at.up, act, tokens)
+    kernels.gate_up(grid, aligned, x, chosen, given, w.w13, _or(w.w13_bias, x), at.w13, at.up, act, tokens)
     grid = (tokens, _tiles(terms.hidden, choice.down["BH"]), 1)
-    kernels.down(grid, aligned, act, logits, weights.w2, at.w2, out, terms.scale, terms.shared_scale)
+    kernels.down(
+        grid, aligned, act, chosen, given, w.w2, _or(w.w2_bias, x), at.w2, out, terms.scale, terms.shared_scale
+    )
     return out
 
 
 def _grouped(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
-) -> Tensor:
-    tokens, visits = len(x), len(x) * terms.pairs
-    one, two, three = choice.logits, choice.gate_up, choice.down
-    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
-    routing = torch.empty(visits, dtype=torch.float32, device=x.device)
-    lists = torch.empty(terms.experts, tokens, dtype=torch.int32, device=x.device)
-    counts = torch.empty(terms.experts, dtype=torch.int32, device=x.device)
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets,
+    routed: Routed | None,
+) -> Tensor:  # fmt: skip
+    tokens, visits, w = len(x), len(x) * terms.pairs, weights
+    two, three = choice.gate_up, choice.down
     act = torch.empty(visits, terms.width, dtype=x.dtype, device=x.device)
     rows = torch.empty(visits, terms.hidden, dtype=terms.rows_dtype(tokens, x.dtype), device=x.device)
     out = torch.empty_like(x)
-    assert kernels.route is not None and kernels.add is not None
+    assert kernels.add is not None
+    if routed is None:
+        routing, counts, lists = _route(x, weights, terms, choice, kernels, aligned, at)
+        ids = counts
+    else:
+        ids, routing = routed
+        counts, lists = _enter(ids, terms, kernels, aligned)
+    grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
+    kernels.gate_up(grid, aligned, x, routing, w.w13, _or(w.w13_bias, x), at.w13, at.up, act, counts, lists, tokens)
+    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]), 1, 1)
+    kernels.down(grid, aligned, act, w.w2, _or(w.w2_bias, x), at.w2, routing, rows, counts, lists, tokens)
+    kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+    return out
+
+
+def _route(
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Routing weights [T * (K + M)], experts' counts [E] and their lists of pairs [E, T]."""
+    tokens, one = len(x), choice.logits
+    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
+    routing = torch.empty(tokens * terms.pairs, dtype=torch.float32, device=x.device)
+    lists = torch.empty(terms.experts, tokens, dtype=torch.int32, device=x.device)
+    counts = torch.empty(terms.experts, dtype=torch.int32, device=x.device)
+    assert kernels.logits is not None and kernels.route is not None
     if "BT" in one:
         grid = (_tiles(terms.rows, one["BR"]), _tiles(tokens, one["BT"]), 1)
         kernels.logits(grid, aligned, x, weights.router, at.gate, logits, counts, tokens)
     else:
         kernels.logits((_tiles(terms.rows, one["BR"]), tokens, 1), aligned, x, weights.router, at.gate, logits, counts)
     kernels.route((tokens, 1, 1), aligned, logits, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
-    grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
-    kernels.gate_up(grid, aligned, x, weights.w13, at.w13, at.up, act, counts, lists, tokens)
-    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]), 1, 1)
-    kernels.down(grid, aligned, act, weights.w2, at.w2, routing, rows, counts, lists, tokens)
-    kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, out)
-    return out
+    return routing, counts, lists
+
+
+def _enter(ids: Tensor, terms: Terms, kernels: Kernels, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Experts' counts [E] and one list of pairs [T * K] of the experts ``ids`` [T, K]."""
+    assert kernels.count is not None and kernels.enter is not None
+    grid = (len(ids), 1, 1)
+    counts = torch.zeros(terms.experts, dtype=torch.int32, device=ids.device)
+    places, lists = torch.empty_like(ids), torch.empty_like(ids)
+    kernels.count(grid, aligned, ids, counts, places)
+    kernels.enter(grid, aligned, ids, counts, places, lists)
+    return counts, lists
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Kernels take no None; what they don't read may be anything."""
+    return other if tensor is None else tensor
 
 
 def row_blocks(terms: Terms, tokens: int, size: int) -> int:
@@ -149,29 +195,36 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     known = {
         **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
-        "SIGMOID": terms.sigmoid, "RENORMALIZE": terms.renormalize, "GATED": terms.gated, "NATIVE": terms.native,
-        "CLEAR": ranked if choice.path == "grouped" else 0, "PDL": dependent,
+        "SIGMOID": terms.sigmoid, "BY_SIGMOID": terms.by_sigmoid, "RENORMALIZE": terms.renormalize,
+        "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
+        "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
+        "OFFSET": terms.offset, "BIAS": terms.biases, "GIVEN": terms.given, "ON_INPUT": terms.on_input,
+        "PDL": dependent,
     }  # fmt: skip
 
-    def kernel(function: Any, **tiles: int) -> Kernel:
-        chosen = {**known, **tiles}
+    def kernel(function: Any, tiles: Tiles | None = None, *, first: bool = False) -> Kernel:
+        """``first`` where what runs before is not ours and says nothing of when the next kernel may start."""
+        tiles = tiles or {}
+        chosen = {**known, **tiles, "PDL": dependent and not first}
         constants = {name: chosen[name] for name in function.arg_names if name in chosen}
         launched: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
-        return Kernel(function, constants, {**launched, **options})
+        return Kernel(function, constants, {**launched, **({} if first else options)})
 
     one, two, three = choice.logits, choice.gate_up, choice.down
     if choice.path == "pairs":
         return Kernels(
-            kernel(pairs.pair_logits, **one), kernel(pairs.pair_gate_up, **two), kernel(pairs.pair_down, **three)
+            kernel(pairs.pair_gate_up, two, first=terms.given),
+            kernel(pairs.pair_down, three),
+            None if terms.given else kernel(pairs.pair_logits, one),
         )
+    products = kernel(grouped.group_gate_up, two, first=terms.given), kernel(grouped.group_down, three)
+    add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
+    if terms.given:
+        slots = {"P": _power(terms.top_k)}
+        count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
+        return Kernels(*products, add=add, count=count, enter=enter)
     logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    return Kernels(
-        kernel(logits, **one),
-        kernel(grouped.group_gate_up, **two),
-        kernel(grouped.group_down, **three),
-        kernel(grouped.group_route),
-        kernel(grouped.group_sum, P=terms.pairs, BH=_columns(terms)),
-    )
+    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route), add)
 
 
 def _columns(terms: Terms) -> int:

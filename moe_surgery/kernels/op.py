@@ -7,31 +7,37 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.arguments import SCHEMA, Terms, Weights
+from moe_surgery.kernels.arguments import ROUTED_SCHEMA, SCHEMA, Routed, Terms, Weights
 from moe_surgery.kernels.choice import choose
 from moe_surgery.kernels.launch import run
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+_LIBRARY.define(ROUTED_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
-def compute(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
-    """``x`` [T, H], contiguous, to [T, H]; the number of tokens chooses path and tiles."""
+def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = None) -> Tensor:
+    """``x`` [T, H], contiguous, to [T, H]; the number of tokens chooses path and tiles.
+
+    ``routed`` has the experts of each token where the terms say that they are given.
+    """
     if len(x) == 0:
         return torch.empty_like(x)
     with _on(x.device):
-        return run(x, weights, terms, choose(terms, len(x), x.dtype))
+        return run(x, weights, terms, choose(terms, len(x), x.dtype), routed)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device; changing it takes time, so only where it must."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _folded_moe(
     x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
     shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
-    renormalize: bool, scale: float, shared_scale: float, native: bool,
+    renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
     terms = Terms(
@@ -47,8 +53,42 @@ def _folded_moe(
         shared_scale=shared_scale,
         gated=gate is not None,
         native=native,
+        by_sigmoid=by_sigmoid,
     )
     return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
+
+
+def _routed_moe(
+    x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None,
+    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None, activation: str, up: bool,
+    limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
+) -> Tensor:  # fmt: skip
+    experts, hidden, width = w2.shape
+    terms = Terms(
+        experts=experts,
+        top_k=ids.shape[1],
+        slices=weights.shape[1] - ids.shape[1],
+        hidden=hidden,
+        width=width,
+        activation=activation,
+        sigmoid=False,
+        renormalize=False,
+        scale=1.0,
+        shared_scale=1.0,
+        gated=False,
+        native=False,
+        by_sigmoid=False,
+        given=True,
+        up=up,
+        limit=limit,
+        limit_after=limit_after,
+        alpha=alpha,
+        offset=offset,
+        on_input=on_input,
+        biases=w13_bias is not None,
+    )
+    held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias)
+    return compute(x, held, terms, Routed(ids, weights))
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
@@ -56,7 +96,9 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 _LIBRARY.impl("folded_moe", _folded_moe, "CUDA")
-torch.library.register_fake("moe_surgery::folded_moe", _fake, lib=_LIBRARY)
+_LIBRARY.impl("routed_moe", _routed_moe, "CUDA")
+for _name in ("folded_moe", "routed_moe"):
+    torch.library.register_fake(f"moe_surgery::{_name}", _fake, lib=_LIBRARY)
 
 
 def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
@@ -64,6 +106,16 @@ def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     result: Tensor = torch.ops.moe_surgery.folded_moe(
         x, weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
         weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
-        terms.shared_scale, terms.native,
+        terms.shared_scale, terms.native, terms.by_sigmoid,
+    )  # fmt: skip
+    return result
+
+
+def routed_moe(x: Tensor, weights: Weights, terms: Terms, routed: Routed) -> Tensor:
+    """:func:`compute` of experts that are given, as an operator."""
+    result: Tensor = torch.ops.moe_surgery.routed_moe(
+        x, routed.ids, routed.weights, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias, weights.shared_gate,
+        weights.shared_up, weights.shared_down, terms.activation, terms.up, terms.limit, terms.limit_after,
+        terms.alpha, terms.offset, terms.on_input,
     )  # fmt: skip
     return result

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from moe_surgery.kernels.device import (
-    activate,
     choose,
     expert_of,
     expert_offset,
     let_next_start,
+    mixed,
     ranking_keys,
     router_offset,
     row_pitch,
@@ -62,11 +62,15 @@ def pair_logits(
 
 @triton.jit(do_not_specialize=["tokens"])
 def pair_gate_up(
-    x, logits, w13, shared: tl.int64, shared_up: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr,
+    x, logits, given, w13, bias, shared: tl.int64, shared_up: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, ACT: tl.constexpr, SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    BE: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr,
+    ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
+    BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
+
+    Where GIVEN, ``logits`` are the chosen experts' ids, ``given`` their weights, and this is the first kernel.
 
     Slots of the shared expert come first: they need no routing, so they begin while the logits are being computed.
     All pairs of a tile run together, so that an expert which several tokens visit is read from memory once.
@@ -76,26 +80,42 @@ def pair_gate_up(
     expert = E + slot - K
     if slot < K:
         wait(PDL)
-        keys = ranking_keys(logits + token * R, E, BE, SIGMOID)
-        for _ in range(slot):
-            keys = without(keys, tl.max(keys, axis=0), BE)
-        expert = expert_of(tl.max(keys, axis=0), BE)
+        if GIVEN:
+            expert = tl.maximum(tl.load(logits + token * K + slot), 0)
+        else:
+            keys = ranking_keys(logits + token * R, E, BE, BY_SIGMOID)
+            for _ in range(slot):
+                keys = without(keys, tl.max(keys, axis=0), BE)
+            expert = expert_of(tl.max(keys, axis=0), BE)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
     rows = tl.program_id(1) * BI + tl.arange(0, BI)
-    at = w13 + expert_offset(expert, 2 * I * H, shared, I * H, E) + rows[:, None] * H + columns[None, :]
+    at = w13 + expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + rows[:, None] * H + columns[None, :]
     up = tl.where(expert < E, I * H, shared_up)
     gates = tl.zeros([BI, BK], tl.float32)
     ups = tl.zeros([BI, BK], tl.float32)
     for k in range(0, H, BK):
         mask = (rows < I)[:, None] & (k + columns < H)[None, :]
         g = tl.load(at + k, mask=mask, other=0.0)
-        u = tl.load(at + k + up, mask=mask, other=0.0)
         source = x + token * H + k + columns
         value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
         gates += g.to(tl.float32) * value
-        ups += u.to(tl.float32) * value
-    result = activate(tl.sum(gates, axis=1), tl.sum(ups, axis=1), ACT)
+        if UP:
+            u = tl.load(at + k + up, mask=mask, other=0.0)
+            ups += u.to(tl.float32) * value
+    gate = tl.sum(gates, axis=1)
+    rise = tl.sum(ups, axis=1)
+    if ON_INPUT:
+        factor = tl.load(given + token * (K + M) + slot, mask=slot < K, other=1.0)
+        gate *= factor
+        rise *= factor
+    if BIAS:
+        its = bias + expert.to(tl.int64) * ((1 + UP) * I) + rows
+        there = (rows < I) & (expert < E)
+        gate += tl.load(its, mask=there, other=0.0).to(tl.float32)
+        if UP:
+            rise += tl.load(its + I, mask=there, other=0.0).to(tl.float32)
+    result = mixed(gate, rise, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
     if slot >= K:
         wait(PDL)
     to = act + (token * (K + M) + slot) * I + rows
@@ -104,10 +124,10 @@ def pair_gate_up(
 
 @triton.jit
 def pair_down(
-    act, logits, w2, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    act, logits, given, w2, bias, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 
@@ -115,14 +135,22 @@ def pair_down(
     """
     token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, P)
-    experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, RENORMALIZE)
+    there = slots < K + M
+    if GIVEN:
+        experts = tl.load(logits + token * K + slots, mask=slots < K, other=0)
+        weights = tl.load(given + token * (K + M) + slots, mask=there, other=0.0)
+        there = there & (experts >= 0)
+        experts = tl.maximum(experts, 0)
+        if ON_INPUT:
+            weights = tl.where(slots < K, 1.0, weights)
+    else:
+        experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
     experts = tl.where(slots < K, experts, E + slots - K)
-    if M > 0:
+    if M > 0 and not GIVEN:
         gate = shared_scale
         if GATED:
             gate = shared_scale * tl.sigmoid(tl.load(logits + token * R + E, cache_modifier=".cg"))
         weights = tl.where(slots < K, weights, gate)
-    there = slots < K + M
     rows = tl.program_id(1) * BH + tl.arange(0, BH)
     columns = tl.arange(0, BK)
     offset = expert_offset(experts, H * I, shared, I, E)
@@ -141,6 +169,9 @@ def pair_down(
         if k + BK < I:
             more = k + BK + columns
             w = tl.load(at + k + BK, mask=inside & (more < I)[None, None, :], other=0.0)
+    if BIAS:
+        its = bias + experts.to(tl.int64)[:, None] * H + rows[None, :]
+        total += tl.load(its, mask=(there & (slots < K))[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)
     # A slot beyond K + M has no output, and NaN times zero would make one.
     result = tl.sum(tl.where(there[:, None], total * weights[:, None], 0.0), axis=0)
     tl.store(out + token * H + rows, result.to(out.dtype.element_ty), mask=rows < H)

@@ -6,12 +6,14 @@ when a model is opened, not when this module is.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ModelError, UsageError
@@ -25,23 +27,31 @@ from moe_surgery.models.checkpoint import (
     read_config,
     refuse_pickles,
 )
+from moe_surgery.models.quantisation import FIELD, MODELOPT, Quantisation, quantisation_of
+from moe_surgery.models.text import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_LONGEST_REASON = 300
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_CONFIG_FILES = ("config.json", "generation_config.json", INDEX)
+_CONFIG_FILES = ("config.json", "generation_config.json", MODELOPT, INDEX)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model and what it was opened from. ``config`` is ``config.json`` as written, without class defaults."""
+    """A model and what it was opened from. ``config`` is ``config.json`` as written, without class defaults.
+
+    ``quantisation`` says how the checkpoint's weights are quantised; the module then is what it was before they were.
+    """
 
     name: str
     module: nn.Module
     config: dict[str, Any]
+    directory: Path
+    quantisation: Quantisation | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class _Checkpoint:
     directory: Path
     config: dict[str, Any]
     trust_remote_code: bool
+    quantisation: Quantisation | None = None
 
 
 def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
@@ -66,11 +77,11 @@ def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
 
     checkpoint = _find(model, trust_remote_code, weights=False)
     dtype = _dtype(checkpoint)
-    with _model_errors(checkpoint), uncollected():
+    with _model_errors(checkpoint.directory / CONFIG), uncollected():
         kind, config = _model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
-            module = kind._from_config(config, dtype=dtype)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+            module = kind._from_config(_unquantised(config), dtype=dtype)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory, checkpoint.quantisation)
 
 
 def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
@@ -83,8 +94,9 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     headers = checkpoint_headers(checkpoint.directory)
     wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
     place = _device(device)
-    with _model_errors(checkpoint, headers), _progress_bars_only_on_a_terminal():
+    with _model_errors(checkpoint.directory / CONFIG):
         kind, config = _model_class(checkpoint)
+    with _model_errors(checkpoint.directory, headers), _progress_bars_only_on_a_terminal():
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -98,14 +110,16 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
         )
         _check_loaded(checkpoint, info)
         module = module.to(place)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
 def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
     directory = Path(model)
-    if directory.is_dir():
+    if not model:
+        raise ModelError("no model is named")
+    if os.path.isdir(model):
         name = directory.resolve().name
-    elif directory.exists():
+    elif os.path.exists(model):
         raise ModelError(f"{model}: a file; a model is a directory with {CONFIG}, or a hub id")
     elif not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ModelError(f"{model}: no such directory")
@@ -113,16 +127,29 @@ def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
         name, directory = model, _download(model, trust_remote_code, weights)
     config = read_config(directory)
     refuse_pickles(directory)
-    if quantization := [path for path, _ in _fields(config, "quantization_config")]:
-        raise ModelError(f"{directory / CONFIG}: {quantization[0]}: quantised checkpoints are not supported")
-    return _Checkpoint(name, directory, config, trust_remote_code)
+    found = quantisation_of(directory, config)
+    if found is not None and weights:
+        raise ModelError(f"{directory}/{found.where}: its weights are {found.scheme}; {found.advice}")
+    return _Checkpoint(name, directory, config, trust_remote_code, found)
+
+
+def _unquantised(config: Any) -> Any:
+    """The config of the same model before it was quantised."""
+    for inner in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        if hasattr(inner, FIELD):
+            delattr(inner, FIELD)
+    return config
 
 
 def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
     """The directory of a hub id's files in the local cache, fetched if need be; never a pickle."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    patterns = [
+        *_CONFIG_FILES,
+        *(["*.safetensors", *TOKENIZER_FILES] if weights else []),
+        *(["*.py"] if trust_remote_code else []),
+    ]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
@@ -132,33 +159,53 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
 
 
 def _model_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
-    """The class that the checkpoint's config names, and the config as transformers' object."""
+    """The class that the checkpoint's config names, and the config as transformers' object.
+
+    Where a checkpoint's own code is trusted, it is that code that runs, also where transformers knows the name. A name
+    that transformers doesn't know is found by the model's type, as its Auto classes do; but of code that comes along
+    only where it is the same name, spelled otherwise.
+    """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, PreTrainedModel
 
     path, raw, trust = checkpoint.directory / CONFIG, checkpoint.config, checkpoint.trust_remote_code
-    names = raw.get("architectures") or []
+    own = raw.get("auto_map")
+    if trust and isinstance(own, dict) and any("AutoModel" in key for key in own):
+        return _remote_class(checkpoint)
+    names, model_type = raw.get("architectures") or [], raw.get("model_type")
     kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if not known and "auto_map" in raw:
-        if not trust:
+    if not known and (not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING):
+        if own:
             raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
-        return _remote_class(checkpoint)
-    if names and not known:
-        raise ModelError(f"{path}: architectures: transformers {transformers.__version__} has no class {names[0]!r}")
-    if not names and "model_type" not in raw:
-        raise ModelError(f"{path}: neither architectures nor model_type says what the model is")
-    if "model_type" in raw:
+        if names:
+            version = transformers.__version__
+            raise ModelError(f"{path}: architectures: transformers {version} has no class {names[0]!r}")
+        if model_type is None:
+            raise ModelError(f"{path}: neither architectures nor model_type says what the model is")
+    if model_type is not None:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     else:
         config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)  # type: ignore[union-attr]
-    if known:
-        return kind, config
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(
-            f"{path}: architectures is missing, and model_type {raw['model_type']!r} names no language model"
-        )
-    return AutoModelForCausalLM._model_mapping[type(config)], config
+    found = kind if known else _class_by_type(config, names[0] if names else "")
+    if not known and own and found is not None and found.__name__.lower() != str(*names[:1]).lower():
+        raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
+    if found is None:
+        missing = f"transformers has no class {names[0]!r}" if names else "architectures is missing"
+        raise ModelError(f"{path}: {missing}, and model_type {model_type!r} names no language model")
+    return found, config
+
+
+def _class_by_type(config: Any, name: str) -> Any:
+    """The class that an Auto class has for a config; the one that does what a class called ``name`` is to do."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
+    if name.endswith("ForConditionalGeneration"):
+        kinds.sort(key=lambda kind: kind is AutoModelForCausalLM)
+    if name.endswith("Model"):
+        kinds.insert(0, AutoModel)
+    return next((kind._model_mapping[type(config)] for kind in kinds if type(config) in kind._model_mapping), None)
 
 
 def _remote_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
@@ -168,10 +215,12 @@ def _remote_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
 
     places = checkpoint.config["auto_map"]
     models = [key for key in sorted(places, key=lambda key: key != "AutoModelForCausalLM") if "AutoModel" in key]
-    if not models:
-        raise ModelError(f"{checkpoint.directory / CONFIG}: auto_map names no model class")
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True, local_files_only=True)
-    return get_class_from_dynamic_module(places[models[0]], str(checkpoint.directory), local_files_only=True), config
+    kind: Any = get_class_from_dynamic_module(places[models[0]], str(checkpoint.directory), local_files_only=True)
+    if "AutoConfig" in places:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True, local_files_only=True)
+    else:
+        config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)
+    return kind, config
 
 
 def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -216,7 +265,10 @@ def _device(name: str) -> torch.device:
 
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "meta":
+            raise UsageError("device 'meta' holds no weights")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
@@ -230,29 +282,38 @@ def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
         ("mismatched_keys", "of another shape in the checkpoint"),
         ("error_msgs", "with errors"),
     ):
-        names = sorted(str(entry) for entry in info.get(key) or ())
+        names = sorted(_told(entry) for entry in info.get(key) or ())
         if names:
             found.append(f"{len(names)} {words}, first {names[0]}")
     if found:
         raise ModelError(f"{checkpoint.directory}: weights don't fit the model: " + "; ".join(found))
 
 
+def _told(entry: object) -> str:
+    if not isinstance(entry, tuple):
+        return str(entry)
+    name, found, wanted = entry
+    return f"{name}: {list(found)} for {list(wanted)}"
+
+
 @contextmanager
-def _model_errors(checkpoint: _Checkpoint, headers: Header | None = None) -> Iterator[None]:
-    """Turn whatever transformers raises over a config or a checkpoint into one error naming the directory.
+def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises over a config or a checkpoint into one error naming the file or directory.
 
     It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers.
     """
     try:
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:
         # A bad field surfaces as a KeyError, AttributeError, ValueError or validation error, depending on the model.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # torch lets stack frames follow, and transformers advice.
+        text = " ".join(str(error).partition("Exception raised from")[0].split())
+        reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
-        raise ModelError(f"{checkpoint.directory}: {hint}{type(error).__name__}: {reason}") from error
+        raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moe_surgery.models.site import Site
 from moe_surgery.targets.base import SwappedBlock
 
 _HINT = "expert"
+_LEVELS = 3  # from a bank up to what routes to it
 _MOST_MATRICES = 6  # of one expert; a list of whole layers isn't a list of experts
 
 
@@ -26,8 +27,9 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     paths = {path for path, module in modules.items() if isinstance(module, SwappedBlock)}
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
-            paths |= {_block_path(modules, path, bank, count) for bank, count in _banks(module)}
-            paths |= _around_stacked(modules, path)
+            found = {_block_path(modules, path, *bank) for bank in _banks(module)}
+            paths |= {place for place in found if place is not None}
+            paths |= _around_stacked(modules, path) | ({path} if _wide_layers(module) else set())
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
     return tuple(Site(path, module) for path, module in modules.items() if path in inner)
 
@@ -36,36 +38,74 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.") if outer else True
 
 
-def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts)``.
+def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+    """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
-    No name means stacked tensors of the module's own. A bank is one list of MLPs or several lists of single layers.
+    No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
+    equal MLPs side by side. One that isn't certain is a bank only where something scores as many experts.
     """
+    named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
-        own = module.parameters(recurse=False)
-        stacked = Counter(p.shape[0] for p in own if p.ndim == 3 and min(p.shape) > 1)
+        own = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape[1:]) > 1]
+        stacked = Counter(p.shape[0] for p in own if p.shape[0] > 1 or named_so)
         for count, times in stacked.items():
-            if times > 1 or _HINT in type(module).__name__.lower():
-                yield (), count
-                break
-    singles: dict[int, tuple[str, ...]] = {}
+            yield (), count, times > 1 or named_so
     tables = Counter(child.weight.shape for child in module.children() if isinstance(child, nn.Embedding))
     if max(tables.values(), default=0) > 1 and any(isinstance(child, nn.Linear) for child in module.children()):
-        yield (), 0  # experts of one row each, looked up by number
+        yield (), 0, True  # experts of one row each, looked up by number
+    singles: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
-            members = [list(member.parameters()) for member in child.children()]
-            matrices = [sum(p.ndim == 2 for p in parameters) for parameters in members if parameters]
-            count, named = len(matrices), _HINT in name.lower()
-            if count < 2 or max(matrices) > _MOST_MATRICES:
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and len(child) > 1:
+            members = [member for member in child.children() if any(True for _ in member.parameters())]
+            matrices = [len(_matrices(member)) for member in members]
+            if len(members) < 2 or max(matrices) > _MOST_MATRICES or min(matrices) < 1:
                 continue
-            if (named and min(matrices) >= 1) or (min(matrices) >= 2 and _scores(module, count, without=(name,))):
-                yield (name,), count
+            if isinstance(child, nn.Sequential) and len(set(map(_form, members))) > 1:
+                continue
+            named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
+            if named or min(matrices) >= 2:
+                yield (name,), len(members), named
             elif max(matrices) == min(matrices) == 1:
-                singles[count] = (*singles.get(count, ()), name)
+                singles[len(members)] = (*singles.get(len(members), ()), name)
     for count, names in singles.items():
-        if len(names) > 1 and _scores(module, count, without=names):
-            yield names, count
+        if len(names) > 1:
+            yield names, count, False
+    for names in _side_by_side(module):
+        yield names, len(names), False
+
+
+def _side_by_side(module: nn.Module) -> Iterator[tuple[str, ...]]:
+    """The names of children that are equal MLPs: at least three, or two that are called experts."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return
+    alike: dict[Hashable, list[str]] = {}
+    for name, child in module.named_children():
+        if 2 <= len(_matrices(child)) <= _MOST_MATRICES:
+            alike.setdefault((type(child), _form(child)), []).append(name)
+    for names in alike.values():
+        if len(names) > 2 or (len(names) == 2 and all(_HINT in name.lower() for name in names)):
+            yield tuple(names)
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.ndim == 2]
+
+
+def _form(module: nn.Module) -> Hashable:
+    """The shapes of a module's parameters, by name."""
+    return tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+
+
+def _wide_layers(module: nn.Module) -> bool:
+    """Whether ``module`` holds an MLP of layers ``[E * I, H]`` and ``[H, E * I]``, and beside it a layer ``[E, H]``."""
+    layers = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
+    shapes = Counter(tuple(weight.shape) for weight in layers)
+    for (wide, hidden), times in shapes.items():
+        if times != 2 or shapes.get((hidden, wide), 0) != 1 or len(layers) != times + 2:
+            continue
+        if any(width == hidden and 1 < rows < wide and wide % rows == 0 for rows, width in shapes):
+            return True
+    return False
 
 
 def _around_stacked(modules: dict[str, nn.Module], path: str) -> set[str]:
@@ -109,17 +149,34 @@ def _scoring(matrix: Tensor, count: int) -> bool:
     return matrix.ndim == 2 and count in matrix.shape
 
 
-def _block_path(modules: dict[str, nn.Module], path: str, bank: tuple[str, ...], count: int) -> str:
-    """The nearest module around a bank of experts that also holds something to route with; else the bank's parent."""
+def _block_path(
+    modules: dict[str, nn.Module], path: str, bank: tuple[str, ...], count: int, certain: bool
+) -> str | None:
+    """The nearest module around a bank of experts that also holds something to route with.
+
+    Where there is none, it is the bank's parent, or nothing if it isn't certain that it is a bank.
+    """
     if not count or _scores(modules[path], count, without=bank):
         return path
-    parent, _, name = path.rpartition(".")
-    if bank or not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict)):
-        return path
-    return parent if _scores(modules[parent], count, without=(name,)) or not _takes_one(modules[path]) else path
+    block_like = certain and _takes_one(modules[path])
+    if not (block_like and bank):
+        for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
+            inside = path[len(outer) :].lstrip(".")
+            if outer not in modules or isinstance(modules[outer], (nn.ModuleList, nn.ModuleDict)):
+                break
+            if _scores(modules[outer], count, without=(inside,)):
+                return outer
+    if not certain:
+        return None
+    parent = path.rpartition(".")[0]
+    listed = not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict))
+    return path if bank or listed or _takes_one(modules[path]) else parent
 
 
 def _takes_one(module: nn.Module) -> bool:
     """Whether ``module`` is called with one tensor, as a block is; a module of experts alone is told where to route."""
+    if getattr(type(module), "forward", None) is nn.Module.forward:
+        return False
     parameters = inspect.signature(module.forward).parameters.values()
-    return sum(parameter.default is parameter.empty for parameter in parameters) == 1
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(needed) == 1

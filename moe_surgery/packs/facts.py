@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast, get_args
 
-from moe_surgery.spec import Activation, GroupScore, MoESpec, Precision, Scoring
+from moe_surgery.spec import Activation, GroupScore, MoESpec, Precision, Ranks, Scoring
 
 Plain = bool | int | float | str
 
@@ -73,4 +73,7 @@ FACTS: dict[str, Fact] = {
     "logits_dtype": Fact(get_args(Precision), lambda spec: spec.router.logits_dtype),
     "scores_dtype": Fact(get_args(Precision), lambda spec: spec.router.scores_dtype),
     "weights_dtype": Fact(get_args(Precision), lambda spec: spec.router.weights_dtype),
+    "ranks": Fact(get_args(Ranks), lambda spec: spec.router.ranks),
+    "ranked_dtype": Fact(get_args(Precision), lambda spec: spec.router.ranked_dtype),
+    "cap_dtype": Fact(get_args(Precision), lambda spec: spec.router.cap_dtype),
 }

@@ -1,34 +1,21 @@
 """The metric: the worst token's relative L2 distance from the reference, with routing judged apart from values.
 
-Where the scores of rank k and k+1 lie within the router's own rounding noise, two right blocks may choose different
-experts. Such a token is a near tie: it has several legitimate outputs, and a block is held against the nearest of
-them. A token with a clear gap has one. Cosine is not used: a shared expert added twice keeps it above 0.97.
+A near tie (:mod:`~moe_surgery.prove.routing`) has several legitimate outputs, and a block is held against the nearest
+of them. Cosine is not used: a shared expert added twice keeps it above 0.97.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
-from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
-from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import own_scores, ranking, router_scores, scores_of
-from moe_surgery.weights.tensors import BlockTensors
+from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
 
 # Right blocks that round at the same places measured 0.5 to 1.5 times the noise of plain torch (bfloat16, float16);
 # the rest is for those that round at others. It also covers a gap between two logits, each twice the noise off.
 SLACK = 4.0
 # Plain torch's matrix products add terms in blocks of about this many.
 BLOCK = 256
-# Scores are rounded to float32, and so is what they are computed from: two roundings for each of two scores.
-SCORE_ROUNDING = 2 * torch.finfo(torch.float32).eps
-# A token with more legitimate choices than this says too little to be worth asking.
-MOST_CHOICES = 24
-# How often a router of the model's own is asked again with other rounding errors.
-_SHAKES = 16
 # A token whose reference output nearly cancels is measured against this fraction of its family's median norm.
 NORM_FLOOR = 0.01
 
@@ -53,175 +40,6 @@ def luck(width: int) -> float:
     width 8 and 1.1 for one of 384.
     """
     return 1.0 + 2.0 * float(width**-0.5)
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """The truth's routing of N tokens, in float64: everything sorted by score, best first.
-
-    ``order`` [N, E] expert ids; ``scores`` and ``logits`` [N, E], in id order. ``tokens`` [R] and ``ranks`` [R, k] are
-    the legitimate choices: rows 0..N-1 are each token's own (ranks 0..k-1), the rest are the other choices that the
-    router's noise allows. ``sure`` [N] is how many ranks belong to every choice. A
-    token that isn't ``decidable`` [N] has too many choices to list them.
-    """
-
-    order: Tensor
-    scores: Tensor
-    logits: Tensor
-    tokens: Tensor
-    ranks: Tensor
-    sure: Tensor
-    decidable: Tensor
-
-    def ids(self) -> Tensor:
-        """Expert ids [R, k] of every legitimate choice."""
-        return self.order[self.tokens].gather(1, self.ranks)
-
-    def keep(self, mask: Tensor) -> Routing:
-        """The routing of those tokens that ``mask`` [N] names."""
-        rows = mask[self.tokens]
-        place = mask.cumsum(0) - 1
-        return Routing(
-            order=self.order[mask],
-            scores=self.scores[mask],
-            logits=self.logits[mask],
-            tokens=place[self.tokens[rows]],
-            ranks=self.ranks[rows],
-            sure=self.sure[mask],
-            decidable=self.decidable[mask],
-        )
-
-    @property
-    def near_ties(self) -> int:
-        return int((torch.bincount(self.tokens, minlength=len(self.order)) > 1).sum())
-
-
-def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
-    """Every legitimate choice of experts for every token."""
-    if not spec.router.ranks_by_logits or spec.experts.weights_on == "input":
-        return _shaken_route(spec, tensors, probes)
-    k, count = spec.router.top_k, len(probes.x)
-    logits, scores = router_scores(spec, tensors.router, probes.x, torch.float64, bias=tensors.router_bias)
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    tokens, ranks = list(range(count)), [tuple(range(k))] * count
-    sure, decidable = [k] * count, [True] * count
-    if k < spec.router.num_experts:
-        family, noise = probes.family.tolist(), _router_noise(spec, tensors, probes, logits)
-        ranked = zip(logits.gather(1, order).cpu(), scores.gather(1, order).cpu(), noise.tolist(), strict=True)
-        for token, ladder in enumerate(_Ladder(*values, softmax=spec.router.scoring == "softmax") for values in ranked):
-            if ladder.clear(k - 1, k):
-                continue
-            if family[token] == ZERO:
-                decidable[token] = not spec.experts.biases  # without biases all experts give zero
-                continue
-            found = ladder.other_choices(k)
-            decidable[token] = found is not None
-            sure[token] = ladder.certain(k)
-            tokens += [token] * len(found or ())
-            ranks += found or ()
-    return Routing(
-        order=order,
-        scores=scores,
-        logits=logits,
-        tokens=torch.tensor(tokens, device=order.device),
-        ranks=torch.tensor(ranks, device=order.device),
-        sure=torch.tensor(sure, device=order.device),
-        decidable=torch.tensor(decidable, device=order.device),
-    )
-
-
-def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
-    """The choices of a router whose ranking isn't that of its logits, or that is the model's own.
-
-    What else it might have chosen isn't listed. A token whose choice changes with the router's rounding noise
-    (measured, then added with random signs) isn't decidable.
-    """
-    k, x = spec.router.top_k, probes.x
-    logits, scores = router_scores(spec, tensors.router, x, torch.float64, tensors.routing, tensors.router_bias)
-    noise = _router_noise(spec, tensors, probes, logits)[:, None]
-    generator = torch.Generator("cpu").manual_seed(len(x))
-    ranked = ranking(spec, logits, scores, tensors, torch.float64)
-    chosen = _chosen(ranked, k)
-    decidable = (scores != 0).sum(-1) == k if spec.router.own else torch.ones_like(chosen[:, 0])
-    for _ in range(_SHAKES if k < spec.router.num_experts else 0):
-        signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
-        decidable &= (_chosen(_shaken(spec, tensors, x, logits + signs * noise / 2, signs), k) == chosen).all(-1)
-    everyone = torch.arange(len(x), device=logits.device)
-    zero = (probes.family == ZERO) & (not spec.experts.biases)
-    return Routing(
-        order=ranked.argsort(dim=-1, descending=True, stable=True),
-        scores=scores,
-        logits=logits,
-        tokens=everyone,
-        ranks=torch.arange(k, device=logits.device).repeat(len(x), 1),
-        sure=torch.full_like(everyone, k),
-        decidable=decidable | zero,
-    )
-
-
-def _shaken(spec: MoESpec, tensors: BlockTensors, x: Tensor, logits: Tensor, signs: Tensor) -> Tensor:
-    """The ranking [T, E] of logits that rounding has moved, itself rounded."""
-    if spec.router.own:
-        return own_scores(tensors.routing, x, logits, torch.float64)
-    scores = scores_of(spec, logits, torch.float64)
-    ranked = ranking(spec, logits, scores, tensors, torch.float64)
-    return ranked + signs * SCORE_ROUNDING * ranked.abs().clamp(1e-30, 1e30)
-
-
-def _chosen(ranked: Tensor, k: int) -> Tensor:
-    """Which experts [T, E] have the ``k`` highest ranks."""
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(k, -1).indices, True)
-
-
-def _router_noise(spec: MoESpec, tensors: BlockTensors, probes: Probes, logits: Tensor) -> Tensor:
-    """How far apart two logits of a token [N] must be to be clearly apart in the block's dtype, from measured errors.
-
-    A token's error is the largest one over the experts, but not less than the median of the token's family: over few
-    experts a token may be lucky.
-    """
-    rounded, _ = router_scores(spec, tensors.router, probes.x, None, tensors.routing, tensors.router_bias)
-    noise = (rounded.to(torch.float64) - logits).abs().amax(-1)
-    for family in range(len(FAMILIES)):
-        mine = probes.family == family
-        if bool(mine.any()):
-            noise[mine] = noise[mine].clamp_min(float(noise[mine].median()))
-    return noise * slack(spec.hidden, rounded.dtype)
-
-
-class _Ladder:
-    """One token's experts in order of their scores, and which of them are clearly apart."""
-
-    def __init__(self, logits: Tensor, scores: Tensor, noise: float, *, softmax: bool) -> None:
-        self.logits, self.scores, self.noise = logits.tolist(), scores.tolist(), noise
-        self.softmax = softmax
-
-    def clear(self, high: int, low: int) -> bool:
-        """Does every right block rank ``high`` above ``low``? Both are ranks.
-
-        A gap between logits may still vanish in float32: where a sigmoid saturates, or in a softmax's exponent.
-        """
-        gap = self.logits[high] - self.logits[low]
-        exponent = 1 + self.logits[0] - self.logits[low] if self.softmax else 1.0
-        rounding = SCORE_ROUNDING * exponent * self.scores[high]
-        return gap > self.noise and self.scores[high] - self.scores[low] > rounding
-
-    def certain(self, k: int) -> int:
-        """How many ranks every right block chooses."""
-        return next(rank for rank in range(k + 1) if not self.clear(rank, k))
-
-    def other_choices(self, k: int) -> list[tuple[int, ...]] | None:
-        """The other k ranks that a right block may choose; None if there are too many to list."""
-        first, last = self.certain(k), k + 1
-        while last < len(self.logits) and not self.clear(k - 1, last):
-            last += 1
-        found: list[tuple[int, ...]] = []
-        for number, chosen in enumerate(combinations(range(first, last), k - first)):
-            if number > 16 * MOST_CHOICES or len(found) == MOST_CHOICES:
-                return None
-            best_left_out = min(set(range(first, last)).difference(chosen))
-            if best_left_out != k and not self.clear(best_left_out, chosen[-1]):
-                found.append((*range(first), *chosen))
-        return found
 
 
 class Truth:

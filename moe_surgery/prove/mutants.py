@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.prove.metrics import Routing
-from moe_surgery.prove.probe import LARGE, UNIT, ZERO, Probes
+from moe_surgery.prove.probe import LARGE, UNIT, Probes
+from moe_surgery.prove.routing import Routing
 from moe_surgery.prove.truth_parts import F64, Parts, recombined
+from moe_surgery.prove.wrong_choices import chosen_otherwise
 from moe_surgery.spec import Activation, Mix, MoESpec
-from moe_surgery.targets.formula import Mixer, mixer, ranked
+from moe_surgery.targets.formula import Mixer, mixer
 from moe_surgery.targets.reference import (
     Visits,
     applied_weights,
@@ -208,29 +209,6 @@ def reached(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> bool:
         return False
     half = F.linear(probes.x[few_tokens(probes)].to(F64), tensors.w13[0].to(F64))
     return bool((half.abs() > spec.experts.limit).double().mean() > _REACHED)
-
-
-def chosen_otherwise(
-    spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Wrong choices of experts: by name, the tokens [M] that they differ at and what these choose [M, k].
-
-    A correction bias that is the same for all experts, among whom nothing else is told apart, changes no choice.
-    """
-    router, bias, found = spec.router, tensors.correction_bias, {}
-    others: dict[str, Tensor] = {}
-    if bias is not None and (router.groups is not None or bool((bias != bias.flatten()[0]).any())):
-        others["correction bias left out"] = ranked(router, routing.scores, None)
-    if router.groups is not None:
-        others["groups ignored"] = ranked(replace(router, groups=None), routing.scores, bias)
-    mine = routing.order[:, : router.top_k].sort(-1).values
-    for name, ranks in others.items():
-        ids = ranks.topk(router.top_k, -1).indices
-        differ = (ids.sort(-1).values != mine).any(-1) & (probes.family != ZERO)
-        tokens = differ.nonzero().flatten()[:_FEW]
-        if len(tokens):
-            found[name] = tokens, ids[tokens]
-    return found
 
 
 def _zeroed(parts: Parts, everyone: Tensor) -> Twin:

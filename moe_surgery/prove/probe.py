@@ -1,9 +1,10 @@
 """Probes: the tokens a block is asked about, made from its router's weights and a seed.
 
-There are four families. ``unit`` holds tokens of root mean square 1, as a norm before the block makes them: random
+There are five families. ``unit`` holds tokens of root mean square 1, as a norm before the block makes them: random
 ones, one steered to each expert, and near ties between the last expert chosen and the first one not. ``small`` and
 ``large`` are random tokens at other scales, for what shows only there (a clamp, an overflow, an epsilon). ``zero`` is
-the all-zero token. Errors are compared within a family, because rounding noise grows with the scale of the logits.
+the all-zero token. ``saturated`` tokens have logits so large that scores round to 1 or 0, whatever the scale of the
+router's weights. Errors are compared within a family, because rounding noise grows with the scale of the logits.
 
 Everything is computed on the CPU in float64 and rounded to the block's dtype last, so that a seed means the same
 tokens on every device.
@@ -20,14 +21,21 @@ from torch import Tensor
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
-UNIT, SMALL, LARGE, ZERO = range(4)
-FAMILIES = ("unit", "small", "large", "zero")
+UNIT, SMALL, LARGE, ZERO, SATURATED = range(5)
+FAMILIES = ("unit", "small", "large", "zero", "saturated")
 SCALES = (1.0, 2.0**-4, 2.0**3, 0.0)
 
 _RANDOM = 64
 _SCALED = 16
+# Sizes of saturated tokens' logits, how many there are, and of the raised ones the spread and the height in that size.
+_LOGITS = (10.0, 20.0, 40.0)
+_SATURATED = 18
+_SPREAD, _HEIGHT = 0.25, 0.6
+# No token is larger than this: experts' outputs would overflow.
+_LARGEST = 2.0**12
 # Gaps between rank k and rank k+1, in units of eps(dtype) * largest logit: within the router's noise, and beyond it.
 _GAPS = (0.0, 0.0, 0.0, 0.0, 8.0, 8.0, 32.0, 32.0, 128.0, 128.0)
+_MORE = 14
 # How far a steered token is pushed towards its expert, in units of the random token under it.
 _PUSHES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
 _STEPS = 500
@@ -60,26 +68,49 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
     otherwise for it: most of them lies where the router doesn't look.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    dtype = router.dtype if tensors is None else tensors.w13.dtype
     weight = router.detach().to("cpu", torch.float64)
     k = spec.router.top_k
+    bias = None if tensors is None or tensors.router_bias is None else tensors.router_bias.detach().to(weight)
 
     def random(count: int) -> Tensor:
         return unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
 
     parts = [
         (UNIT, random(_RANDOM)),
-        (UNIT, steer(weight, k, random(len(weight)), router.dtype)),
+        (UNIT, steer(weight, k, random(len(weight)), dtype)),
         # Whose scores are near to each other, only a router of known scoring tells.
-        (UNIT, near_ties(weight, k, random(0 if spec.router.scoring == "own" else len(_GAPS)), router.dtype)),
+        (UNIT, near_ties(weight, k, random(_gaps(spec, dtype)), dtype, bias)),
         (SMALL, random(_SCALED) * SCALES[SMALL]),
         (LARGE, random(_SCALED) * SCALES[LARGE]),
         (LARGE, _clamped(spec, tensors, weight, random(_SCALED))),
         (ZERO, random(1) * SCALES[ZERO]),
+        (SATURATED, saturated(spec, weight, random(0 if spec.router.own else _SATURATED))),
     ]
     return Probes(
-        torch.cat([x for _, x in parts]).to(router.dtype).to(router.device),
+        torch.cat([x for _, x in parts]).to(dtype).to(router.device),
         torch.cat([torch.full((len(x),), family, device="cpu") for family, x in parts]).to(router.device),
     )
+
+
+def saturated(spec: MoESpec, weight: Tensor, x: Tensor) -> Tensor:
+    """The tokens ``x`` [n, H] at those scales that give their logits the sizes of ``_LOGITS``, one after another.
+
+    Of every second one all logits are raised by as much, so that the choice lies between large ones: rank k + 1 is at
+    ``_HEIGHT`` of the size. With more experts than the router's input has dimensions they are raised nearly alike.
+    """
+    k, experts = spec.router.top_k, len(weight)
+    if k >= experts or len(x) == 0:
+        return x[:0]
+    wanted = x.new_tensor(_LOGITS).repeat_interleave(2).repeat(len(x))[: len(x), None]
+    logits = x @ weight.T
+    scale = wanted / logits.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
+    raised = (torch.arange(len(x), device="cpu") % 2 == 1)[:, None]
+    scale = scale.where(~raised, scale * _SPREAD)
+    lift = _HEIGHT * wanted - (logits * scale).topk(k + 1, -1).values[:, -1:]
+    upwards = torch.linalg.pinv(weight) @ weight.new_ones(experts)
+    x = x * scale + (lift * upwards).where(raised, 0.0)
+    return x[x.pow(2).mean(-1).sqrt() < _LARGEST]
 
 
 def _clamped(spec: MoESpec, tensors: BlockTensors | None, router: Tensor, x: Tensor) -> Tensor:
@@ -147,17 +178,26 @@ def _apart(weight: Tensor, experts: Tensor, rank: int) -> Iterator[Tensor]:
         yield point
 
 
-def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` [G, H] moved so that the scores of rank k and k+1 come as near to each other as ``_GAPS`` says."""
+def _gaps(spec: MoESpec, dtype: torch.dtype) -> int:
+    """How many near ties to make; more where they alone show that half precision isn't what experts are ranked in."""
+    if spec.router.own:
+        return 0
+    wide = spec.router.logits_dtype == "float32" and torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+    return len(_GAPS) + (_MORE if wide else 0)
+
+
+def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """``x`` [G, H] moved so that the logits of rank k and k+1 come as near to each other as ``_GAPS`` says, or meet."""
     if k == len(weight) or len(x) == 0:
         return x[:0]
-    gaps = x.new_tensor(_GAPS)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    gaps = torch.cat([x.new_tensor(_GAPS), x.new_zeros(len(x))])[: len(x)]
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # scores are never finer than float32
     for _ in range(4):
-        logits = x @ weight.T
+        logits = x @ weight.T + bias
         last, next_ = logits.topk(k + 1, -1).indices[:, -2:].T
         apart = weight[last] - weight[next_]
-        wanted = gaps * eps * logits.abs().amax(-1)
+        wanted = gaps * eps * logits.abs().amax(-1) - (bias[last] - bias[next_])
         excess = ((apart * x).sum(-1) - wanted) / apart.pow(2).sum(-1).clamp_min(1e-300)
         x = unit(x - apart * excess[:, None])
     return x

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_surgery.prove.probe import LARGE, UNIT, Probes, towards, unit
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import ranking, router_scores
+from moe_surgery.targets.reference import router_scores, unrounded
 from moe_surgery.weights.tensors import BlockTensors
 
 # Scales of the tokens that are looked among, and each one's family.
@@ -67,7 +67,7 @@ def unreachable(spec: MoESpec, tensors: BlockTensors) -> frozenset[int]:
 
 def _choices(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> Tensor:
     logits, scores = router_scores(spec, tensors.router, x, torch.float64, tensors.routing, tensors.router_bias)
-    return ranking(spec, logits, scores, tensors, torch.float64).topk(spec.router.top_k, -1).indices
+    return unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
 
 
 def _missing(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Tensor:

@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moe_surgery.prove.metrics import Routing
 from moe_surgery.prove.probe import Probes
+from moe_surgery.prove.routing import Routing
 from moe_surgery.spec import MoESpec, RouterSpec
+from moe_surgery.targets.formula import EXACT
 from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, shared_output, weighted_sum
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -125,10 +126,10 @@ def _rescored(parts: Parts, reweighted: Callable[[Tensor], Tensor]) -> Iterator[
     if bias is not None and float(bias.abs().max()) > _VISIBLE:
         yield "correction bias in the weights", by(routing.scores + bias.to(F64))
     if tensors.router_bias is not None and float(tensors.router_bias.abs().max()) > _VISIBLE:
-        yield "router bias left out", by(scores_of(spec, routing.logits - tensors.router_bias.to(F64), F64))
+        yield "router bias left out", by(scores_of(spec, routing.logits - tensors.router_bias.to(F64), EXACT))
     if spec.router.soft_cap is not None:
         uncapped = replace(spec, router=replace(spec.router, soft_cap=None))
-        yield "soft cap left out", by(scores_of(uncapped, routing.logits, F64))
+        yield "soft cap left out", by(scores_of(uncapped, routing.logits, EXACT))
     if spec.router.epsilon > _VISIBLE:
         yield "epsilon left out", by(routing.scores, replace(spec.router, epsilon=0.0))
 

@@ -1,32 +1,41 @@
 """Reading a block: from its dataflow to a :class:`~moe_surgery.spec.MoESpec`, refusing whatever isn't accounted for.
 
-The block is recorded four times: with 3-D input in bfloat16 and every token on the same few experts; with many more
-tokens in float32 and every expert visited; with one token; and with 2-D input where the block takes it, in the dtype
-of its own weights. All records must say the same. So a branch on load, batch shape or dtype that one record can't show
-is seen as a difference between two.
+The block is recorded four times: with 3-D input (2-D where the block takes no other) in bfloat16 and every token on the
+same few experts; with many more tokens in float32 and every expert visited; with one token; and with 2-D input where
+the block takes it, in the dtype of its own weights. All records must say the same. So a branch on load, batch shape or
+dtype that one record can't show is seen as a difference between two.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import Calling, Structure
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.mlp import MLPRead
+from moe_surgery.read.parse.results import kept_by_both, met, parse_results
 from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Choice, Flow, Route
-from moe_surgery.read.unrecorded import check_complete, check_site
+from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
@@ -36,10 +45,12 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 
 @dataclass(frozen=True)
 class Record:
-    """One record, parsed: what every token's output is, and the experts it was sent to, ``ids`` [T, k]."""
+    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes."""
 
     tokens: tuple[TokenRead, ...]
     ids: Tensor
+    results: Structure | None = None
+    kept: Attributes = field(default_factory=dict)
 
 
 def read(block: nn.Module) -> Reading:
@@ -48,22 +59,23 @@ def read(block: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(block)
-    hidden = hidden_sizes(state)
+    ask = Asking(block, arguments_of(block))
     with own_forward(block):
-        crowded = _first(block, hidden, state)
+        crowded = _first(ask, hidden_sizes(state), state)
         router = crowded.tokens[0].router
         width = crowded.width
-        own = next(iter(state.values())).dtype
+        own = own_dtype(state) or torch.float32
         tokens = max(_MANY, router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            _tokens(block, (*batch, width), torch.float32, spread),
-            _parse(record(block, (1, 1, width), own, spread, plain=True), own),
+            ask(_shape(batch, width, crowded.flat), torch.float32, spread),
+            ask(_shape((1, 1), width, crowded.flat), own, spread, plain=True),
         ]
-        records += _if_it_takes(block, (2, 3, width), own, plain=True)
+        calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
+        records += ask.if_it_takes(_shape((2, 3), width, crowded.flat), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
-        records += _if_it_takes(block, (few[0] * few[1], width), own, plain=False)
+        records += ask.if_it_takes((few[0] * few[1], width), own)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
     if any(expert.identity for expert in experts):
@@ -79,6 +91,10 @@ def read(block: nn.Module) -> Reading:
     )
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
+    # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
+    precisions = (first if own == torch.float32 else records[2].tokens[0]).precisions
+    if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
+        raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
     spec = MoESpec(
         hidden=width,
         router=RouterSpec(
@@ -87,8 +103,9 @@ def read(block: nn.Module) -> Reading:
             scoring=router.scoring,
             renormalize=router.renormalize,
             scale=router.scale,
-            logits_dtype=first.logits_dtype,
-            weights_dtype=first.weights_dtype,
+            logits_dtype=precisions.logits,
+            weights_dtype=precisions.weights,
+            scores_dtype=precisions.scores,
             bias=router.bias is not None,
             soft_cap=router.soft_cap,
             correction_bias=router.correction is not None,
@@ -96,13 +113,22 @@ def read(block: nn.Module) -> Reading:
             epsilon=router.epsilon,
             floor=router.floor,
             norm=router.norm,
+            ranks=router.ranks,
+            ranked_dtype=precisions.ranked,
+            cap_dtype=precisions.cap,
+            wide_matrix=check_dtypes(state, layout),
         ),
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
     )
     check_complete(state, layout)
-    return Reading(spec, layout, combine(spec, layout), children(spec, layout))
+    results = reduce(met, [record_.results for record_ in records])
+    spec = replace(spec, results=str(results or ""))
+    kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    return Reading(
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items())
+    )
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
@@ -130,30 +156,68 @@ def odd_batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, 
 class _Crowded:
     record: Record
     width: int
+    flat: bool
 
     @property
     def tokens(self) -> tuple[TokenRead, ...]:
         return self.record.tokens
 
 
-def _first(block: nn.Module, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
+
+    block: nn.Module
+    calling: Calling
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
+        return parse_record(record(self.block, shape, dtype, route, plain=plain, calling=self.calling), dtype)
+
+    def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
+        """A record; none where the block's own forward doesn't take such an input."""
+        try:
+            flow = record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
+        except Unfollowed:
+            return []
+        return [parse_record(flow, dtype)]
+
+
+def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
+    """How the block is called; arguments that it only passes on, and that nobody looks at, count as unused."""
+    calling = ask.calling
+    for argument in passed_on(calling):
+        value = Untouched()
+        how: dict[str, Any] = {"plain": True, "calling": calling, "more": {argument.name: value}}
+        with suppress(Unreadable):
+            found = parse_record(record(ask.block, shape, dtype, spread, **how), dtype)
+            if not was_touched(value) and (found.tokens, found.results) == (like.tokens, like.results):
+                calling = unused(calling, argument)
+    return calling
+
+
+def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
     """The first record; it also finds the input's width, the number of experts and top-k.
 
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
-    problem: Unreadable = Unreadable("it has no weights")
-    for width in widths:
+    problem = Unfollowed("it has no weights", -1)
+    for flat, width in product((False, True), widths):
         try:
             batch = odd_batch(state, 1)
-            found = _tokens(block, (*batch, width), torch.bfloat16, _crowded)
+            found = ask(_shape(batch, width, flat), torch.bfloat16, _crowded)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = _tokens(block, (*known, width), torch.bfloat16, _crowded)
-            return _Crowded(found, width)
+                found = ask(_shape(known, width, flat), torch.bfloat16, _crowded)
+            return _Crowded(found, width, flat)
         except Unfollowed as error:
-            problem = error if width == widths[0] else problem
+            problem = error if error.operations > problem.operations else problem  # it came further
     raise problem
+
+
+def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:
+    """The shape of a batch, or of its tokens alone for blocks that take nothing else."""
+    return (batch[0] * batch[1], width) if flat else (*batch, width)
 
 
 def _crowded(rows: int, choices: int, k: int) -> Tensor:
@@ -170,23 +234,6 @@ def spread(rows: int, choices: int, k: int) -> Tensor:
     return torch.cat([torch.stack(first)[:rows], others])
 
 
-def _if_it_takes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, plain: bool) -> list[Record]:
-    """A record; none where the block's own forward doesn't take such an input."""
-    try:
-        flow = record(block, shape, dtype, _crowded, plain=plain)
-    except Unfollowed:
-        return []
-    return [_parse(flow, dtype)]
-
-
-def _tokens(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route) -> Record:
-    return _parse(record(block, shape, dtype, route), dtype)
-
-
-def _parse(flow: Flow, dtype: torch.dtype) -> Record:
-    return parse_record(flow, dtype)
-
-
 def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
     """What a record says of every token."""
     terms = Terms()
@@ -198,12 +245,15 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         raise Unreadable("it has no top-k")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
-    tokens = tuple(
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings]).parse(term)
-        for number, term in enumerate(output.lead.reshape(-1))
-    )
+    parsers = [
+        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
+        for number in range(count)
+    ]
+    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
     ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
-    return Record(tokens, ids)
+    lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
+    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
+    return Record(tokens, ids, results, flow.kept)
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:

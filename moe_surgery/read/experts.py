@@ -6,7 +6,6 @@ fused layer needs to know: the model's own router, and all else around it, stay 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +13,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import Calling
 from moe_surgery.read.block import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.arguments import arguments_of, weights_first
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
-from moe_surgery.read.unrecorded import check_complete, check_site
+from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -27,16 +29,18 @@ _MOST_BEYOND = 1 << 12
 
 
 def experts_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules inside ``block`` that may be experts alone: with weights, and called with three tensors; outermost."""
-    found: list[str] = []
+    """Modules inside ``block`` that may be experts alone: with weights, and called with three tensors."""
     for path, module in block.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
-        parameters = list(inspect.signature(module.forward).parameters.values())
-        plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if path and len(parameters) == len(plain) == 3 and any(True for _ in module.parameters()):
-            found.append(path)
+        if path and any(True for _ in module.parameters()) and _takes_three(module):
             yield path, module
+
+
+def _takes_three(module: nn.Module) -> bool:
+    try:
+        arguments_of(module, 3)
+    except (Unreadable, ValueError, TypeError):
+        return False
+    return True
 
 
 def read_experts(module: nn.Module) -> Reading:
@@ -45,32 +49,43 @@ def read_experts(module: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(module, inputs=3)
+    calling = arguments_of(module, 3)
     with own_forward(module):
-        width, total, few = _first(module, state)
-        own = next(iter(state.values())).dtype
-        batch = odd_batch(state, max(_MANY, total), total, few)
-        count = batch[0] * batch[1]
-        k = min(3, total)
-        records = [
-            _record(module, width, spread(count, total, k), torch.float32, torch.float32),
-            _record(module, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
-            _record(module, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
-        ]
-        with suppress(Unfollowed):  # some modules take no single choice
-            records.append(_record(module, width, spread(count, total, 1), torch.bfloat16, torch.float32))
-        router = records[0].tokens[0].router
-        identities = _beyond(module, width, total, own)
+        try:
+            return _read(module, calling, state)
+        except Unreadable as error:
+            try:  # some take routing weights before ids
+                return _read(module, weights_first(calling), state)
+            except Unreadable as other:
+                raise (other if _further(other) > _further(error) else error) from None
+
+
+def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Reading:
+    width, total, few = _first(module, calling, state)
+    own = own_dtype(state) or torch.float32
+    batch = odd_batch(state, max(_MANY, total // min(3, total) + 1), total, few)
+    count = batch[0] * batch[1]
+    k = min(3, total)
+    records = [
+        _record(module, calling, width, spread(count, total, k), torch.float32, torch.float32),
+        _record(module, calling, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
+        _record(module, calling, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
+    ]
+    with suppress(Unfollowed):  # some modules take no single choice
+        records.append(_record(module, calling, width, spread(count, total, 1), torch.bfloat16, torch.float32))
+    router = records[0].tokens[0].router
+    identities = _beyond(module, calling, width, total, own)
     first = records[0].tokens[0]
+    if any(record.results is not None for record in records):
+        raise Unreadable("its experts return more than one tensor")
     if first.shared is not None or first.output_bias is not None:
         raise Unreadable("its experts add what has no routing weight")
     if first.on_input:
         raise Unreadable("its experts weight their inputs")
-    everyone = [
-        replace(record, tokens=tuple(replace(t, weights_dtype="float32") for t in record.tokens)) for record in records
-    ]
-    experts = same_experts(everyone, replace(first, weights_dtype="float32"), total)
+    experts = same_experts(records, first, total)
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
     check_complete(state, layout, range(total, total + identities))
+    check_dtypes(state, layout)
     found = replace(experts_spec(experts, first), identities=identities)
     spec = MoESpec(
         hidden=width,
@@ -80,19 +95,19 @@ def read_experts(module: nn.Module) -> Reading:
         at="experts",
     )
     shape = ChildShape("experts", (total, found.width, width))
-    return Reading(spec, layout, "experts", (("experts", shape),))
+    return Reading(spec, layout, "experts", (("experts", shape),), calling=calling)
 
 
-def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
+def _first(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> tuple[int, int, int]:
     """The input's width, the number of experts, and a number of choices they take."""
-    problem: Unreadable | None = None
+    problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
     for width in hidden_sizes(state):
         for total in _totals(module, state):
             few = min(2, total)
             try:
-                batch = odd_batch(state, 1, total, few)
+                batch = odd_batch(state, total // few + 1, total, few)  # enough to visit every expert
                 rows = batch[0] * batch[1]
-                record = _record(module, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
+                record = _record(module, calling, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
                 experts = same_experts([record], record.tokens[0], total)
                 if any(expert.identity for expert in experts):
                     raise Unreadable("some of its experts return their input")
@@ -100,9 +115,13 @@ def _first(module: nn.Module, state: dict[str, Tensor]) -> tuple[int, int, int]:
                 check_complete(state, layout, range(total, 1 << 30))
                 return width, total, few
             except Unreadable as error:
-                known = problem is not None and not isinstance(problem, Unfollowed)
-                problem = problem if known else error
-    raise problem or Unreadable("it has no weights that experts could have")
+                problem = error if _further(error) > _further(problem) else problem
+    raise problem
+
+
+def _further(problem: Unreadable) -> float:
+    """How far reading came, that of all sizes tried the reason of the likeliest is given."""
+    return problem.operations if isinstance(problem, Unfollowed) else float("inf")
 
 
 def _totals(module: nn.Module, state: dict[str, Tensor]) -> list[int]:
@@ -115,6 +134,7 @@ def _totals(module: nn.Module, state: dict[str, Tensor]) -> list[int]:
 
 def _record(
     module: nn.Module,
+    calling: Calling,
     width: int,
     ids: Tensor,
     dtype: torch.dtype,
@@ -122,10 +142,10 @@ def _record(
     *,
     plain: bool = False,
 ) -> Record:
-    return parse_record(record_experts(module, width, ids, dtype, weights, plain=plain), dtype)
+    return parse_record(record_experts(module, calling, width, ids, dtype, weights, plain=plain), dtype)
 
 
-def _beyond(module: nn.Module, width: int, total: int, dtype: torch.dtype) -> int:
+def _beyond(module: nn.Module, calling: Calling, width: int, total: int, dtype: torch.dtype) -> int:
     """How many ids beyond the experts stand for experts that return their input.
 
     An id beyond those stands for none, or is an error, in the module as in its replacement.
@@ -134,7 +154,7 @@ def _beyond(module: nn.Module, width: int, total: int, dtype: torch.dtype) -> in
     def kind(expert: int) -> str:
         ids = torch.tensor([[expert, 0], [expert, 0]])
         try:
-            [one, _] = _record(module, width, ids, dtype, torch.float32, plain=True).tokens
+            [one, _] = _record(module, calling, width, ids, dtype, torch.float32, plain=True).tokens
         except Unfollowed:
             return "error"
         slot = one.slots[0]

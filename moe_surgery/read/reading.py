@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from moe_surgery.calling import PLAIN, Calling, Structure
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout
 
@@ -14,7 +15,15 @@ class Unreadable(Exception):
 
 
 class Unfollowed(Unreadable):
-    """The block's forward raised an error of its own while it was recorded."""
+    """The block's forward raised an error of its own while it was recorded, after ``operations``."""
+
+    def __init__(self, reason: str, operations: int = 0) -> None:
+        super().__init__(reason)
+        self.operations = operations
+
+
+class Broken(Unreadable):
+    """The block can't run as it is, so that nothing inside it is worth replacing."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Reading:
 
     ``combine`` is the formula in the block's own child names, such as
     ``experts + sigmoid(shared_expert_gate) * shared_expert``. ``children`` maps each child's name to its shape.
+    ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone,
+    and ``kept`` which attributes it writes, by module and name, with their values.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -45,3 +56,6 @@ class Reading:
     combine: str
     children: tuple[tuple[str, ChildShape], ...]
     around: str = ""
+    calling: Calling = PLAIN
+    results: Structure | None = None
+    kept: tuple[tuple[tuple[str, str], Any], ...] = ()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.arguments import arguments_of
 from moe_surgery.read.record.outside_state import scripted
 from moe_surgery.weights.layout import Layout, Piece
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -18,8 +20,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments, for tied
-    weights (stacking would part them), and for matrices of several dtypes or weights on several devices.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments without a
+    default, for tied weights (stacking would part them), for weights that are no floating-point numbers as they are,
+    and for weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -30,11 +33,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     for name, module in block.named_modules():
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             raise Unreadable(f"{name or 'the block'} has a hook")
-    parameters = list(inspect.signature(block.forward).parameters.values())
-    plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(parameters) != inputs or len(plain) != inputs:
-        wanted = "one tensor" if inputs == 1 else f"{inputs} tensors"
-        raise Unreadable(f"its forward takes ({', '.join(map(str, parameters))}), not {wanted}")
+    arguments_of(block, inputs)
     state: dict[str, Tensor] = {}
     owners: dict[object, str] = {}
     for source in (block.named_parameters(remove_duplicate=False), block.named_buffers(remove_duplicate=False)):
@@ -46,16 +45,32 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
                 raise Unreadable(f"{owners[storage]} and {name} are tied: one tensor under two names")
             owners[storage] = name
             state[name] = tensor
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if strange := [dtype for dtype in dtypes if not dtype.is_floating_point]:
+    if strange := [tensor.dtype for tensor in state.values() if tensor.dtype not in _DTYPES]:
         raise Unreadable(f"its weights are {strange[0]}, not floating point")
-    # Vectors, such as a correction bias kept in float32, are read at any precision.
-    dtypes = {tensor.dtype for tensor in state.values() if sum(size > 1 for size in tensor.shape) > 1} or dtypes
-    if len(dtypes) > 1:
-        raise Unreadable(f"its weights have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     if len({tensor.device for tensor in state.values()}) > 1:
         raise Unreadable("its weights are on several devices")
     return state
+
+
+def check_dtypes(state: dict[str, Tensor], layout: Layout) -> bool:
+    """Whether the router's matrix is float32 and the experts' aren't.
+
+    Vectors, such as a correction bias kept in float32, are read at any precision. Raises
+    :class:`~moe_surgery.read.reading.Unreadable` for experts or a shared expert of several dtypes.
+    """
+    found: dict[torch.dtype, str] = {}
+    for mlp in (*layout.experts, *((layout.shared,) if layout.shared else ())):
+        found |= {state[piece.path].dtype: piece.path for piece in (mlp.gate, mlp.up, mlp.down) if piece.path}
+    if layout.shared_gate is not None:
+        found |= {state[layout.shared_gate.path].dtype: layout.shared_gate.path}
+    if len(found) > 1:
+        held = ", ".join(f"{path} is {dtype}" for dtype, path in found.items())
+        raise Unreadable(f"its experts have several dtypes: {held}")
+    if not layout.router.path or state[layout.router.path].dtype in found:
+        return False
+    if state[layout.router.path].dtype != torch.float32:
+        raise Unreadable(f"its router is {state[layout.router.path].dtype}, its experts are {next(iter(found))}")
+    return True
 
 
 def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = range(0)) -> None:

@@ -76,6 +76,8 @@ def render_trail(explanation: Explanation, console: Console) -> None:
 def _read(explanation: Explanation) -> Iterator[tuple[str, str]]:
     if explanation.spec is not None:
         yield "computes", explanation.spec.sentence()
+        if explanation.spec.at == "block":
+            yield "ranks by", explanation.spec.router.ranking()
         yield "combines", str(explanation.combine)
     if explanation.children:
         yield "children", " · ".join(f"{name} {shape}" for name, shape in explanation.children)

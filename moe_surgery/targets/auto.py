@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -38,15 +38,20 @@ class AutoTarget:
         return self.layer.label
 
     def pick(self, spec: MoESpec, context: Context) -> tuple[Target, str | None]:
-        """The target for ``spec``, and why it isn't the folded one, where that was to be expected."""
+        """The target for ``spec``, and what a plan is to say of it: why it isn't the folded one, say."""
         if context.device != "cuda":
             return self.layer, None
         refusal = self.folded.accepts(spec, context)
-        return (self.folded, None) if refusal is None else (self.layer, f"not folded: {refusal.reason}")
+        if refusal is None:
+            return self.folded, self.folded.remark(spec, context)
+        return self.layer, f"not folded: {refusal.reason}"
+
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        return self.pick(spec, context)[1]
 
     def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
         return self.pick(spec, context)[0].accepts(spec, context)
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         return self.pick(spec, context)[0].build(spec, tensors, prefix=prefix)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import Convention
+from moe_surgery.targets.likeness import Standing
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -43,20 +45,31 @@ class SwappedBlock(nn.Module):
     rule: str | None = None
     new_bytes: int = 0
     moved_bytes: int = 0
-    names: tuple[str, ...] = ()
-    """Of a module of experts alone: what the one it replaces calls its tokens, ids and weights."""
+    convention: Convention | None = None
+    """How the block it replaces is called and what it returns, where that isn't its input and its output alone."""
 
     def arguments(self, given: Sequence[Tensor], named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens, ids and weights that a module of experts alone was called with."""
-        found = [*given, *(named[name] for name in self.names[len(given) :] if name in named)]
-        if len(found) != 3 or len(given) + len(named) != 3:
-            raise TypeError(
-                f"experts take {', '.join(self.names) or 'tokens, ids and weights'}, got {len(found)} of them"
-            )
-        return found[0], found[1], found[2]
+        if self.convention is None:
+            if len(given) != 3 or named:
+                raise TypeError("experts take tokens, ids and weights")
+            return given[0], given[1], given[2]
+        tensors = self.convention.calling.taken(given, named)
+        return tensors["hidden_states"], tensors["ids"], tensors["weights"]
+
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
 
     def observe(self, name: str, router: nn.Module) -> None:
         """Keep the old router as child ``name``, if others may have hooks on it. By default it isn't needed."""
+
+    def observed(self, name: str) -> bool:
+        """Whether child ``name`` is the old router, kept for its hooks."""
+        return False
+
+
+class StandingBlock(Standing, SwappedBlock):
+    """A swapped block of a plain model, which answers for the one that stood in its place."""
 
 
 class Target(Protocol):
@@ -71,7 +84,11 @@ class Target(Protocol):
         """None if ``build`` would succeed in ``context``; decided without touching weights or the GPU."""
         ...
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        """What a plan is to say beyond that ``spec`` is accepted, if anything."""
+        ...
+
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """A block computing ``spec`` with ``tensors``, on their device, in their dtype.
 
         Its forward takes ``[..., H]`` and returns the same shape. ``tensors`` are never written to; they are used by

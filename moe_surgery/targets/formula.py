@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.spec import Activation, Groups, Mix, RouterSpec, Scoring
+from moe_surgery.spec import Activation, Groups, Mix, Precision, RouterSpec, Scoring
 
 Mixer = Callable[[Tensor, Tensor], Tensor]
 """What stands between an MLP's matrices: ``(gate, up) -> input of down``, all of one shape."""
@@ -50,25 +51,52 @@ def mixer(mix: Mix) -> Mixer:
     return mixed
 
 
-def capped(router: RouterSpec, logits: Tensor) -> Tensor:
-    """The logits under the router's soft cap."""
+@dataclass(frozen=True)
+class Arithmetic:
+    """The dtypes that a router computes in: ``native`` is the block's own, ``wide`` what its spec calls float32."""
+
+    native: torch.dtype
+    wide: torch.dtype = torch.float32
+
+    def of(self, precision: Precision) -> torch.dtype:
+        return self.native if precision == "native" else self.wide
+
+
+EXACT = Arithmetic(torch.float64, torch.float64)
+
+
+def capped(router: RouterSpec, logits: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """The logits under the router's soft cap, as they are ranked or scored."""
     if router.soft_cap is None:
         return logits
-    return torch.tanh(logits / router.soft_cap) * router.soft_cap
+    return torch.tanh(logits.to(arithmetic.of(router.cap_dtype)) / router.soft_cap) * router.soft_cap
+
+
+def scored(router: RouterSpec, logits: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """Scores [T, E] of logits [T, E] that are capped already."""
+    return score(router.scoring, logits.to(arithmetic.of(router.scores_dtype)))
 
 
 def score(scoring: Scoring, logits: Tensor) -> Tensor:
-    """Scores [T, E] of logits that are capped already, in their dtype."""
+    """Scores [T, E] of logits, in their dtype."""
     if scoring == "softmax":
         return logits.softmax(-1)
     return logits.sigmoid() if scoring == "sigmoid" else F.softplus(logits).sqrt()
 
 
-def ranked(router: RouterSpec, scores: Tensor, correction: Tensor | None) -> Tensor:
-    """What experts are ranked by [T, E]: their scores, corrected, in the best groups."""
+def ranked(
+    router: RouterSpec, logits: Tensor, scores: Tensor, correction: Tensor | None, arithmetic: Arithmetic
+) -> Tensor:
+    """What experts are ranked by [T, E]: their capped logits or their scores, corrected, in the best groups.
+
+    It is what the block ranks, rounded as the block rounds it: where that ties two experts, a top-k of it may choose
+    either, and a top-k of anything finer or coarser may choose others.
+    """
+    values = logits if router.ranks == "logits" else scores
     if correction is not None:
-        scores = scores + correction.to(scores.dtype)
-    return scores if router.groups is None else _grouped(router.groups, scores)
+        values = values + correction
+    values = values.to(arithmetic.of(router.ranked_dtype))
+    return values if router.groups is None else _grouped(router.groups, values)
 
 
 def _grouped(groups: Groups, scores: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock
-from moe_surgery.targets.formula import Mixer, capped, mixer, ranked, score, weighted
+from moe_surgery.targets.base import Context, Refusal, StandingBlock
+from moe_surgery.targets.convention import answering
+from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
 
@@ -36,7 +37,7 @@ def router_scores(
     routing: OwnRouting | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits and scores [T, E] of tokens [T, H]; scores are float32 unless ``dtype`` says otherwise.
+    """Logits, not capped, and scores [T, E] of tokens [T, H], in the spec's dtypes unless ``dtype`` says otherwise.
 
     A router of the model's own gives the experts it chooses their weights for scores, and all others zero.
     """
@@ -44,25 +45,35 @@ def router_scores(
     logits = F.linear(x.to(work), router.to(work), None if bias is None else bias.to(work))
     if spec.router.own:
         return logits, own_scores(routing, x, logits, dtype)
-    return logits, scores_of(spec, logits, dtype)
+    return logits, scores_of(spec, logits, Arithmetic(x.dtype) if dtype is None else Arithmetic(dtype, dtype))
 
 
-def scores_of(spec: MoESpec, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The scores [T, E] of logits [T, E]; float32 unless ``dtype`` says otherwise."""
-    wide = logits.to(dtype or (torch.float32 if spec.router.scores_dtype == "float32" else logits.dtype))
-    return score(spec.router.scoring, capped(spec.router, wide))
+def scores_of(spec: MoESpec, logits: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """The scores [T, E] of logits [T, E] that are not capped yet."""
+    return scored(spec.router, capped(spec.router, logits, arithmetic), arithmetic)
 
 
-def ranking(spec: MoESpec, logits: Tensor, scores: Tensor, tensors: BlockTensors, dtype: torch.dtype | None) -> Tensor:
-    """What experts are ranked by [T, E]: of two experts the one with the greater is chosen.
-
-    A saturated sigmoid ties experts whose logits differ: blocks rank what they round, the truth doesn't round.
-    """
+def ranking(spec: MoESpec, logits: Tensor, scores: Tensor, tensors: BlockTensors, arithmetic: Arithmetic) -> Tensor:
+    """What experts are ranked by [T, E], with logits [T, E] that are not capped yet."""
     if spec.router.own:
         return scores
-    if spec.router.ranks_by_logits:
-        return scores if dtype is None else logits
-    return ranked(spec.router, scores, tensors.correction_bias)
+    return ranked(spec.router, capped(spec.router, logits, arithmetic), scores, tensors.correction_bias, arithmetic)
+
+
+def unrounded(spec: MoESpec, logits: Tensor, scores: Tensor, tensors: BlockTensors) -> Tensor:
+    """What experts would be ranked by [T, E] if nothing were rounded, in the dtype of what is given.
+
+    A saturated score ties experts whose logits differ, in any dtype; their logits don't.
+    """
+    if spec.router.follows_logits:
+        return logits
+    return ranking(spec, logits, scores, tensors, Arithmetic(scores.dtype, scores.dtype))
+
+
+def chosen(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> Tensor:
+    """The experts [T, k] that the block's own arithmetic chooses for tokens [T, H] of its own dtype."""
+    logits, scores = router_scores(spec, tensors.router, x, None, tensors.routing, tensors.router_bias)
+    return ranking(spec, logits, scores, tensors, Arithmetic(x.dtype)).topk(spec.router.top_k, -1).indices
 
 
 def own_scores(routing: OwnRouting | None, x: Tensor, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -176,10 +187,18 @@ def visited(spec: MoESpec, x: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
     return wide * weights.to(x.dtype)
 
 
-def forward(spec: MoESpec, tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The block's output [T, H] for tokens [T, H], in ``dtype`` or in the block's own arithmetic."""
+def forward(
+    spec: MoESpec, tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None = None, ids: Tensor | None = None
+) -> Tensor:
+    """The block's output [T, H] for tokens [T, H], in ``dtype`` or in the block's own arithmetic.
+
+    ``ids`` [T, k] are the experts to visit, where they are chosen already.
+    """
+    if ids is None and dtype is None:
+        ids = chosen(spec, tensors, x)
     logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing, tensors.router_bias)
-    ids = ranking(spec, logits, scores, tensors, dtype).topk(spec.router.top_k, -1).indices
+    if ids is None:
+        ids = unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
     wide = x if dtype is None else x.to(dtype)
     visits = Visits(visited(spec, wide, scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
@@ -189,9 +208,10 @@ def forward(spec: MoESpec, tensors: BlockTensors, x: Tensor, dtype: torch.dtype 
     return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
 
 
-class ReferenceBlock(SwappedBlock):
+class ReferenceBlock(StandingBlock):
     """A block that computes in float64 if it is a float64 block and in float32 otherwise, then rounds once.
 
+    Experts are chosen in the block's own arithmetic: by what it ranks, rounded as it rounds.
     Takes and returns ``[..., H]`` in the weights' dtype. The weights are used by reference and take no gradient.
     """
 
@@ -201,17 +221,22 @@ class ReferenceBlock(SwappedBlock):
         self.label = ReferenceTarget.label
         for name in (*_REQUIRED, *_OPTIONAL):
             tensor = getattr(tensors, name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(
+                f"spec_{name}", None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            )
         size = sum(parameter.nbytes for parameter in self.parameters())
         stacked = tensors.w13.nbytes + tensors.w2.nbytes if tensors.copied else 0
         self.new_bytes, self.moved_bytes = stacked, size - stacked
 
     def _tensors(self) -> BlockTensors:
-        return BlockTensors(**{name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}, copied=False)
+        tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
+        return BlockTensors(**tensors, copied=False)
 
+    @answering
     def forward(self, x: Tensor) -> Tensor:
-        work = torch.promote_types(x.dtype, torch.float32)
-        return forward(self.spec, self._tensors(), x.reshape(-1, x.shape[-1]), work).to(x.dtype).view(x.shape)
+        work, flat, tensors = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, x.shape[-1]), self._tensors()
+        ids = chosen(self.spec, tensors, flat)
+        return forward(self.spec, tensors, flat, work, ids).to(x.dtype).view(x.shape)
 
 
 class ReferenceExperts(ReferenceBlock):
@@ -264,7 +289,10 @@ class ReferenceTarget:
             return Refusal(misfit)
         return None
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        return None
+
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 
 

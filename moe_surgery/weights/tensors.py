@@ -16,7 +16,7 @@ OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class BlockTensors:
-    """The weights of one block in canonical order. All matrices share one dtype and device.
+    """The weights of one block in canonical order. All share one device, and all matrices but ``router`` one dtype.
 
     ``router`` [E, H]; ``w13`` [E, 2I, H], gate rows before up rows ([E, I, H] without an up projection); ``w2``
     [E, H, I]; with a shared expert of width S, ``shared_gate_proj`` and ``shared_up_proj`` [S, H] and

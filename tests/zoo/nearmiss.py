@@ -1402,19 +1402,19 @@ class TensorAttribute(Base):
 # Signatures and returns
 
 
-@near_miss("returns a tuple")
+@near_miss("also returns")
 class ReturnsTuple(Base):
     def forward(self, hidden_states: Tensor) -> Any:
-        return super().forward(hidden_states), None
+        return super().forward(hidden_states), 2 * hidden_states
 
 
 @near_miss("forward takes")
 class SecondArgument(Base):
-    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
+    def forward(self, hidden_states: Tensor, scale: float) -> Tensor:
         return super().forward(hidden_states) * scale
 
 
-@near_miss("forward takes")
+@near_miss()
 class KeywordArguments(Base):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         return super().forward(hidden_states) * kwargs.get("scale", 1.0)
@@ -1529,7 +1529,7 @@ def one_expert_of_another_kind(block: Any) -> None:
     block.experts[4].act_fn = lambda x: torch.relu(x).square()
 
 
-@altered("dtypes", parts=(ListOfMLPs,))
+@altered("float64", parts=(ListOfMLPs,))
 def mixed_dtypes(block: Any) -> None:
     block.gate.double()
     block.logits = lambda x: F.linear(x, block.gate.weight.to(x.dtype))

@@ -62,7 +62,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 def assert_reads_right(block: nn.Module, reading: Reading, hidden: int = 32) -> None:
     """The reference, computed in float64 from what was read alone, is what the block computes."""
     tensors = gather(block, reading.layout)
-    dtype = tensors.router.dtype
+    dtype = tensors.w13.dtype
     for x in inputs(hidden, dtype):
         with torch.no_grad():
             mine = block(x.clone())

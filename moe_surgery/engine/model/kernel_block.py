@@ -23,8 +23,8 @@ from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.arguments import Weights
 from moe_surgery.read.reading import Reading
 from moe_surgery.targets.base import Context
+from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
 from moe_surgery.targets.folded.fold import terms_of
-from moe_surgery.targets.folded.target import MOST_PAIRS, FoldedTarget
 from moe_surgery.weights.layout import Piece
 
 _AS_LOADED = ("TRITON", "BATCHED_TRITON")
@@ -39,9 +39,9 @@ def not_on_kernels(item: EngineSite, config: VllmConfig) -> str | None:
 def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    refusal = FoldedTarget().accepts(item.reading.spec, Context("cuda", dtype))
-    if refusal is not None:
-        yield refusal.reason
+    spec = item.reading.spec
+    for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
+        yield reason
         return
     if envs.VLLM_BATCH_INVARIANT:
         yield "the kernels' sums depend on the number of tokens, and VLLM_BATCH_INVARIANT is set"

@@ -33,12 +33,15 @@ class Interpreter:
         for op in flow.ops:
             key = "" if op.name == "const" else f"{op.name}{op.args}{op.kwargs}{op.dtype}"
             if key not in known:
-                known[key] = self._checked(op, self._evaluate(op))
+                known[key] = self._meaning(op)
             self._values.append(known.pop(key) if op.name == "const" else known[key])
 
     def value(self, operand: Any) -> Any:
         """An operand's value: that of a result, or the operand itself."""
-        return self._values[operand.index] if isinstance(operand, Ref) else operand
+        value = self._values[operand.index] if isinstance(operand, Ref) else operand
+        if isinstance(value, Unreadable):
+            raise Unreadable(str(value))
+        return value
 
     def rows(self, operand: Any) -> Rows:
         """An operand as rows of terms: a result, known numbers, or a Python number."""
@@ -59,6 +62,13 @@ class Interpreter:
     def vectors(self, operand: Any) -> Rows:
         """An operand with one term per vector along the last dimension."""
         return rows.vectors(self.rows(operand), self.terms)
+
+    def _meaning(self, op: Op) -> Any:
+        """What an operation comes to; or why it can't be read, which matters to what depends on it."""
+        try:
+            return self._checked(op, self._evaluate(op))
+        except Unreadable as error:
+            return error
 
     def _checked(self, op: Op, value: Any) -> Any:
         """The value, if its shape is what the record says and it is kept in the input's dtype or float32."""

@@ -117,6 +117,8 @@ class Terms:
             return self.const(_FOLDED[name](arg.args[0]))
         if arg.op == "vec":
             return self._element_by_element(lambda element: self.fn(name, element), (arg,))
+        if arg.op == "cast" and arg.args[0].op == "vec":
+            return self.vec([self.fn(name, self.cast(element, arg.args[1])) for element in arg.args[0].args])
         return self.make(name, (arg,), arg.size)
 
     def clamp(self, arg: Term, low: float, high: float) -> Term:

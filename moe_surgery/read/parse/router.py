@@ -12,10 +12,12 @@ from typing import cast
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.logits import parse_logits
 from moe_surgery.read.parse.mlp import short
+from moe_surgery.read.parse.rounding import Rounding
 from moe_surgery.read.parse.top_k import Ranking, Rankings
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.spec import Groups, Precision, Scoring
+from moe_surgery.spec import Groups, Precision, Ranks, Scoring
 from moe_surgery.weights.layout import Piece
 
 _SCORINGS = ("softmax", "sigmoid")
@@ -40,6 +42,18 @@ class RouterRead:
     epsilon: float = 0.0
     floor: float = 0.0
     norm: float = 1.0
+    ranks: Ranks = "scores"
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """What the fields ``…_dtype`` of a :class:`~moe_surgery.spec.RouterSpec` say."""
+
+    logits: Precision = "native"
+    cap: Precision = "float32"
+    scores: Precision = "float32"
+    ranked: Precision = "float32"
+    weights: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,27 @@ class Weight:
     """The weight of slot ``slot`` of a token's choice."""
 
     read: RouterRead
-    logits_dtype: Precision
-    weights_dtype: Precision
+    precisions: Precisions
     slot: int
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores in ``dtype`` of ``logits``, which are ``rounded`` on the way to them."""
+
+    scoring: Scoring
+    logits: Term
+    dtype: Precision
+    rounded: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A router before its weights are renormalised; ``summed`` if they sum to one already."""
+
+    read: RouterRead
+    precisions: Precisions
+    summed: bool
 
 
 class RouterParser:
@@ -57,24 +89,17 @@ class RouterParser:
 
     def __init__(self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking]) -> None:
         self.x, self.native, self.terms = x, native, terms
+        self.rounding = Rounding(native, terms)
+        self.bare = self.rounding.bare
         self._rankings = Rankings(rankings, terms, self.bare)
-
-    def bare(self, term: Term) -> Term:
-        while term.op == "cast":
-            if term.args[1] not in (self.native, "float32"):
-                raise Unreadable(f"it computes in {term.args[1]} on the way")
-            term = term.args[0]
-        return term
 
     def parse(self, factor: Term, scale: float) -> Weight:
         """The weight ``factor`` times ``scale``."""
-        dtype: Precision = "native" if factor.op == "cast" and factor.args[1] == self.native else "float32"
         vector, slot = self._slot(self.bare(factor))
         if vector.op == "given":
-            read = RouterRead(Piece(""), 0, 0, "own", False, scale)
-            return Weight(read, "native", "float32", slot)
-        read, logits_dtype = self._router(vector, scale)
-        return Weight(read, logits_dtype, dtype, slot)
+            return Weight(RouterRead(Piece(""), 0, 0, "own", False, scale), Precisions(), slot)
+        read, precisions = self._router(vector, scale)
+        return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""
@@ -92,7 +117,7 @@ class RouterParser:
                 return self.terms.mul(vector, *(arg for arg in term.args if arg.op == "const")), slot
         return term, 0
 
-    def _router(self, vector: Term, scale: float) -> tuple[RouterRead, Precision]:
+    def _router(self, vector: Term, scale: float) -> tuple[RouterRead, Precisions]:
         renormalize, epsilon, floor, norm, inside = False, 0.0, 0.0, 1.0, 1.0
         while True:  # from the outside in
             vector = self.bare(vector)
@@ -129,7 +154,7 @@ class RouterParser:
             floor=floor,
             norm=norm,
         )
-        return read, found.logits_dtype
+        return read, found.precisions
 
     def _scaled(self, over: Term, under: Term) -> tuple[Term, float]:
         """What is divided without constant factors that its divisor doesn't have, and these."""
@@ -163,100 +188,91 @@ class RouterParser:
             raise Unreadable("routing weights are divided by their sum less a constant")
         return epsilon, floor, norm
 
-    @dataclass(frozen=True)
-    class _Found:
-        read: RouterRead
-        logits_dtype: Precision
-        summed: bool
-
     def _scores(self, term: Term) -> _Found:
         """The router behind chosen scores."""
         outer = self._scoring(term)
-        if outer is not None and self.bare(outer[1]).op == "chosen":
-            chosen = self.bare(outer[1])
-            values, ranked, number = chosen.args
+        if outer is not None and self.bare(outer.logits).op == "chosen":
+            taken = self.bare(outer.logits)
+            values, ranked, number = taken.args
             if self.bare(values) is not self.bare(ranked):
                 raise Unreadable("routing weights come from other scores than the experts are ranked by")
+            self._rankings.account(number, None)
             # A softmax over the chosen logits is the softmax over all, renormalised; the others keep the order.
-            summed = outer[0] == "softmax"
-            return self._found(outer[0], self.bare(values), number, chosen.size, None, None, summed)
+            summed = outer.scoring == "softmax"
+            rounded = self.rounding.lost(outer.logits) or self.rounding.lost(values)
+            return self._ranked(
+                _Scored(outer.scoring, values, outer.dtype, rounded), ranked, number, taken.size, summed
+            )
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args
-        values, ranked = self.bare(values), self.bare(ranked)
-        groups = None
-        if ranked.op == "vec":
-            base, groups = self._rankings.ungrouped(ranked, number)
-            if values is ranked:
+        whole, groups = ranked, None
+        if self.bare(ranked).op == "vec":
+            base, groups = self._rankings.ungrouped(self.bare(ranked), number)
+            if self.bare(values) is self.bare(ranked):
                 if groups is not None and groups.outside != 0.0:
                     raise Unreadable("routing weights are scores that groups made infinite")
                 values = base
             ranked = base
         scored = self._scoring(values)
         if scored is None:
-            raise Unreadable(f"experts are scored by {short(values)}, not by softmax, sigmoid or sqrt(softplus)")
-        scoring, logits = scored
-        correction = None
-        if ranked is not values and self.bare(logits) is not ranked:
-            correction = self._correction(values, ranked)
+            raise Unreadable(
+                f"experts are scored by {short(self.bare(values))}, not by softmax, sigmoid or sqrt(softplus)"
+            )
+        if self.bare(scored.logits) is self.bare(ranked):
+            if groups is not None:
+                raise Unreadable("its groups rank logits, not scores")
+            self._rankings.account(number, None)
+            return self._ranked(scored, ranked, number, term.size, False)
+        correction = self._correction(self.bare(values), ranked)
         if groups is not None and groups.outside != -math.inf and correction is not None:
             raise Unreadable(
                 f"experts outside its groups rank as {groups.outside:g}, and its correction bias may rank others lower"
             )
-        if groups is not None and self.bare(logits) is ranked:
-            raise Unreadable("its groups rank logits, not scores")
-        return self._found(scoring, self.bare(logits), number, term.size, correction, groups, False)
+        self._rankings.account(number, groups)
+        if self.rounding.lost(ranked) and self.rounding.of(whole) != "native":
+            raise Unreadable("its scores are rounded before they are ranked in float32")
+        found = self._ranked(scored, None, number, term.size, False)
+        read = replace(found.read, correction=correction, groups=groups, ranks="scores")
+        return _Found(read, replace(found.precisions, ranked=self.rounding.of(whole)), False)
 
-    def _scoring(self, term: Term) -> tuple[Scoring, Term] | None:
+    def _scoring(self, term: Term) -> _Scored | None:
         term = self.bare(term)
-        if term.op in _SCORINGS:
-            return cast(Scoring, term.op), term.args[0]
+        dtype, inner, scoring = self.rounding.of(term), term, cast(Scoring, term.op)
         if term.op == "sqrt" and self.bare(term.args[0]).op == "softplus":
-            return "sqrtsoftplus", self.bare(term.args[0]).args[0]
-        return None
+            inner, scoring = self.bare(term.args[0]), "sqrtsoftplus"
+        elif term.op not in _SCORINGS:
+            return None
+        return _Scored(scoring, inner.args[0], dtype, self.rounding.lost(inner.args[0]))
 
-    def _correction(self, values: Term, ranked: Term) -> Piece:
+    def _correction(self, values: Term, ranked: Term) -> Piece | None:
+        """What is added to the scores ``values`` before they are ranked."""
+        ranked = self.bare(ranked)
+        if ranked is values:
+            return None
         parts = [self.bare(part) for part in ranked.args] if ranked.op == "add" else []
         if len(parts) == 2 and values in parts:
-            other = parts[1 - parts.index(values)]
-            if other.op == "param":
-                return cast(Piece, other.args[0])
+            mine = parts.index(values)
+            if parts[1 - mine].op == "param":
+                if self.rounding.lost(ranked.args[mine]):
+                    raise Unreadable("its scores are rounded before its correction bias is added")
+                return cast(Piece, parts[1 - mine].args[0])
         raise Unreadable("routing weights come from other scores than the experts are ranked by")
 
-    def _found(
-        self,
-        scoring: Scoring,
-        logits: Term,
-        number: int,
-        top_k: int,
-        correction: Piece | None,
-        groups: Groups | None,
-        summed: bool,
-    ) -> _Found:
-        cap, bias, start = None, None, logits
-        if logits.op == "mul" and any(self.bare(arg).op == "tanh" for arg in logits.args):
-            cap, logits = self._capped(logits)
-        if logits.op == "add" and len(logits.args) == 2:
-            parts = sorted(map(self.bare, logits.args), key=lambda part: part.op == "param")
-            if parts[1].op == "param":
-                logits, bias = parts[0], parts[1].args[0]
-        source = self.bare(logits.args[0]) if logits.op == "lin" else None
-        if source is not None and source.op == "x" and source is not self.x:
-            raise Unreadable("a token is routed by another token's input")
-        if source is not self.x:
-            raise Unreadable(f"the router's logits are {short(start)}, not one linear map of its input")
-        _, piece, dtype = logits.args
-        self._rankings.account(number, groups)
-        read = RouterRead(piece, logits.size, top_k, scoring, False, 1.0, number, bias, cap, correction, groups)
-        return self._Found(read, "native" if dtype == self.native else "float32", summed)
-
-    def _capped(self, term: Term) -> tuple[float, Term]:
-        cap = [arg.args[0] for arg in term.args if arg.op == "const"]
-        inner = self.bare(next(self.bare(arg) for arg in term.args if self.bare(arg).op == "tanh").args[0])
-        factors = list(inner.args) if inner.op == "mul" else []
-        inverse = [arg.args[0] for arg in factors if arg.op == "const"]
-        rest = [self.bare(arg) for arg in factors if arg.op != "const"]
-        alike = len(cap) == len(inverse) == len(rest) == 1 and len(term.args) == 2
-        if not alike or cap[0] <= 0 or abs(cap[0] * inverse[0] - 1) > 1e-12:
-            raise Unreadable(f"the router's logits are {short(term)}, not one linear map of its input")
-        return cap[0], rest[0]
+    def _ranked(self, scored: _Scored, ranked: Term | None, number: int, top_k: int, summed: bool) -> _Found:
+        """A router whose logits are ``ranked``, or whose scores are, with how its logits are rounded on either way."""
+        logits = parse_logits(self.bare(scored.logits), self.x, self.rounding)
+        rounded = scored.rounded if ranked is None else self.rounding.lost(ranked)
+        kept = "native" if ranked is None else self.rounding.of(ranked)
+        dtype = logits.dtype
+        if logits.soft_cap is None and scored.rounded and rounded:  # wherever they go, they are rounded
+            dtype = "native"
+        elif (scored.rounded and scored.dtype != "native") or (rounded and kept != "native"):
+            raise Unreadable("its logits are rounded on the way to its scores or its ranking, and not on both")
+        read = RouterRead(
+            logits.piece, logits.count, top_k, scored.scoring, False, 1.0, number, logits.bias, logits.soft_cap
+        )
+        if ranked is not None:
+            read = replace(read, ranks="logits")
+        precisions = Precisions(dtype, logits.cap_dtype, scored.dtype, kept)
+        return _Found(read, precisions, summed)

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.mlp import IDENTITY, MLPParser, MLPRead, short
-from moe_surgery.read.parse.router import SCORED, RouterParser, RouterRead, Weight
+from moe_surgery.read.parse.router import SCORED, Precisions, RouterParser, RouterRead, Weight
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.spec import Precision
 from moe_surgery.weights.layout import Piece
 
 
@@ -32,8 +31,7 @@ class TokenRead:
     """What one token's output is. ``slots[j]`` is the expert met with the j-th routing weight; None for none."""
 
     router: RouterRead
-    logits_dtype: Precision
-    weights_dtype: Precision
+    precisions: Precisions
     slots: tuple[MLPRead | None, ...]
     shared: SharedRead | None
     output_bias: Piece | None = None
@@ -93,8 +91,7 @@ class TokenParser:
         order = self._order(slots, weight.read)
         return TokenRead(
             weight.read,
-            weight.logits_dtype,
-            weight.weights_dtype,
+            weight.precisions,
             order,
             shared[0] if shared else None,
             output_bias[0] if output_bias else None,

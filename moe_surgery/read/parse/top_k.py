@@ -31,18 +31,18 @@ class Rankings:
         self._rankings, self._terms, self._bare = rankings, terms, bare
 
     def ungrouped(self, ranked: Term, number: int) -> tuple[Term, Groups | None]:
-        """The scores that groups let through, and the groups that did."""
+        """The scores that groups let through, as they are rounded, and the groups that did."""
         elements: tuple[Term, ...] = ranked.args
         kept = [place for place, element in enumerate(elements) if element.op != "const"]
         if not kept:
             raise Unreadable("no expert may be chosen")
-        base = self._terms.whole(elements[kept[0]], kept[0], len(elements))
-        if base is None or any(self._terms.elem(base, place) is not elements[place] for place in kept):
+        whole = self._terms.whole(elements[kept[0]], kept[0], len(elements))
+        if whole is None or any(self._terms.elem(whole, place) is not elements[place] for place in kept):
             raise Unreadable(f"experts are ranked by {short(ranked)}")
-        base = self._bare(base)
+        base = self._bare(whole)
         outside = {element.args[0] for element in elements if element.op == "const"}
         if not outside:
-            return base, None
+            return whole, None
         for ranking in self._rankings:
             if ranking.number != number and (score := self._group_score(ranking, base)) is not None:
                 count = ranking.scores.size
@@ -50,7 +50,7 @@ class Rankings:
                 if {place // mine for place in kept} <= set(ranking.ids) and len(kept) == mine * ranking.count:
                     if len(outside) > 1 or not ranking.largest:
                         break
-                    return base, Groups(count, ranking.count, score, outside.pop())
+                    return whole, Groups(count, ranking.count, score, outside.pop())
         raise Unreadable("experts are left out of the ranking by what isn't a choice among equal groups of them")
 
     def _group_score(self, ranking: Ranking, base: Term) -> GroupScore | None:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.calling import PLAIN, Calling
+from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.flow import Flow, Route
+from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder, no_choice
 
 
-def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Flow:
+def record(
+    block: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    route: Route,
+    *,
+    plain: bool = False,
+    calling: Calling = PLAIN,
+    more: Mapping[str, Any] | None = None,
+) -> Flow:
     """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
 
     Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
@@ -24,17 +38,25 @@ def record(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, route: 
     the first exception, and :class:`Unfollowed` if the block raises an error of its own.
     """
     recorder = Recorder(block, dtype, route)
-    return _recorded(recorder, block, shape, plain, lambda hidden_states: (hidden_states,))
+    return _recorded(recorder, block, shape, plain, lambda x: calling.placed({"hidden_states": x, **(more or {})}))
 
 
 def record_experts(
-    module: nn.Module, width: int, ids: Tensor, dtype: torch.dtype, weights_dtype: torch.dtype, *, plain: bool = False
+    module: nn.Module,
+    calling: Calling,
+    width: int,
+    ids: Tensor,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    *,
+    plain: bool = False,
 ) -> Flow:
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
     recorder = Recorder(module, dtype, no_choice)
 
-    def inputs(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        return hidden_states, *recorder.given(ids, weights_dtype)
+    def inputs(hidden_states: Tensor) -> tuple[Any, ...]:
+        numbers, weights = recorder.given(ids, weights_dtype)
+        return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
 
     return _recorded(recorder, module, (len(ids), width), plain, inputs)
 
@@ -44,24 +66,30 @@ def _recorded(
     block: nn.Module,
     shape: tuple[int, ...],
     plain: bool,
-    inputs: Callable[[Tensor], tuple[Tensor, ...]],
+    inputs: Callable[[Tensor], tuple[Any, ...]],
 ) -> Flow:
-    before = watched(block)
+    before, written = watched(block), Written(block)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
             arguments = inputs(recorder.input(shape, strided=plain))
-            with Sizes(recorder, marks=not plain), recorder:
+            with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         flow = recorder.flow(output, shape)
-    except Unfollowed:
+    except (Unfollowed, Broken):
         raise
     except Exception as error:
         if recorder.objections:
             raise Unreadable(recorder.objections[0]) from error
-        raise Unfollowed(f"its forward could not be followed: {type(error).__name__}: {error}") from error
+        reason = f"its forward could not be followed: {type(error).__name__}: {error}"
+        raise Unfollowed(reason, len(recorder.graph.nodes)) from error
+    finally:
+        after, wrote = watched(block), written.changed()
+        written.undo()
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
-    changed = changes(before, watched(block))
-    if changed:
-        raise Unreadable(f"it keeps state between calls ({', '.join(changed[:3])} changed)")
-    return flow
+    same = kept(block, wrote, recorder.constant)
+    changed = changes(before, after)
+    state = [name for name in changed if name not in {f"{path}.{name}".lstrip(".") for path, name in same}]
+    if state:
+        raise Unreadable(f"it keeps state between calls ({', '.join(state[:3])} changed)")
+    return replace(flow, kept=same)

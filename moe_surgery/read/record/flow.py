@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from moe_surgery.calling import Structure
 
 Route = Callable[[int, int, int], Tensor]
 """``(rows, choices, k) -> ids`` int64 [rows, k]: which choices a top-k is to return."""
@@ -47,9 +49,25 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class Given:
+    """A tensor that is returned as ``where``. ``value`` is a :class:`Ref`, known numbers, or None for the output."""
+
+    where: str
+    value: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
 class Flow:
-    """The record: operations in order, as far as the output needs them; the output; every top-k on the way."""
+    """The record: operations in order, as far as the results need them; the output; every top-k on the way.
+
+    ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
+    ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call.
+    """
 
     ops: tuple[Op, ...]
     output: Ref
     choices: tuple[Choice, ...]
+    results: Structure | None = None
+    kept: dict[tuple[str, str], Any] = field(default_factory=dict)

@@ -50,7 +50,7 @@ class Sizes(TorchFunctionMode):
         recorder, name = self.recorder, getattr(func, "__name__", "")
         if func == _DTYPE:
             own = func(*args)
-            return recorder.dtype if own.is_floating_point and recorder.entries.owned(args[0]) else own
+            return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
         if func == _DEVICE:
             return recorder.entries.device
         if func in _ON:

@@ -16,7 +16,7 @@ recorded. Two things make control flow safe to follow:
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.read.reading import Unfollowed, Unreadable
-from moe_surgery.read.record.flow import Choice, Flow, Op, Ref, Route
-from moe_surgery.read.record.known_numbers import Kind, Ledger, uniform
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, written
+from moe_surgery.calling import Constant, structured
+from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
+from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, tensors_in, written
 
 _LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
 _READS_BACK = frozenset(
@@ -200,6 +201,8 @@ class Recorder(TorchDispatchMode):
                 if isinstance(index, Tensor) and id(index) not in entries:
                     entries[id(index)] = self.entries.enter(index, None, None, index, Kind.COUNT)
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
+        if name == "topk":
+            _check_top_k(*args[:3])
         result = func(*metas[0], **metas[1])
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
@@ -241,16 +244,15 @@ class Recorder(TorchDispatchMode):
         self.entries.enter(real, None, None, real, Kind.CHOSEN)
         return real
 
-    def flow(self, output: Any, shape: tuple[int, ...]) -> Flow:
-        if not isinstance(output, Tensor):
-            raise self.object_to(f"it returns a {type(output).__name__}, not one tensor")
+    def flow(self, answer: Any, shape: tuple[int, ...]) -> Flow:
+        output = self._output(answer, shape)
         entry = self._entry(output)
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
-        alike = output.shape[-1] == shape[-1] and output.numel() == torch.Size(shape).numel()
-        if (tuple(output.shape) != shape and not (self.route is no_choice and alike)) or output.dtype != self.dtype:
-            raise Unfollowed(f"its output is {tuple(output.shape)} {output.dtype}, its input {shape} {self.dtype}")
+        results = structured(answer, lambda value, where: self._result(value, where, output))
+        more = [leaf.value for leaf in results.leaves() if isinstance(leaf, Given)] if answer is not output else []
         needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
+        waiting += [node for node in more if isinstance(node, torch.fx.Node)]
         while waiting:
             node = waiting.pop()
             if node not in needed:
@@ -260,7 +262,55 @@ class Recorder(TorchDispatchMode):
         index = {node: Ref(place) for place, node in enumerate(kept)}
         ops = tuple(self._op(node, index) for node in kept)
         choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self.choices)
-        return Flow(ops, index[entry.node], choices)
+        if answer is output:
+            return Flow(ops, index[entry.node], choices)
+
+        def placed(leaf: Any) -> Any:
+            known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
+            return replace(leaf, value=index[leaf.value]) if known else leaf
+
+        return Flow(ops, index[entry.node], choices, results.mapped(placed))
+
+    def _output(self, answer: Any, shape: tuple[int, ...]) -> Tensor:
+        """The first of the returned tensors that is like the input."""
+        found = tensors_in(answer)
+        if not found:
+            raise self.object_to(f"it returns a {type(answer).__name__}, not one tensor")
+        for output in found:
+            alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
+            fits = tuple(output.shape) == shape or (alike and (self.route is no_choice or answer is not output))
+            if fits and output.dtype == self.dtype:
+                return output
+        first = found[0]
+        reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {self.dtype}"
+        raise Unfollowed(reason, len(self.graph.nodes))
+
+    def constant(self, value: Tensor) -> Constant | None:
+        """What a tensor is that doesn't depend on the input and is the same in all of its elements."""
+        entry, shape = self._entry(value), tuple(value.shape)
+        known = entry.real if entry.kind == Kind.PLAIN and value.numel() else None
+        if known is None or not self.uniform(known) or not all(size in self.fixed for size in shape):
+            return None
+        dtypes = {str(value.dtype).removeprefix("torch."), *(["native"] if value.dtype == self.dtype else [])}
+        return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
+
+    def _result(self, value: Any, where: str, output: Tensor) -> Any:
+        """One leaf of what the block returns: its output, another tensor, or what is the same in every call."""
+        if value is output:
+            return Given(where, None, tuple(value.shape), "")
+        if isinstance(value, Tensor):
+            entry = self._entry(value)
+            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            if (same := self.constant(value)) is not None:
+                return same
+            if entry.node is not None:
+                return Given(where, entry.node, shape, dtype)
+            if entry.kind == Kind.CHOSEN:
+                return Given(where, entry.real, shape, dtype)
+            raise self.object_to(f"it also returns ({where}) {LOAD}")
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise self.object_to(f"it also returns ({where}) a {type(value).__name__}")
 
     def _op(self, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]) -> Op:
         value = node.meta.get("val")
@@ -283,6 +333,12 @@ def _selected(entry: Entry | None, index: Any) -> list[Any]:
     if entry is None or entry.real is None or entry.real.dtype not in (torch.bool, torch.uint8):
         return [index]
     return list(entry.real.nonzero().unbind(1))
+
+
+def _check_top_k(scores: Tensor, k: int, dim: int = -1) -> None:
+    count = scores.shape[dim] if scores.ndim else 1
+    if not 1 <= k <= count:
+        raise Broken(f"it asks for the top {k} of {count}, so it can't run")
 
 
 def no_choice(rows: int, choices: int, k: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import structured
 from moe_surgery.read.record.known_numbers import Kind
 
 
@@ -47,11 +49,13 @@ class Entry:
 class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
+    Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
     ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.own = own_dtype(dict(block.named_parameters()) | dict(block.named_buffers()))
         self.guarded: dict[int, str] = {}
         self._known: dict[int, Entry] = {}
         self._versions: dict[int, int] = {}
@@ -98,12 +102,15 @@ class Entries:
         name = self.owned(tensor)
         if name is None:  # a Python number, wrapped on its way here
             return self.enter(tensor, None, None, tensor)
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        meta = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        meta = torch.empty(tensor.shape, dtype=self.seen_dtype(tensor.dtype), device="meta")
         entry = self.enter(tensor, weight(name), meta, None)
         self.guarded[entry.storage] = name
         self.alias(entry)
         return entry
+
+    def seen_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a weight of ``dtype`` has in this record."""
+        return self.dtype if dtype == self.own else dtype
 
     def alias(self, entry: Entry) -> Tensor:
         """The tensor's stand-in; views made of it count as views of the tensor."""
@@ -122,6 +129,15 @@ class Entries:
         if entry.storage in self._symbolic:
             self._versions[entry.storage] += 1
             entry.version = self._versions[entry.storage]
+
+
+def own_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The dtype of a block: that of the most elements of its weights; None if it has none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def storage(tensor: Tensor) -> int:
@@ -147,6 +163,13 @@ def tensors(value: Any) -> list[Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for item in value for tensor in tensors(item)]
+
+
+def tensors_in(answer: Any) -> list[Tensor]:
+    """Every tensor among what a block returns, in order."""
+    found: list[Tensor] = []
+    structured(answer, lambda value, _: found.append(value) if isinstance(value, Tensor) else None)
+    return found
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:

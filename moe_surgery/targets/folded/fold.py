@@ -2,64 +2,66 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import replace
 
-from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
 
-def terms_of(spec: MoESpec) -> Terms:
-    """The spec in the kernels' numbers; its shared width must be a multiple of the expert width."""
-    router, experts, shared = spec.router, spec.experts, spec.shared
-    for reason in unfoldable(spec):
+def terms_of(spec: MoESpec, *, given: bool = False, beside: bool = False) -> Terms:
+    """The spec in the kernels' numbers; its shared width must be a multiple of the expert width.
+
+    Where experts and their weights are ``given``, the router's numbers say nothing. A shared expert that is computed
+    ``beside`` the kernels has no slices.
+    """
+    router, experts, shared = spec.router, spec.experts, None if beside else spec.shared
+    for reason in () if beside else unfoldable(spec):
         raise ValueError(reason)
-    return Terms(
+    terms = Terms(
         experts=experts.num_experts,
         top_k=router.top_k,
-        slices=slices(spec),
+        slices=0 if beside else slices(spec),
         hidden=spec.hidden,
         width=experts.width,
-        activation=experts.activation,
+        # The factor in a silu's sigmoid makes a silu of whatever it is in.
+        activation="silu" if experts.alpha != 1.0 else experts.activation,
+        sigmoid=False,
+        renormalize=False,
+        scale=1.0,
+        shared_scale=1.0,
+        gated=False,
+        native=False,
+        by_sigmoid=False,
+        given=given,
+        up=experts.gated,
+        limit=float(experts.limit or 0.0),
+        limit_after=experts.limit_after,
+        alpha=float(experts.alpha),
+        offset=float(experts.offset),
+        on_input=experts.weights_on == "input",
+        biases=experts.biases,
+    )
+    if given:
+        return terms
+    return replace(
+        terms,
         sigmoid=router.scoring == "sigmoid",
         renormalize=router.renormalize,
         scale=float(router.scale),
         shared_scale=float(shared.scale) if shared is not None else 1.0,
         gated=shared is not None and shared.gate is not None,
         native=router.logits_dtype == "native",
+        by_sigmoid=router.scoring == "sigmoid" and router.ranks == "scores",
     )
 
 
-def fold(tensors: BlockTensors) -> Weights:
-    """The kernels' weights, by reference to all that is contiguous."""
+def fold(tensors: BlockTensors, *, beside: bool = False) -> Weights:
+    """The kernels' weights, by reference to all that is contiguous; ``beside`` without the shared expert's."""
     t = tensors
     parts = (t.router, t.w13, t.w2, t.shared_gate, t.shared_gate_proj, t.shared_up_proj, t.shared_down_proj)
     router, w13, w2, *shared = (None if part is None else part.contiguous() for part in parts)
     assert router is not None and w13 is not None and w2 is not None
-    return Weights(router, w13, w2, *shared)
-
-
-def check_tensors(tensors: BlockTensors, terms: Terms, prefix: str) -> None:
-    """Raise :class:`SurgeryError` if ``tensors`` aren't those of ``terms``, all in one dtype on one device."""
-    experts, hidden, width, shared = terms.experts, terms.hidden, terms.width, terms.slices * terms.width
-    wanted: dict[str, tuple[int, ...] | None] = {
-        "router": (experts, hidden),
-        "w13": (experts, 2 * width, hidden),
-        "w2": (experts, hidden, width),
-        "shared_gate_proj": (shared, hidden) if shared else None,
-        "shared_up_proj": (shared, hidden) if shared else None,
-        "shared_down_proj": (hidden, shared) if shared else None,
-        "shared_gate": (1, hidden) if terms.gated else None,
-    }
-    for name, shape in wanted.items():
-        tensor: Tensor | None = getattr(tensors, name)
-        found = None if tensor is None else tuple(tensor.shape)
-        if found != shape:
-            raise SurgeryError(f"{prefix}: {name} has shape {found}, the spec wants {shape}")
-        if tensor is not None and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device):
-            raise SurgeryError(
-                f"{prefix}: {name} is {tensor.dtype} on {tensor.device}, the experts are {tensors.w13.dtype} on "
-                f"{tensors.w13.device}"
-            )
+    biases = (None if bias is None else bias.contiguous() for bias in (t.w13_bias, t.w2_bias))
+    return Weights(router, w13, w2, *([None] * 4 if beside else shared), *biases)

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from functools import cache, cached_property
-from importlib.util import find_spec
-from typing import Any
-
-import torch
+from functools import cached_property
 
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
-from moe_surgery.targets.shared_as_experts import slices, unfoldable
+from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
+from moe_surgery.targets.folded.fitness import objections, outside
+from moe_surgery.targets.shapes import check_shapes
 from moe_surgery.weights.tensors import BlockTensors
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-MOST_EXPERTS = 1024
-MOST_PAIRS = 64
-NEEDS_CAPABILITY = (8, 0)
-
-# What the kernels know of a spec. Any other field must have its default: it would be computed as if it had.
-_KNOWN = {
-    "": {"hidden", "router", "experts", "shared"},
-    "router": {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"},
-    "experts": {"num_experts", "width", "activation"},
-    "shared": {"width", "activation", "gate", "scale"},
-}
 
 
 class FoldedTarget:
     """The block with its shared expert cut into experts of the routed width.
 
     On CUDA in this library's Triton kernels, where routing weights are kept in float32, whatever the spec says: that is
-    nearer to its formula. On CPU in the routed layer of the installed engine.
+    nearer to its formula. What of a block they don't compute is plain torch around them, which the plan says. On CPU in
+    the routed layer of the installed engine.
     """
 
     name = "folded"
@@ -52,10 +34,16 @@ class FoldedTarget:
         """None if the device's kernels compute ``spec``; no weights are touched."""
         if context.device == "cpu":
             return self.layer.accepts(spec, context)
-        reason = next(_objections(spec, context), None)
+        reason = next(objections(spec, context), None)
         return None if reason is None else Refusal(reason)
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        if context.device == "cpu":
+            return self.layer.remark(spec, context)
+        reason = next(outside(spec, context.dtype), None)
+        return None if reason is None else f"not all in one kernel call: {reason}"
+
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`. On CUDA routed experts are used as they lie in memory."""
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         if context.device == "cpu":
@@ -63,61 +51,12 @@ class FoldedTarget:
         refusal = self.accepts(spec, context)
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
+        check_shapes(spec, tensors, prefix)
         # Only now, since these need Triton.
         from moe_surgery.targets.folded.block import FoldedMoEBlock
-        from moe_surgery.targets.folded.fold import check_tensors, fold, terms_of
+        from moe_surgery.targets.folded.routed import RoutedExperts, RoutedMoEBlock
 
-        terms = terms_of(spec)
-        check_tensors(tensors, terms, prefix)
-        return FoldedMoEBlock(spec, tensors, fold(tensors), terms)
-
-
-def _objections(spec: MoESpec, context: Context) -> Iterator[str]:
-    """Why the kernels can't take ``spec``, cheapest first."""
-    router, experts = spec.router, spec.experts
-    if context.device != "cuda":
-        yield f"the folded kernels run on cuda and cpu; this model is on {context.device}"
-    if context.dtype not in DTYPES:
-        yield f"dtype {context.dtype} is none of {', '.join(DTYPES)}"
-    yield from _unknown_fields(spec)
-    if router.scoring not in ("softmax", "sigmoid"):
-        yield f"routing {router.scoring} is none that the folded kernels compute: softmax, sigmoid"
-    if experts.activation not in ACTIVATIONS:
-        yield f"expert activation {experts.activation} is none of the folded kernels': {', '.join(ACTIVATIONS)}"
-    if router.num_experts != experts.num_experts:
-        yield f"the router scores {router.num_experts} experts, there are {experts.num_experts}"
-    if not 1 <= router.top_k <= experts.num_experts:
-        yield f"top-{router.top_k} of {experts.num_experts} experts"
-    if experts.num_experts > MOST_EXPERTS:
-        yield f"{experts.num_experts} experts are more than the {MOST_EXPERTS} that the folded kernels rank"
-    yield from unfoldable(spec)
-    if router.top_k + slices(spec) > MOST_PAIRS:
-        yield f"{router.top_k} + {slices(spec)} experts for each token are more than {MOST_PAIRS}"
-    if context.live and context.device == "cuda":
-        yield from _missing()
-
-
-def _unknown_fields(spec: MoESpec) -> Iterator[str]:
-    """Fields of the spec that the kernels know nothing of and that are not at their defaults."""
-    for part, known in _KNOWN.items():
-        value: Any = getattr(spec, part) if part else spec
-        if value is None:
-            continue
-        for field in fields(value):
-            if field.name not in known and (field.default is MISSING or getattr(value, field.name) != field.default):
-                name = f"{part}.{field.name}".lstrip(".")
-                yield f"{name} = {getattr(value, field.name)} is nothing that the folded kernels compute"
-
-
-@cache
-def _missing() -> tuple[str, ...]:
-    """What this machine lacks."""
-    if find_spec("triton") is None:
-        return ("the folded kernels need Triton, which isn't installed",)
-    if torch.version.cuda is None:
-        return ("the folded kernels are for NVIDIA GPUs, and this torch isn't built for them",)
-    capability = torch.cuda.get_device_capability()
-    if capability < NEEDS_CAPABILITY:
-        found, needed = (".".join(map(str, numbers)) for numbers in (capability, NEEDS_CAPABILITY))
-        return (f"the folded kernels need compute capability {needed}, this GPU has {found}",)
-    return ()
+        if spec.at == "experts":
+            return RoutedExperts(spec, tensors)
+        whole = next(outside(spec, context.dtype), None) is None
+        return (FoldedMoEBlock if whole else RoutedMoEBlock)(spec, tensors)

@@ -15,11 +15,11 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.platforms import current_platform
 
 from moe_surgery.spec import ExpertsSpec, Mix, MoESpec
+from moe_surgery.targets.routing import Handed, Routing
 from moe_surgery.targets.shared_as_experts import cut
 from moe_surgery.targets.vllm.folded_routing import FoldedRouting, folded
 from moe_surgery.targets.vllm.host import hosting
 from moe_surgery.targets.vllm.in_place import LaidOutInPlace
-from moe_surgery.targets.vllm.routing import Handed, Routing
 from moe_surgery.targets.vllm.shared import SharedExpert
 from moe_surgery.weights.tensors import BlockTensors
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from moe_surgery.errors import SurgeryError, UnsupportedError
+from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal
+from moe_surgery.targets.shapes import check_shapes
 from moe_surgery.targets.vllm.block import FusedExperts, FusedMoEBlock
 from moe_surgery.targets.vllm.eras import Installed, detect, look_up
 from moe_surgery.targets.vllm.host import undisturbed
@@ -57,13 +58,16 @@ class VllmTarget:
             self._answers[key] = self._refuse_early(spec, context) or asked(spec, context)
         return self._answers[key]
 
+    def remark(self, spec: MoESpec, context: Context) -> str | None:
+        return None
+
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> FusedMoEBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`."""
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         refusal = self.accepts(spec, context)
         if refusal is not None:
             raise UnsupportedError(f"{prefix}: {refusal.reason}")
-        _check_shapes(spec, tensors, prefix)
+        check_shapes(spec, tensors, prefix)
         return self._build(spec, tensors, prefix)
 
     def _build(self, spec: MoESpec, tensors: BlockTensors, prefix: str) -> FusedMoEBlock:
@@ -110,40 +114,3 @@ class VllmTarget:
         name = f"vLLM {self.installed.version}'s {context.device.upper()} kernels"
         objection = Kernels(self._builder, context.device, DTYPES[context.dtype], name).objection(spec)
         return None if objection is None else Refusal(objection)
-
-
-def _check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
-    """Raise :class:`SurgeryError` if ``tensors`` aren't those of ``spec``, all in one dtype on one device."""
-    hidden, experts, width = spec.hidden, spec.experts.num_experts, spec.experts.width
-    shared = spec.shared.width if spec.shared is not None else None
-    gated = spec.shared is not None and spec.shared.gate is not None
-    rows = 2 * width if spec.experts.gated else width
-    wanted: dict[str, tuple[int, ...] | None] = {
-        "router": (experts if spec.at == "block" else 0, hidden),
-        "w13": (experts, rows, hidden),
-        "w2": (experts, hidden, width),
-        "w13_bias": (experts, rows) if spec.experts.biases else None,
-        "w2_bias": (experts, hidden) if spec.experts.biases else None,
-        "router_bias": (experts,) if spec.router.bias else None,
-        "correction_bias": (experts,) if spec.router.correction_bias else None,
-        "output_bias": (hidden,) if spec.output_bias else None,
-        "shared_gate_proj": (shared, hidden) if shared else None,
-        "shared_up_proj": (shared, hidden) if shared and spec.shared is not None and spec.shared.gated else None,
-        "shared_down_proj": (hidden, shared) if shared else None,
-        "shared_gate": (1, hidden) if gated else None,
-    }
-    for name, shape in wanted.items():
-        tensor = getattr(tensors, name)
-        got = None if tensor is None else tuple(tensor.shape)
-        if got != shape:
-            raise SurgeryError(f"{prefix}: {name} has shape {got}, the spec wants {shape}")
-        loose = name == "correction_bias"  # models keep it in float32
-        if (
-            tensor is not None
-            and not loose
-            and (tensor.dtype, tensor.device) != (tensors.w13.dtype, tensors.w13.device)
-        ):
-            raise SurgeryError(
-                f"{prefix}: {name} is {tensor.dtype} on {tensor.device}, the experts are {tensors.w13.dtype} on "
-                f"{tensors.w13.device}"
-            )

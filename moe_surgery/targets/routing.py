@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.spec import RouterSpec
-from moe_surgery.targets.formula import capped, ranked, score, weighted
+from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +18,9 @@ class Routing:
     vLLM's own softmax routing isn't used on CPU: it takes the softmax in the logits' dtype (measured on 0.32 without
     renormalisation: up to ten times the error in float16, four times in bfloat16), ignores ``routed_scaling_factor``
     and has no sigmoid without groups; its grouped one ranks experts outside the groups otherwise than some models do.
-    Scoring in float32 and ranking the scores, not the logits, also makes the same choice as transformers where scores
-    tie. ``dtype`` is what the weights are rounded to if the spec wants them "native"; ``correction`` [E] is the
-    correction bias.
+    What the block ranks, logits or scores, is ranked here, rounded as the block rounds it, so that the same experts are
+    chosen also where a score saturates. ``dtype`` is the block's own, which the spec calls "native"; ``correction`` [E]
+    is the correction bias.
     """
 
     spec: RouterSpec
@@ -31,8 +31,10 @@ class Routing:
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         """Logits [T, E] to weights [T, k] float32 and expert ids [T, k] int32."""
-        scores = score(self.spec.scoring, capped(self.spec, gating_output.float()))
-        ids = ranked(self.spec, scores, self.correction).topk(self.spec.top_k, dim=-1).indices
+        arithmetic = Arithmetic(self.dtype)
+        logits = capped(self.spec, gating_output, arithmetic)
+        scores = scored(self.spec, logits, arithmetic)
+        ids = ranked(self.spec, logits, scores, self.correction, arithmetic).topk(self.spec.top_k, dim=-1).indices
         weights = weighted(self.spec, scores, ids)
         if self.spec.weights_dtype == "native":
             weights = weights.to(self.dtype)

@@ -1,0 +1,217 @@
+"""How a block is called, and what it answers: its arguments, and the structure that its results stand in.
+
+A block that takes more than its input, or gives more than its output, is replaced by one that does the same. What it
+was read with holds for that only: an argument that was at its default must be at its default again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_surgery.errors import SurgeryError
+from moe_surgery.spec import RouterSpec
+
+Role = Literal["hidden_states", "ids", "weights", "unused", "fixed"]
+_TENSORS = ("hidden_states", "ids", "weights")
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a block's forward. ``many`` is "*" or "**" for those that gather others.
+
+    "unused" ones are named by no code of the forward, so that any value will do; "fixed" ones must be what they were
+    when the block was read, ``default``, or nothing where there are ``many``.
+    """
+
+    name: str
+    role: Role
+    many: Literal["", "*", "**"] = ""
+    default: Any = field(default=None, compare=False)
+    by_name_only: bool = False
+
+
+@dataclass(frozen=True)
+class Calling:
+    """All arguments of a block's forward in order."""
+
+    arguments: tuple[Argument, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the block takes its input and nothing else."""
+        return [argument.role for argument in self.arguments] == ["hidden_states"]
+
+    def placed(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Positional arguments by role; what is unused and has no default is None.
+
+        An argument beside the tensors may be given by its name.
+        """
+        wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
+        given = {
+            argument.name: tensors[key]
+            for argument in wanted
+            for key in (argument.role, argument.name)
+            if key in tensors
+        }
+        values = [given.get(argument.name, argument.default) for argument in wanted]
+        last = max(number for number, argument in enumerate(wanted) if argument.name in given)
+        needed = [number for number, argument in enumerate(wanted) if argument.default is dataclasses.MISSING]
+        values = [None if value is dataclasses.MISSING else value for value in values]
+        return tuple(values[: max([last, *needed]) + 1])
+
+    def taken(self, given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors by role, out of the arguments of a call. Raises what a call does that the block wasn't read for."""
+        by_place = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
+        by_name = {argument.name: argument for argument in self.arguments if not argument.many}
+        gathers = {argument.many: argument for argument in self.arguments if argument.many}
+        found = [(argument, value) for argument, value in zip(by_place, given, strict=False)]
+        if more := given[len(by_place) :]:
+            if "*" not in gathers:
+                raise TypeError(f"the block takes {len(by_place)} arguments, got {len(given)}")
+            found.append((gathers["*"], more))
+        for name, value in named.items():
+            argument = by_name.get(name) or gathers.get("**")
+            if argument is None:
+                raise TypeError(f"the block has no argument {name!r}")
+            if any(argument is other and not argument.many for other, _ in found):
+                raise TypeError(f"the block got two values for {name!r}")
+            found.append((argument, value))
+        for argument, value in found:
+            if argument.role == "fixed" and (argument.many or not _same(value, argument.default)):
+                raise SurgeryError(
+                    f"a replaced block was called with a value for {argument.many}{argument.name} that it was not read "
+                    "with; undo, or leave the block alone with skip="
+                )
+        tensors: dict[str, Any] = {argument.role: value for argument, value in found if argument.role in _TENSORS}
+        for argument in self.arguments:
+            if argument.role in _TENSORS and argument.role not in tensors:
+                raise TypeError(f"the block needs its argument {argument.name!r}")
+        return tensors
+
+
+def _same(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    return type(value) is type(default) and isinstance(value, _PLAIN) and bool(value == default)
+
+
+PLAIN = Calling((Argument("hidden_states", "hidden_states"),))
+
+Value = Literal["output", "logits", "scores", "weights", "dense weights", "ids"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One tensor among a block's results, a function of its tokens.
+
+    ``logits`` and ``scores`` [T, E], ``weights`` and ``ids`` [T, k] of the chosen experts, highest first, or ``dense
+    weights`` [T, E], which are zero for all others. ``dtypes`` are those it may have ("native" is the input's);
+    ``leads`` what stands before its last dimension: "flat" for T, "batch" for the dimensions of the input.
+    ``weighting`` says how weights are made of scores.
+    """
+
+    value: Value
+    dtypes: frozenset[str]
+    leads: frozenset[str]
+    weighting: RouterSpec | None = None
+
+    @property
+    def dtype(self) -> str:
+        return "native" if "native" in self.dtypes else min(self.dtypes)
+
+    @property
+    def flat(self) -> bool:
+        return "batch" not in self.leads
+
+    def __str__(self) -> str:
+        if self.value == "output":
+            return "output"
+        return self.value + ("" if self.dtype == "native" or self.value == "ids" else f" {self.dtype}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that is the same in every call: every element is ``value``."""
+
+    value: float
+    shape: tuple[int, ...]
+    dtypes: frozenset[str]
+
+    @property
+    def dtype(self) -> str:
+        return "native" if "native" in self.dtypes else min(self.dtypes)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Results in a tuple, list, dict or dataclass of ``kind``; ``keys`` where they are named."""
+
+    kind: type
+    items: tuple[Any, ...]
+    keys: tuple[str, ...] | None = None
+
+    def leaves(self) -> Iterator[Any]:
+        for item in self.items:
+            yield from item.leaves() if isinstance(item, Structure) else (item,)
+
+    def made(self, leaf: Callable[[Any], Any]) -> Any:
+        """The structure anew, of ``leaf`` of every leaf."""
+        items = [item.made(leaf) if isinstance(item, Structure) else leaf(item) for item in self.items]
+        if self.keys is not None:
+            return self.kind(**dict(zip(self.keys, items, strict=True)))
+        return self.kind(*items) if hasattr(self.kind, "_fields") else self.kind(items)
+
+    def mapped(self, leaf: Callable[[Any], Any]) -> Structure:
+        """The same structure with other leaves."""
+        items = tuple(item.mapped(leaf) if isinstance(item, Structure) else leaf(item) for item in self.items)
+        return Structure(self.kind, items, self.keys)
+
+    def __str__(self) -> str:
+        texts = [str(item) for item in self.items]
+        if self.keys is not None:
+            return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
+        return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+def structured(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> Any:
+    """``value`` as a :class:`Structure` of ``leaf(item, name)``, or one leaf. Names are those of keys and places."""
+    keys: tuple[str, ...] | None = None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        keys = tuple(f.name for f in dataclasses.fields(value))
+        items = [getattr(value, key) for key in keys]
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        keys, items = tuple(value), list(value.values())
+    elif isinstance(value, (tuple, list)):
+        items = list(value)
+    else:
+        return leaf(value, where)
+    names = keys or tuple(map(str, range(len(items))))
+    parts = [structured(item, leaf, f"{where}.{name}".lstrip(".")) for name, item in zip(names, items, strict=True)]
+    return Structure(type(value), tuple(parts), keys)
+
+
+def output_of(results: Structure | None, answer: Any) -> Any:
+    """The output among the results of a call."""
+    if results is None:
+        return answer
+    found: list[Any] = []
+
+    def walk(shape: Any, value: Any) -> None:
+        if isinstance(shape, Structure):
+            parts = [
+                getattr(value, key, None) if not isinstance(value, dict) else value[key] for key in shape.keys or ()
+            ]
+            for item, part in zip(shape.items, parts if shape.keys is not None else value, strict=True):
+                walk(item, part)
+        elif isinstance(shape, Result) and shape.value == "output":
+            found.append(value)
+
+    walk(results, answer)
+    return found[0]

@@ -1,0 +1,172 @@
+"""The proof of what a block returns beside its output, and of how it is called.
+
+The output is judged as that of any block. The other results are functions of the router alone: each is held against its
+own truth in float64, on tokens whose choice of experts no rounding can change, and wrong twins must be told from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.calling import Calling, Result, Structure, output_of, structured
+from moe_surgery.prove.probe import UNIT, make_probes
+from moe_surgery.prove.proof import prove
+from moe_surgery.prove.verdict import Verdict
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
+from moe_surgery.weights.tensors import BlockTensors
+
+_SLACK = 8.0
+_NOTHING = 1e-9
+
+
+def prove_block(
+    old: nn.Module,
+    new: nn.Module,
+    spec: MoESpec,
+    tensors: BlockTensors,
+    convention: Convention,
+    *,
+    seed: int = 0,
+    margin: float = 5.0,
+) -> Verdict:
+    """:func:`~moe_surgery.prove.proof.prove` of blocks that are called, and answer, as ``convention`` says."""
+    calling, results = convention.calling, convention.results
+    asked = [_asked(block, calling, results) for block in (old, new)]
+    verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin)
+    if not verdict.passed or results is None:
+        return verdict
+    with torch.no_grad():
+        fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
+    return verdict if fault is None else replace(verdict, passed=False, reason=fault)
+
+
+def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Callable[..., Any]:
+    roles = ("hidden_states", "ids", "weights")
+
+    def ask(*tensors: Tensor) -> Any:
+        y = output_of(results, block(*calling.placed(dict(zip(roles, tensors, strict=False)))))
+        flat = results is not None and y.numel() == tensors[0].numel()
+        return y.view(tensors[0].shape) if flat else y
+
+    return ask
+
+
+def _faults(
+    old: nn.Module,
+    new: nn.Module,
+    spec: MoESpec,
+    tensors: BlockTensors,
+    convention: Convention,
+    seed: int,
+    margin: float,
+) -> Iterator[str]:
+    """What is wrong with either block's results."""
+    probes = make_probes(spec, tensors.router, seed, tensors)
+    x = probes.x[probes.of(UNIT)]
+    x = x[: len(x) // 2 * 2]
+    exact, rounded = convention.routed(x, torch.float64), convention.routed(x)
+    sure = _sure(spec, exact, rounded)
+    if not bool(sure.any()):
+        yield "its results can't be proven: every probe is within the router's noise"
+    most = torch.finfo(x.dtype).eps * spec.hidden**0.5
+    for batch in (x[None], x.view(2, -1, x.shape[-1])):
+        answers = [block(*convention.calling.placed({"hidden_states": batch})) for block in (old, new)]
+        if _form(answers[0]) != _form(answers[1]):
+            yield f"the new block returns {_form(answers[1])}, the old one {_form(answers[0])}"
+            return
+        wanted = convention.results
+        assert wanted is not None
+        found = [_leaves(answer) for answer in answers]
+        for number, leaf in enumerate(wanted.leaves()):
+            if not isinstance(leaf, Result):
+                if any(not _equal(values[number], found[0][number]) for values in found):
+                    yield f"the new block returns {found[1][number]} where the old one returns {found[0][number]}"
+            elif leaf.value != "output":
+                given = [values[number].reshape(len(x), -1) for values in found]
+                yield from _unlike(leaf, given, exact, rounded, sure, margin, most)
+
+
+def _unlike(
+    leaf: Result,
+    given: list[Tensor],
+    exact: dict[str, Tensor],
+    rounded: dict[str, Tensor],
+    sure: Tensor,
+    margin: float,
+    most: float,
+) -> Iterator[str]:
+    truth = _value(leaf, exact)[sure].double()
+    dtype = given[0].dtype
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    # What is measured is no more than what products of that length may be off by, or a wrong formula would hide in it.
+    noise = min(_distance(_value(leaf, rounded)[sure].double(), truth), most)
+    bound = _SLACK * max(noise, eps)
+    for who, values in zip(("old", "new"), given, strict=True):
+        if not (error := _distance(values[sure].double(), truth)) <= bound:
+            yield f"the {who} block's {leaf.value} are {error:.2g} from what they should be; {bound:.2g} are allowed"
+    for name, wrong in _twins(leaf, exact):
+        apart = _distance(wrong[sure].double(), truth)
+        if _NOTHING < apart < margin * bound:
+            yield f"the check has no power here: {name} differ by {apart:.2g} from its {leaf.value}"
+
+
+def _twins(leaf: Result, exact: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Wrong results that are like the right one."""
+    value = _value(leaf, exact)
+    yield "those of another token", value.roll(1, 0)
+    yield "those of the next expert", value.roll(1, -1)
+    if leaf.value in ("logits", "scores"):
+        yield "logits for scores", exact["scores" if leaf.value == "logits" else "logits"]
+    if leaf.weighting is not None:
+        yield "weights normalised otherwise", weights_of(without_renormalising(leaf), exact)
+
+
+def _value(leaf: Result, values: dict[str, Tensor]) -> Tensor:
+    return values[leaf.value] if leaf.weighting is None else weights_of(leaf, values)
+
+
+def _sure(spec: MoESpec, exact: dict[str, Tensor], rounded: dict[str, Tensor]) -> Tensor:
+    """Tokens [T] whose best k + 1 experts are so far apart that rounding can't exchange any two of them."""
+    by = [values["ranked"].double() for values in (exact, rounded)]
+    finite = by[0].isfinite() & by[1].isfinite()
+    noise = (by[0] - by[1]).where(finite, 0.0).abs().max()
+    best = by[0].topk(min(spec.router.top_k + 1, by[0].shape[-1]), -1).values
+    apart = (best[:, :-1] - best[:, 1:]).amin(-1) if best.shape[-1] > 1 else torch.ones_like(best[:, 0])
+    return apart > _SLACK * noise
+
+
+def _distance(values: Tensor, truth: Tensor) -> float:
+    """The greatest relative distance of a token's values from the truth."""
+    if not bool(values.isfinite().all()):
+        return float("inf")
+    return float(((values - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-300)).max())
+
+
+def _leaves(answer: Any) -> list[Any]:
+    found: list[Any] = []
+    structured(answer, lambda value, _: found.append(value))
+    return found
+
+
+def _form(answer: Any) -> str:
+    """Types, shapes and dtypes of an answer, as text."""
+
+    def leaf(value: Any, _: str) -> Any:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return type(value).__name__
+
+    found = structured(answer, leaf)
+    return f"{type(answer).__name__} {found}"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

@@ -1,0 +1,101 @@
+"""Attributes that a forward writes and never reads, such as an auxiliary loss that is zero outside of training.
+
+What is the same after every call is no state: the replacement has the attribute with that value. Anything else that
+outlives a call is.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.calling import Constant
+from moe_surgery.read.record.outside_state import functions
+
+_PLAIN = (bool, int, float, str, type(None))
+_ABSENT = object()
+Attributes = dict[tuple[str, str], Any]
+
+
+class Written:
+    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self._before = {path: dict(vars(module)) for path, module in block.named_modules()}
+
+    def changed(self) -> Attributes:
+        """What the call wrote, by module and name."""
+        found: Attributes = {}
+        for path, module in self.block.named_modules():
+            before = self._before.get(path, {})
+            for name, value in vars(module).items():
+                if before.get(name, _ABSENT) is not value:
+                    found[path, name] = value
+        return found
+
+    def undo(self) -> None:
+        """Put back what was there before the call."""
+        for path, module in self.block.named_modules():
+            before = self._before.get(path)
+            if before is None:
+                continue
+            held = vars(module)
+            for name in [name for name in held if name not in before]:
+                del held[name]
+            held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
+
+
+def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Constant | None]) -> Attributes:
+    """Those of the attributes a call wrote that are the same after every call, and that no code of the block reads."""
+    read = frozenset(_read(block)) if changed else frozenset()
+    found: Attributes = {}
+    for (path, name), value in changed.items():
+        if name in read:
+            continue
+        if type(value) in _PLAIN:
+            found[path, name] = value
+        elif isinstance(value, Tensor) and (same := constant(value)) is not None:
+            found[path, name] = same
+    return found
+
+
+def _read(block: nn.Module) -> Iterator[str]:
+    """The names of attributes that any code of a block reads, and the texts in it that may be such names."""
+    seen: set[int] = set()
+    for module in block.modules():
+        for cls in type(module).__mro__:
+            if cls is nn.Module:
+                break
+            for value in vars(cls).values():
+                function = getattr(value, "fget", value)
+                if not isinstance(function, FunctionType) or function.__name__ == "__init__":
+                    continue
+                for other in (function, *functions(function)):
+                    if id(other) not in seen:
+                        seen.add(id(other))
+                        yield from _loads(other.__code__)
+        for function in functions(module.forward):
+            yield from _loads(function.__code__)
+
+
+def _loads(code: Any) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if not instruction.opname.startswith("STORE") and isinstance(instruction.argval, str):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            yield from _loads(constant)
+
+
+def made(value: Any, device: torch.device, native: torch.dtype) -> Any:
+    """An attribute's value for a block on ``device`` and in dtype ``native``."""
+    if not isinstance(value, Constant):
+        return value
+    dtype = native if value.dtype == "native" else getattr(torch, value.dtype)
+    return torch.full(value.shape, value.value, dtype=dtype, device=device)

@@ -1,0 +1,110 @@
+"""Answering as the replaced block did: its arguments, and the results that it returned beside its output."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_surgery.calling import Calling, Constant, Result, Structure
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
+from moe_surgery.weights.tensors import BlockTensors
+
+
+@dataclass(frozen=True, eq=False)
+class Convention:
+    """How the replaced block was called and what it returned. Tensors are the router's own, by reference."""
+
+    calling: Calling
+    results: Structure | None = None
+    spec: MoESpec | None = None
+    router: Tensor | None = None
+    router_bias: Tensor | None = None
+    correction_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, spec: MoESpec, calling: Calling, results: Structure | None, tensors: BlockTensors) -> Convention:
+        if results is None:
+            return cls(calling)
+        return cls(calling, results, spec, tensors.router, tensors.router_bias, tensors.correction_bias)
+
+    def answer(self, x: Tensor, output: Tensor) -> Any:
+        """The results of a call with ``x`` [..., H] whose output is ``output``."""
+        if self.results is None:
+            return output
+        values: dict[str, Any] = {}
+
+        def leaf(leaf: Any) -> Any:
+            if isinstance(leaf, Constant):
+                dtype = x.dtype if leaf.dtype == "native" else getattr(torch, leaf.dtype)
+                return torch.full(leaf.shape, leaf.value, dtype=dtype, device=x.device)
+            if not isinstance(leaf, Result):
+                return leaf
+            if leaf.value == "output":
+                return output.reshape(-1, output.shape[-1]) if leaf.flat else output
+            if not values:
+                values.update(self.routed(x.reshape(-1, x.shape[-1])))
+            value = self._valued(leaf, values)
+            dtype = x.dtype if leaf.dtype == "native" else getattr(torch, leaf.dtype)
+            return value.to(dtype).reshape(*((-1,) if leaf.flat else x.shape[:-1]), value.shape[-1])
+
+        return self.results.made(leaf)
+
+    def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
+        assert self.spec is not None and self.router is not None
+        router = self.spec.router
+        arithmetic = Arithmetic(x.dtype) if dtype is None else Arithmetic(dtype, dtype)
+        work = arithmetic.of(router.logits_dtype)
+        bias = None if self.router_bias is None else self.router_bias.to(work)
+        logits = F.linear(x.to(work), self.router.to(work), bias)
+        limited = capped(router, logits, arithmetic)
+        scores = scored(router, limited, arithmetic)
+        by = ranked(router, limited, scores, self.correction_bias, arithmetic)
+        return {"logits": logits, "scores": scores, "ranked": by, "ids": by.topk(router.top_k, -1).indices}
+
+    @staticmethod
+    def _valued(leaf: Result, values: dict[str, Any]) -> Tensor:
+        if leaf.weighting is None:
+            found: Tensor = values[leaf.value]
+            return found
+        return weights_of(leaf, values)
+
+
+def weights_of(leaf: Result, values: dict[str, Any]) -> Tensor:
+    """The routing weights that a result is, [T, k], or [T, E] where it is dense."""
+    assert leaf.weighting is not None
+    scores, ids = values["scores"], values["ids"]
+    weights = weighted(leaf.weighting, scores, ids)
+    if leaf.value == "weights":
+        return weights
+    return torch.zeros_like(scores).scatter(-1, ids, weights)
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def answering(forward: Forward) -> Forward:
+    """A block's forward, of its input alone, that is called and answers as the block's ``convention`` says."""
+
+    @functools.wraps(forward)
+    def answered(self: Any, *given: Any, **named: Any) -> Any:
+        convention: Convention | None = self.convention
+        if convention is None:
+            return forward(self, *given, **named)
+        x = convention.calling.taken(given, named)["hidden_states"]
+        return convention.answer(x, forward(self, x))
+
+    return answered  # type: ignore[return-value]
+
+
+def without_renormalising(leaf: Result) -> Result:
+    """A wrong twin of weights: those that the other kind of router would return."""
+    assert leaf.weighting is not None
+    return replace(leaf, weighting=replace(leaf.weighting, renormalize=not leaf.weighting.renormalize))

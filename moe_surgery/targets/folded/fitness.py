@@ -1,0 +1,127 @@
+"""What the folded kernels compute: all of a block in one operator, its experts alone, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from moe_surgery.spec import MoESpec, RouterSpec
+from moe_surgery.targets.base import Context
+from moe_surgery.targets.shared_as_experts import slices, unfoldable
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+MOST_EXPERTS = 1024
+MOST_PAIRS = 64
+NEEDS_CAPABILITY = (8, 0)
+
+_RANKED = {"ranks", "ranked_dtype", "scores_dtype"}
+_ROUTED_HERE = {"num_experts", "top_k", "scoring", "renormalize", "scale", "logits_dtype", "weights_dtype"} | _RANKED
+# What is known of a spec. Any other field must have its default: it would be computed as if it had.
+_KNOWN = {
+    "": {"hidden", "router", "experts", "shared", "at", "output_bias", "results"},
+    "router": _ROUTED_HERE | {"bias", "soft_cap", "correction_bias", "groups", "epsilon", "floor", "norm", "cap_dtype"},
+    "experts": {"num_experts", "width", "activation", "gated", "limit", "limit_after", "alpha", "offset"}
+    | {"biases", "weights_on", "identities"},
+    "shared": {"width", "activation", "gate", "scale", "gated", "limit", "limit_after", "alpha", "offset"},
+}
+# The same of what one operator computes, its own choice of experts included.
+_WHOLE = {
+    "": {"hidden", "router", "experts", "shared", "results"},
+    "router": _ROUTED_HERE,
+    "experts": {"num_experts", "width", "activation"},
+    "shared": {"width", "activation", "gate", "scale"},
+}
+
+
+def objections(spec: MoESpec, context: Context) -> Iterator[str]:
+    """Why the kernels can't compute even the routed experts of ``spec``, cheapest first."""
+    router, experts = spec.router, spec.experts
+    if context.device != "cuda":
+        yield f"the folded kernels run on cuda and cpu; this model is on {context.device}"
+    if context.dtype not in DTYPES:
+        yield f"dtype {context.dtype} is none of {', '.join(DTYPES)}"
+    yield from _unknown_fields(spec, _KNOWN)
+    if router.own and spec.at == "block":
+        yield "its router is the model's own, which only its experts alone can be behind"
+    if experts.activation not in ACTIVATIONS:
+        yield f"expert activation {experts.activation} is none of the folded kernels': {', '.join(ACTIVATIONS)}"
+    if experts.limit is not None and experts.limit <= 0:
+        yield f"a clamp at {experts.limit:g}, which is not above zero"
+    if experts.identities and experts.weights_on == "input":
+        yield "experts that return their input, weighted on the input"
+    total = experts.num_experts + experts.identities
+    if router.num_experts != total:
+        yield f"the router scores {router.num_experts} experts, there are {total}"
+    if not 1 <= router.top_k <= total:
+        yield f"top-{router.top_k} of {total} experts"
+    if experts.num_experts > MOST_EXPERTS:
+        yield f"{experts.num_experts} experts are more than the {MOST_EXPERTS} that the folded kernels take"
+    if router.top_k > MOST_PAIRS:
+        yield f"{router.top_k} experts for each token are more than {MOST_PAIRS}"
+    if context.live and context.device == "cuda":
+        yield from _missing()
+
+
+def outside(spec: MoESpec, dtype: str) -> Iterator[str]:
+    """Why not all of ``spec`` is computed in one operator, where its routed experts are; the rest is torch's then."""
+    if spec.at == "experts":
+        return
+    router = spec.router
+    if router.scoring not in ("softmax", "sigmoid"):
+        yield f"routing {router.scoring} is none that the folded kernels compute: softmax, sigmoid"
+    yield from _unknown_fields(spec, _WHOLE)
+    yield from _ranked_coarser(router.within(dtype))
+    yield from beside(spec)
+
+
+def beside(spec: MoESpec) -> Iterator[str]:
+    """Why the shared expert can't be among the routed ones."""
+    yield from unfoldable(spec)
+    if spec.router.top_k + slices(spec) > MOST_PAIRS:
+        yield f"{spec.router.top_k} + {slices(spec)} experts for each token are more than {MOST_PAIRS}"
+
+
+def _ranked_coarser(router: RouterSpec) -> Iterator[str]:
+    """Fields by which a block ranks what is rounded more than the kernels round it: float32 scores, or its logits.
+
+    Scores that aren't ranked are weights, which the kernels keep in float32 whatever the spec says.
+    """
+    if router.ranks == "scores":
+        coarser = {"scores_dtype": router.scores_dtype, "ranked_dtype": router.ranked_dtype}
+    else:
+        coarser = {"ranked_dtype": router.ranked_dtype} if router.logits_dtype == "float32" else {}
+    for name, dtype in coarser.items():
+        if dtype == "native":
+            yield f"router.{name} = native is nothing that the folded kernels compute"
+
+
+def _unknown_fields(spec: MoESpec, known_fields: dict[str, set[str]]) -> Iterator[str]:
+    """Fields of the spec that are none of ``known_fields`` and not at their defaults."""
+    for part, known in known_fields.items():
+        value: Any = getattr(spec, part) if part else spec
+        if value is None:
+            continue
+        for field in fields(value):
+            if field.name not in known and (field.default is MISSING or getattr(value, field.name) != field.default):
+                name = f"{part}.{field.name}".lstrip(".")
+                yield f"{name} = {getattr(value, field.name)} is nothing that the folded kernels compute"
+
+
+@cache
+def _missing() -> tuple[str, ...]:
+    """What this machine lacks."""
+    if find_spec("triton") is None:
+        return ("the folded kernels need Triton, which isn't installed",)
+    if torch.version.cuda is None:
+        return ("the folded kernels are for NVIDIA GPUs, and this torch isn't built for them",)
+    capability = torch.cuda.get_device_capability()
+    if capability < NEEDS_CAPABILITY:
+        found, needed = (".".join(map(str, numbers)) for numbers in (capability, NEEDS_CAPABILITY))
+        return (f"the folded kernels need compute capability {needed}, this GPU has {found}",)
+    return ()

@@ -1,0 +1,145 @@
+"""Blocks whose experts are chosen outside of the kernels: by a router in plain torch, or by the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_surgery.kernels.arguments import Routed, Weights
+from moe_surgery.kernels.op import compute, routed_moe
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.convention import answering
+from moe_surgery.targets.folded.fitness import beside
+from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.formula import mixer
+from moe_surgery.targets.guarded import GuardedBlock, measure
+from moe_surgery.targets.reference import shared_output
+from moe_surgery.targets.routing import Routing
+from moe_surgery.weights.tensors import BlockTensors
+
+
+class _RoutedBlock(GuardedBlock):
+    """The routed experts, and the shared expert where it can be among them, in one operator."""
+
+    kernels = "this library's MoE kernels"
+
+    def __init__(self, spec: MoESpec, tensors: BlockTensors, label: str) -> None:
+        super().__init__(spec, tensors.router, label)
+        self._beside = spec.shared is not None and next(beside(spec), None) is not None
+        self.folded_terms = terms_of(spec, given=True, beside=self._beside)
+        held = fold(tensors, beside=self._beside)
+        self.folded_w13 = nn.Parameter(held.w13, requires_grad=False)
+        self.folded_w2 = nn.Parameter(held.w2, requires_grad=False)
+        self.folded_w13_bias, self.folded_w2_bias = _frozen(held.w13_bias), _frozen(held.w2_bias)
+        self.folded_shared_gate_weight = _frozen(tensors.shared_gate)
+        self.folded_shared_gate_proj = _frozen(tensors.shared_gate_proj if self._beside else held.shared_gate)
+        self.folded_shared_up_proj = _frozen(tensors.shared_up_proj if self._beside else held.shared_up)
+        self.folded_shared_down_proj = _frozen(tensors.shared_down_proj if self._beside else held.shared_down)
+
+    def _experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum [T, H] of the experts ``ids`` [T, k], and of the shared expert where it is among them.
+
+        ``weights`` [T, k] are float32. Ids beyond the routed experts are of those that return their input, or of none.
+        """
+        experts, count = self.spec.experts, ids.shape[-1]
+        kept = torch.where(ids < experts.num_experts, ids, -1).to(torch.int32)
+        slots = weights.masked_fill(kept < 0, 0.0)
+        if self.folded_terms.slices:
+            slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.folded_terms.slices)], dim=-1)
+        gate, up, down = (None, None, None) if self._beside else self._shared()
+        held = Weights(
+            self.folded_w13,
+            self.folded_w13,
+            self.folded_w2,
+            None,
+            gate,
+            up,
+            down,
+            self.folded_w13_bias,
+            self.folded_w2_bias,
+        )
+        terms = self.folded_terms if count == self.folded_terms.top_k else replace(self.folded_terms, top_k=count)
+        routed = Routed(kept.contiguous(), slots.contiguous())
+        out = (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
+        if experts.identities:
+            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
+        return out
+
+    def _shared(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.folded_shared_gate_proj, self.folded_shared_up_proj, self.folded_shared_down_proj
+
+    def _shared_weight(self, x: Tensor) -> Tensor:
+        """What the shared expert's output is multiplied by, [T, 1] float32."""
+        assert self.spec.shared is not None
+        scale = self.spec.shared.scale
+        if self.folded_shared_gate_weight is None:
+            return x.new_full((len(x), 1), scale, dtype=torch.float32)
+        return F.linear(x, self.folded_shared_gate_weight).float().sigmoid() * scale
+
+    def _own_parameters(self) -> Iterable[nn.Parameter]:
+        return self.parameters(recurse=False)
+
+
+class RoutedMoEBlock(_RoutedBlock):
+    """A sparse-MoE block whose router is plain torch, as its spec says, before this library's kernels."""
+
+    def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
+        super().__init__(spec, tensors, "moe-surgery kernels behind a router in torch")
+        self.folded_router_bias, self.folded_output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
+        self.folded_correction_bias = _frozen(tensors.correction_bias)
+        self.new_bytes, self.moved_bytes = measure(self, tensors)
+        self.eval()
+
+    @answering
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
+        x, router = self.tokens(hidden_states), self.spec.router
+        work = torch.float32 if router.logits_dtype == "float32" else x.dtype
+        bias = None if self.folded_router_bias is None else self.folded_router_bias.to(work)
+        logits = F.linear(x.to(work), self.fused_router.to(work), bias)
+        routing = Routing(router, x.dtype, self.folded_correction_bias)
+        weights, ids = routing(x, logits, router.top_k, router.renormalize)
+        out = self._experts(x, ids, weights)
+        if self._beside:
+            out = out + self._shared_output(x)
+        if self.folded_output_bias is not None:
+            out = out + self.folded_output_bias
+        return out.view(hidden_states.shape)
+
+    def _shared_output(self, x: Tensor) -> Tensor:
+        assert self.spec.shared is not None
+        gate, up, down = self._shared()
+        assert gate is not None and down is not None
+        half = F.linear(x, gate)
+        mixed = mixer(self.spec.shared.mix)(half, half if up is None else F.linear(x, up))
+        logit = None if self.folded_shared_gate_weight is None else F.linear(x, self.folded_shared_gate_weight)
+        return shared_output(self.spec, F.linear(mixed, down), logit)
+
+
+class RoutedExperts(_RoutedBlock):
+    """The routed experts alone, behind the router of the model's own.
+
+    Takes tokens ``[..., H]``, expert ids [T, k] and routing weights [T, k], and returns the weighted sum ``[..., H]``.
+    Ids beyond the experts stand for none, as they do for transformers' experts.
+    """
+
+    def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
+        super().__init__(spec, tensors, "moe-surgery kernels behind its own router")
+        self.new_bytes, self.moved_bytes = measure(self, tensors)
+        self.eval()
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """See :meth:`RoutedMoEBlock.forward` for the errors it raises."""
+        hidden_states, ids, weights = self.arguments(given, named)
+        x, count = self.tokens(hidden_states), ids.shape[-1]
+        scaled = weights.reshape(-1, count).float() * self.spec.router.scale
+        return self._experts(x, ids.reshape(-1, count), scaled).view(hidden_states.shape)
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,136 @@
+"""Blocks as other people write them: replaced by what answers the same, in the same structure, or left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import others
+from zoo.same import distance, inputs
+
+import moe_surgery
+from moe_surgery.calling import structured
+from moe_surgery.errors import ProofError, SurgeryError
+from moe_surgery.targets.base import SwappedBlock
+
+SHAPES = ((2, 3), (1, 1), (5, 13))
+
+
+class Layer(nn.Module):
+    """A model of one block; ``shaped`` ones take batches, others tokens [T, H]."""
+
+    def __init__(self, block: nn.Module, shaped: bool = True) -> None:
+        super().__init__()
+        self.mlp, self.shaped = block, shaped
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mlp(x if self.shaped else x.reshape(-1, x.shape[-1]))
+
+
+def answers(model: nn.Module) -> list[Any]:
+    with torch.no_grad():
+        return [model(x.clone()) for x in inputs(shapes=SHAPES)]
+
+
+def assert_same(one: Any, other: Any, exactly: bool) -> None:
+    found: list[list[Any]] = [[], []]
+    for answer, held in zip((one, other), found, strict=True):
+        structured(answer, lambda value, _, held=held: held.append(value))
+    assert type(one) is type(other)
+    for before, after in zip(*found, strict=True):
+        if not isinstance(before, Tensor):
+            assert type(before) is type(after) and (before == after or exactly)
+        else:
+            assert (before.shape, before.dtype) == (after.shape, after.dtype)
+            if exactly or not before.dtype.is_floating_point or not before.any():
+                assert torch.equal(before, after)
+            else:
+                assert distance(after, before) < 64
+
+
+@pytest.mark.parametrize("case", others.CASES, ids=str)
+def test_what_others_write_is_replaced_or_left_alone_for_a_reason(case: others.Case) -> None:
+    block = case.make()
+    model = Layer(block, case.shaped).eval()
+    before = answers(Layer(case.make(), case.shaped).eval())
+    steps = moe_surgery.apply(model, target="reference").steps
+    paths = [f"mlp.{case.at}" if case.at else "mlp"]
+    assert [step.path for step in steps] == paths
+    if case.words:
+        assert steps[0].outcome in ("missed", "refused")
+        assert any(word in steps[0].reason for word in case.words), steps[0].reason
+        assert model.mlp is block
+    else:
+        assert steps[0].outcome == "replaced", steps[0].reason
+        assert isinstance(model.get_submodule(paths[0]), SwappedBlock)
+    for one, other in zip(before, answers(model), strict=True):
+        assert_same(one, other, exactly=bool(case.words))
+
+
+@pytest.mark.parametrize("name", ["WithLogitsAndIds", "WithAllOfTheRouter", "Unused"])
+def test_kernels_answer_the_same(name: str) -> None:
+    case = next(case for case in others.CASES if case.name == name)
+    model = Layer(case.make())
+    before = answers(model)
+    [step] = moe_surgery.apply(model).steps
+    assert step.outcome == "replaced", step.reason
+    for one, other in zip(before, answers(model), strict=True):
+        assert_same(one, other, exactly=False)
+
+
+def replaced(name: str) -> nn.Module:
+    model = Layer(next(case for case in others.CASES if case.name == name).make())
+    moe_surgery.apply(model, target="reference")
+    assert isinstance(model.mlp, SwappedBlock)
+    return model.mlp
+
+
+def test_arguments_are_never_ignored() -> None:
+    x = torch.randn(2, 3, 32)
+    block = replaced("Optional")
+    assert torch.equal(block(x), block(hidden_states=x, attention_mask=None))
+    with pytest.raises(SurgeryError, match="attention_mask"):
+        block(x, torch.ones(2, 3, 1))
+    with pytest.raises(TypeError, match="no argument 'mask'"):
+        block(x, mask=None)
+    with pytest.raises(TypeError, match="two values"):
+        block(x, hidden_states=x)
+    with pytest.raises(TypeError, match="needs its argument 'hidden_states'"):
+        block()
+    gathering = replaced("Gathering")
+    gathering(x, scale=1.0)
+    for given, named in (((1,), {}), ((), {"more": 2}), ((), {"scale": 2.0}), ((), {"scale": True})):
+        with pytest.raises(SurgeryError, match="was not read with"):
+            gathering(x, *given, **named)
+    passed_on = replaced("PassedOn")
+    assert torch.equal(passed_on(x, torch.arange(6)), passed_on(x))
+    unused = replaced("Unused")
+    assert torch.equal(unused(x, 3, cache=object()), unused(x))
+
+
+def test_a_wrong_result_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_surgery.targets.convention import Convention
+
+    right = Convention.routed
+
+    def wrong(self: Convention, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        values = right(self, x, dtype)
+        return values if dtype is not None else {**values, "logits": values["logits"] * 1.001}
+
+    monkeypatch.setattr(Convention, "routed", wrong)
+    model = Layer(next(case for case in others.CASES if case.name == "WithLogits").make())
+    with pytest.raises(ProofError, match="logits are"):
+        moe_surgery.apply(model, target="reference")
+
+
+def test_what_a_block_writes_is_there_after_it_was_replaced_and_reading_leaves_no_trace() -> None:
+    block = next(case for case in others.CASES if case.name == "WritesZero").make()
+    moe_surgery.plan(Layer(block))
+    assert not hasattr(block, "aux_loss") and not hasattr(block, "calls_counted")
+    new = replaced("WritesZero")
+    assert torch.equal(new.aux_loss, torch.zeros(())) and new.calls_counted is False
+    remembering = next(case for case in others.CASES if case.name == "RemembersItsChoice").make()
+    moe_surgery.plan(Layer(remembering))
+    assert not hasattr(remembering, "last")
