@@ -1,73 +1,110 @@
-"""Every kernel of every table compiles for the GPUs it is meant for; Triton needs none for that."""
+"""The kernels compile for a GPU, which Triton needs none for. Its interpreter takes what its compiler refuses."""
 
 from __future__ import annotations
 
 import os
-import re
+import subprocess
+import sys
+from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
-from folded_blocks import SPECS
+from folded_blocks import ROUTED, SPEC, SPECS
 
 from moe_surgery.kernels.arguments import Terms
-from moe_surgery.kernels.choice import FOLDER, Choice, table
+from moe_surgery.kernels.choice import FOLDER, table
+from moe_surgery.spec import MoESpec
 from moe_surgery.targets.folded.fold import terms_of
+from moe_surgery.targets.shared_as_experts import unfoldable
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"),
-]
-POINTERS = {"logits": "fp32", "counts": "i32", "lists": "i32", "weights": "fp32", "rows_out": "fp32"}
+APART = Path(sys.prefix) / "interpreter"
+"""Where the set-up puts Triton on a machine without a GPU."""
+HERE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
+compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_apart")
+
+INTEGERS, FLOATS = ("counts", "lists", "ids", "places"), ("logits", "given", "weights", "rows_out")
 NUMBERS = {"tokens": "i32", "scale": "fp32", "shared_scale": "fp32"}
 OFFSETS = ("gate", "shared", "shared_up")
 
 
-def compile_all(terms: Terms, choice: Choice, dtype: str) -> None:
-    from dataclasses import fields
+@pytest.mark.slow
+@pytest.mark.skipif(HERE, reason="the tests below run as they are")
+def test_with_triton_from_apart() -> None:
+    if not APART.is_dir():
+        pytest.fail(f"neither Triton nor {APART} is there: run `make setup`")
+    root = Path(__file__).resolve().parents[1]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(APART), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", __file__]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
 
+
+def compile_all(terms: Terms, row: Any, dtype: str) -> None:
+    """Every kernel of a row, for compute capability 9.0, with arguments as aligned as weights are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moe_surgery.kernels.launch import Kernel, kernels_of
+    from moe_surgery.kernels.launch import kernels_of
 
-    kernels = kernels_of(terms, choice, dependent=True)
-    for field in fields(kernels):
-        kernel: Kernel | None = getattr(kernels, field.name)
+    def kind(name: str) -> str:
+        if name in OFFSETS:
+            return "i64"
+        integer = name in INTEGERS or (terms.given and name == "logits")  # ids stand in their place
+        return "*i32" if integer else "*fp32" if name in FLOATS else f"*{dtype}"
+
+    kernels = kernels_of(terms, row, dependent=True)
+    for kernel in (getattr(kernels, field.name) for field in fields(kernels)):
         if kernel is None:
             continue
         names: list[str] = kernel.function.arg_names
-        signature: dict[str, str] = {}
-        attributes: dict[Any, Any] = {}
-        for place, name in enumerate(names):
-            if name in kernel.constants:
-                signature[name] = "constexpr"
-                continue
-            signature[name] = (
-                NUMBERS[name] if name in NUMBERS else "i64" if name in OFFSETS else f"*{POINTERS.get(name, dtype)}"
-            )
-            if name not in NUMBERS:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+        signature = {
+            name: "constexpr" if name in kernel.constants else NUMBERS.get(name) or kind(name) for name in names
+        }
         constants = {(names.index(name),): value for name, value in kernel.constants.items()}
-        source = ASTSource(kernel.function, signature, constants, attributes)
+        aligned = {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name not in kernel.constants and name not in NUMBERS
+        }
+        source = ASTSource(kernel.function, signature, constants, aligned)
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_of_every_spec(spec: Any, dtype: str) -> None:
+def compile_both_paths(terms: Terms, dtype: str) -> None:
     rows = table("default-16" if dtype == "bf16" else "default-32")
     for path in ("pairs", "grouped"):
-        compile_all(terms_of(spec), next(row for row in rows if row.path == path), dtype)
+        compile_all(terms, next(row for row in rows if row.path == path), dtype)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in FOLDER.glob("H*.json")])
-def test_of_every_table(name: str) -> None:
-    found = re.fullmatch(r"H(\d+)-E(\d+)-I(\d+)-K(\d+)-M(\d+)", name)
-    assert found is not None
-    hidden, experts, width, top_k, slices = map(int, found.groups())
-    terms = Terms(experts, top_k, slices, hidden, width, "silu", False, True, 1.0, 1.0, slices > 0, True)
-    for row in table(name):
+@compiles
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_that_route(spec: MoESpec) -> None:
+    compile_both_paths(terms_of(spec), "bf16")
+
+
+@compiles
+@pytest.mark.parametrize("spec", ROUTED.values(), ids=ROUTED.keys())
+def test_behind_a_router(spec: MoESpec) -> None:
+    beside = any(True for _ in unfoldable(spec))
+    compile_both_paths(terms_of(spec, given=True, beside=beside), "bf16")
+
+
+@compiles
+def test_in_float32() -> None:
+    compile_both_paths(terms_of(SPEC), "fp32")
+
+
+@compiles
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("H*.json")))
+def test_with_a_table_s_first_and_last_tiles(name: str) -> None:
+    sizes = {part[0]: int(part[1:]) for part in name.split("-")}
+    terms = Terms(
+        sizes["E"], sizes["K"], sizes["M"], sizes["H"], sizes["I"], "silu", False, True, 1.0, 1.0, True, True, False
+    )  # fmt: skip
+    for row in (table(name)[0], table(name)[-1]):
         compile_all(terms, row, "bf16")
