@@ -285,6 +285,14 @@ def test_the_json_of_a_scan_keeps_its_shape() -> None:
     assert list(data["sites"][0]) == ["path", "kind", "readable", "reason", "spec"]
 
 
+def test_sites_that_a_pack_does_not_fit_share_a_row() -> None:
+    reason = "✗ path: wanted talker.**, measured layers.{}.mlp"
+    steps = [Step(f"layers.{i}.mlp", "Block", "missed", reason.format(i)) for i in range(94)]
+    (row,) = rows(report(steps))
+    assert row.paths == ("layers.{0..93}.mlp",)
+    assert row.reason == reason.format("{0..93}")
+
+
 def test_a_report_is_one_short_line_and_in_a_notebook_its_rows() -> None:
     shown = repr(report())
     assert shown.startswith("<Report of ")

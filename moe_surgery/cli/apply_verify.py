@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from moe_surgery.timing.blocks import Speed
 
 
+_NEXT = (
+    "this was a rehearsal, of which nothing is kept; to use the new blocks: moe_surgery.apply(model) in your program, "
+    "moe_surgery.install() before it loads, or moe-surgery run -- COMMAND"
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """All that ``apply`` and ``verify`` were asked for."""
@@ -107,6 +113,8 @@ def apply(screen: Screen, job: Job) -> int:
     report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
     notes += [("tokens", line) for line in tokens.sentences()]
+    if report.replaced:
+        notes.append(("next", _NEXT))
     more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
     screen.report(report, notes=notes, more=more, svg=job.svg)
     if not tokens.finite:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery import checks
-from moe_surgery.errors import UsageError
+from moe_surgery.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,8 +66,8 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     one feeds gets the prompt as embeddings of its own vocabulary, token ids taken modulo its size, and zeros as the
     other part's states: not what the model would say, but the same question before and after. A part stops early at
     the end-of-sequence token of its generation config. Logits with a NaN in them, or whose greatest is infinite, choose
-    no token. Raises :class:`UsageError` for a prompt that doesn't fit the
-    vocabulary and for a model in which nothing generates.
+    no token. Raises :class:`UsageError` for a prompt that doesn't fit the vocabulary and for a model in which nothing
+    generates, :class:`ModelError` for one that can't be run.
     """
     import torch
 
@@ -80,8 +80,11 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     for name, part in generating_parts(model).items():
         arguments = generating(part, [prompt], count, name)
         arguments["generation_config"].output_logits = True
-        with torch.no_grad(), without_a_trace(part):
-            found = part.generate(**arguments)  # type: ignore[operator]
+        try:
+            with torch.no_grad(), without_a_trace(part):
+                found = part.generate(**arguments)  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a model that doesn't run as it is
+            raise ModelError(f"{name}: it can't generate: {type(error).__name__}: {error}") from error
         tokens = found.sequences[0].tolist()
         tokens = tokens[len(prompt) :] if "input_ids" in arguments else tokens
         chosen = zip(tokens, found.logits, strict=True)

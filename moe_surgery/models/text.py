@@ -34,6 +34,8 @@ class Tokenizer:
             raise UsageError(f"the prompt {text!r} has no tokens")
         return found
 
-    def text(self, ids: Sequence[int]) -> str:
-        """What token ids say; ids that the tokenizer hasn't say nothing."""
-        return str(self._tokenizer.decode([token for token in ids if token < len(self._tokenizer)]))
+    def text(self, ids: Sequence[int | None]) -> str:
+        """What token ids say; ids that the tokenizer hasn't, and None, say nothing."""
+        return str(
+            self._tokenizer.decode([token for token in ids if token is not None and token < len(self._tokenizer)])
+        )

@@ -25,7 +25,7 @@ from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
-from moe_surgery.targets.base import SwappedBlock, Target
+from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Likeness
 from moe_surgery.weights.tensors import BlockTensors, gather
@@ -115,7 +115,7 @@ class Operation:
             self.whole = WholeModel(self.model, tuple(self.readings), hidden, None if wanted is True else wanted)
             self.whole.before()
         undoable = self.settings.undoable
-        blocks: dict[str, SwappedBlock] = {}
+        blocks: dict[str, StandingBlock] = {}
         for path in self._paths():
             new = self._accepted(path)
             if new is not None:
@@ -132,7 +132,7 @@ class Operation:
         )
         return self._report("applied", memory=memory, transaction=transaction)
 
-    def _exchanged(self, blocks: Mapping[str, SwappedBlock]) -> Transaction:
+    def _exchanged(self, blocks: Mapping[str, StandingBlock]) -> Transaction:
         """The blocks in their places, and the model around them checked; whatever fails leaves the model as it was."""
         transaction = Transaction(self.model, [Swap.at(self.model, path, new) for path, new in blocks.items()])
         transaction.commit()
@@ -177,7 +177,7 @@ class Operation:
             return paths
         return list(_Reported(paths, self.settings.progress))
 
-    def _build(self, path: str, tensors: BlockTensors | None = None) -> SwappedBlock:
+    def _build(self, path: str, tensors: BlockTensors | None = None) -> StandingBlock:
         """The block for a site, which answers for the old one. Raises :class:`_Unanswerable` if it can't."""
         block = self.model.get_submodule(path)
         reading = self.readings[path]
@@ -198,7 +198,7 @@ class Operation:
         new.stand_for(likeness)
         return new
 
-    def _proven(self, path: str) -> SwappedBlock | None:
+    def _proven(self, path: str) -> StandingBlock | None:
         """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
         block = self.model.get_submodule(path)
         reading = self.readings[path]
@@ -222,7 +222,7 @@ class Operation:
                 self._ask_as_the_model_does(path, new, tensors, self.whole)
         return new
 
-    def _ask_as_the_model_does(self, path: str, new: SwappedBlock, tensors: BlockTensors, whole: WholeModel) -> None:
+    def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
         """Ask a new block what the model asked the old one. Raises :class:`ProofError` if the answers differ."""
         calling = self.readings[path].calling
         for called in whole.heard(path):
@@ -238,7 +238,7 @@ class Operation:
                 raise self._failed(f"{path}: {fault}")
             whole.saw(apart)
 
-    def _accepted(self, path: str) -> SwappedBlock | None:
+    def _accepted(self, path: str) -> StandingBlock | None:
         new = self._proven(path)
         if new is not None and not self.verdicts[path].passed:
             raise self._failed(f"{path}: {self.verdicts[path].reason}")
@@ -297,13 +297,13 @@ class _Unanswerable(Exception):
     """A block that can't answer for the one it would replace; the message is why. Never leaves this module."""
 
 
-class Double(SwappedBlock):
+class Double(StandingBlock):
     """Takes a block's place while the model around it is checked, where the block itself must make room for the next.
 
     It answers as the block does, and is called with its output at hand.
     """
 
-    def __init__(self, block: SwappedBlock) -> None:
+    def __init__(self, block: StandingBlock) -> None:
         super().__init__()
         self.label, self.rule = block.label, block.rule
         for name, child in block.named_children():

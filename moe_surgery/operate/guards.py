@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from moe_surgery.errors import SurgeryError
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.base import StandingBlock
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Guards:
     """
 
     model: nn.Module
-    blocks: Sequence[tuple[str, SwappedBlock]]
+    blocks: Sequence[tuple[str, StandingBlock]]
     kept: bool
     _undo: list[Callable[[], None]] = field(default_factory=list)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_surgery.errors import SurgeryError
 from moe_surgery.operate.guards import Guards
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.base import StandingBlock
 
 
 @dataclass(eq=False)
@@ -24,10 +24,10 @@ class Swap:
     parent: nn.Module
     name: str
     old: nn.Module | None
-    new: SwappedBlock
+    new: StandingBlock
 
     @classmethod
-    def at(cls, model: nn.Module, path: str, new: SwappedBlock) -> Swap:
+    def at(cls, model: nn.Module, path: str, new: StandingBlock) -> Swap:
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         return cls(path, parent, name, parent.get_submodule(name), new)

@@ -34,7 +34,7 @@ class Refusal:
     reason: str
 
 
-class SwappedBlock(Standing):
+class SwappedBlock(nn.Module):
     """Base of every block that this library puts into a model, so that a second run leaves it alone.
 
     ``label`` is what reports print for it, ``rule`` the rule that put it there. ``new_bytes`` were allocated for it,
@@ -68,6 +68,10 @@ class SwappedBlock(Standing):
         return False
 
 
+class StandingBlock(Standing, SwappedBlock):
+    """A swapped block of a plain model, which answers for the one that stood in its place."""
+
+
 class Target(Protocol):
     """A kind of block. ``name`` is what ``--target`` takes; ``label`` is what reports print."""
 
@@ -84,7 +88,7 @@ class Target(Protocol):
         """What a plan is to say beyond that ``spec`` is accepted, if anything."""
         ...
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """A block computing ``spec`` with ``tensors``, on their device, in their dtype.
 
         Its forward takes ``[..., H]`` and returns the same shape. ``tensors`` are never written to; they are used by

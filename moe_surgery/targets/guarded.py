@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.base import StandingBlock
 from moe_surgery.weights.tensors import BlockTensors
 
 
-class GuardedBlock(SwappedBlock):
+class GuardedBlock(StandingBlock):
     """A sparse-MoE block computed by somebody's kernels, for inference.
 
     Takes ``[..., H]`` and returns the same shape; the input is not written to. Its weights lie in the kernels' own

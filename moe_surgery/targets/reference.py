@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock
+from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
@@ -208,7 +208,7 @@ def forward(
     return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
 
 
-class ReferenceBlock(SwappedBlock):
+class ReferenceBlock(StandingBlock):
     """A block that computes in float64 if it is a float64 block and in float32 otherwise, then rounds once.
 
     Experts are chosen in the block's own arithmetic: by what it ranks, rounded as it rounds.
@@ -292,7 +292,7 @@ class ReferenceTarget:
     def remark(self, spec: MoESpec, context: Context) -> str | None:
         return None
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 
 

@@ -15,7 +15,7 @@ from moe_surgery.engine.model.folded_router import not_folded
 from moe_surgery.engine.model.kernel_block import not_on_kernels
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
-from moe_surgery.errors import PlanError
+from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
@@ -47,7 +47,12 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
-        check_expectations(plan, matched, packs, checkpoint, Selection())
+        try:
+            check_expectations(plan, matched, packs, checkpoint, Selection())
+        except ExpectationError as error:
+            if obstacle is None:
+                raise
+            raise ExpectationError(f"{error}: {obstacle}") from error
     if given is not None and orders.plan is not None:
         _check_same(given, plan, orders.plan, whole=whole)
     return plan
@@ -96,14 +101,17 @@ def _decide(
     if match is None:
         return Step(path, kind, "kept", "already fused")
     if isinstance(match, Miss):
+        if item.bare:
+            return Step(path, kind, "kept", _alone(item))
         return Step(path, kind, "missed", match.reason)
     rule, spec = match.rule, match.reading.spec
     if spec.shared is None and item.routed is not None and item.routed.routes != "given":
-        return Step(path, kind, "kept", "vLLM's own layer, with no shared expert beside it", rule, None, spec)
+        return Step(path, kind, "kept", _alone(item), rule, None, spec)
     wanted = targets[rule]
     if wanted not in (AUTO, LAYER, FOLDED):
         return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
-    reason = obstacle or unfit(item, config)
+    elsewhere = None if item.elsewhere is None else f"a part of it is in the model as {item.elsewhere} too"
+    reason = obstacle or elsewhere or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
     if wanted == LAYER or (wanted == AUTO and not current_platform.is_cuda()):
@@ -112,6 +120,13 @@ def _decide(
     if reason is not None:
         return Step(path, kind, "replaced", f"{spec.sentence()} · not folded: {reason}", rule, LAYER, spec)
     return Step(path, kind, "replaced", spec.sentence(), rule, FOLDED, spec)
+
+
+def _alone(item: EngineSite) -> str:
+    """Why a routed layer of vLLM's that has the block to itself stays as it is."""
+    if item.sibling is None:
+        return "vLLM's own layer, with no shared expert in its block"
+    return f"vLLM's own layer; {item.sibling} stands outside its block, where it isn't fused"
 
 
 def _obstacle(config: VllmConfig) -> str | None:
@@ -124,7 +139,6 @@ def _obstacle(config: VllmConfig) -> str | None:
         "expert load balancing": parallel.enable_eplb,
         "sequence parallelism of MoE layers": parallel.use_sequence_parallel_moe,
         "LoRA": config.lora_config is not None,
-        "quantisation": config.quant_config is not None,
     }
     found = [what for what, on in held.items() if on]
     return f"the swap is not supported under {' and '.join(found)}" if found else None
