@@ -202,6 +202,8 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
     """
     problem = Unfollowed("it has no weights", -1)
     for flat, width in product((False, True), widths):
+        if flat and problem.answered:  # it takes batches, and does something else with them
+            break
         try:
             batch = odd_batch(state, 1)
             found = ask(_shape(batch, width, flat), torch.bfloat16, _crowded)

@@ -17,9 +17,10 @@ class Unreadable(Exception):
 class Unfollowed(Unreadable):
     """The block's forward raised an error of its own while it was recorded, after ``operations``."""
 
-    def __init__(self, reason: str, operations: int = 0) -> None:
+    def __init__(self, reason: str, operations: int = 0, *, answered: bool = False) -> None:
+        """``answered``: it raised none, but its answer has another shape or dtype than its input."""
         super().__init__(reason)
-        self.operations = operations
+        self.operations, self.answered = operations, answered
 
 
 class Broken(Unreadable):

@@ -984,7 +984,7 @@ class CapacityBySlice(Base):
         return out
 
 
-@near_miss("len()", "how many tokens")
+@near_miss("batch size", "how many tokens")
 class CapacityByLen(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(x)

@@ -283,7 +283,7 @@ class Recorder(TorchDispatchMode):
                 return output
         first = found[0]
         reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {self.dtype}"
-        raise Unfollowed(reason, len(self.graph.nodes))
+        raise Unfollowed(reason, len(self.graph.nodes), answered=True)
 
     def constant(self, value: Tensor) -> Constant | None:
         """What a tensor is that doesn't depend on the input and is the same in all of its elements."""
