@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_surgery.engine.launch.hook import Handle as Handle
     from moe_surgery.engine.launch.hook import install as install
+    from moe_surgery.errors import ExpectationError as ExpectationError
+    from moe_surgery.errors import GradientError as GradientError
+    from moe_surgery.errors import LedgerError as LedgerError
+    from moe_surgery.errors import ModelError as ModelError
+    from moe_surgery.errors import PackError as PackError
+    from moe_surgery.errors import PlanError as PlanError
+    from moe_surgery.errors import ProofError as ProofError
+    from moe_surgery.errors import ReceiptError as ReceiptError
     from moe_surgery.errors import SurgeryError as SurgeryError
+    from moe_surgery.errors import UnsupportedError as UnsupportedError
+    from moe_surgery.errors import UsageError as UsageError
     from moe_surgery.planning.plan import Plan as Plan
     from moe_surgery.report.report import Report as Report
     from moe_surgery.verbs import apply as apply
@@ -29,6 +39,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "ExpectationError",
+    "GradientError",
+    "LedgerError",
+    "ModelError",
+    "PackError",
+    "PlanError",
+    "ProofError",
+    "ReceiptError",
+    "SurgeryError",
+    "UnsupportedError",
+    "UsageError",
+)
 _PLACES = {
     "scan": "verbs",
     "plan": "verbs",
@@ -40,7 +63,7 @@ _PLACES = {
     "Handle": "engine.launch.hook",
     "Plan": "planning.plan",
     "Report": "report.report",
-    "SurgeryError": "errors",
+    **dict.fromkeys(_ERRORS, "errors"),
 }
 __all__ = ["__version__", *_PLACES]  # noqa: PLE0604
 

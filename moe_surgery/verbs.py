@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from moe_surgery import checks
 from moe_surgery.errors import UsageError
+from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.operate.apply import Operation, Progress, Settings
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack, Rule
@@ -35,17 +38,25 @@ class _Subject:
     name: str
     module: nn.Module
     config: object
+    directory: Path | None
 
     @classmethod
     def of(cls, model: Model, trust_remote_code: bool = False) -> _Subject:
+        if not isinstance(model, nn.Module | str | Path):
+            raise UsageError(f"a model is a module, a directory or a hub id, not {checks.shown(model)}")
         if isinstance(model, nn.Module):
             config = getattr(model, "config", None)
-            name = getattr(config, "name_or_path", "") or type(model).__name__
-            return cls(str(name), model, config)
+            name = str(getattr(config, "name_or_path", "") or "")
+            directory = Path(name) if name and os.path.isfile(os.path.join(name, CONFIG)) else None
+            return cls(name or type(model).__name__, model, config, directory)
         from moe_surgery.models.opening import open_meta
 
         opened = open_meta(str(model), trust_remote_code=trust_remote_code)
-        return cls(opened.name, opened.module, opened.config)
+        return cls(opened.name, opened.module, opened.config, opened.directory)
+
+    def digest(self) -> Digest | None:
+        """What tells the checkpoint it came from from others, if that is known."""
+        return None if self.directory is None else digest(self.directory)
 
 
 def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
@@ -85,15 +96,15 @@ def plan(
     :class:`~moe_surgery.errors.ExpectationError` if a rule or ``expect`` counts otherwise, or under ``strict`` if a
     site is missed or refused.
     """
+    selection = Selection(checks.texts(only, "only"), checks.texts(skip, "skip"), expect, strict)
     subject = _Subject.of(model, trust_remote_code)
-    selection = Selection(tuple(only), tuple(skip), expect, strict)
     return _plan(subject, survey(subject.module), packs, target, selection)
 
 
 def _plan(subject: _Subject, sites: Sequence[Surveyed], packs: Packs, target: str, selection: Selection) -> Plan:
     started = time.perf_counter()
     made = make_plan(subject.name, sites, subject.config, load_packs(packs), target, get_target, selection)
-    return replace(made, seconds=time.perf_counter() - started)
+    return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started)
 
 
 def apply(
@@ -104,16 +115,23 @@ def apply(
     margin: float = 5.0,
     seed: int = 0,
     on_progress: Progress | None = None,
+    model_check: bool | Mapping[str, Any] = True,
     **as_plan: Any,
 ) -> Report:
     """Replace the blocks of a live model in place: all or nothing, every block proven before any is exchanged.
 
     Without ``plan`` one is made with the arguments of :func:`plan`. ``undoable`` keeps the originals for
-    :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. Raises
-    :class:`~moe_surgery.errors.ProofError` if a proof fails and :class:`~moe_surgery.errors.PlanError` if ``plan``
-    doesn't fit the model; the model is then as it was.
+    :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. With
+    ``model_check`` the whole model, or what parts of it take a few made-up token ids, runs before and after and must do
+    the same; arguments to call it with may be given instead. A block whose weights let no check tell it from a wrong
+    one is refused, and the others are replaced. Raises :class:`~moe_surgery.errors.ProofError` if a block or the model
+    with the new blocks is wrong, :class:`~moe_surgery.errors.ExpectationError` if ``expect`` or ``strict`` ask for more
+    than can be proven, and :class:`~moe_surgery.errors.PlanError` if ``plan`` doesn't fit the model; the model is then
+    as it was.
     """
-    settings = Settings(margin, seed, undoable, on_progress)
+    checks.margin(margin), checks.seed(seed), checks.truth(undoable, "undoable")
+    expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
+    settings = Settings(margin, seed, undoable, on_progress, model_check, expect, strict)
     return _operation(_live(model), plan, settings, as_plan).apply()
 
 
@@ -128,24 +146,36 @@ def verify(
 ) -> Report:
     """The proof alone: every block is built and measured, the model is left as it was.
 
-    A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a proof fails.
+    A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a block is wrong; a block that
+    these weights don't let be proven is refused.
     """
-    if not isinstance(model, nn.Module):
+    checks.margin(margin), checks.seed(seed)
+    if isinstance(model, str | Path):
         from moe_surgery.models.opening import load_model
 
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
-    return _operation(model, plan, Settings(margin, seed, True, on_progress), as_plan).verify()
+    expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
+    settings = Settings(margin, seed, True, on_progress, False, expect, strict)
+    return _operation(model, plan, settings, as_plan).verify()
 
 
 def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any]) -> Operation:
     subject = _Subject.of(model)
+    if made is not None and not isinstance(made, Plan):
+        raise UsageError(f"plan must be a Plan, not {checks.shown(made)}; Plan.load reads a saved one")
+    unknown = sorted(as_plan.keys() - {"packs", "target", "only", "skip", "expect", "strict"})
+    if unknown:
+        raise UsageError(f"unknown: {', '.join(unknown)}")
     sites = survey(model)
     if made is None:
         packs, target = as_plan.pop("packs", None), as_plan.pop("target", "auto")
-        only, skip = tuple(as_plan.pop("only", ())), tuple(as_plan.pop("skip", ()))
+        only, skip = checks.texts(as_plan.pop("only", ()), "only"), checks.texts(as_plan.pop("skip", ()), "skip")
         made = _plan(subject, sites, packs, target, Selection(only, skip, **as_plan))
     elif as_plan:
         raise UsageError(f"a plan is given; {', '.join(as_plan)} would have to be planned anew")
+    else:
+        made.check_origin(subject.digest(), subject.name)
+        made.warn_of_versions()
     return Operation(model, made, sites, get_target, settings)
 
 
@@ -159,6 +189,8 @@ def _live(model: object) -> nn.Module:
 
 def undo(report: Report) -> None:
     """Put the old blocks back: the model has the same module objects and storages as before ``apply``."""
+    if not isinstance(report, Report):
+        raise UsageError(f"undo takes the report that apply returned, not {checks.shown(report)}")
     if report.transaction is None:
         raise UsageError(f"nothing to undo: the report says {report.done}")
     report.transaction.undo()
@@ -168,6 +200,8 @@ def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: 
     """What is known of the site at ``path``. Raises :class:`UsageError`, naming the sites, if there is none."""
     from moe_surgery.report.explanation import Explanation
 
+    if not isinstance(path, str):
+        raise UsageError(f"a site's path is wanted, not {checks.shown(path)}")
     subject = _Subject.of(model, trust_remote_code)
     sites = survey(subject.module)
     item = next((item for item in sites if item.site.path == path), None)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,7 +76,8 @@ class Run:
     """An engine to start: ``options`` go to ``vllm.LLM``, ``surgery`` to ``moe_surgery.install`` if it isn't None.
 
     In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process, or on one rank (see
-    ``engine_faults``). Unless ``ask``, the engine is only started.
+    ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
+    every way of :data:`PUSHES` between two times that it is asked.
     """
 
     folder: str
@@ -83,15 +85,20 @@ class Run:
     surgery: dict[str, Any] | None = None
     fault: str | None = None
     ask: bool = True
+    push: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run: its outputs, or the error that the engine didn't start with; and the receipts left."""
+    """What came of a run: its outputs, or the error that the engine didn't start with; and the receipts left.
+
+    ``pushes`` is what each way of pushing weights ended with.
+    """
 
     outputs: list[Output]
     receipts: list[dict[str, Any]]
     error: str | None = None
+    pushes: dict[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[tuple[str, str]]:
@@ -124,10 +131,7 @@ def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
     if code:
         raise AssertionError(f"the engine process ended with {code}\n{log.read_text(encoding='utf-8')}")
     results = json.loads(out.read_text(encoding="utf-8"))
-    return [
-        Result([Output(**output) for output in result["outputs"]], result["receipts"], result["error"])
-        for result in results
-    ]
+    return [Result(**{**result, "outputs": [Output(**output) for output in result["outputs"]]}) for result in results]
 
 
 def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
@@ -138,8 +142,9 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 
 
 def _result(run: Run) -> Result:
+    pushes: dict[str, str] = {}
     if run.surgery is None:
-        return Result(_outputs(run), [])
+        return Result(_outputs(run, pushes), [])
     from engine_faults import VARIABLE, faulty
 
     import moe_surgery
@@ -152,16 +157,105 @@ def _result(run: Run) -> Result:
     fault = None if of_one_rank else run.fault
     with patch.dict(os.environ, of_one_rank), faulty(fault), moe_surgery.install(**surgery) as handle:
         try:
-            outputs, error = _outputs(run), None
+            outputs, error = _outputs(run, pushes), None
         except Exception as failure:
             outputs, error = [], f"{type(failure).__name__}: {failure}"
         if error is None:
             handle.check()
-        return Result(outputs, [receipt.to_json() for receipt in read_all(handle.run)], error)
+        return Result(outputs, [receipt.to_json() for receipt in read_all(handle.run)], error, pushes)
 
 
-def _outputs(run: Run) -> list[Output]:
-    from vllm import LLM, SamplingParams
+def _ask(llm: Any, prompts: list[list[int]]) -> list[Output]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
+    )
+    outputs = []
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    for result in llm.generate(asked, greedy, use_tqdm=False):
+        completion = result.outputs[0]
+        tokens = list(completion.token_ids)
+        prompt = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+        outputs.append(
+            Output(
+                tokens=tokens,
+                logprobs=[at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)],
+                prompt_logprobs=[at[token].logprob for token, at in prompt],
+            )
+        )
+    return outputs
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors.torch import load_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        yield from load_file(file).items()
+
+
+def _layerwise(worker: Any, folder: Path) -> None:
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(worker.get_model())
+
+
+def _by_parameter(worker: Any, folder: Path) -> None:
+    """As those load who know the parameters of an expert layer."""
+    [name, parameter] = next(
+        (name, parameter)
+        for name, parameter in worker.get_model().named_parameters()
+        if "experts.w" in name or "routed_experts.w" in name
+    )
+    parameter.weight_loader(parameter, parameter.data[0], name, "w1", 0)
+
+
+def _in_kernel_format(worker: Any, folder: Path) -> None:
+    worker.reload_weights(weights_iterator=_tensors(folder), is_checkpoint_format=False)
+
+
+PUSHES: dict[str, Callable[[Any, Path], Any]] = {
+    "load_weights": lambda worker, folder: worker.get_model().load_weights(_tensors(folder)),
+    "load_weights of the inner model": lambda worker, folder: _inner(worker.get_model()).load_weights(_tensors(folder)),
+    "reload_weights by path": lambda worker, folder: worker.reload_weights(weights_path=str(folder)),
+    "reload_weights by iterator": lambda worker, folder: worker.reload_weights(weights_iterator=_tensors(folder)),
+    "reload_weights of the runner": lambda worker, folder: worker.model_runner.reload_weights(weights_path=str(folder)),
+    "by name": _in_kernel_format,
+    "layerwise": _layerwise,
+    "start_weight_update": lambda worker, folder: worker.start_weight_update(),
+    "update_weights": lambda worker, folder: worker.update_weights({}),
+    "weight_loader": _by_parameter,
+    "sleep without a copy": lambda worker, folder: _sleep(worker),
+}
+"""Each way that weights come into an engine which serves, as a call in its worker."""
+
+
+def _sleep(worker: Any) -> None:
+    """As a GPU's worker does; that of a CPU, which is one too, lets it be."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    Worker.sleep(worker, 2)
+
+
+def _inner(model: Any) -> Any:
+    """A model inside ``model`` that has ``load_weights``, else the model itself."""
+    return next((module for module in model.children() if hasattr(module, "load_weights")), model)
+
+
+def _push(llm: Any, folder: Path) -> dict[str, str]:
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    told = {}
+    for name, way in PUSHES.items():
+        try:
+            way(worker, folder)
+            told[name] = "pushed"
+        except Exception as error:
+            told[name] = str(error)
+    return told
+
+
+def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     own_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
@@ -177,22 +271,11 @@ def _outputs(run: Run) -> list[Output]:
     llm = None
     try:
         llm = LLM(run.folder, **{**defaults, **run.options})
-        greedy = SamplingParams(
-            temperature=0, max_tokens=16, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
-        )
-        outputs = []
-        prompts = [{"prompt_token_ids": prompt} for prompt in (PROMPTS if run.ask else [])]
-        for result in llm.generate(prompts, greedy, use_tqdm=False):
-            completion = result.outputs[0]
-            tokens = list(completion.token_ids)
-            prompt = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
-            outputs.append(
-                Output(
-                    tokens=tokens,
-                    logprobs=[at[token].logprob for token, at in zip(tokens, completion.logprobs, strict=True)],
-                    prompt_logprobs=[at[token].logprob for token, at in prompt],
-                )
-            )
+        prompts = PROMPTS if run.ask else []
+        outputs = _ask(llm, prompts)
+        if run.push is not None:
+            pushes |= _push(llm, Path(run.push))
+            outputs += _ask(llm, prompts)
         return outputs
     finally:
         if llm is not None:

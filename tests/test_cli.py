@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from typer.testing import CliRunner, Result
 
+import moe_surgery
 import moe_surgery.models.greedy
 from moe_surgery import verbs
 from moe_surgery.cli.app import app
@@ -26,6 +32,7 @@ from moe_surgery.packs.registry import load_packs
 from moe_surgery.targets.reference import ReferenceTarget
 
 REFERENCE = ("--target", "reference")
+DATA: dict[str, Any] = {"target": "reference"}
 SPEC = "softmax top-3 of 8 renormalised · experts 32→16 silu · shared 32 silu, sigmoid gate"
 SITES = "model.layers.{0..2}.mlp"
 
@@ -55,6 +62,11 @@ def model() -> Iterator[str]:
         directory = Path(folder) / "tiny"
         made.save_pretrained(directory)
         yield str(directory)
+
+
+@pytest.fixture(scope="module")
+def live(model: str) -> nn.Module:
+    return Qwen2MoeForCausalLM.from_pretrained(model).eval()
 
 
 def call(*arguments: str | Path, exit_code: int = 0) -> Result:
@@ -157,8 +169,9 @@ def test_apply_reports_proof_memory_speed_and_equal_tokens(model: str) -> None:
     assert " ×3  rel " in lines[1]
     assert "margin" in lines[1]
     assert lines[3].startswith("weights  ")
-    assert lines[4].startswith("speed    MoE block ")
-    assert " at 1 token, " in lines[4]
+    assert lines[4].startswith("model    the whole model, run on 8 tokens, ")
+    assert lines[5].startswith("speed    MoE block ")
+    assert " at 1 token, " in lines[5]
     assert any(line.startswith("tokens   model: the same 5 greedy tokens, ") for line in lines)
     assert lines[-1].startswith("3 replaced, 0 kept, 0 missed, 0 refused · ")
 
@@ -436,3 +449,116 @@ def test_plan_ends_with_14_if_the_engine_is_missing(model: str, monkeypatch: pyt
 
     monkeypatch.setattr(target, "look_up", _broken("vLLM is not installed"))
     assert call("plan", model, exit_code=14).stderr == "error: vLLM is not installed\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["apply", "", *REFERENCE], 2, "no model is named"),
+        (["apply", "/dev/null"], 2, "/dev/null: a file"),
+        (["apply", "x" * 300], 2, "File name too long"),
+        (["plan", "{}", "-o", "/nowhere/plan.json"], 2, "can't write /nowhere/plan.json: no such directory"),
+        (["plan", "{}", "--svg", "{}"], 2, "it is a directory"),
+        (["plan", "{}", "--target", "nosuch"], 2, "no target is named 'nosuch'"),
+        (["plan", "{}", "--only", "re:(?=x)"], 2, "no lookaround"),
+        (["apply", "{}", *REFERENCE, "--generate", "64"], 2, "token 64 is not in the vocabulary of 64"),
+        (["apply", "{}", *REFERENCE, "--generate", "9" * 20], 2, "a token id must be a whole number"),
+        (["apply", "{}", *REFERENCE, "--generate", "1", "--new-tokens", "40000"], 2, "more than its 32768 positions"),
+        (["apply", "{}", "--seed", str(2**64)], 2, "seed must be a whole number"),
+        (["verify", "{}", "--seed", "-1"], 2, "seed must be a whole number"),
+        (["bench", "{}", "--margin", "inf"], 2, "margin must be a finite number"),
+        (["apply", "{}", "--margin", "nan"], 2, "--margin"),
+        (["bench", "{}", "--tokens", "9" * 20], 2, "--tokens"),
+        (["apply", "{}", "--device", "meta"], 2, "device 'meta' holds no weights"),
+        (["explain", "{}", ""], 2, "no MoE-looking site at ''"),
+        (["packs", "check", "{}/config.json"], 2, "config.json:1: not TOML"),
+        (["report", "{}/config.json"], 2, "not the folder of a run"),
+    ],
+)
+def test_bad_input_is_one_error_that_names_it(model: str, arguments: list[str], code: int, words: str) -> None:
+    result = call(*(argument.replace("{}", model) for argument in arguments), exit_code=code)
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert "unexpected" not in result.stderr
+
+
+def test_a_prompt_may_be_text_where_there_is_a_tokenizer(model: str, tmp_path: Path) -> None:
+    arguments = ("apply", tmp_path / "tiny", *REFERENCE, "--prompt", "w1 w2", "--new-tokens", "2")
+    shutil.copytree(model, tmp_path / "tiny")
+    assert "no tokenizer is there" in call(*arguments, exit_code=2).stderr
+    made = Tokenizer(WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "tiny")
+    lines = call(*arguments).stdout.splitlines()
+    given = data("apply", model, *REFERENCE, "--generate", "1,2", "--new-tokens", "2")["tokens"]["after"]["model"]
+    assert any(f"'w{given[0]} w{given[1]}'" in line for line in lines)
+    assert "give one" in call(*arguments, "--generate", "1", exit_code=2).stderr
+
+
+@pytest.mark.parametrize("top_k", [9, 0, -1])
+def test_a_block_that_asks_for_more_experts_than_there_are_isnt_replaced(
+    model: str, top_k: int, tmp_path: Path
+) -> None:
+    config = json.loads((Path(model) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    found = data("plan", tmp_path, *REFERENCE)
+    assert [site["outcome"] for site in found["sites"]] == ["missed"] * 3
+    assert found["sites"][0]["reason"] == f"it asks for the top {top_k} of 8, so it can't run"
+
+
+def test_a_plan_is_bound_to_its_checkpoint_and_warns_of_versions(model: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "plan.json", tmp_path / "other"
+    call("plan", model, *REFERENCE, "-o", path)
+    plan = json.loads(path.read_text())
+    plan["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(plan))
+    assert "warning: the plan was made with other versions: torch 1.0, now" in call("verify", path).stderr
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({**tensors, "more": torch.zeros(1)}, other / "model.safetensors", metadata={"format": "pt"})
+    path.write_text(json.dumps({**plan, "model": str(other)}))
+    error = f"error: the plan was made for another checkpoint than {other}: it differs in the names, dtypes or shapes"
+    assert error in call("apply", path, exit_code=2).stderr
+    path.write_text(json.dumps({**plan, "checkpoint": None}))
+    assert "the plan was changed" in call("apply", path, exit_code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda m: moe_surgery.apply(m, "plan.json"),
+        lambda m: moe_surgery.apply(m, seed=2**63, **DATA),
+        lambda m: moe_surgery.apply(m, seed=True, **DATA),
+        lambda m: moe_surgery.apply(m, margin="5", **DATA),
+        lambda m: moe_surgery.apply(m, margin=float("nan"), **DATA),
+        lambda m: moe_surgery.apply(m, undoable="no", **DATA),
+        lambda m: moe_surgery.apply(m, typo=1),
+        lambda m: moe_surgery.apply("a directory"),
+        lambda m: moe_surgery.verify(5),
+        lambda m: moe_surgery.scan(None),
+        lambda m: moe_surgery.scan(""),
+        lambda m: moe_surgery.plan(m, packs="generic"),
+        lambda m: moe_surgery.plan(m, packs=[5]),
+        lambda m: moe_surgery.plan(m, only="**"),
+        lambda m: moe_surgery.plan(m, skip=[1]),
+        lambda m: moe_surgery.plan(m, expect="3"),
+        lambda m: moe_surgery.plan(m, expect=-1),
+        lambda m: moe_surgery.plan(m, strict=1),
+        lambda m: moe_surgery.plan(m, target=5),
+        lambda m: moe_surgery.explain(m, 5),
+        lambda m: moe_surgery.undo(None),
+        lambda m: moe_surgery.Plan.load(5),
+        lambda m: moe_surgery.Plan.from_json([]),
+        lambda m: moe_surgery.install("generic"),
+        lambda m: moe_surgery.install(target=5),
+        lambda m: moe_surgery.install(prove="most"),
+        lambda m: moe_surgery.install(on_failure="shrug"),
+        lambda m: moe_surgery.install(run=5),
+    ],
+)
+def test_wrong_types_are_one_error_of_the_library(live: nn.Module, wrong: Callable[[nn.Module], object]) -> None:
+    before = {name: id(module) for name, module in live.named_modules()}
+    with pytest.raises(moe_surgery.UsageError) as caught:
+        wrong(live)
+    assert "\n" not in str(caught.value)
+    assert {name: id(module) for name, module in live.named_modules()} == before

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import pytest
 import typer
+import typer.main
 from hanging import HANG
+from typer.testing import CliRunner
 
 from moe_surgery import errors
 from moe_surgery.cli import exits
+from moe_surgery.cli.app import app
+from moe_surgery.cli.examples import EXAMPLES
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Format, Output
 from moe_surgery.cli.progress import Lines, progress
@@ -73,6 +78,23 @@ def test_help_tells_the_exit_codes_and_imports_nothing_heavy() -> None:
     assert "'moe_surgery.cli.app'" in modules
     for heavy in ("'torch'", "'transformers'", "'vllm'"):
         assert heavy not in modules
+
+
+def test_every_command_has_help_with_examples_that_can_be_parsed() -> None:
+    top = typer.main.get_command(app)
+    for name, examples in EXAMPLES.items():
+        command, context = top, top.make_context("moe-surgery", ["doctor"], resilient_parsing=True)
+        for word in name.split():
+            command = command.get_command(context, word)
+        text = CliRunner().invoke(app, [*name.split(), "--help"]).stdout
+        assert "<bool>" not in text
+        for example in examples:
+            assert example.split()[-1] in text
+            words = shlex.split(example.partition("|")[0])[len(name.split()) :]
+            assert command.make_context(name, words).params
+    listed = {name.split()[0] for name in EXAMPLES}
+    assert listed == set(top.list_commands(top.make_context("moe-surgery", ["doctor"], resilient_parsing=True)))
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
@@ -215,10 +237,13 @@ def test_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_reader_that_goes_away_is_no_failure() -> None:
-    code = 'screen.result(lambda console: [console.print("line " * 9) for _ in range(2999)], {}, "")'
+def test_a_reader_that_goes_away_leaves_the_exit_code_as_it_was() -> None:
+    code = """
+    screen.result(lambda console: [console.print("line " * 9) for _ in range(2999)], {}, "")
+    return 12
+    """
     with subprocess.Popen(
-        [sys.executable, "-c", BODY.format(code=code, options="")],
+        [sys.executable, "-c", BODY.format(code=code.strip(), options="")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -228,7 +253,63 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=HANG) == 0
+        assert process.wait(timeout=HANG) == 12
+
+
+FULL = "error: can't write the result to stdout: No space left on device\n"
+CLOSED = "error: stdout is closed; --out FILE writes the result to a file\n"
+
+
+@pytest.mark.parametrize(
+    ("redirect", "options", "code", "err"),
+    [
+        (">/dev/full", "", 2, FULL),
+        (">/dev/full", "format=Format.json", 2, FULL),
+        (">&-", "", 2, CLOSED),
+        (">&- 2>&- <&-", "", 2, ""),
+        ("2>/dev/full", "verbose=True", 0, ""),
+        ("2>&-", "", 0, ""),
+    ],
+)
+def test_a_full_or_closed_stream_is_an_error_at_most(redirect: str, options: str, code: int, err: str) -> None:
+    body = BODY.format(code='screen.say("a line")' if "2>" in redirect else "pass", options=options)
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, body]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, err)
+    assert result.stdout == ("" if code else "the result ×\n")
+
+
+@pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), (">&-", 0), ("| true", 0)])
+def test_help_that_cant_be_written_has_no_traceback(redirect: str, code: int) -> None:
+    command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" --help {redirect}', sys.executable, MAIN]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr == ("error: can't write to stdout: No space left on device\n" if code else "")
+
+
+def test_files_may_be_streams_and_two_results_never_meet(tmp_path: Path) -> None:
+    code = """
+    from pathlib import Path
+    screen.will_write(Path({place!r}))
+    screen.file(Path({place!r}), "the file\\n")
+    """
+    for place in ("-", "/dev/stdout", "/dev/fd/1"):
+        result = command(code.format(place=place))
+        assert (result.returncode, result.stdout, result.stderr) == (0, "the file\n", "the result ×\n")
+    result = command(code.format(place="/dev/stderr"), 'out=__import__("pathlib").Path("-")')
+    assert (result.stdout, result.stderr) == ("the result ×\n", "the file\n")
+    one = tmp_path / "one"
+    (tmp_path / "two").symlink_to(one)
+    result = command(code.format(place=str(tmp_path / "two")), f'out=__import__("pathlib").Path({str(one)!r})')
+    assert (result.returncode, result.stderr) == (2, f"error: {tmp_path}/two: two results can't go to one place\n")
+    result = command(code.format(place=str(tmp_path)))
+    assert (result.returncode, result.stderr) == (2, f"error: can't write {tmp_path}: it is a directory\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
+
+
+def test_what_the_library_warns_of_is_a_line() -> None:
+    result = command('__import__("logging").getLogger("moe_surgery").warning("odd\\n%s", 1)')
+    assert (result.stdout, result.stderr) == ("the result ×\n", "warning: odd 1\n")
 
 
 def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from engine_examples import Result, Run, run_all
 from engine_reference import check, reference
 from folded_blocks import SPEC
 
-from moe_surgery.errors import SurgeryError
 from moe_surgery.read.reading import Reading
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -61,18 +61,29 @@ def test_a_width_that_cannot_be_cut_and_a_saved_plan(folders: dict[str, Path], t
     assert {site["target"] for site in after.receipts[0]["report"]["sites"]} == {"folded"}
 
 
-def test_copied_weights_cannot_be_loaded_anew() -> None:
+def test_what_is_written_to_copied_weights_in_place_is_used() -> None:
     from moe_surgery.engine.model.folded_router import FoldedLogits
 
     router, gate = torch.nn.Linear(64, 8), torch.nn.Linear(64, 1, bias=False)
     layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"), router_bias=Piece("router.bias"))
     logits = FoldedLogits(torch.nn.ModuleDict({"router": router, "gate": gate}), Reading(SPEC, layout, "", ()))
     x = torch.randn(3, 64)
-    torch.testing.assert_close(logits(x), torch.cat([router(x), gate(x)], dim=-1))
-    for copied in (router.weight, router.bias, gate.weight):
-        loader: Any = copied.weight_loader
-        with pytest.raises(SurgeryError, match="can't be loaded anew"):
-            loader(copied, torch.zeros_like(copied))
+    for _ in range(2):
+        torch.testing.assert_close(logits(x), torch.cat([router(x), gate(x)], dim=-1))
+        for copied in (router.weight, router.bias, gate.weight):
+            copied.data.copy_(torch.randn_like(copied))
+
+
+def test_copied_weights_of_another_dtype_take_nothing() -> None:
+    from moe_surgery.engine.model.folded_router import FoldedLogits
+
+    router, gate = (torch.nn.Linear(64, rows, bias=False, dtype=torch.bfloat16) for rows in (8, 1))
+    layout = Layout(Piece("router.weight"), (), shared_gate=Piece("gate.weight"))
+    spec = replace(SPEC, router=replace(SPEC.router, logits_dtype="float32"))
+    FoldedLogits(torch.nn.ModuleDict({"router": router, "gate": gate}), Reading(spec, layout, "", ()))
+    for copied, rows in ((router.weight, 8), (gate.weight, 1)):
+        with pytest.raises(RuntimeError, match="size"):
+            copied.data.copy_(torch.randn(rows, 64))
 
 
 @pytest.mark.slow

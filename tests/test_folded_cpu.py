@@ -55,7 +55,7 @@ def test_a_wrong_fold_is_rejected(mistake: str) -> None:
     elif mistake == "scale":
         block.fused.runner.router.custom_routing_function = replace(experts.custom_routing_function, scale=0.6)
     else:
-        block.router_weight.data[-1].neg_()
+        block.fused_router.data[-1].neg_()
     verdict = prove(PlainBlock(spec, tensors), block, spec, tensors)
     assert not verdict.passed and "the new block is not what the spec says" in verdict.reason
 
@@ -87,7 +87,7 @@ def test_weights_are_placed_once_as_the_kernels_lay_out_all_at_once() -> None:
     assert torch.equal(laid_out.w13_weight[:8], whole.w13_weight)
     assert torch.equal(laid_out.w2_weight[:8], whole.w2_weight)
     assert torch.equal(tensors.w13, before)
-    assert block.new_bytes == sum(p.nbytes for p in (laid_out.w13_weight, laid_out.w2_weight, block.router_weight))
+    assert block.new_bytes == sum(p.nbytes for p in (laid_out.w13_weight, laid_out.w2_weight, block.fused_router))
 
 
 def test_a_model_is_operated_on_and_put_back(write_tiny: Callable[[str], Path]) -> None:

@@ -195,3 +195,16 @@ print(run)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not Path(answer.stdout.strip()).exists()
+
+
+def test_plugins_that_engines_would_not_see_are_refused(
+    model: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(UsageError, match="VLLM_PLUGINS=other hides the plugin moe_surgery"):
+        moe_surgery.install(run=tmp_path / "run")
+    assert VARIABLE not in os.environ and not (tmp_path / "run").exists()
+    with moe_surgery.install(plan):  # which is for no engine
+        assert swapped(model)
+    monkeypatch.setenv("VLLM_PLUGINS", "other,moe_surgery")
+    moe_surgery.install(run=tmp_path / "run").remove()

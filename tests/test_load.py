@@ -112,12 +112,12 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
         ({"architectures": ["NoSuchForCausalLM"]}, r"config\.json: architectures: .* has no class 'NoSuchForCausalLM'"),
         ({"architectures": ["AutoConfig"]}, "has no class 'AutoConfig'"),
         ({"hidden_size": 8}, r"config\.json: neither architectures nor model_type"),
-        ({"model_type": "no_such_type"}, "model: .*no_such_type"),
+        ({"model_type": "no_such_type"}, r"model/config\.json: .*no_such_type"),
         ({"model_type": "siglip"}, r"config\.json: architectures is missing, and model_type 'siglip'"),
         ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "dtype": "int4"}, "dtype: 'int4'"),
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": "many"},
-            "model: .*num_experts",
+            r"model/config\.json: .*num_experts",
         ),
         (
             {"architectures": ["X"], "text_config": {"quantization_config": {"quant_method": "fp8"}}},
@@ -289,6 +289,29 @@ def test_index_that_lies(omni_copy: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ModelError, match="no weight_map"):
         checkpoint_headers(omni_copy)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 90000,
+        '{"a":' + "1" * 6000 + "}",
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        "[]",
+        "{",
+    ],
+)
+def test_headers_that_cant_be_read(header: str, tmp_path: Path) -> None:
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.safetensors: not safetensors: the header isn't readable"):
+        checkpoint_headers(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["[" * 100000, '{"a": ' + "1" * 5000 + "}", "[]", "{", ""])
+def test_configs_that_arent(config: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json.*: (not valid JSON|a JSON object)"):
+        open_meta(config_only(tmp_path / "odd", config))
 
 
 def test_headers(omni_dir: Path) -> None:

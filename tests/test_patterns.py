@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +77,52 @@ def test_path_globs(glob: str, path: str, wanted: bool) -> None:
 def test_a_glob_of_a_name_covers_all_of_it() -> None:
     assert Pattern("*SparseMoe*", dotted=False).matches("Qwen2MoeSparseMoeBlock")
     assert not Pattern("SparseMoe*", dotted=False).matches("Qwen2MoeSparseMoeBlock")
+
+
+EXPRESSIONS = st.recursive(
+    st.sampled_from(["a", "b", ".", "[ab]", "[^a]", r"\.", r"\d", r"\w", ""]),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map("|".join).map("({})".format),
+        st.tuples(
+            inner.map("(?:{})".format), st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}", "{2,}", "{,2}"])
+        ).map("".join),
+        inner.map("(?:^{}$)".format),
+    ),
+    max_leaves=6,
+)
+
+
+@given(EXPRESSIONS, st.text("ab.1", max_size=6))
+def test_regular_expressions_agree_with_python(expression: str, text: str) -> None:
+    assert Pattern(f"re:{expression}").matches(text) == (re.fullmatch(expression, text) is not None)
+
+
+@pytest.mark.parametrize(
+    "glob", ["re:(a+)+$", "re:(a|a)*b", "re:" + ".*" * 40 + "x", "*a" * 30 + "*b", ".".join(["**"] * 40)]
+)
+def test_no_pattern_takes_for_ever(glob: str) -> None:
+    assert not Pattern(glob, dotted="*a" not in glob).matches(
+        "a" * 300 + "!" if "." not in glob[3:] else "a." * 100 + "!."
+    )
+
+
+@pytest.mark.parametrize(
+    ("expression", "problem"),
+    [
+        ("(?!talker).*", 'no lookaround, names or flags are known here, only "(?:" at column 2'),
+        (r"(a)\1", "unexpected '\\\\1' at column 4"),
+        ("((a{900}){900}){900}", "it has more than 1000 parts, repetitions counted"),
+        ("((){999}){999}", "it has more than 1000 parts, repetitions counted"),
+        ("(" * 5000, "too deeply nested"),
+        ("a{2,1}", "ends before it begins"),
+        ("[z-a]", "bad character range z-a"),
+        ("a)", 'unbalanced ")"'),
+    ],
+)
+def test_what_isnt_known_of_regular_expressions_is_said(expression: str, problem: str) -> None:
+    with pytest.raises(PatternError, match=re.escape(problem)):
+        Pattern(f"re:{expression}")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_some_tokens_are_near_ties_and_some_only_nearly(dtype: torch.dtype) -> N
     tied = torch.bincount(routing.tokens, minlength=len(probes.x)) > 1
     clear = ~tied & (probes.family == UNIT)
     # A router that rounds a few bits worse than the dtype does would get the nearest of the clear ones wrong.
-    assert float(gaps[tied].max()) < 0.2
+    assert float(gaps[tied & (probes.family == UNIT)].max()) < 0.2
     assert float(gaps[clear].min()) < 100 * torch.finfo(dtype).eps * float(ranked.abs().max())
     assert int(routing.sure[tied].max()) < k
     assert bool((routing.sure[~tied] == k).all())

@@ -72,6 +72,24 @@ def test_a_restarted_process_replaces_what_it_left_before(tmp_path: Path) -> Non
     check(read_all(tmp_path))
 
 
+def test_a_draft_model_does_not_speak_for_its_target(tmp_path: Path) -> None:
+    target = replace(ONE, outcome="unpatched", error="why")
+    draft = replace(ONE, load=2)
+    paths = [write(tmp_path, receipt) for receipt in (target, draft)]
+    assert [path.name for path in paths] == ["Model-rank0-11.json", "Model-rank0-11.2.json"]
+    assert read_all(tmp_path) == (target, draft)
+    with pytest.raises(ReceiptError, match="no receipt of rank 1"):
+        check([*ranks(2), *ranks(2, load=2)[:1]])
+
+
+def test_a_failure_that_its_process_outlived_stays(tmp_path: Path) -> None:
+    failed = replace(ONE, pid=os.getpid(), outcome="failed", error="out of memory")
+    os.utime(write(tmp_path, failed), ns=(1, 1))
+    write(tmp_path, replace(ONE, pid=2**22 + 1))
+    with pytest.raises(SurgeryError, match="out of memory"):
+        check(read_all(tmp_path))
+
+
 def test_other_files_in_the_folder_are_no_receipts(tmp_path: Path) -> None:
     for name in ("plan.json", "notes.txt", ".Model-rank0-1.json.x.part"):
         (tmp_path / name).write_text("{")
@@ -225,3 +243,26 @@ def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
 def test_the_command_says_what_runs_unpatched(tmp_path: Path) -> None:
     write(tmp_path, replace(ONE, outcome="unpatched", fingerprint=None, error="no kernels"))
     assert call(tmp_path, exit_code=0).stderr == "warning: Model runs unpatched in process 11: no kernels\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="can't (make|write to) /proc/1"):
+        new_run("/proc/1")
+
+
+def test_the_front_end_misses_cores_without_a_receipt(tmp_path: Path) -> None:
+    from moe_surgery.engine.cores import check_cores
+
+    write(tmp_path, replace(ONE, pid=2**22 + 1))  # of an engine that ended
+    with pytest.raises(ReceiptError, match="1 of 1 engine cores started without it"):
+        check_cores(tmp_path, 1)
+    write(tmp_path, replace(ONE, pid=os.getpid()))
+    check_cores(tmp_path, 1)
+
+
+def test_the_receipts_of_an_earlier_engine_do_not_count_for_a_later_one(tmp_path: Path) -> None:
+    from moe_surgery.engine.cores import check_cores
+
+    write(tmp_path, replace(ONE, pid=os.getpid()))
+    with pytest.raises(ReceiptError, match="1 of 1 engine cores started without it"):
+        check_cores(tmp_path, 1, before=frozenset({os.getpid()}))

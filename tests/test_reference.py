@@ -173,7 +173,7 @@ def test_a_saturated_sigmoid_does_not_hide_the_order_of_the_logits() -> None:
 def test_the_target_builds_a_block_of_any_shape_on_the_same_storage(dtype: torch.dtype) -> None:
     tensors = weights(TALKER, dtype)
     block = ReferenceTarget().build(TALKER, tensors, prefix="mlp")
-    assert block.get_parameter("w13").data_ptr() == tensors.w13.data_ptr()
+    assert block.get_parameter("spec_w13").data_ptr() == tensors.w13.data_ptr()
     x = tokens(TALKER, 12, dtype)
     wanted = forward(TALKER, tensors, x, torch.float64)
     # One rounding of the output, and sums of some hundred terms in float32 (which float64 blocks don't need).

@@ -22,7 +22,7 @@ from rich.console import Console
 from moe_surgery.errors import UsageError
 from moe_surgery.prove.verdict import Mutant, Verdict
 from moe_surgery.report import words
-from moe_surgery.report.figure import save_svg
+from moe_surgery.report.figure import picture
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.json import dumps, scan_data
 from moe_surgery.report.outcomes import Memory, Step
@@ -258,7 +258,7 @@ def test_what_scan_found() -> None:
 def test_the_json_of_a_report_keeps_its_shape() -> None:
     data = json.loads(dumps(report([talker(0), thinker(3, outcome="missed", spec=None, verdict=None)]).to_json()))
     assert list(data) == [
-        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "seconds", "exit",
+        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "model_check", "seconds", "exit",
     ]  # fmt: skip
     assert data["schema"] == "moe-surgery/report/1"
     assert list(data["sites"][0]) == ["path", "kind", "outcome", "reason", "rule", "target", "spec", "proof"]
@@ -285,16 +285,33 @@ def test_the_json_of_a_scan_keeps_its_shape() -> None:
     assert list(data["sites"][0]) == ["path", "kind", "readable", "reason", "spec"]
 
 
-def test_a_picture_holds_the_report(tmp_path: Path) -> None:
-    for name in ("one.svg", "two.svg"):
-        save_svg(report(), tmp_path / name, notes=[("speed", "twice as fast")])
-    picture = (tmp_path / "one.svg").read_text(encoding="utf-8")
-    assert picture == (tmp_path / "two.svg").read_text(encoding="utf-8")
-    words = "".join(ElementTree.fromstring(picture).itertext()).replace("\xa0", " ")
+def test_sites_that_a_pack_does_not_fit_share_a_row() -> None:
+    reason = "✗ path: wanted talker.**, measured layers.{}.mlp"
+    steps = [Step(f"layers.{i}.mlp", "Block", "missed", reason.format(i)) for i in range(94)]
+    (row,) = rows(report(steps))
+    assert row.paths == ("layers.{0..93}.mlp",)
+    assert row.reason == reason.format("{0..93}")
+
+
+def test_a_report_is_one_short_line_and_in_a_notebook_its_rows() -> None:
+    shown = repr(report())
+    assert shown.startswith("<Report of ")
+    assert "24 replaced, 0 kept, 1 missed, 1 refused" in shown
+    assert len(shown) < 200
+    assert "\n" not in shown
+    page = ElementTree.fromstring(report()._repr_html_().replace("&nbsp;", " "))
+    assert page.tag == "pre"
+    assert "talker.model.layers.{0..19}.mlp" in "".join(page.itertext())
+
+
+def test_a_picture_holds_the_report() -> None:
+    drawn, again = (picture(report(), notes=[("speed", "twice as fast")]) for _ in range(2))
+    assert drawn == again
+    words = "".join(ElementTree.fromstring(drawn).itertext()).replace("\xa0", " ")
     assert "talker.model.layers.{0..19}.mlp" in words
     assert "speed    twice as fast" in words
     assert "24 replaced, 0 kept, 1 missed, 1 refused" in words
-    assert "://" not in picture.replace("http://www.w3.org/2000/svg", "")
+    assert "://" not in drawn.replace("http://www.w3.org/2000/svg", "")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,8 +341,24 @@ def test_a_written_file_has_the_usual_rights_and_links_are_followed(tmp_path: Pa
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
 
 
+def test_what_is_no_regular_file_is_written_through_and_a_file_keeps_its_rights(tmp_path: Path) -> None:
+    pipe, secret = tmp_path / "pipe", tmp_path / "secret"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    secret.touch(0o600)
+    write_whole(secret, "text")
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="can't write /dev/full: No space left on device"):
+        write_whole("/dev/full", "text")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
 def test_a_missing_folder_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file or directory"):
+    with pytest.raises(UsageError, match="no such directory"):
         write_whole(tmp_path / "nowhere" / "report.txt", "text")
 
 

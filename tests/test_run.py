@@ -227,8 +227,8 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_reach_the_command(name: str) -> None:
+@pytest.mark.parametrize(("name", "sent"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGHUP")])
+def test_signals_reach_the_command(name: str, sent: str) -> None:
     code = f"""
 import signal, sys, time
 seen = []
@@ -240,7 +240,7 @@ time.sleep(0.3)
 sys.exit(40 + len(seen))
 """
     process = start(code)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(getattr(signal, sent))
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 41, err
     assert "the command ended with exit code 41" in err

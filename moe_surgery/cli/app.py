@@ -16,20 +16,20 @@ from moe_surgery.cli import (
     run_report,
     scan_plan_explain,
 )
-from moe_surgery.cli.command import grouped
+from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Choice, Loading, Model, ModelOrPlan, OnFailure, Output, Proof, Prove, Svg, Trust
 
 app = typer.Typer(
     name="moe-surgery",
+    cls=Group,
     help="Replace the sparse-MoE blocks of a model by fused ones, and prove that each computes the same.",
     epilog=exits.epilog(),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-packs = typer.Typer(help="The rule packs that are installed.", no_args_is_help=True)
+packs = typer.Typer(cls=Group, help="The rule packs that are installed.", no_args_is_help=True)
 app.add_typer(packs, name="packs")
 
 
@@ -53,15 +53,13 @@ def _main(
 Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's name, or a .toml file.", show_default=False)]
 
 
-@app.command()
-@grouped
+@command(app, "scan")
 def scan(model: Model, trust: Trust, output: Output) -> None:
     """List every MoE-looking site of MODEL and what is known of it. Needs no weights."""
     run(output, lambda screen: scan_plan_explain.scan(screen, model, trust))
 
 
-@app.command()
-@grouped
+@command(app, "plan")
 def plan(
     model: Model,
     choice: Choice,
@@ -78,8 +76,7 @@ def plan(
     run(output, lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
 
 
-@app.command()
-@grouped
+@command(app, "explain")
 def explain(
     model: Model,
     site: Annotated[str, typer.Argument(metavar="SITE", help="A site's path, as scan lists it.", show_default=False)],
@@ -95,8 +92,7 @@ def explain(
     run(output, lambda screen: scan_plan_explain.explain(screen, model, site, trust, packs=pack, rule=rule))
 
 
-@app.command()
-@grouped
+@command(app, "apply")
 def apply(
     model: ModelOrPlan,
     choice: Choice,
@@ -110,9 +106,23 @@ def apply(
             "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="How many to generate.")] = 16,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="The same from text; the model must have its tokenizer.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", min=1, max=1 << 20, help="How many to generate.")
+    ] = 16,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
+    ] = False,
+    no_model_check: Annotated[
+        bool, typer.Option("--no-model-check", help="Don't run the whole model on a few tokens, before and after.")
     ] = False,
     svg: Svg = None,
 ) -> None:
@@ -124,15 +134,16 @@ def apply(
         proof,
         trust,
         generate=generate,
+        prompt=prompt,
         new_tokens=new_tokens,
         undoable=not no_undo,
+        model_check=not no_model_check,
         svg=svg,
     )
     run(output, lambda screen: apply_verify.apply(screen, job))
 
 
-@app.command()
-@grouped
+@command(app, "verify")
 def verify(
     model: ModelOrPlan,
     choice: Choice,
@@ -147,8 +158,7 @@ def verify(
     run(output, lambda screen: apply_verify.verify(screen, job))
 
 
-@app.command()
-@grouped
+@command(app, "bench")
 def bench(
     model: ModelOrPlan,
     choice: Choice,
@@ -162,6 +172,7 @@ def bench(
             "--tokens",
             metavar="N",
             min=1,
+            max=1 << 20,
             help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
             show_default="1, 8, 64, 512",
         ),
@@ -169,7 +180,12 @@ def bench(
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", metavar="N", min=1, help="Sequences of a decoding step; repeatable.", show_default="1, 8"
+            "--batch",
+            metavar="N",
+            min=1,
+            max=1 << 16,
+            help="Sequences of a decoding step; repeatable.",
+            show_default="1, 8",
         ),
     ] = None,
     engine: Annotated[
@@ -187,10 +203,9 @@ def bench(
         run(output, lambda screen: benchmark.bench(screen, job, times, eager=eager))
 
 
-@app.command("run", context_settings={"allow_interspersed_args": False})
-@grouped
+@command(app, "run", context_settings={"allow_interspersed_args": False})
 def run_command(
-    command: Annotated[
+    words: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
     ],
     output: Output,
@@ -218,12 +233,11 @@ def run_command(
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
-    job = run_report.Launch(tuple(command), packs, plan, prove.value, on_failure.value, target, folder)
+    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder)
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 
-@app.command()
-@grouped
+@command(app, "report")
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder that a run's receipts went to.", show_default=False)
@@ -234,29 +248,25 @@ def report(
     run(output, lambda screen: run_report.report(screen, folder))
 
 
-@app.command()
-@grouped
+@command(app, "doctor")
 def doctor(output: Output) -> None:
     """Say whether this installation can operate, and what to do if it can't."""
     run(output, packs_doctor.doctor)
 
 
-@packs.command("list")
-@grouped
+@command(packs, "packs list")
 def packs_list(output: Output) -> None:
     """List the installed packs and their rules."""
     run(output, packs_doctor.packs_list)
 
 
-@packs.command("show")
-@grouped
+@command(packs, "packs show")
 def packs_show(pack: Pack, output: Output) -> None:
     """Print a pack as it was understood, in the form of its file."""
     run(output, lambda screen: packs_doctor.packs_show(screen, pack))
 
 
-@packs.command("check")
-@grouped
+@command(packs, "packs check")
 def packs_check(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE…", help="Pack files, or folders of them.", show_default=False)
@@ -267,8 +277,7 @@ def packs_check(
     run(output, lambda screen: packs_doctor.packs_check(screen, files))
 
 
-@packs.command("test")
-@grouped
+@command(packs, "packs test")
 def packs_test(
     output: Output,
     names: Annotated[

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_surgery import checks
 from moe_surgery.cli import exits
 from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moe_surgery.models.opening import Opened
+    from moe_surgery.models.text import Tokenizer
     from moe_surgery.planning.plan import Plan
     from moe_surgery.report.outcomes import Step
     from moe_surgery.report.report import Report
     from moe_surgery.timing.blocks import Speed
+
+
+_NEXT = (
+    "this was a rehearsal, of which nothing is kept; to use the new blocks: moe_surgery.apply(model) in your program, "
+    "moe_surgery.install() before it loads, or moe-surgery run -- COMMAND"
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,10 @@ class Job:
     proof: Proof
     trust: Trust
     generate: str | None = None
+    prompt: str | None = None
     new_tokens: int = 16
     undoable: bool = True
+    model_check: bool = True
     svg: Path | None = None
 
 
@@ -44,16 +54,27 @@ class Job:
 class Tokens:
     """Greedy tokens of every part that generates, before and after; nothing if none were asked for."""
 
-    before: dict[str, list[int]]
-    after: dict[str, list[int]]
+    before: dict[str, list[int | None]]
+    after: dict[str, list[int | None]]
+    tokenizer: Tokenizer | None = None
 
     @property
     def equal(self) -> bool:
-        return self.before == self.after
+        return self.finite and self.before == self.after
+
+    @property
+    def finite(self) -> bool:
+        """Whether every token was chosen among numbers."""
+        return not any(None in tokens for run in (self.before, self.after) for tokens in run.values())
 
     def sentences(self) -> list[str]:
         """One line for each part: that its tokens are equal, or where they part."""
-        return [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        lines = [_compared(part, before, self.after.get(part, [])) for part, before in self.before.items()]
+        if self.tokenizer is not None:
+            for part, ids in self.after.items():
+                numbers = [token for token in ids if token is not None]
+                lines += [f"{part}: {self.tokenizer.text(numbers)!r}"] if len(numbers) == len(ids) else []
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         return {"equal": self.equal, "before": self.before, "after": self.after}
@@ -62,33 +83,43 @@ class Tokens:
 def apply(screen: Screen, job: Job) -> int:
     """Load, operate, prove, compare and report."""
     import moe_surgery
+    from moe_surgery.models.text import Tokenizer
 
-    prompt = _prompt(job.generate)
-    plan = saved_plan(job)
+    ids = _ids(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
-        before = _greedy(opened.module, prompt, job.new_tokens, progress)
+        opened = load(job, plan, name, progress)
+        tokenizer = None
+        if job.prompt is not None:
+            tokenizer = Tokenizer(opened.directory, trust_remote_code=job.trust.trust_remote_code)
+            ids = tokenizer.ids(job.prompt)
+        before = _greedy(opened.module, ids, job.new_tokens, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
             opened.module,
             plan,
             undoable=job.undoable,
+            model_check=job.model_check,
             margin=job.proof.margin,
             seed=job.proof.seed,
             on_progress=progress.step,
             **({} if plan else job.choice.as_plan()),
         )
-        tokens = Tokens(before, _greedy(opened.module, prompt, job.new_tokens, progress))
+        tokens = Tokens(before, _greedy(opened.module, ids, job.new_tokens, progress), tokenizer)
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
-    failed = not tokens.equal and rounded is None
+    failed = not tokens.finite or (not tokens.equal and rounded is None)
     report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
     notes += [("tokens", line) for line in tokens.sentences()]
+    if report.replaced:
+        notes.append(("next", _NEXT))
     more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
     screen.report(report, notes=notes, more=more, svg=job.svg)
-    if failed:
+    if not tokens.finite:
+        screen.say("error: logits that aren't finite agree with nothing")
+    elif failed:
         screen.say("error: greedy tokens before and after differ")
     elif not tokens.equal:
         screen.say(
@@ -102,10 +133,10 @@ def verify(screen: Screen, job: Job) -> int:
     """Load, prove and report; nothing is replaced."""
     import moe_surgery
 
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -117,10 +148,18 @@ def verify(screen: Screen, job: Job) -> int:
         )
     report = report.but(model=name)
     screen.report(report, svg=job.svg)
-    failed = [step for step in report.refused if step.verdict is not None]
+    failed = [step for step in report.refused if step.verdict is not None and not step.verdict.powerless]
     if failed:
         screen.say(f"error: the proof failed at {plural(len(failed), 'site')}, first {failed[0].path}")
     return report.exit_code
+
+
+def begin(screen: Screen, job: Job) -> Plan | None:
+    """Check all that can be before a model is loaded, and return the plan if the argument is one."""
+    screen.will_write(job.svg)
+    checks.margin(job.proof.margin)
+    checks.seed(job.proof.seed)
+    return saved_plan(job)
 
 
 def saved_plan(job: Job) -> Plan | None:
@@ -147,16 +186,22 @@ def named(model: str) -> Iterator[None]:
         raise
 
 
-def load(job: Job, model: str, progress: Progress) -> Opened:
+def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
+    from moe_surgery.models.checkpoint import digest
     from moe_surgery.models.opening import load_model
 
+    if plan is not None and Path(model).is_dir():
+        plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
     progress.phase(f"loading {model}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
 
 
-def _prompt(text: str | None) -> list[int]:
+def _ids(job: Job) -> list[int]:
     """Token ids from the command line, none if it gave none."""
+    text = job.generate
+    if text is not None and job.prompt is not None:
+        raise UsageError("--prompt and --generate both say what to continue; give one")
     if text is None:
         return []
     try:
@@ -168,7 +213,7 @@ def _prompt(text: str | None) -> list[int]:
     return ids
 
 
-def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int]]:
+def _greedy(module: nn.Module, prompt: list[int], count: int, progress: Progress) -> dict[str, list[int | None]]:
     if not prompt:
         return {}
     from moe_surgery.models.greedy import greedy_tokens
@@ -188,7 +233,8 @@ def block_speeds(report: Report, progress: Progress, tokens: Sequence[int] | Non
     speeds = []
     for step in first.values():
         old, new = swaps[step.path].old, swaps[step.path].new
-        if old is not None and step.spec is not None:
+        # Experts alone are called with what a router gives them, which isn't made up here.
+        if old is not None and step.spec is not None and step.spec.at == "block":
             progress.phase(f"timing {step.path}")
             weight = next(old.parameters())
             dtype, device, sizes = weight.dtype, weight.device, tokens or TOKENS
@@ -203,7 +249,10 @@ def _low_precision(module: nn.Module) -> str | None:
     return next(iter(sorted(dtypes & {"bfloat16", "float16"})), None)
 
 
-def _compared(part: str, before: list[int], after: list[int]) -> str:
+def _compared(part: str, before: list[int | None], after: list[int | None]) -> str:
+    for when, tokens in (("before", before), ("after", after)):
+        if None in tokens:
+            return f"{part}: NOTHING TO COMPARE: {when} its logits aren't finite at token {tokens.index(None) + 1}"
     if before == after:
         return f"{part}: the same {plural(len(before), 'greedy token')}, {_few(before)}"
     at = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
@@ -212,6 +261,6 @@ def _compared(part: str, before: list[int], after: list[int]) -> str:
     return f"{part}: GREEDY TOKENS DIFFER from number {at + 1} on: {_few(before[at:])} became {_few(after[at:])}"
 
 
-def _few(tokens: list[int]) -> str:
+def _few(tokens: Sequence[int | None]) -> str:
     shown = " ".join(map(str, tokens[:8]))
     return f"{shown} …" if len(tokens) > 8 else shown

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.cli.apply_verify import Job, block_speeds, load, named, saved_plan
+from moe_surgery.cli.apply_verify import Job, begin, block_speeds, load, named
 from moe_surgery.cli.options import Proof
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import ModelError, UsageError
@@ -37,10 +37,10 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
 
     if eager:
         raise UsageError("--eager is for --engine; here nothing is compiled anyway")
-    plan = saved_plan(job)
+    plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
-        opened = load(job, name, progress)
+        opened = load(job, plan, name, progress)
         progress.phase("operating")
         report = moe_surgery.apply(
             opened.module,
@@ -75,6 +75,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     from moe_surgery.packs.registry import load_packs
     from moe_surgery.report.from_json import report_from_json
 
+    screen.will_write(job.svg)
     _check(job)
     load_packs(job.choice.pack or None)
     asked = asking.Job(

@@ -9,7 +9,42 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.models import OptionInfo
+
+from moe_surgery.cli.examples import epilog
+
+
+class _Plain:
+    """Help in which a flag without a value shows no column for one."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = parameter.metavar or " "
+        return found
+
+
+class Command(_Plain, TyperCommand):
+    pass
+
+
+class Group(_Plain, TyperGroup):
+    pass
+
+
+def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function the command ``name`` of ``app``; its dataclass parameters are groups of flags."""
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        last = name.rpartition(" ")[2]
+        return app.command(last, cls=Command, epilog=epilog(name), **settings)(grouped(function))
+
+    return made
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -24,6 +59,9 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
             inner = get_type_hints(group, include_extras=True)
             groups[name] = group, tuple(field.name for field in fields(group))
             for field in fields(group):
+                for info in get_args(inner[field.name]):
+                    if isinstance(info, OptionInfo):
+                        info.rich_help_panel = group.panel
                 default = inspect.Parameter.empty if field.default is MISSING else field.default
                 flags.append(
                     inspect.Parameter(

@@ -194,11 +194,12 @@ def _try_kernels(device: str, dtype: str, tolerance: float) -> tuple[bool, str]:
 
 
 def _packs() -> Check:
-    from moe_surgery.packs.registry import load_packs
+    from moe_surgery.packs.registry import installed_packs
 
-    packs = load_packs()
-    found = ", ".join(f"{pack.name} {pack.version} ({plural(len(pack.rules), 'rule')})" for pack in packs)
-    return Check("packs", bool(packs), found, "no pack is installed; install moe-surgery again")
+    installed = installed_packs()
+    found = ", ".join(f"{pack.name} {pack.version} ({plural(len(pack.rules), 'rule')})" for pack in installed.packs)
+    found += "".join(f"; passed over: {problem}" for problem in installed.problems)
+    return Check("packs", not installed.problems, found, "mend or remove the package of that pack", blocking=False)
 
 
 def _plugin() -> Check:

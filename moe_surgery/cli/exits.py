@@ -12,11 +12,11 @@ INTERRUPTED = 130
 
 MEANINGS: tuple[tuple[int, str], ...] = (
     (DONE, "done, or nothing to do"),
-    (FAILED, "unexpected failure"),
-    (USAGE, "wrong usage; a pack, model or plan that can't be read"),
+    (FAILED, "out of memory, or an unexpected failure"),
+    (USAGE, "wrong usage; input that can't be read, output that can't be written"),
     (CHANGES, "changes are pending (plan --check only)"),
     (11, "expectation not met, or a site missed or refused under --strict"),
-    (UNPROVEN, "a proof failed, rolled back; or greedy tokens or outputs differ"),
+    (UNPROVEN, "a proof failed, rolled back; or tokens or outputs differ"),
     (13, "weights not covered"),
     (UNSUPPORTED, "unsupported version, or no engine"),
     (15, "processes disagree, or none loaded a model"),

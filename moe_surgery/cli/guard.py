@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import traceback
@@ -30,7 +31,8 @@ def run(output: Output, body: Callable[[Screen], int], *, shared: bool = False) 
 
 def _guarded(screen: Screen, body: Callable[[Screen], int]) -> int:
     try:
-        with _signals():
+        with _signals(), _warnings(screen):
+            screen.will_write(screen.output.out)
             return body(screen)
     except SurgeryError as fault:
         if screen.output.verbose:
@@ -38,14 +40,43 @@ def _guarded(screen: Screen, body: Callable[[Screen], int]) -> int:
         return screen.fail(str(fault), fault.exit_code, fault.report)
     except KeyboardInterrupt:
         return screen.fail("interrupted; nothing was left half done", exits.INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read the result has seen enough of it.
-        return exits.DONE
+    except MemoryError as fault:
+        return screen.fail(f"out of memory: {fault or 'the model and its new blocks need more'}", exits.FAILED)
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename else ""
+        return screen.fail(f"{where}{fault.strerror or fault}", exits.USAGE)
     except Exception as fault:
         if screen.output.verbose:
             screen.say(traceback.format_exc())
         hint = "" if screen.output.verbose else " (-v shows the traceback)"
         return screen.fail(f"unexpected {type(fault).__name__}: {fault}{hint}", exits.FAILED)
+
+
+class _Said(logging.Handler):
+    """Says what the library logs."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.INFO if screen.output.verbose else logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.say(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
+
+
+@contextmanager
+def _warnings(screen: Screen) -> Iterator[None]:
+    """Let what the library warns of be lines of the command's own."""
+    logger, handler = logging.getLogger("moe_surgery"), _Said(screen)
+    before = logger.propagate, logger.level
+    logger.addHandler(handler)
+    logger.propagate, level = False, min(handler.level, logger.level or handler.level)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
 
 
 @contextmanager

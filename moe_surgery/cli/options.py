@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -63,6 +63,8 @@ Svg = Annotated[
 class Output:
     """Where results and progress go."""
 
+    panel: ClassVar[str] = "Output"
+
     format: Annotated[Format, typer.Option("--format", help="Form of the result.")] = Format.text
     out: Annotated[
         Path | None,
@@ -79,6 +81,8 @@ class Output:
 @dataclass(frozen=True)
 class Choice:
     """Which sites are meant, by which rules, and how sure the user is of their number."""
+
+    panel: ClassVar[str] = "Which sites"
 
     pack: Annotated[
         list[str] | None,
@@ -137,6 +141,8 @@ class Choice:
 class Trust:
     """Whether code that comes with a model may run."""
 
+    panel: ClassVar[str] = "Loading"
+
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False
@@ -146,6 +152,8 @@ class Trust:
 class Loading:
     """How the model is loaded."""
 
+    panel: ClassVar[str] = "Loading"
+
     dtype: Annotated[DType, typer.Option("--dtype", help="Load the weights in this dtype.")] = DType.auto
     device: Annotated[str, typer.Option("--device", metavar="D", help="Such as cpu, cuda, cuda:1.")] = "cpu"
 
@@ -153,6 +161,8 @@ class Loading:
 @dataclass(frozen=True)
 class Proof:
     """How the proof is done."""
+
+    panel: ClassVar[str] = "Proof"
 
     margin: Annotated[
         float,

@@ -34,6 +34,7 @@ def plan(
     """Show, and save, what ``apply`` would do."""
     import moe_surgery
 
+    screen.will_write(save, svg)
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **choice.as_plan())
@@ -41,10 +42,7 @@ def plan(
     planned = replace(planned, model=model)
     report = planned.report()
     if save is not None:
-        try:
-            planned.save(save)
-        except OSError as fault:
-            raise UsageError(f"can't write {save}: {fault.strerror or fault}") from fault
+        screen.file(save, planned.to_text())
     if check and report.replaced:
         report = report.but(exit_code=exits.CHANGES)
     screen.report(report, svg=svg)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moe_surgery.cli.options import Color, Format, Output
 from moe_surgery.cli.progress import Progress, progress
 from moe_surgery.cli.streams import Streams
+from moe_surgery.errors import SurgeryError, UsageError
+from moe_surgery.report.files import check_writable, write_whole
 from moe_surgery.report.json import dumps
 
 if TYPE_CHECKING:
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from moe_surgery.report.terminal import Note
 
 _WIDTH_OF_FILES = 120
+_STDOUT, _STDERR = "-", "/dev/stderr"
+# The descriptors are turned away while a command runs, so what leads to them by name has to be known by name.
+_STREAMS = {
+    **dict.fromkeys(("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"), _STDOUT),
+    **dict.fromkeys(("/dev/stderr", "/dev/fd/2", "/proc/self/fd/2"), _STDERR),
+}
 
 
 class Screen:
@@ -29,6 +37,29 @@ class Screen:
     def __init__(self, output: Output, streams: Streams) -> None:
         self.output = output
         self._streams = streams
+        self._taken: set[str] = set()
+
+    def will_write(self, *paths: Path | None) -> None:
+        """Check, before any work is done, that the command's results can go where they are to go.
+
+        With ``-`` for one of a command's files that file's content is all that goes to stdout, and the result itself
+        goes to stderr. Raises :class:`UsageError` for a place that can't be written and for two results at one place.
+        """
+        for path in filter(None, paths):
+            place = _place(path)
+            stream = place in (_STDOUT, _STDERR)
+            if not stream:
+                check_writable(place)
+            if place in self._taken and (stream or _is_regular(place)):
+                raise UsageError(f"{path}: two results can't go to one place")
+            self._taken.add(place)
+        stdout = self._out_place() == _STDOUT or _STDOUT in self._taken
+        if stdout and self._streams.out is None:
+            raise UsageError("stdout is closed; --out FILE writes the result to a file")
+
+    def file(self, path: Path, text: str) -> None:
+        """Write one of the files that were told to :meth:`will_write`."""
+        self._to(_place(path), text)
 
     def result(self, render: Callable[[Console], None], data: Mapping[str, Any], summary: str) -> None:
         """Write the command's one result: ``render``ed as text, or ``data`` as JSON.
@@ -38,7 +69,7 @@ class Screen:
         output = self.output
         if output.format is Format.json:
             self._write(dumps(data, ascii_only=not self._unicode()))
-        elif output.quiet and output.out is None:
+        elif output.quiet and self._stream() is not None:
             self._write(summary + "\n")
         else:
             self._write(self._rendered(render))
@@ -52,11 +83,11 @@ class Screen:
         svg: Path | None = None,
     ) -> None:
         """Write a report as the result; ``notes`` are its further findings, and ``more`` the same for JSON."""
-        from moe_surgery.report.figure import save_svg
+        from moe_surgery.report.figure import picture
         from moe_surgery.report.terminal import render, sentence
 
         if svg is not None:
-            save_svg(report, svg, notes=notes)
+            self.file(svg, picture(report, notes=notes))
         data = {**report.to_json(), **(more or {})}
         self.result(lambda console: render(report, console, notes), data, sentence(report))
 
@@ -66,10 +97,11 @@ class Screen:
         If JSON was asked for, stdout gets the error as JSON too. Returns ``code``.
         """
         line = " ".join(message.split())
-        if report is not None:
-            self.report(report.but(exit_code=code), more={"error": line})
-        elif self.output.format is Format.json:
-            self._write(dumps({"schema": "moe-surgery/error/1", "error": line, "exit": code}, ascii_only=True))
+        with suppress(SurgeryError):  # where the result can't be written, the first error is the one to tell
+            if report is not None:
+                self.report(report.but(exit_code=code), more={"error": line})
+            elif self.output.format is Format.json:
+                self._write(dumps({"schema": "moe-surgery/error/1", "error": line, "exit": code}, ascii_only=True))
         self.say(f"error: {line}")
         return code
 
@@ -85,28 +117,47 @@ class Screen:
         with progress(self._streams.err, wanted=wanted, no_color=self.output.color is Color.never) as shown:
             yield shown
 
-    def _write(self, text: str) -> None:
+    def _out_place(self) -> str:
+        """Where the result goes; to stderr if another file's content goes to stdout."""
         if self.output.out is not None:
-            from moe_surgery.report.files import write_whole
+            return _place(self.output.out)
+        return _STDERR if _STDOUT in self._taken else _STDOUT
 
-            write_whole(self.output.out, text)
-        else:
-            self._streams.out.write(text)
-            self._streams.out.flush()
+    def _write(self, text: str) -> None:
+        self._to(self._out_place(), text)
+
+    def _to(self, place: str, text: str) -> None:
+        stream = {_STDOUT: self._streams.out, _STDERR: self._streams.err}.get(place)
+        if place not in (_STDOUT, _STDERR):
+            write_whole(place, text)
+        elif stream is not None:
+            try:
+                stream.write(text)
+                stream.flush()
+            except BrokenPipeError:
+                pass  # whoever read it has seen enough of it; the command ends with its own code
+            except OSError as fault:
+                raise UsageError(f"can't write the result to stdout: {fault.strerror or fault}") from fault
+
+    def _stream(self) -> TextIO | None:
+        """The stream that the result goes to; None for a file."""
+        place = self._out_place()
+        return self._streams.out if place == _STDOUT else self._streams.err if place == _STDERR else None
 
     def _unicode(self) -> bool:
-        return self.output.out is not None or (self._streams.out.encoding or "").lower().startswith("utf")
+        stream = self._stream()
+        return stream is None or (stream.encoding or "").lower().startswith("utf")
 
     def _rendered(self, render: Callable[[Console], None]) -> str:
         """The text as it suits where it goes; all of it before any is written, so that no half of it ever is."""
         from rich.console import Console
 
-        stream, color = self._streams.out, self.output.color
-        file = self.output.out is not None
-        terminal = stream.isatty() and not file
+        stream, color = self._stream(), self.output.color
+        terminal = stream is not None and stream.isatty()
         # The console has to know the encoding, for the characters that it may use.
-        page = io.TextIOWrapper(io.BytesIO(), encoding="utf-8" if file else stream.encoding, errors="backslashreplace")
-        width = _WIDTH_OF_FILES if file else _width(stream)
+        encoding = "utf-8" if stream is None else stream.encoding
+        page = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        width = _WIDTH_OF_FILES if stream is None else _width(stream)
         if color is Color.always:
             # The sixteen named colours are all that reports use.
             console = Console(file=page, width=width, force_terminal=True, color_system="standard", no_color=False)
@@ -117,6 +168,17 @@ class Screen:
         render(console)
         page.seek(0)
         return page.read()
+
+
+def _place(path: Path) -> str:
+    """``path`` as it is written to: a standard stream if it leads there, else the file at the end of its links."""
+    text = os.fspath(path)
+    return _STREAMS.get(text) or (os.path.realpath(text) if _is_regular(text) else text)
+
+
+def _is_regular(path: str) -> bool:
+    """Whether it is a regular file, or will be."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def _width(stream: TextIO) -> int:

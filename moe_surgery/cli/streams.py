@@ -7,17 +7,19 @@ descriptors themselves are turned away while a command runs, and the command wri
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self, TextIO, cast
 
 
 class Streams:
     """Holds ``out`` and ``err``, the real streams, while everything else that prints is silenced.
 
     With ``verbose`` it isn't silenced but goes to stderr, all of it, so that stdout has results alone. With ``shared``
-    both streams are a child process's: nothing is turned away, and results go to stderr too.
+    both streams are a child process's: nothing is turned away, and results go to stderr too. ``out`` is None where
+    stdout is closed; writing to ``err`` never fails, since nothing there is worth ending a command for.
     """
 
     def __init__(self, *, verbose: bool, shared: bool = False) -> None:
@@ -25,11 +27,12 @@ class Streams:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        _occupy()
+        self.err = self._messages()
         if self._shared:
-            self.out = self.err = sys.stderr
+            self.out: TextIO | None = self.err
             return self
-        self.err = self._private(sys.stderr, 2)
-        self.out = self._private(sys.stdout, 1)
+        self.out = None if sys.stdout is None else self._private(sys.stdout, 1)
         sink = self.err if self._verbose else self._stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         self._turn(sys.stdout, 1, sink)
         if not self._verbose:
@@ -50,9 +53,17 @@ class Streams:
         self._stack.callback(_close, copy)
         return copy
 
-    def _turn(self, stream: TextIO, descriptor: int, sink: TextIO) -> None:
+    def _messages(self) -> TextIO:
+        """What takes the place of stderr."""
+        if sys.stderr is not None and not _is_on(sys.stderr, 2):
+            return sys.stderr
+        messages = _Messages(os.dup(2), "utf-8" if sys.stderr is None else sys.stderr.encoding)
+        self._stack.callback(messages.close)
+        return cast("TextIO", messages)
+
+    def _turn(self, stream: TextIO | None, descriptor: int, sink: TextIO) -> None:
         """Let whatever is written to ``stream``, or to the descriptor below it, end in ``sink``."""
-        if not _is_on(stream, descriptor):
+        if stream is None or not _is_on(stream, descriptor):
             redirect = contextlib.redirect_stdout if descriptor == 1 else contextlib.redirect_stderr
             self._stack.enter_context(redirect(sink))
             return
@@ -67,14 +78,53 @@ class Streams:
         self._stack.callback(restore)
 
 
-def _is_on(stream: TextIO, descriptor: int) -> bool:
+class _Messages(io.TextIOBase):
+    """A stream that loses what it can't write: its disk is full, or its reader went away.
+
+    It buffers nothing, so that an interrupt in the middle of a write can't have a line written twice.
+    """
+
+    def __init__(self, descriptor: int, encoding: str) -> None:
+        self._descriptor, self._encoding = descriptor, encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, text: str, /) -> int:
+        data = text.encode(self._encoding, errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        return len(text)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+def _occupy() -> None:
+    """Open the null device on every standard descriptor that is closed, lest the next file opened becomes one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _is_on(stream: TextIO | None, descriptor: int) -> bool:
     try:
-        return stream.fileno() == descriptor
+        return stream is not None and stream.fileno() == descriptor
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def _close(stream: TextIO) -> None:
-    # A reader that went away (`moe-surgery scan MODEL | head -1`) is no failure of the command.
-    with contextlib.suppress(BrokenPipeError):
+    # Whether the result could be written was told when it was.
+    with contextlib.suppress(OSError):
         stream.close()

@@ -18,6 +18,8 @@ def activate() -> None:
     orders = Orders.from_env()
     if orders is None or not orders.for_engines:
         return
+    from moe_surgery.engine.cores import watch
     from moe_surgery.engine.model.seam import engage
 
     engage(orders)
+    watch()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +17,7 @@ from moe_surgery.report.files import write_whole
 from moe_surgery.report.json import dumps
 from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 
-_NAME = re.compile(r".*-rank\d+-\d+\.json")
+_NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -30,19 +32,25 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "error": (str, type(None)),
     "exit_code": int,
     "stage": int,
+    "load": int,
 }
 
 
 def new_run(run: str | Path) -> Path:
     """The folder ``run``, made if need be, as an absolute path.
 
-    Raises :class:`UsageError` if it can't be made, or has receipts already: they would pass for those of a later run.
+    Raises :class:`UsageError` if it can't be made or written to, or has receipts already: they would pass for those of
+    a later run.
     """
     folder = Path(run).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"can't make {run}: {error.strerror or error}") from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"can't write to {run}: {error.strerror or error}") from error
     if _paths(folder):
         raise UsageError(f"{run} has the receipts of an earlier run; give another folder")
     return folder
@@ -51,35 +59,33 @@ def new_run(run: str | Path) -> Path:
 def write(run: str | Path, receipt: Receipt) -> Path:
     """Leave ``receipt`` in the folder ``run``, whole or not at all, and return its path.
 
-    The same process's earlier receipt for the same model is replaced. Raises :class:`UsageError` if the folder can't
-    be written to.
+    The same process's earlier receipt for the same load of a model is replaced. Raises :class:`UsageError` if the
+    folder can't be written to.
     """
-    path = Path(run) / f"{_file_safe(receipt.model)}-rank{receipt.rank}-{receipt.pid}.json"
+    load = "" if receipt.load == 1 else f".{receipt.load}"
+    path = Path(run) / f"{_file_safe(receipt.model)}-rank{receipt.rank}-{receipt.pid}{load}.json"
     write_whole(path, dumps(receipt.to_json()))
     return path
 
 
 def read_all(run: str | Path) -> tuple[Receipt, ...]:
-    """The newest receipt of every rank of every model, by model, rank and process.
+    """The newest receipt of every rank for every load of a model, by model, load, rank and process.
 
-    A process that was restarted has written again, so what the earlier one left is passed over. Raises
-    :class:`UsageError` naming the folder, or the file that is no receipt.
+    A process that was restarted has written again, so what the earlier one left is passed over; but a failure isn't, as
+    long as the process that tells of it lives. Raises :class:`UsageError` naming the folder, or the file that is no
+    receipt.
     """
-    newest: dict[tuple[str, int], tuple[tuple[int, int], Receipt]] = {}
-    for path in _paths(Path(run)):
-        receipt, written = _read(path)
-        age = written, receipt.pid
-        key = receipt.model, receipt.rank
-        if key not in newest or age > newest[key][0]:
-            newest[key] = age, receipt
-    return tuple(sorted((receipt for _, receipt in newest.values()), key=_order))
+    told = sorted((_read(path) for path in _paths(Path(run))), key=lambda read: (read[1], read[0].pid))
+    newest = {(receipt.model, receipt.load, receipt.rank): receipt for receipt, _ in told}
+    failing = [receipt for receipt, _ in told if receipt.outcome == "failed" and lives(receipt.pid)]
+    return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *failing)}.values(), key=_order))
 
 
 def check(receipts: Iterable[Receipt]) -> None:
     """Raise unless every rank of every model tells of the same operation.
 
     The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
-    is no receipt, if a rank has none, or if ranks of one model differ in outcome, or in plan within a pipeline stage:
+    is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan within a pipeline stage:
     stages hold different layers. Ledgers aren't compared: under tensor parallelism each rank has weights of its own.
     """
     told = sorted(receipts, key=_order)
@@ -88,12 +94,12 @@ def check(receipts: Iterable[Receipt]) -> None:
     failure = first_failure(told)
     if failure is not None:
         raise failure
-    for model, group in groupby(told, key=lambda receipt: receipt.model):
+    for (model, _), group in groupby(told, key=lambda receipt: (receipt.model, receipt.load)):
         ranks = list(group)
         _check_ranks(model, ranks)
-        _check_equal(model, "outcomes", ranks, [receipt.outcome for receipt in ranks])
         for stage in sorted({receipt.stage for receipt in ranks}):
             mine = [receipt for receipt in ranks if receipt.stage == stage]
+            _check_equal(model, "outcomes", mine, [receipt.outcome for receipt in mine])
             _check_equal(model, "plans", mine, [receipt.fingerprint or "none" for receipt in mine])
 
 
@@ -134,7 +140,9 @@ def _read(path: Path) -> tuple[Receipt, int]:
     try:
         written = path.stat().st_mtime_ns
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: not a receipt: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a receipt: {error}") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise UsageError(f"{path}: not a receipt of schema {SCHEMA}")
@@ -148,8 +156,19 @@ def _read(path: Path) -> tuple[Receipt, int]:
     return Receipt(**data), written
 
 
-def _order(receipt: Receipt) -> tuple[str, int, int]:
-    return receipt.model, receipt.rank, receipt.pid
+def lives(pid: int) -> bool:
+    """Whether a process of this host is still there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _order(receipt: Receipt) -> tuple[str, int, int, int]:
+    return receipt.model, receipt.load, receipt.rank, receipt.pid
 
 
 def _file_safe(model: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
+_OF_NO_MEANING = ("transformers_version", "_name_or_path")
 # The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
 _ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
@@ -35,8 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path}: a JSON object is wanted, not {type(data).__name__}")
     return data
@@ -103,6 +108,41 @@ def checkpoint_headers(directory: str | Path, *, complete: bool = True) -> Heade
     return headers
 
 
+@dataclass(frozen=True)
+class Digest:
+    """What tells one checkpoint from another without reading a weight: digests of its config and its tensors' headers.
+
+    ``tensors`` is None where there are none to read: the config alone is enough to plan.
+    """
+
+    config: str
+    tensors: str | None
+
+    def differs_in(self, other: Digest) -> str | None:
+        """What the two checkpoints differ in, of what is known of both."""
+        if self.config != other.config:
+            return CONFIG
+        both = self.tensors is not None and other.tensors is not None
+        return "the names, dtypes or shapes of its tensors" if both and self.tensors != other.tensors else None
+
+
+def digest(directory: Path) -> Digest:
+    """The digest of a checkpoint's directory. Raises :class:`ModelError` if its config can't be read.
+
+    Who wrote the config, and where it lay, doesn't count.
+    """
+    config = {key: value for key, value in read_config(directory).items() if key not in _OF_NO_MEANING}
+    try:
+        headers = checkpoint_headers(directory, complete=False)
+    except ModelError:
+        headers = {}
+    return Digest(_sha(config), _sha(sorted(headers.items())) if headers else None)
+
+
+def _sha(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def missing_expert_tensor(headers: Header) -> str | None:
     """The first tensor that one numbered expert of a block lacks and another one of the same block has, if any."""
     blocks: dict[str, set[tuple[int, str]]] = defaultdict(set)
@@ -136,7 +176,7 @@ def _header(path: Path, complete: bool) -> Header:
         data.pop("__metadata__", None)
         entries = {name: (str(e["dtype"]), tuple(map(int, e["shape"])), e["data_offsets"]) for name, e in data.items()}
         ends = {name: (int(begin), int(end)) for name, (_, _, (begin, end)) in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ModelError(f"{path}: not safetensors: the header isn't readable") from None
     for name, (dtype, shape, _) in entries.items():
         _check_extent(path, name, dtype, shape, ends[name])

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moe_surgery.errors import UsageError
+from moe_surgery import checks
+from moe_surgery.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
+MOST_TOKENS = 1 << 20
+_MOST_ID = 2**63 - 1
 # Parameters of a forward through which one part of a model is fed another part's hidden states, as the talkers of
 # the Qwen omni models are fed the thinker's. Such a part takes embeddings, and never token ids, as its prompt.
-_FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
+FED_BY_ANOTHER = ("trailing_text_hidden", "tts_pad_embed")
 
 
 def generating_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,26 +55,50 @@ def without_a_trace(*models: nn.Module) -> Iterator[None]:
                 delattr(module, mark)
 
 
-def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, list[int]]:
+Tokens = list[int | None]
+"""Token ids; None stands for one that was chosen among logits that aren't numbers, and is equal to no other."""
+
+
+def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, Tokens]:
     """Continue ``prompt`` by at most ``count`` tokens, always the likeliest, with each generating part on its own.
 
     The keys are the names of the parts ("thinker", "talker"), or "model" for a model that is one. A part that another
     one feeds gets the prompt as embeddings of its own vocabulary, token ids taken modulo its size, and zeros as the
     other part's states: not what the model would say, but the same question before and after. A part stops early at
-    the end-of-sequence token of its generation config. Raises :class:`UsageError` for a prompt that doesn't fit the
-    vocabulary and for a model in which nothing generates.
+    the end-of-sequence token of its generation config. Logits with a NaN in them, or whose greatest is infinite, choose
+    no token. Raises :class:`UsageError` for a prompt that doesn't fit the vocabulary and for a model in which nothing
+    generates, :class:`ModelError` for one that can't be run.
     """
     import torch
 
-    if not prompt or count < 1:
-        raise UsageError("a prompt of at least one token and a count of at least one are needed")
-    result = {}
+    if not prompt:
+        raise UsageError("a prompt of at least one token is needed")
+    checks.whole(count, "the number of tokens to generate", 1, MOST_TOKENS)
+    for token in prompt:
+        checks.whole(token, "a token id", 0, _MOST_ID)
+    result: dict[str, Tokens] = {}
     for name, part in generating_parts(model).items():
         arguments = generating(part, [prompt], count, name)
-        with torch.no_grad(), without_a_trace(part):
-            tokens = part.generate(**arguments).sequences[0].tolist()  # type: ignore[operator]
-        result[name] = tokens[len(prompt) :] if "input_ids" in arguments else tokens
+        arguments["generation_config"].output_logits = True
+        try:
+            with torch.no_grad(), without_a_trace(part):
+                found = part.generate(**arguments)  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a model that doesn't run as it is
+            raise ModelError(f"{name}: it can't generate: {type(error).__name__}: {error}") from error
+        tokens = found.sequences[0].tolist()
+        tokens = tokens[len(prompt) :] if "input_ids" in arguments else tokens
+        chosen = zip(tokens, found.logits, strict=True)
+        result[name] = [token if bool(logits[0].max().isfinite()) else None for token, logits in chosen]
     return result
+
+
+def _check_positions(part: nn.Module, tokens: int, name: str) -> None:
+    """Raise :class:`UsageError` if a part's config has fewer positions than ``tokens``."""
+    config: Any = getattr(part, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens > positions:
+        raise UsageError(f"{name}: {tokens} tokens, prompt and answer, are more than its {positions} positions")
 
 
 def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str) -> dict[str, Any]:
@@ -80,10 +107,11 @@ def generating(part: nn.Module, prompts: list[list[int]], count: int, name: str)
     from transformers import GenerationConfig
 
     embedding: Any = part.get_input_embeddings()  # type: ignore[operator]
+    _check_positions(part, len(prompts[0]) + count, name)
     vocabulary, device = embedding.weight.shape[0], embedding.weight.device
     ids = torch.tensor(prompts, device=device)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-    fed = [key for key in _FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
+    fed = [key for key in FED_BY_ANOTHER if key in inspect.signature(part.forward).parameters]
     if fed:
         with torch.no_grad():
             arguments["inputs_embeds"] = embedding(ids % vocabulary)

@@ -6,12 +6,14 @@ when a model is opened, not when this module is.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ModelError, UsageError
@@ -25,11 +27,13 @@ from moe_surgery.models.checkpoint import (
     read_config,
     refuse_pickles,
 )
+from moe_surgery.models.text import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_LONGEST_REASON = 300
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONFIG_FILES = ("config.json", "generation_config.json", INDEX)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -42,6 +46,7 @@ class Opened:
     name: str
     module: nn.Module
     config: dict[str, Any]
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
 
     checkpoint = _find(model, trust_remote_code, weights=False)
     dtype = _dtype(checkpoint)
-    with _model_errors(checkpoint), uncollected():
+    with _model_errors(checkpoint.directory / CONFIG), uncollected():
         kind, config = _model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             module = kind._from_config(config, dtype=dtype)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
 def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
@@ -83,8 +88,9 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     headers = checkpoint_headers(checkpoint.directory)
     wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
     place = _device(device)
-    with _model_errors(checkpoint, headers), _progress_bars_only_on_a_terminal():
+    with _model_errors(checkpoint.directory / CONFIG):
         kind, config = _model_class(checkpoint)
+    with _model_errors(checkpoint.directory, headers), _progress_bars_only_on_a_terminal():
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -98,14 +104,16 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
         )
         _check_loaded(checkpoint, info)
         module = module.to(place)
-    return Opened(checkpoint.name, module.eval(), checkpoint.config)
+    return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
 def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
     directory = Path(model)
-    if directory.is_dir():
+    if not model:
+        raise ModelError("no model is named")
+    if os.path.isdir(model):
         name = directory.resolve().name
-    elif directory.exists():
+    elif os.path.exists(model):
         raise ModelError(f"{model}: a file; a model is a directory with {CONFIG}, or a hub id")
     elif not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise ModelError(f"{model}: no such directory")
@@ -122,7 +130,11 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
     """The directory of a hub id's files in the local cache, fetched if need be; never a pickle."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    patterns = [
+        *_CONFIG_FILES,
+        *(["*.safetensors", *TOKENIZER_FILES] if weights else []),
+        *(["*.py"] if trust_remote_code else []),
+    ]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
@@ -216,7 +228,10 @@ def _device(name: str) -> torch.device:
 
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "meta":
+            raise UsageError("device 'meta' holds no weights")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 
@@ -230,29 +245,38 @@ def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
         ("mismatched_keys", "of another shape in the checkpoint"),
         ("error_msgs", "with errors"),
     ):
-        names = sorted(str(entry) for entry in info.get(key) or ())
+        names = sorted(_told(entry) for entry in info.get(key) or ())
         if names:
             found.append(f"{len(names)} {words}, first {names[0]}")
     if found:
         raise ModelError(f"{checkpoint.directory}: weights don't fit the model: " + "; ".join(found))
 
 
+def _told(entry: object) -> str:
+    if not isinstance(entry, tuple):
+        return str(entry)
+    name, found, wanted = entry
+    return f"{name}: {list(found)} for {list(wanted)}"
+
+
 @contextmanager
-def _model_errors(checkpoint: _Checkpoint, headers: Header | None = None) -> Iterator[None]:
-    """Turn whatever transformers raises over a config or a checkpoint into one error naming the directory.
+def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises over a config or a checkpoint into one error naming the file or directory.
 
     It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers.
     """
     try:
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:
         # A bad field surfaces as a KeyError, AttributeError, ValueError or validation error, depending on the model.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # torch lets stack frames follow, and transformers advice.
+        text = " ".join(str(error).partition("Exception raised from")[0].split())
+        reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
-        raise ModelError(f"{checkpoint.directory}: {hint}{type(error).__name__}: {reason}") from error
+        raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
 
 
 @contextmanager

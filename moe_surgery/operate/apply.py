@@ -7,21 +7,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moe_surgery.errors import PlanError, ProofError, SurgeryError
+from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
+from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
+from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
-from moe_surgery.targets.base import SwappedBlock, Target
+from moe_surgery.targets.base import StandingBlock, Target
+from moe_surgery.targets.likeness import Likeness
 from moe_surgery.weights.tensors import BlockTensors, gather
 
 Progress = Callable[[int, int, str], None]
@@ -30,12 +34,19 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to operate: ``margin`` the proof asks for, its ``seed``, and whether the originals are kept for undo."""
+    """How to operate: ``margin`` the proof asks for, its ``seed``, and whether the originals are kept for undo.
+
+    ``model_check`` says whether the whole model is checked; arguments to call it with may be given instead of True.
+    ``expect`` blocks must be replaced in the end, and under ``strict`` all that were planned.
+    """
 
     margin: float = 5.0
     seed: int = 0
     undoable: bool = True
     progress: Progress | None = None
+    model_check: bool | Mapping[str, Any] = True
+    expect: int | None = None
+    strict: bool = False
 
 
 def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
@@ -52,6 +63,8 @@ def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
         item = found[step.path]
         if item.reading is None:
             raise PlanError(f"{step.path}: planned to be replaced, but now {item.unread or 'already fused'}")
+        if item.held is not None:
+            raise PlanError(f"{step.path}: planned to be replaced, but now {item.held}")
         if item.reading.spec != step.spec:
             wanted = step.spec.sentence() if step.spec else "nothing"
             raise PlanError(f"{step.path}: planned as {wanted}, but now {item.reading.spec.sentence()}")
@@ -60,7 +73,7 @@ def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
 
 
 class Operation:
-    """One plan on one model. ``run`` proves every block; ``commit`` (after it) exchanges them."""
+    """One plan on one model: ``apply`` carries it out, ``verify`` proves what it would do."""
 
     def __init__(
         self,
@@ -76,25 +89,40 @@ class Operation:
         self.rules = {step.path: step.rule for step in plan.steps}
         self.readings = check_fits(plan, sites)
         self.verdicts: dict[str, Verdict] = {}
+        self.refused: dict[str, str] = {}
+        self.whole: WholeModel | None = None
         self.started = time.perf_counter()
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
         for path in self._paths():
             self._proven(path)
-        failed = any(not verdict.passed for verdict in self.verdicts.values())
+        self._check_counts("verified")
+        failed = any(not verdict.passed and not verdict.powerless for verdict in self.verdicts.values())
         return self._report("verified", exit_code=ProofError.exit_code if failed else 0)
 
     def apply(self) -> Report:
-        """Build and prove every block, then exchange all. Raises :class:`ProofError` with the report if one fails."""
-        if self.settings.undoable:
-            swaps = [Swap.at(self.model, path, self._accepted(path)) for path in self._paths()]
-            transaction = Transaction(swaps)
-            transaction.commit()
-        else:
-            for path in self._paths():
-                self._accepted(path)
-            transaction = self._exchange_one_by_one()
+        """Build and prove every block, then exchange all of those that can be proven.
+
+        Raises :class:`ProofError` with the report if a block is wrong, or the model around the new blocks does anything
+        else than before, and :class:`ExpectationError` if fewer can be proven than the settings ask for.
+        """
+        wanted = self.settings.model_check
+        if wanted is not False and self.readings:
+            hidden = next(iter(self.readings.values())).spec.hidden
+            self.whole = WholeModel(self.model, tuple(self.readings), hidden, None if wanted is True else wanted)
+            self.whole.before()
+        undoable = self.settings.undoable
+        blocks: dict[str, StandingBlock] = {}
+        for path in self._paths():
+            new = self._accepted(path)
+            if new is not None:
+                blocks[path] = new if undoable else Double(new)
+        self._check_counts("rolled back")
+        transaction = self._exchanged(blocks)
+        if not undoable:
+            transaction.undo()
+            transaction = self._exchange_one_by_one(tuple(blocks))
         memory = Memory(
             moved=sum(swap.new.moved_bytes for swap in transaction.swaps),
             new=sum(swap.new.new_bytes for swap in transaction.swaps),
@@ -102,14 +130,29 @@ class Operation:
         )
         return self._report("applied", memory=memory, transaction=transaction)
 
-    def _exchange_one_by_one(self) -> Transaction:
+    def _exchanged(self, blocks: Mapping[str, StandingBlock]) -> Transaction:
+        """The blocks in their places, and the model around them checked; whatever fails leaves the model as it was."""
+        transaction = Transaction(self.model, [Swap.at(self.model, path, new) for path, new in blocks.items()])
+        transaction.commit()
+        if self.whole is not None:
+            try:
+                bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
+                difference = self.whole.after(blocks, bound)
+                if difference is not None:
+                    raise self._failed(f"the whole model differs: {difference}")
+            except BaseException:
+                transaction.undo()
+                raise
+        return transaction
+
+    def _exchange_one_by_one(self, paths: Sequence[str]) -> Transaction:
         """Rebuild each proven block and give its original up before the next: one block of extra memory at most.
 
         Interrupts wait until the end, since what is given up can't be put back.
         """
         done: list[Swap] = []
         with without_interrupts():
-            for path in self.readings:
+            for path in paths:
                 try:
                     swap = Swap.at(self.model, path, self._build(path))
                 except Exception as error:
@@ -122,8 +165,8 @@ class Operation:
                 swap.place(swap.new)
                 swap.old = None
                 done.append(swap)
-        transaction = Transaction(done)
-        transaction.committed = True
+            transaction = Transaction(self.model, done)
+            transaction.commit()
         return transaction
 
     def _paths(self) -> list[str]:
@@ -132,34 +175,80 @@ class Operation:
             return paths
         return list(_Reported(paths, self.settings.progress))
 
-    def _build(self, path: str, tensors: BlockTensors | None = None) -> SwappedBlock:
+    def _build(self, path: str, tensors: BlockTensors | None = None) -> StandingBlock:
+        """The block for a site, which answers for the old one. Raises :class:`_Unanswerable` if it can't."""
         block = self.model.get_submodule(path)
         reading = self.readings[path]
         new = self.targets[path].build(reading.spec, tensors or gather(block, reading.layout), prefix=path)
         new.rule = self.rules[path]
         new.names = tuple(inspect.signature(block.forward).parameters)
+        likeness = Likeness.of(block, path)
+        if overlap := new.overlap(likeness):
+            raise _Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
             new.observe(owner, block.get_submodule(owner))
+        new.stand_for(likeness)
         return new
 
-    def _proven(self, path: str) -> SwappedBlock:
+    def _proven(self, path: str) -> StandingBlock | None:
+        """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
         block = self.model.get_submodule(path)
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
             tensors = gather(block, reading.layout)
-            new = self._build(path, tensors)
+            try:
+                new = self._build(path, tensors)
+            except _Unanswerable as error:
+                self.refused[path] = str(error)
+                return None
             settings = self.settings
-            self.verdicts[path] = prove(block, new, reading.spec, tensors, seed=settings.seed, margin=settings.margin)
+            verdict = prove(block, new, reading.spec, tensors, seed=settings.seed, margin=settings.margin)
+            self.verdicts[path] = verdict
+            if verdict.powerless:
+                self.refused[path] = f"can't be proven: {verdict.reason}"
+                return None
+            if verdict.passed and self.whole is not None:
+                self._ask_as_the_model_does(path, new, tensors, self.whole)
         return new
 
-    def _accepted(self, path: str) -> SwappedBlock:
+    def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
+        """Ask a new block what the model asked the old one. Raises :class:`ProofError` if the answers differ."""
+        for heard in whole.heard(path):
+            try:
+                answer = new(*heard.given)
+            except Exception as error:
+                raise self._failed(f"{path}: {error} (on what the model gives it)") from error
+            spec, bound = self.readings[path].spec, self.verdicts[path].bound
+            apart, fault = disagreement(heard, answer, spec, tensors, bound)
+            if fault is not None:
+                raise self._failed(f"{path}: {fault}")
+            whole.saw(apart)
+
+    def _accepted(self, path: str) -> StandingBlock | None:
         new = self._proven(path)
-        verdict = self.verdicts[path]
-        if not verdict.passed:
-            report = self._report("rolled back", exit_code=ProofError.exit_code)
-            raise ProofError(f"{path}: {verdict.reason}").with_report(report)
+        if new is not None and not self.verdicts[path].passed:
+            raise self._failed(f"{path}: {self.verdicts[path].reason}")
         return new
+
+    def _failed(self, reason: str) -> SurgeryError:
+        report = self._report("rolled back", exit_code=ProofError.exit_code)
+        return ProofError(reason).with_report(report)
+
+    def _check_counts(self, done: Done) -> None:
+        """Raise :class:`ExpectationError` if the proofs have left fewer blocks than were asked for."""
+        settings, left = self.settings, len(self.readings) - len(self.refused)
+        reason = None
+        if settings.expect is not None and left != settings.expect and self.refused:
+            reason = f"expected {settings.expect} sites to replace, {left} can be"
+        elif settings.strict and self.refused:
+            reason = (
+                f"strict: {len(self.refused)} sites are refused" if len(self.refused) > 1 else "strict: 1 is refused"
+            )
+        if reason is not None:
+            listed = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
+            report = self._report(done, exit_code=ExpectationError.exit_code)
+            raise ExpectationError(f"{reason}: {listed}").with_report(report)
 
     def _report(self, done: Done, exit_code: int = 0, **rest: object) -> Report:
         steps = tuple(self._step(step, done) for step in self.plan.steps)
@@ -172,6 +261,7 @@ class Operation:
             versions(),
             seconds,
             exit_code=exit_code,
+            model_check=None if self.whole is None else self.whole.report(),
             **rest,  # type: ignore[arg-type]
         )
 
@@ -179,11 +269,40 @@ class Operation:
         verdict = self.verdicts.get(step.path)
         if step.outcome != "replaced":
             return step
+        if step.path in self.refused:
+            return replace(step, outcome="refused", reason=self.refused[step.path], verdict=verdict)
         if verdict is not None and not verdict.passed:
             return replace(step, outcome="refused", reason=f"proof failed: {verdict.reason}", verdict=verdict)
         if done == "rolled back":
-            return replace(step, outcome="kept", reason="left as it was: another site's proof failed", verdict=verdict)
+            return replace(
+                step, outcome="kept", reason="left as it was: the operation was rolled back", verdict=verdict
+            )
         return replace(step, verdict=verdict)
+
+
+class _Unanswerable(Exception):
+    """A block that can't answer for the one it would replace; the message is why. Never leaves this module."""
+
+
+class Double(StandingBlock):
+    """Takes a block's place while the model around it is checked, where the block itself must make room for the next.
+
+    It answers as the block does, and is called with its output at hand.
+    """
+
+    def __init__(self, block: StandingBlock) -> None:
+        super().__init__()
+        self.label, self.rule = block.label, block.rule
+        for name, child in block.named_children():
+            if block.observed(name):
+                self.add_module(name, child)
+        likeness = block.likeness
+        assert likeness is not None
+        self.stand_for(likeness)
+        self.eval()
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        return torch.empty_like([*given, *named.values()][0])
 
 
 class _Reported:

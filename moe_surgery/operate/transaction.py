@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from moe_surgery.errors import SurgeryError
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.operate.guards import Guards
+from moe_surgery.targets.base import StandingBlock
 
 
 @dataclass(eq=False)
@@ -23,10 +24,10 @@ class Swap:
     parent: nn.Module
     name: str
     old: nn.Module | None
-    new: SwappedBlock
+    new: StandingBlock
 
     @classmethod
-    def at(cls, model: nn.Module, path: str, new: SwappedBlock) -> Swap:
+    def at(cls, model: nn.Module, path: str, new: StandingBlock) -> Swap:
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         return cls(path, parent, name, parent.get_submodule(name), new)
@@ -37,17 +38,21 @@ class Swap:
 
 
 class Transaction:
-    """The swaps of one operation. Until :meth:`commit` the model is untouched; commit makes all of them or none."""
+    """The swaps of one operation on ``model``. Until :meth:`commit` it is untouched; commit makes all or none."""
 
-    def __init__(self, swaps: Sequence[Swap]) -> None:
+    def __init__(self, model: nn.Module, swaps: Sequence[Swap]) -> None:
         self.swaps = tuple(swaps)
         self.committed = False
+        kept = all(swap.old is not None for swap in self.swaps)
+        self._guards = Guards(model, [(swap.path, swap.new) for swap in self.swaps], kept)
 
     def commit(self) -> None:
         """Put every new block in place. Any exception, an interrupt included, leaves the old ones in place."""
         try:
             for swap in self.swaps:
                 swap.place(swap.new)
+                swap.new.keep(swap.old)
+            self._guards.put()
         except BaseException:
             self._restore()
             raise
@@ -71,9 +76,11 @@ class Transaction:
 
     def _restore(self) -> None:
         with without_interrupts():
+            self._guards.remove()
             for swap in self.swaps:
                 if swap.old is not None:
                     swap.place(swap.old)
+                    swap.new.keep(None)
 
 
 @contextmanager

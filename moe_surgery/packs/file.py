@@ -33,6 +33,7 @@ from moe_surgery.packs.pack import Expect, Pack, Requires, Rule
 from moe_surgery.packs.pattern import Pattern
 from moe_surgery.packs.toml_lines import Path as KeyPath
 from moe_surgery.packs.toml_lines import key_lines, line_of
+from moe_surgery.targets import check_name
 
 PACKAGES = ("torch", "transformers")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -175,7 +176,7 @@ def _rule(table: _Table, pack: str) -> Rule:
         config=config,
         requires=_requires(table.table("requires", "[rule.requires]", {})),
         expect=_expect(table.table("expect", "[rule.expect]")) if "expect" in table.data else None,
-        target=table.text("target") if "target" in table.data else None,
+        target=table.parsed("target", _target, table.text("target")) if "target" in table.data else None,
         origin=f"{table.file}:{table.line()}",
     )
 
@@ -184,6 +185,11 @@ def _name(table: _Table) -> str:
     name = table.text("name")
     if not _NAME.fullmatch(name):
         raise table.error(f'name "{name}" must be lower-case letters, digits, ".", "_" and "-"', "name")
+    return name
+
+
+def _target(name: str) -> str:
+    check_name(name)
     return name
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from moe_surgery.errors import UsageError
+from moe_surgery.packs.regex import Regex, RegexError, compiled
 
 REGEX = "re:"
 _PART = re.compile(r"[^\s.{}()\[\]|\\^$]+")
@@ -38,18 +39,23 @@ class Pattern:
         """Whether the pattern covers all of ``text``."""
         if self.dotted and text and not self.text.startswith(REGEX):
             text += "."
-        return self._compiled().fullmatch(text) is not None
+        return self._compiled().fullmatch(text)
 
-    def _compiled(self) -> re.Pattern[str]:
-        if self.text.startswith(REGEX):
-            try:
-                return re.compile(self.text.removeprefix(REGEX))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise PatternError(f'regular expression "{self.text}" doesn\'t compile: {error}') from None
-        if not self.dotted:
-            return re.compile(self._part(self.text))
-        # Each segment takes its dot along, so that "**" can stand for none of them.
-        return re.compile("".join(self._segment(segment) for segment in self.text.split(".")))
+    def _compiled(self) -> Regex:
+        if not isinstance(self.text, str):
+            raise PatternError(f"a glob is a string, not {self.text!r}")
+        try:
+            if self.text.startswith(REGEX):
+                return compiled(self.text.removeprefix(REGEX))
+            if not self.dotted:
+                return compiled(self._part(self.text))
+            # Each segment takes its dot along, so that "**" can stand for none of them.
+            return compiled("".join(self._segment(segment) for segment in self.text.split(".")))
+        except RegexError as error:
+            raise PatternError(f'{self._what()} "{self.text}" doesn\'t compile: {error}') from None
+
+    def _what(self) -> str:
+        return "regular expression" if self.text.startswith(REGEX) else "glob"
 
     def _segment(self, segment: str) -> str:
         if segment == "**":

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from moe_surgery import checks
 from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.installed.versions import versions
+from moe_surgery.models.checkpoint import Digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
-from moe_surgery.report.outcomes import Step
+from moe_surgery.report.files import write_whole
+from moe_surgery.report.outcomes import Outcome, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.auto import AutoTarget
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from moe_surgery.targets.base import Target
 
 SCHEMA = "moe-surgery/plan/1"
+logger = logging.getLogger("moe_surgery")
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,22 @@ class Plan:
     """One step per site, in the order of the module tree. ``model`` is the directory, hub id or class planned for.
 
     A plan can be saved, reviewed, and applied unchanged later; applying it to a model that no longer fits is an error.
+    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known.
     """
 
     model: str
     target: str
     steps: tuple[Step, ...]
+    checkpoint: Digest | None = None
     versions: dict[str, str] = field(default_factory=versions, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of what the plan does: its steps and target, not the model's name or today's versions."""
-        data = [{**step.to_json(), "reason": None} for step in self.steps]
-        text = json.dumps([SCHEMA, self.target, data], sort_keys=True, separators=(",", ":"))
+        """A digest of what the plan does and to what: not of the model's name or today's versions."""
+        data: list[Any] = [{**step.to_json(), "reason": None} for step in self.steps]
+        bound = [] if self.checkpoint is None else [asdict(self.checkpoint)]
+        text = json.dumps([SCHEMA, self.target, data, *bound], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def report(self) -> Report:
@@ -59,6 +66,7 @@ class Plan:
             "model": self.model,
             "target": self.target,
             "fingerprint": self.fingerprint,
+            "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
             "versions": self.versions,
             "sites": sites,
         }
@@ -71,36 +79,68 @@ class Plan:
             raise PlanError(f"not a plan of schema {SCHEMA} (found {found})")
         try:
             steps = tuple(_step(site) for site in data["sites"])
-            plan = cls(data["model"], data["target"], steps, dict(data["versions"]))
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan is incomplete: {error}") from error
+            checkpoint = None if data.get("checkpoint") is None else Digest(**data["checkpoint"])
+            plan = cls(_text(data["model"]), _text(data["target"]), steps, checkpoint, dict(data["versions"]))
+        except KeyError as error:
+            raise PlanError(f"the plan is incomplete: it has no {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"the plan can't be read: {error}") from error
         if plan.fingerprint != data.get("fingerprint"):
             raise PlanError(
                 f"the plan was changed: its fingerprint is {plan.fingerprint}, it says {data.get('fingerprint')}"
             )
         return plan
 
+    def to_text(self) -> str:
+        """The plan as its file says it."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        temporary = Path(f"{path}.{os.getpid()}.part")
-        try:
-            temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the plan as JSON, whole or not at all. Raises :class:`UsageError` if it can't be written."""
+        write_whole(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises :class:`PlanError` naming the file."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            return cls.from_json(json.loads(checks.path(path, "a plan").read_text(encoding="utf-8")))
+        except OSError as error:
+            raise PlanError(f"{path}: not a plan: {error.strerror or error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise PlanError(f"{path}: not a plan: {error}") from error
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 
+    def check_origin(self, found: Digest | None, where: str) -> None:
+        """Raise :class:`PlanError` if ``found``, the checkpoint at ``where``, is another than the plan was made for."""
+        differs = None if self.checkpoint is None or found is None else self.checkpoint.differs_in(found)
+        if differs is not None:
+            raise PlanError(f"the plan was made for another checkpoint than {where}: it differs in {differs}")
+
+    def warn_of_versions(self) -> None:
+        """Warn if other versions are installed than the plan was made with: they may read or build otherwise."""
+        now = versions()
+        packages = sorted({**self.versions, **now})
+        changed = [
+            f"{package} {self.versions.get(package, 'absent')}, now {now.get(package, 'absent')}"
+            for package in packages
+            if self.versions.get(package) != now.get(package)
+        ]
+        if changed:
+            logger.warning("the plan was made with other versions: %s", "; ".join(changed))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a string is wanted, not {value!r}")
+    return value
+
 
 def _step(site: dict[str, Any]) -> Step:
+    if site["outcome"] not in get_args(Outcome):
+        raise ValueError(f"no outcome is called {site['outcome']!r}")
+    for name in ("path", "kind", "reason"):
+        _text(site[name])
     spec = None if site["spec"] is None else MoESpec.from_json(site["spec"])
     return Step(site["path"], site["kind"], site["outcome"], site["reason"], site["rule"], site["target"], spec)
 
@@ -113,6 +153,14 @@ class Selection:
     skip: tuple[str, ...] = ()
     expect: int | None = None
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises :class:`UsageError` for what is of the wrong type."""
+        checks.texts(self.only, "only")
+        checks.texts(self.skip, "skip")
+        checks.truth(self.strict, "strict")
+        if self.expect is not None:
+            checks.whole(self.expect, "expect", 0)
 
     def excuse(self, path: str) -> str | None:
         """Why a site is left out by the caller, if it is."""
@@ -201,6 +249,8 @@ def _decide(
     rule, spec = match.rule, match.reading.spec
     if excuse:
         return Step(path, kind, "kept", excuse, rule, None, spec)
+    if item.held is not None:
+        return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)

@@ -10,9 +10,10 @@ from torch import nn
 from moe_surgery.installed.imports import uncollected
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
+from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.block import read
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.reading import Reading, Unreadable
+from moe_surgery.read.reading import Broken, Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
@@ -20,11 +21,15 @@ from moe_surgery.targets.base import SwappedBlock
 
 @dataclass(frozen=True, eq=False)
 class Surveyed:
-    """A site with what was read there, or why it could not be read; neither for a block swapped in before."""
+    """A site with what was read there, or why it could not be read; neither for a block swapped in before.
+
+    ``held`` says who else in the model could use or change the weights of a site that was read, if anybody could.
+    """
 
     site: Site
     reading: Reading | None
     unread: str | None
+    held: str | None = None
 
     @property
     def swapped(self) -> bool:
@@ -35,7 +40,11 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
     """Every site of ``model``, read. Where only a block's module of experts can be read, that module is the site."""
     known = Readings()
     shared = _shared_modules(model)
-    return tuple(_survey(site, known, shared) for site in find_sites(model))
+    surveyed = [_survey(site, known, shared) for site in find_sites(model)]
+    around = Surroundings(model, [item.site for item in surveyed if item.reading is not None])
+    return tuple(
+        item if item.reading is None else replace(item, held=around.objection(item.site.path)) for item in surveyed
+    )
 
 
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
@@ -43,6 +52,8 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
         return Surveyed(site, None, None)
     try:
         return _whole(site, known, shared)
+    except Broken as error:
+        return Surveyed(site, None, str(error))
     except Unreadable as error:
         inside = _inside(site, known, shared, str(error))
         return inside if inside is not None else Surveyed(site, None, str(error))

@@ -109,18 +109,43 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
         alone = _evaluate(spec, tensors, probes.keep(mask), routing.keep(mask), None)
         rows = mask[routing.tokens].nonzero().flatten()
         noise = noise.maximum(truth.worst(truth.distance_from(alone.rows, rows), routing.tokens[rows]))
-    sizes = (spec.hidden, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
     return Ground(
         probes=probes,
         routing=routing,
         truth=truth,
         noise=noise.clamp_min(_floor(probes)).tolist(),
-        slack=slack(max(sizes), probes.x.dtype) * luck(min(sizes)),
+        slack=_slack(spec, probes.x.dtype),
         twins=tuple(twins(parts, tensors, wanted, exact.visited, ranks)),
         overflowed=asked - undecided - len(probes.x),
         undecided=undecided,
         unvisited=_unvisited(spec, tensors, probes, routing),
     )
+
+
+def measured(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> tuple[Truth | None, Tensor, float]:
+    """The truth of tokens ``x`` [T, H], which of them it knows [T], and how far a right block may be from it.
+
+    Unknown are tokens whose choice of experts can't be told and those that overflow; with no other there is no truth.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        probes = Probes(x, torch.full((len(x),), UNIT, device=x.device))
+        routing = route(spec, tensors, probes)
+        kept = routing.decidable.clone()
+        if not bool(kept.any()):
+            return None, kept, 0.0
+        probes, routing = probes.keep(kept), routing.keep(kept)
+        exact = _evaluate(spec, tensors, probes, routing, F64)
+        truth = Truth(exact.rows, routing.tokens, probes.family)
+        rounded = _evaluate(spec, tensors, probes, routing, None).rows
+        noise = truth.distance_from(rounded, torch.arange(len(rounded), device=x.device))
+        noise = noise.where(noise.isfinite(), 0.0).max().clamp_min(_floor(probes))
+        return truth, kept, float(noise) * _slack(spec, x.dtype)
+
+
+def _slack(spec: MoESpec, dtype: torch.dtype) -> float:
+    """How many times the noise a right block may be off."""
+    sizes = (spec.hidden, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
+    return slack(max(sizes), dtype) * luck(min(sizes))
 
 
 def _unvisited(spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing) -> tuple[int, ...]:

@@ -27,13 +27,15 @@ SCALES = (1.0, 2.0**-4, 2.0**3, 0.0)
 
 _RANDOM = 64
 _SCALED = 16
-# Root mean squares of a saturated token's logits, the tokens of each, and how many are tried for each of them.
+# Sizes of saturated tokens' logits, how many there are, and of the raised ones the spread and the height in that size.
 _LOGITS = (10.0, 20.0, 40.0)
-_SATURATED, _TRIED = 6, 16
+_SATURATED = 18
+_SPREAD, _HEIGHT = 0.25, 0.6
 # No token is larger than this: experts' outputs would overflow.
 _LARGEST = 2.0**12
 # Gaps between rank k and rank k+1, in units of eps(dtype) * largest logit: within the router's noise, and beyond it.
 _GAPS = (0.0, 0.0, 0.0, 0.0, 8.0, 8.0, 32.0, 32.0, 128.0, 128.0)
+_MORE = 14
 # How far a steered token is pushed towards its expert, in units of the random token under it.
 _PUSHES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
 _STEPS = 500
@@ -68,6 +70,7 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
     generator = torch.Generator("cpu").manual_seed(seed)
     weight = router.detach().to("cpu", torch.float64)
     k = spec.router.top_k
+    bias = None if tensors is None or tensors.router_bias is None else tensors.router_bias.detach().to(weight)
 
     def random(count: int) -> Tensor:
         return unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
@@ -76,12 +79,12 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
         (UNIT, random(_RANDOM)),
         (UNIT, steer(weight, k, random(len(weight)), router.dtype)),
         # Whose scores are near to each other, only a router of known scoring tells.
-        (UNIT, near_ties(weight, k, random(0 if spec.router.scoring == "own" else len(_GAPS)), router.dtype)),
+        (UNIT, near_ties(weight, k, random(_gaps(spec, router.dtype)), router.dtype, bias)),
         (SMALL, random(_SCALED) * SCALES[SMALL]),
         (LARGE, random(_SCALED) * SCALES[LARGE]),
         (LARGE, _clamped(spec, tensors, weight, random(_SCALED))),
         (ZERO, random(1) * SCALES[ZERO]),
-        (SATURATED, saturated(spec, weight, random(0 if spec.router.own else _SATURATED * _TRIED))),
+        (SATURATED, saturated(spec, weight, random(0 if spec.router.own else _SATURATED))),
     ]
     return Probes(
         torch.cat([x for _, x in parts]).to(router.dtype).to(router.device),
@@ -90,24 +93,23 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
 
 
 def saturated(spec: MoESpec, weight: Tensor, x: Tensor) -> Tensor:
-    """Some of the tokens ``x`` [n, H] at those scales that give their logits the sizes of ``_LOGITS``.
+    """The tokens ``x`` [n, H] at those scales that give their logits the sizes of ``_LOGITS``, one after another.
 
-    Half of each size are those whose logit of rank k + 1 is highest: with it the choice lies between large logits.
+    Of every second one all logits are raised by as much, so that the choice lies between large ones: rank k + 1 is at
+    ``_HEIGHT`` of the size. With more experts than the router's input has dimensions they are raised nearly alike.
     """
     k, experts = spec.router.top_k, len(weight)
     if k >= experts or len(x) == 0:
         return x[:0]
+    wanted = x.new_tensor(_LOGITS).repeat_interleave(2).repeat(len(x))[: len(x), None]
     logits = x @ weight.T
-    size = logits.pow(2).mean(-1, keepdim=True).sqrt()
-    height = (logits / size.clamp_min(1e-300)).topk(k + 1, -1).values[:, -1]
-    order = height.argsort(descending=True, stable=True).tolist()
-    parts = []
-    for number, wanted in enumerate(_LOGITS):
-        high, half = order[number :: len(_LOGITS)], _SATURATED // 2
-        some = [*high[:half], *high[-half:]]
-        scale = wanted / size[some]
-        parts.append((x[some] * scale)[(scale < _LARGEST).squeeze(1)])
-    return torch.cat(parts)
+    scale = wanted / logits.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
+    raised = (torch.arange(len(x), device="cpu") % 2 == 1)[:, None]
+    scale = scale.where(~raised, scale * _SPREAD)
+    lift = _HEIGHT * wanted - (logits * scale).topk(k + 1, -1).values[:, -1:]
+    upwards = torch.linalg.pinv(weight) @ weight.new_ones(experts)
+    x = x * scale + (lift * upwards).where(raised, 0.0)
+    return x[x.pow(2).mean(-1).sqrt() < _LARGEST]
 
 
 def _clamped(spec: MoESpec, tensors: BlockTensors | None, router: Tensor, x: Tensor) -> Tensor:
@@ -175,17 +177,26 @@ def _apart(weight: Tensor, experts: Tensor, rank: int) -> Iterator[Tensor]:
         yield point
 
 
-def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` [G, H] moved so that the scores of rank k and k+1 come as near to each other as ``_GAPS`` says."""
+def _gaps(spec: MoESpec, dtype: torch.dtype) -> int:
+    """How many near ties to make; more where they alone show that half precision isn't what experts are ranked in."""
+    if spec.router.own:
+        return 0
+    wide = spec.router.logits_dtype == "float32" and torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+    return len(_GAPS) + (_MORE if wide else 0)
+
+
+def near_ties(weight: Tensor, k: int, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """``x`` [G, H] moved so that the logits of rank k and k+1 come as near to each other as ``_GAPS`` says, or meet."""
     if k == len(weight) or len(x) == 0:
         return x[:0]
-    gaps = x.new_tensor(_GAPS)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    gaps = torch.cat([x.new_tensor(_GAPS), x.new_zeros(len(x))])[: len(x)]
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # scores are never finer than float32
     for _ in range(4):
-        logits = x @ weight.T
+        logits = x @ weight.T + bias
         last, next_ = logits.topk(k + 1, -1).indices[:, -2:].T
         apart = weight[last] - weight[next_]
-        wanted = gaps * eps * logits.abs().amax(-1)
+        wanted = gaps * eps * logits.abs().amax(-1) - (bias[last] - bias[next_])
         excess = ((apart * x).sum(-1) - wanted) / apart.pow(2).sum(-1).clamp_min(1e-300)
         x = unit(x - apart * excess[:, None])
     return x

@@ -57,9 +57,8 @@ def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) ->
 
 
 def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
-    faults = _ground_faults(ground)
     reading = _examine_old(old, ground, empty=who == "old")
-    faults += _error_faults(who, reading, ground)
+    faults = _error_faults(who, reading, ground)
     judged = reading
     if new is not None:
         # A right answer to an empty input is owed only where the old block gave one.
@@ -68,7 +67,8 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
     mutants = sorted((_measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
-    # A wrong block, or an expert that isn't reached, would fail here again.
+    # An expert that isn't reached would fail here again, as would a wrong block.
+    wrong, faults = bool(faults), _ground_faults(ground) + faults
     faults = faults or _power_faults(mutants, ground, margin)
     verdict = Verdict(
         passed=not faults,
@@ -83,6 +83,8 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         routing_flips=int(judged.flipped.sum()) if isinstance(judged, Answers) else 0,
         families=tuple(_families(ground, _worst(reading), None if new is None else _worst(judged))),
         left_out=ground.overflowed + ground.undecided,
+        powerless=bool(faults) and not wrong,
+        bound=ground.slack * ground.noise[UNIT],
     )
     return verdict if faults else replace(verdict, reason=_account(verdict, margin))
 
@@ -151,6 +153,7 @@ def _hopeless(reason: str, new: bool) -> Verdict:
         tokens=0,
         near_ties=0,
         routing_flips=0,
+        powerless=True,
     )
 
 

@@ -43,7 +43,9 @@ class Verdict:
     judged), ``noise`` the measured error of the dtype itself; these three are of the ``unit`` family, and ``families``
     has all of them. ``margin`` is the least margin of all mutants: the nearest mutant's distance over the error of the
     block. ``near_ties`` tokens are those whose choice of experts is within the noise of the router; ``routing_flips``
-    of them took the other choice. ``left_out`` probes said nothing in this dtype and were not asked.
+    of them took the other choice. ``left_out`` probes said nothing in this dtype and were not asked. ``powerless`` says
+    that it didn't pass for want of power: no block was found wrong, but these weights let none be proven. ``bound`` is
+    how far a right block may be from the reference, on tokens of unit scale.
     An error is infinite where a block returned something that isn't finite, or nothing at all.
     """
 
@@ -59,6 +61,8 @@ class Verdict:
     routing_flips: int
     families: tuple[Family, ...] = ()
     left_out: int = 0
+    powerless: bool = False
+    bound: float = 0.0
 
     @property
     def nearest_mutant(self) -> Mutant | None:

@@ -17,6 +17,10 @@ class Unfollowed(Unreadable):
     """The block's forward raised an error of its own while it was recorded."""
 
 
+class Broken(Unreadable):
+    """The block can't run as it is, so that nothing inside it is worth replacing."""
+
+
 @dataclass(frozen=True)
 class ChildShape:
     """What a direct child of a block is, with its sizes.

@@ -26,7 +26,7 @@ class Readings:
     """What was read of blocks so far, by their structure. Holds as long as the blocks live and nobody changes them."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, Reading | str] = {}
+        self._known: dict[Hashable, Reading | Unreadable] = {}
 
     def once(self, key: Hashable, read: Callable[[], Reading]) -> Reading:
         """What was read, or is now, of blocks that share ``key``. Raises :class:`Unreadable` as ``read`` did."""
@@ -34,10 +34,11 @@ class Readings:
             try:
                 self._known[key] = read()
             except Unreadable as error:
-                self._known[key] = str(error)
+                # A new one, as the frames and causes of this one would keep the block alive.
+                self._known[key] = type(error)(str(error))
         found = self._known[key]
-        if isinstance(found, str):
-            raise Unreadable(found)
+        if isinstance(found, Unreadable):
+            raise type(found)(str(found))
         return found
 
 
@@ -139,7 +140,7 @@ def _named(module: nn.Module) -> Iterator[str]:
     yield from _named_by(type(module))  # type: ignore[arg-type]
     for value in vars(module).values():
         for function in functions(value):
-            yield from _words(function.__code__)
+            yield from words(function.__code__)
 
 
 @functools.cache
@@ -152,14 +153,15 @@ def _named_by(kind: type) -> frozenset[str]:
             function = getattr(value, "fget", value)
             if name not in _NOT_RUN and isinstance(function, FunctionType):
                 for other in (function, *functions(function)):
-                    found.update(_words(other.__code__))
+                    found.update(words(other.__code__))
     return frozenset(found)
 
 
-def _words(code: CodeType) -> Iterator[str]:
+def words(code: CodeType) -> Iterator[str]:
+    """The names in code, and the texts that may be names."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
         elif isinstance(constant, CodeType):
-            yield from _words(constant)
+            yield from words(constant)

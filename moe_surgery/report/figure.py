@@ -1,14 +1,12 @@
-"""The terminal's rendering of a report as a picture."""
+"""The terminal's rendering of a report as a picture, and as a piece of a page."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from moe_surgery.report.files import write_whole
 from moe_surgery.report.outcomes import Outcomes
 from moe_surgery.report.terminal import Note, render
 
@@ -40,14 +38,21 @@ _TEMPLATE = """\
 """
 
 
-def save_svg(
-    report: Outcomes, path: str | Path, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128
-) -> None:
-    """Write ``report`` as an SVG of ``width`` columns; the file appears whole or not at all.
+_PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3">{code}</pre>'
 
-    It needs nothing but itself to be shown, and the same report gives the same bytes.
+
+def page(report: Outcomes, *, width: int = 128) -> str:
+    """``report`` as a piece of HTML of ``width`` columns, in the page's own colours for text."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    render(report, console)
+    return console.export_html(inline_styles=True, code_format=_PAGE)
+
+
+def picture(report: Outcomes, *, notes: Sequence[Note] = (), title: str = "moe-surgery", width: int = 128) -> str:
+    """``report`` as an SVG of ``width`` columns.
+
+    It needs nothing but itself to be shown, and the same report gives the same text.
     """
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     render(report, console, notes)
-    picture = console.export_svg(title=title, unique_id="moe-surgery", code_format=_TEMPLATE)
-    write_whole(Path(path), picture)
+    return console.export_svg(title=title, unique_id="moe-surgery", code_format=_TEMPLATE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_surgery.errors import UsageError
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
-from moe_surgery.report.outcomes import SCHEMA, Memory, Step
+from moe_surgery.report.outcomes import SCHEMA, Memory, ModelCheck, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 
@@ -32,6 +32,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             seconds=data["seconds"],
             memory=Memory(**data["memory"]),
             exit_code=data["exit"],
+            model_check=None if data.get("model_check") is None else ModelCheck.from_json(data["model_check"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"not a report: {error!r}") from error

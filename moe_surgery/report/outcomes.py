@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -53,11 +54,44 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class ModelCheck:
+    """What the check of the whole model found: that a short run of it did the same before and after.
+
+    ``parts`` are the parts that were run, "" being the whole model, on ``tokens`` tokens in all; ``not_run`` those that
+    could not be, with the reason; ``not_called`` the sites that no run came to. ``apart`` is the greatest distance of a
+    new block from the old one on the model's own tokens, relative, worst token. ``seconds`` is what it cost.
+    """
+
+    parts: tuple[str, ...]
+    tokens: int
+    not_run: tuple[tuple[str, str], ...]
+    not_called: tuple[str, ...]
+    apart: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parts": list(self.parts),
+            "tokens": self.tokens,
+            "not_run": [{"part": part, "reason": reason} for part, reason in self.not_run],
+            "not_called": list(self.not_called),
+            "apart": self.apart,
+            "seconds": round(self.seconds, 3),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelCheck:
+        not_run = tuple((entry["part"], entry["reason"]) for entry in data["not_run"])
+        lists = {key: tuple(data[key]) for key in ("parts", "not_called")}
+        return cls(tokens=data["tokens"], not_run=not_run, apart=data["apart"], seconds=data["seconds"], **lists)
+
+
+@dataclass(frozen=True)
 class Outcomes:
     """The outcome of ``plan``, ``verify`` or ``apply`` for a whole model.
 
     ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
-    "rolled back" (a failure; model as it was) or "undone".
+    "rolled back" (a failure; model as it was) or "undone". ``model_check`` is None where none was made.
     """
 
     model: str
@@ -68,6 +102,7 @@ class Outcomes:
     seconds: float = 0.0
     memory: Memory = Memory()
     exit_code: int = 0
+    model_check: ModelCheck | None = None
 
     def _with(self, outcome: Outcome) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.outcome == outcome)
@@ -98,6 +133,7 @@ class Outcomes:
             "versions": dict(self.versions),
             "sites": [step.to_json() for step in self.steps],
             "memory": {"moved": self.memory.moved, "new": self.memory.new, "kept": self.memory.kept},
+            "model_check": self.model_check.to_json() if self.model_check else None,
             "seconds": round(self.seconds, 3),
             "exit": self.exit_code,
         }

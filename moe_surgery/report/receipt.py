@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 SCHEMA = "moe-surgery/receipt/1"
-Outcome = Literal["operated", "unpatched", "failed"]
+Outcome = Literal["operated", "kept", "unpatched", "failed"]
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,11 @@ class Receipt:
     """What was done with one model in one process.
 
     ``rank`` is the global one among the ``world`` ranks that hold the model together, ``stage`` the part of a pipeline
-    that it holds, and ``model`` the architecture or class that was built. "unpatched" is a model that was kept as it
-    was although surgery was asked for. ``fingerprint`` is the plan's, ``ledger`` the digest of where every weight went,
-    ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error`` and ``exit_code``
-    tell what went wrong.
+    that it holds, and ``model`` the architecture or class that was built, as the process's ``load``-th of that class: a
+    draft model may be of the class of its target. "kept" is one in which nothing was replaced, "unpatched" one
+    that stays as it was although surgery was asked for. ``fingerprint`` is the plan's, ``ledger`` the digest of where
+    every weight went, ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error``
+    and ``exit_code`` tell what went wrong.
     """
 
     pid: int
@@ -31,6 +32,7 @@ class Receipt:
     error: str | None = None
     exit_code: int = 0
     stage: int = 0
+    load: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data of the versioned schema ``moe-surgery/receipt/1``."""

@@ -13,11 +13,23 @@ if TYPE_CHECKING:
     from moe_surgery.operate.transaction import Transaction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Outcomes):
     """The outcomes for a whole model; ``transaction`` is the operation behind them, where there is one to undo."""
 
     transaction: Transaction | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """One short line; ``render`` prints all of it."""
+        from moe_surgery.report.terminal import sentence
+
+        return f"<Report of {self.model}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        """The report as notebooks show it, with the same rows as on a terminal."""
+        from moe_surgery.report.figure import page
+
+        return page(self)
 
     def render(self, console: Console) -> None:
         """Print the report: one row per kind of site, indices folded, the sentence to quote last."""

@@ -46,7 +46,8 @@ def _key(step: Step) -> tuple[object, ...]:
     measured = step.verdict is not None or step.outcome == "replaced"
     # Of blocks that are alike some may be proven for all.
     failed = step.verdict is not None and not step.verdict.passed
-    reason = None if measured else step.reason
+    # A rule that doesn't fit tells of the path that it met, which differs from site to site and nothing else does.
+    reason = None if measured else step.reason.replace(step.path, "") if step.path else step.reason
     return step.outcome, step.kind, step.target, step.rule, sentence, failed, reason
 
 
@@ -55,14 +56,18 @@ def _row(steps: list[Step]) -> Row:
     verdicts = [step.verdict for step in steps if step.verdict]
     errors = [v.reading_error if v.build_error is None else v.build_error for v in verdicts]
     worst = min(steps, key=lambda step: step.verdict.margin if step.verdict else math.inf)
+    paths = tuple(path for path, _ in fold_paths(step.path for step in steps))
+    reason = worst.reason
+    if len(steps) > 1 and worst.path:
+        reason = reason.replace(worst.path, ", ".join(paths))
     return Row(
         outcome=first.outcome,
         kind=first.kind,
         target=first.target,
         rule=first.rule,
         sentence=first.spec.sentence() if first.spec else None,
-        reason=worst.reason,
-        paths=tuple(path for path, _ in fold_paths(step.path for step in steps)),
+        reason=reason,
+        paths=paths,
         sites=tuple(step.path for step in steps),
         passed=verdicts[0].passed if verdicts else None,
         proven=len(verdicts),

@@ -14,7 +14,8 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from moe_surgery.report.outcomes import Memory, Outcome, Outcomes
+from moe_surgery.report.folded_paths import fold_paths
+from moe_surgery.report.outcomes import Memory, ModelCheck, Outcome, Outcomes
 from moe_surgery.report.rows import Row, rows
 from moe_surgery.report.words import duration, error, plural, ratio, size, writable
 
@@ -38,6 +39,8 @@ def render(report: Outcomes, console: Console, notes: Sequence[Note] = ()) -> No
     """Print ``report``; ``notes`` are further findings, put before the last line."""
     header(report, console)
     _table(console, [_Line.of(row) for row in rows(report)])
+    if report.model_check is not None:
+        notes = [*(("model", line) for line in model_sentences(report.model_check)), *notes]
     if report.memory != Memory():
         notes = [("weights", memory_sentence(report.memory)), *notes]
     for topic, text in notes:
@@ -80,6 +83,20 @@ def memory_sentence(memory: Memory) -> str:
     parts = [f"{size(memory.moved)} moved by reference", f"{size(memory.new)} new"]
     parts.append(f"{size(memory.kept)} of originals kept for undo" if memory.kept else "no originals kept")
     return " · ".join(parts)
+
+
+def model_sentences(check: ModelCheck) -> list[str]:
+    """What the check of the whole model found, and what it could not say, a line each."""
+    lines = []
+    if check.parts:
+        names = ", ".join(part or "the whole model" for part in check.parts)
+        found = f"does the same around the new blocks, which are within {error(check.apart)} of the old ones"
+        lines.append(f"{names}, run on {plural(check.tokens, 'token')}, {found}")
+    lines += [f"NOT RUN: {part or 'the whole model'}: {reason}" for part, reason in check.not_run]
+    if check.not_called:
+        paths = ", ".join(path for path, _ in fold_paths(check.not_called))
+        lines.append(f"no run came to {paths}: what the model does around there isn't checked")
+    return lines
 
 
 @dataclass(frozen=True)

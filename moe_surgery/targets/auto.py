@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -52,6 +52,6 @@ class AutoTarget:
     def accepts(self, spec: MoESpec, context: Context) -> Refusal | None:
         return self.pick(spec, context)[0].accepts(spec, context)
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         return self.pick(spec, context)[0].build(spec, tensors, prefix=prefix)

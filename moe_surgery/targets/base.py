@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.likeness import Standing
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -55,8 +56,19 @@ class SwappedBlock(nn.Module):
             )
         return found[0], found[1], found[2]
 
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
+
     def observe(self, name: str, router: nn.Module) -> None:
         """Keep the old router as child ``name``, if others may have hooks on it. By default it isn't needed."""
+
+    def observed(self, name: str) -> bool:
+        """Whether child ``name`` is the old router, kept for its hooks."""
+        return False
+
+
+class StandingBlock(Standing, SwappedBlock):
+    """A swapped block of a plain model, which answers for the one that stood in its place."""
 
 
 class Target(Protocol):
@@ -75,7 +87,7 @@ class Target(Protocol):
         """What a plan is to say beyond that ``spec`` is accepted, if anything."""
         ...
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """A block computing ``spec`` with ``tensors``, on their device, in their dtype.
 
         Its forward takes ``[..., H]`` and returns the same shape. ``tensors`` are never written to; they are used by

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.base import StandingBlock
 from moe_surgery.weights.tensors import BlockTensors
 
 
-class GuardedBlock(SwappedBlock):
+class GuardedBlock(StandingBlock):
     """A sparse-MoE block computed by somebody's kernels, for inference.
 
     Takes ``[..., H]`` and returns the same shape; the input is not written to. Its weights lie in the kernels' own
@@ -28,7 +28,7 @@ class GuardedBlock(SwappedBlock):
         super().__init__()
         self.spec = spec
         self.label = label
-        self.router_weight = nn.Parameter(router, requires_grad=False)
+        self.fused_router = nn.Parameter(router, requires_grad=False)
         self._observed: nn.Module | None = None
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
@@ -54,6 +54,9 @@ class GuardedBlock(SwappedBlock):
         self.add_module(name, router)
         self._observed = router
 
+    def observed(self, name: str) -> bool:
+        return self._observed is not None and self._modules.get(name) is self._observed
+
     def extra_repr(self) -> str:
         return self.spec.sentence()
 
@@ -65,7 +68,7 @@ class GuardedBlock(SwappedBlock):
                 f"{self.kernels} have no backward pass and would give wrong gradients silently; run under "
                 "torch.no_grad() or torch.inference_mode(), as generate() does, or undo before training"
             )
-        weight = self.router_weight
+        weight = self.fused_router
         if x.dtype != weight.dtype or x.device != weight.device:
             raise SurgeryError(
                 f"a swapped MoE block was built for {weight.dtype} on {weight.device}; got {x.dtype} on {x.device}"
@@ -77,24 +80,32 @@ class GuardedBlock(SwappedBlock):
         """The block's weights, without those of a router that is only observed."""
         return self.parameters(recurse=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Let through what changes neither dtype nor device (``model.to("cpu")`` on a CPU model)."""
-        weight = self.router_weight
+        weight = self.fused_router
         after = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
         if after.dtype != weight.dtype or after.device != weight.device:
             raise SurgeryError(
                 f"a swapped MoE block can't go from {weight.dtype} on {weight.device} to {after.dtype} on "
-                f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again. "
-                "Modules before this block are already converted"
+                f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.check_conversion(fn)
         super()._apply(fn, recurse)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout and can't be saved; undo first")
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self._likeness is None:
+            raise SurgeryError(
+                "a swapped MoE block's weights lie in the kernels' layout and can't be saved; undo first"
+            )
+        return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout; load before operating")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self._likeness is None:
+            raise SurgeryError("a swapped MoE block's weights lie in the kernels' layout; load before operating")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SurgeryError("a swapped MoE block can't be copied or pickled; undo first, then operate on the copy")
@@ -106,7 +117,8 @@ def measure(block: nn.Module, tensors: BlockTensors) -> tuple[int, int]:
     Tensors that were stacked for the build are new memory themselves, if the kernels take them as they are.
     """
     given = [tensors.router, tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj]
-    given += [tensors.shared_gate, *([] if tensors.copied else [tensors.w13, tensors.w2])]
+    given += [tensors.shared_gate, tensors.router_bias, tensors.correction_bias, tensors.output_bias]
+    given += [] if tensors.copied else [tensors.w13, tensors.w2, tensors.w13_bias, tensors.w2_bias]
     originals = {tensor.untyped_storage().data_ptr() for tensor in given if tensor is not None}
     new: dict[int, int] = {}
     moved = 0

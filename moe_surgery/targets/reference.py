@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock
+from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
@@ -207,7 +207,7 @@ def forward(
     return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
 
 
-class ReferenceBlock(SwappedBlock):
+class ReferenceBlock(StandingBlock):
     """A block that computes in float64 if it is a float64 block and in float32 otherwise, then rounds once.
 
     Experts are chosen in the block's own arithmetic: by what it ranks, rounded as it rounds.
@@ -220,13 +220,16 @@ class ReferenceBlock(SwappedBlock):
         self.label = ReferenceTarget.label
         for name in (*_REQUIRED, *_OPTIONAL):
             tensor = getattr(tensors, name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(
+                f"spec_{name}", None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            )
         size = sum(parameter.nbytes for parameter in self.parameters())
         stacked = tensors.w13.nbytes + tensors.w2.nbytes if tensors.copied else 0
         self.new_bytes, self.moved_bytes = stacked, size - stacked
 
     def _tensors(self) -> BlockTensors:
-        return BlockTensors(**{name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}, copied=False)
+        tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
+        return BlockTensors(**tensors, copied=False)
 
     def forward(self, x: Tensor) -> Tensor:
         work, flat, tensors = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, x.shape[-1]), self._tensors()
@@ -287,7 +290,7 @@ class ReferenceTarget:
     def remark(self, spec: MoESpec, context: Context) -> str | None:
         return None
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         return (ReferenceBlock if spec.at == "block" else ReferenceExperts)(spec, tensors)
 
 

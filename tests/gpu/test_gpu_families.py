@@ -11,7 +11,7 @@ from moe_surgery.testing.families import build, families, outputs
 from moe_surgery.testing.trial import TOLERANCE, distance
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# In bfloat16 some of the twelve tokens are near ties, and one that is routed the other way moves the outputs by this much.
+# In bfloat16 some of the twelve tokens are near ties; one that is routed the other way moves the outputs by this much.
 MOVED = {"bfloat16": 0.2, "float32": TOLERANCE}
 UNPROVEN = {
     **{(name, "bfloat16"): "no power" for name in ("gpt_oss", "minimax_m3_vl", "openai_privacy_filter")},

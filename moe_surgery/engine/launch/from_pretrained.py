@@ -104,7 +104,7 @@ def operate(model: PreTrainedModel, run: str, arguments: Mapping[str, Any], on_f
             raise
         print(f"moe-surgery: warning: {name} is NOT operated on, it stays as it was: {error}", file=sys.stderr)
         return None
-    _leave(run, name, "operated", report)
+    _leave(run, name, "operated" if report.replaced else "kept", report)
     return report
 
 

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from moe_surgery import checks
 from moe_surgery.engine import plugin, receipts
 from moe_surgery.engine.launch.from_pretrained import Hook, operate
+from moe_surgery.engine.launch.visibility import hidden
 from moe_surgery.engine.orders import ENGINE_PLAN, VARIABLE, OnFailure, Orders, Prove
 from moe_surgery.errors import SurgeryError, UsageError
 from moe_surgery.packs.pack import Pack
@@ -116,23 +118,29 @@ def install(
 
     ``run`` is the folder that receipts go to. By default it is that of the orders this process was started with, else
     a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already,
-    if there is no such target, or if a plan is to get another.
+    if there is no such target, if a plan is to get another, or if ``VLLM_PLUGINS`` hides the plugin from engines.
     """
     check_name(target)
+    checks.one_of(prove, "prove", get_args(Prove))
+    checks.one_of(on_failure, "on_failure", get_args(OnFailure))
+    if run is not None:
+        checks.path(run, "run")
     if target != "auto" and isinstance(plan_or_packs, Plan):
         raise UsageError(f"a plan says what is built; it can't be {target}")
+    engines = not isinstance(plan_or_packs, Plan) or plan_or_packs.model.startswith(ENGINE_PLAN)
+    if engines and (problem := hidden(os.environ)) is not None:
+        raise UsageError(str(problem))
     folder = _folder(run)
     if isinstance(plan_or_packs, Plan):
         path = folder / "plan.json"
         if path.exists() and Plan.load(path) != plan_or_packs:
             raise UsageError(f"{path} is another plan already; give this one another folder, as run")
         plan_or_packs.save(path)
-        engines = plan_or_packs.model.startswith(ENGINE_PLAN)
         loading: dict[str, Any] | None = None if engines else {"plan": plan_or_packs}
         orders = Orders(str(folder), None, str(path), prove, on_failure)
     else:
         packs = None if plan_or_packs is None else load_packs(plan_or_packs)
-        engines, loading = True, {"packs": packs, "target": target}
+        loading = {"packs": packs, "target": target}
         orders = Orders(str(folder), _named(plan_or_packs, folder), None, prove, on_failure, target)
     handle = Handle(orders)
     try:

@@ -62,7 +62,7 @@ class EngineBlock(SwappedBlock):
         self._routed = name
         if logits is not None:
             self.add_module(self._router, logits)
-        self.eval()
+        self.training = False  # of this module alone: others may belong to more blocks than this one
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +12,17 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from moe_surgery.engine.model.blocks import owner
 from moe_surgery.engine.model.routed import choose, correction_bias
 from moe_surgery.engine.model.sites import EngineSite
-from moe_surgery.errors import SurgeryError
 from moe_surgery.read.reading import Reading
 from moe_surgery.targets.vllm import folded_routing
+from moe_surgery.weights.layout import Piece
 from moe_surgery.weights.tensors import weight
 
 
 class FoldedLogits(nn.Module):
     """Router and shared gate in one product: tokens [T, H] to [T, E], or [T, E + 1] with the gate's behind the logits.
 
-    The weights are copies, so those that they were copied from can't be loaded anew without being noticed.
+    The parameters whose copies these are become views of them, so that what is written to them is used; where dtypes
+    differ they become empty, so that nothing can be.
     """
 
     def __init__(self, block: nn.Module, reading: Reading) -> None:
@@ -37,8 +37,12 @@ class FoldedLogits(nn.Module):
         matrix = torch.cat([part.float() if wide else part for part in rows])
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(matrix.dtype, copy=True), persistent=False)
-        for piece in (*pieces, *((layout.router_bias,) if layout.router_bias else ())):
-            _seal(getattr(owner(block, piece), piece.path.rpartition(".")[2]))
+        begin = 0
+        for piece, part in zip(pieces, rows, strict=True):
+            _lead(_parameter(block, piece), matrix[begin : begin + len(part)])
+            begin += len(part)
+        if layout.router_bias is not None and isinstance(self.bias, Tensor):
+            _lead(_parameter(block, layout.router_bias), self.bias[: len(rows[0])])
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.matrix, Tensor)
@@ -78,8 +82,13 @@ def _outside(block: nn.Module, runner: MoERunner) -> Iterator[nn.Parameter]:
             yield from child.parameters()
 
 
-def _seal(parameter: Any) -> None:
-    def weight_loader(*args: Any, **kwargs: Any) -> NoReturn:
-        raise SurgeryError("a folded MoE block's weights can't be loaded anew; start the engine again")
+def _parameter(block: nn.Module, piece: Piece) -> nn.Parameter:
+    parameter = getattr(owner(block, piece), piece.path.rpartition(".")[2])
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
 
-    parameter.weight_loader = weight_loader
+
+def _lead(parameter: nn.Parameter, part: Tensor) -> None:
+    """Let ``parameter`` be ``part`` of what was made of it, or nothing if it can't be."""
+    data = parameter.data
+    parameter.data = part.view(data.shape) if part.dtype == data.dtype else data.new_empty(0)

@@ -68,7 +68,7 @@ def readable(block: nn.Module) -> Iterator[Seen]:
                 meanings[module] = (_meaning(module, stand_in), meaning)
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
-        if routed is None or routed.routes != "given":
+        if (routed is None or routed.routes != "given") and not _of_transformers(block):
             saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
             vars(block)["forward"] = _flat(block.forward)
         vars(group)["all_reduce"] = lambda tensor: tensor if group.world_size == 1 else tensor * group.world_size
@@ -93,6 +93,11 @@ def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return forward(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape)
 
     return flat
+
+
+def _of_transformers(block: nn.Module) -> bool:
+    """Whether a block is written for transformers, and so takes leading dimensions itself: some take nothing else."""
+    return type(block).__module__.split(".")[0] in ("transformers", "transformers_modules")
 
 
 def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: Tensor | None) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from moe_surgery.engine.model.folded_router import not_folded
 from moe_surgery.engine.model.kernel_block import not_on_kernels
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
-from moe_surgery.errors import PlanError
+from moe_surgery.errors import ExpectationError, PlanError
+from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
@@ -47,11 +48,16 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
     steps = tuple(_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
-    plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps)
+    plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
-        check_expectations(plan, matched, packs, checkpoint, Selection())
+        try:
+            check_expectations(plan, matched, packs, checkpoint, Selection())
+        except ExpectationError as error:
+            if obstacle is None:
+                raise
+            raise ExpectationError(f"{error}: {obstacle}") from error
     if given is not None and orders.plan is not None:
         _check_same(given, plan, orders.plan, whole=whole)
     return plan
@@ -65,6 +71,12 @@ def checkpoint_config(config: VllmConfig) -> object:
         hf_config: object = config.model_config.hf_config
         return hf_config
     return _overridden(json.loads(file.read_text(encoding="utf-8")), overrides or {})
+
+
+def _origin(config: VllmConfig) -> Digest | None:
+    """What tells the checkpoint from others, where it is a directory."""
+    directory = Path(config.model_config.model)
+    return digest(directory) if (directory / CONFIG).is_file() else None
 
 
 def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,14 +106,17 @@ def _decide(
     if match is None:
         return Step(path, kind, "kept", "already fused")
     if isinstance(match, Miss):
+        if item.bare:
+            return Step(path, kind, "kept", _alone(item))
         return Step(path, kind, "missed", match.reason)
     rule, spec = match.rule, match.reading.spec
     if spec.shared is None and item.routed is not None and item.routed.routes != "given":
-        return Step(path, kind, "kept", "vLLM's own layer, with no shared expert beside it", rule, None, spec)
+        return Step(path, kind, "kept", _alone(item), rule, None, spec)
     wanted = targets[rule]
     if wanted not in (AUTO, LAYER, FOLDED):
         return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
-    reason = obstacle or unfit(item, config)
+    elsewhere = None if item.elsewhere is None else f"a part of it is in the model as {item.elsewhere} too"
+    reason = obstacle or elsewhere or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
     said = spec.sentence()
@@ -123,6 +138,13 @@ def _rounds_float32(config: VllmConfig) -> bool:
     return wide and current_platform.is_cuda() and os.environ.get(_EXACT[0]) != _EXACT[1]
 
 
+def _alone(item: EngineSite) -> str:
+    """Why a routed layer of vLLM's that has the block to itself stays as it is."""
+    if item.sibling is None:
+        return "vLLM's own layer, with no shared expert in its block"
+    return f"vLLM's own layer; {item.sibling} stands outside its block, where it isn't fused"
+
+
 def _obstacle(config: VllmConfig) -> str | None:
     """Why nothing can be operated on in an engine of this kind: what a swap was not proven right under."""
     parallel = config.parallel_config
@@ -133,7 +155,6 @@ def _obstacle(config: VllmConfig) -> str | None:
         "expert load balancing": parallel.enable_eplb,
         "sequence parallelism of MoE layers": parallel.use_sequence_parallel_moe,
         "LoRA": config.lora_config is not None,
-        "quantisation": config.quant_config is not None,
     }
     found = [what for what, on in held.items() if on]
     return f"the swap is not supported under {' and '.join(found)}" if found else None
@@ -142,6 +163,8 @@ def _obstacle(config: VllmConfig) -> str | None:
 def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:
     if wanted.model != plan.model:
         raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
+    wanted.check_origin(plan.checkpoint, plan.model)
+    wanted.warn_of_versions()
     if wanted.fingerprint == plan.fingerprint:
         return
     after = {step.path: step for step in plan.steps}

@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,11 +37,15 @@ UNBUILT = "model"
 
 @dataclass(eq=False)
 class _Load:
-    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models."""
+    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models.
+
+    ``number`` is that of its receipts: among this process's loads of the same class, under the same run.
+    """
 
     orders: Orders
     before: Snapshot
     ranks: Ranks
+    number: int = 0
     surgery: Surgery | None = None
     depth: int = 0
     off: bool = False
@@ -101,7 +106,7 @@ class _Seam:
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
                 else:
-                    _write(load, "operated", report=report)
+                    _write(load, "operated" if report.replaced else "kept", report=report)
                     return model
                 # Out of the handler: its traceback would keep the model that failed in memory beside the new one.
                 _call_off(load, book, vllm_config)
@@ -149,6 +154,7 @@ class _Seam:
 
 
 _seam: _Seam | None = None
+_loads: Counter[tuple[str, str]] = Counter()
 
 
 def engage(orders: Orders) -> None:
@@ -227,6 +233,10 @@ def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, err
     from vllm.distributed import get_pp_group, get_world_group
 
     surgery, world, pipeline = load.surgery, get_world_group(), get_pp_group()
+    model = surgery.architecture if surgery else UNBUILT
+    if not load.number:
+        _loads[load.orders.run, model] += 1
+        load.number = _loads[load.orders.run, model]
     if report is None and isinstance(error, SurgeryError):
         report = error.report
     message = (
@@ -238,7 +248,7 @@ def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, err
             pid=os.getpid(),
             rank=world.rank,
             world=world.world_size,
-            model=surgery.architecture if surgery else UNBUILT,
+            model=model,
             outcome=outcome,
             fingerprint=surgery.plan.fingerprint if surgery else None,
             ledger=surgery.ledger if surgery else None,
@@ -246,11 +256,13 @@ def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, err
             error=message,
             exit_code=0 if error is None or outcome == "unpatched" else getattr(error, "exit_code", 1),
             stage=pipeline.rank_in_group,
+            load=load.number,
         ),
     )
     # In a pipeline no process knows of all sites.
-    if surgery is not None and world.rank == 0 and outcome == "operated" and pipeline.world_size == 1:
-        surgery.plan.save(Path(load.orders.run) / f"{surgery.architecture}-plan.json")
+    if surgery is not None and world.rank == 0 and outcome in ("operated", "kept") and pipeline.world_size == 1:
+        which = model if load.number == 1 else f"{model}-{load.number}"
+        surgery.plan.save(Path(load.orders.run) / f"{which}-plan.json")
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.lens import readable
-from moe_surgery.engine.model.routed import Routed
+from moe_surgery.engine.model.routed import Routed, routed_layers
 from moe_surgery.errors import SurgeryError
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
@@ -27,7 +27,8 @@ class EngineSite:
     """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
 
     ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
-    block as it was read.
+    block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside that layer.
+    ``elsewhere`` is another name of something in the block, outside of it, and ``sibling`` a shared expert beside it.
     """
 
     site: Site
@@ -35,6 +36,9 @@ class EngineSite:
     routed: Routed | None = None
     unread: str | None = None
     structure: Hashable = None
+    bare: bool = False
+    elsewhere: str | None = None
+    sibling: str | None = None
 
     @property
     def swapped(self) -> bool:
@@ -44,7 +48,34 @@ class EngineSite:
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
     """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once."""
     known = Readings()
-    return tuple(_survey(site, known) for site in _sites(model))
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module._parameters:
+            names.setdefault(module, []).append(path)
+    return tuple(
+        replace(_survey(site, known), elsewhere=_elsewhere(site, names), sibling=_sibling(model, site))
+        for site in _sites(model)
+    )
+
+
+def _sibling(model: nn.Module, site: Site) -> str | None:
+    """The module beside a block that is named a shared expert, and holds weights."""
+    parent = site.path.rpartition(".")[0]
+    beside = model.get_submodule(parent).named_children()
+    return next(
+        (
+            name
+            for name, child in beside
+            if child is not site.module and name.startswith("share") and next(child.parameters(), None) is not None
+        ),
+        None,
+    )
+
+
+def _elsewhere(site: Site, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
+    """A name outside of a block of one of its modules that hold weights."""
+    found = (path for module in site.module.modules() for path in names.get(module, ()))
+    return next((path for path in found if not _within(path, site.path)), None)
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -74,8 +105,28 @@ def _survey(site: Site, known: Readings) -> EngineSite:
             key = structure(block, site.path, seen.meanings)
             reading = known.once(key, lambda: read(block))
     except Unreadable as error:
-        return EngineSite(site, unread=str(error))
+        return EngineSite(site, unread=str(error), bare=_bare(block))
     return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
+
+
+def _bare(block: nn.Module) -> bool:
+    """Whether a block is one routed layer of vLLM's, and beside it at most what scores its experts, [n, H] and [n]."""
+    routed = routed_layers(block)
+    if len(routed) != 1:
+        return False
+    runner = routed[0][1]
+    inside = {id(parameter) for parameter in runner.parameters()}
+    beside = [parameter for parameter in block.parameters() if id(parameter) not in inside]
+    config = runner.moe_config
+    # Zero experts are scored too.
+    scored = {parameter.shape[0] if parameter.ndim else 0 for parameter in beside}
+    matrices = [parameter for parameter in beside if parameter.ndim > 1]
+    return (
+        len(scored) <= 1
+        and all(config.num_logical_experts <= count <= 2 * config.num_logical_experts for count in scored)
+        and len(matrices) <= 1
+        and all(matrix.ndim == 2 and matrix.shape[1] == config.hidden_dim_unpadded for matrix in matrices)
+    )
 
 
 def check_unchanged(item: EngineSite) -> None:

@@ -28,6 +28,7 @@ from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.planning import FOLDED, make_engine_plan
 from moe_surgery.engine.model.proving import Exam, examine, prepare, to_prove
+from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
@@ -91,8 +92,9 @@ class Surgery:
         exchanged: dict[nn.Module, nn.Module] = {}
         pool = ThreadPoolExecutor(THREADS)
         with set_current_vllm_config(self.config), torch.no_grad():
-            for path, item in self.items.items():
+            for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
+            for path, item in self.items.items():
                 if path in chosen:
                     self.exams[path] = prepare(item, self.ranks, pool)
                 block = build(item, book, fold=steps[path].target == FOLDED)
@@ -160,6 +162,7 @@ class Surgery:
             self._judge(path)
         started = time.perf_counter()
         warm_kernels(self.model)
+        guard(self.model, (step.path for step in self.plan.steps if step.outcome == "replaced"))
         self.seconds += time.perf_counter() - started
         return self._report()
 

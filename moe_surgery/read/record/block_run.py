@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
@@ -53,7 +53,7 @@ def _recorded(
             with Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         flow = recorder.flow(output, shape)
-    except Unfollowed:
+    except (Unfollowed, Broken):
         raise
     except Exception as error:
         if recorder.objections:

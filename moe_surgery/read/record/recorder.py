@@ -24,7 +24,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.flow import Choice, Flow, Op, Ref, Route
 from moe_surgery.read.record.known_numbers import Kind, Ledger, uniform
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, written
@@ -200,6 +200,8 @@ class Recorder(TorchDispatchMode):
                 if isinstance(index, Tensor) and id(index) not in entries:
                     entries[id(index)] = self.entries.enter(index, None, None, index, Kind.COUNT)
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
+        if name == "topk":
+            _check_top_k(*args[:3])
         result = func(*metas[0], **metas[1])
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
@@ -283,6 +285,12 @@ def _selected(entry: Entry | None, index: Any) -> list[Any]:
     if entry is None or entry.real is None or entry.real.dtype not in (torch.bool, torch.uint8):
         return [index]
     return list(entry.real.nonzero().unbind(1))
+
+
+def _check_top_k(scores: Tensor, k: int, dim: int = -1) -> None:
+    count = scores.shape[dim] if scores.ndim else 1
+    if not 1 <= k <= count:
+        raise Broken(f"it asks for the top {k} of {count}, so it can't run")
 
 
 def no_choice(rows: int, choices: int, k: int) -> Tensor:

@@ -24,13 +24,13 @@ class FoldedMoEBlock(GuardedBlock):
     def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
         weights = fold(tensors)
         super().__init__(spec, weights.router, "folded, moe-surgery kernels")
-        self.w13 = nn.Parameter(weights.w13, requires_grad=False)
-        self.w2 = nn.Parameter(weights.w2, requires_grad=False)
-        self.shared_gate_weight = _frozen(weights.gate)
-        self.shared_gate_proj = _frozen(weights.shared_gate)
-        self.shared_up_proj = _frozen(weights.shared_up)
-        self.shared_down_proj = _frozen(weights.shared_down)
-        self.terms = terms_of(spec)
+        self.folded_w13 = nn.Parameter(weights.w13, requires_grad=False)
+        self.folded_w2 = nn.Parameter(weights.w2, requires_grad=False)
+        self.folded_shared_gate_weight = _frozen(weights.gate)
+        self.folded_shared_gate_proj = _frozen(weights.shared_gate)
+        self.folded_shared_up_proj = _frozen(weights.shared_up)
+        self.folded_shared_down_proj = _frozen(weights.shared_down)
+        self.folded_terms = terms_of(spec)
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
@@ -38,17 +38,17 @@ class FoldedMoEBlock(GuardedBlock):
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
         weights = Weights(
-            self.router_weight,
-            self.w13,
-            self.w2,
-            self.shared_gate_weight,
-            self.shared_gate_proj,
-            self.shared_up_proj,
-            self.shared_down_proj,
+            self.fused_router,
+            self.folded_w13,
+            self.folded_w2,
+            self.folded_shared_gate_weight,
+            self.folded_shared_gate_proj,
+            self.folded_shared_up_proj,
+            self.folded_shared_down_proj,
         )
         if torch.compiler.is_compiling():
-            return folded_moe(x, weights, self.terms).view(hidden_states.shape)
-        return compute(x, weights, self.terms).view(hidden_states.shape)
+            return folded_moe(x, weights, self.folded_terms).view(hidden_states.shape)
+        return compute(x, weights, self.folded_terms).view(hidden_states.shape)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

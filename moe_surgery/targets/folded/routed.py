@@ -29,15 +29,15 @@ class _RoutedBlock(GuardedBlock):
     def __init__(self, spec: MoESpec, tensors: BlockTensors, label: str) -> None:
         super().__init__(spec, tensors.router, label)
         self._beside = spec.shared is not None and next(beside(spec), None) is not None
-        self.terms = terms_of(spec, given=True, beside=self._beside)
+        self.folded_terms = terms_of(spec, given=True, beside=self._beside)
         held = fold(tensors, beside=self._beside)
-        self.w13 = nn.Parameter(held.w13, requires_grad=False)
-        self.w2 = nn.Parameter(held.w2, requires_grad=False)
-        self.w13_bias, self.w2_bias = _frozen(held.w13_bias), _frozen(held.w2_bias)
-        self.shared_gate_weight = _frozen(tensors.shared_gate)
-        self.shared_gate_proj = _frozen(tensors.shared_gate_proj if self._beside else held.shared_gate)
-        self.shared_up_proj = _frozen(tensors.shared_up_proj if self._beside else held.shared_up)
-        self.shared_down_proj = _frozen(tensors.shared_down_proj if self._beside else held.shared_down)
+        self.folded_w13 = nn.Parameter(held.w13, requires_grad=False)
+        self.folded_w2 = nn.Parameter(held.w2, requires_grad=False)
+        self.folded_w13_bias, self.folded_w2_bias = _frozen(held.w13_bias), _frozen(held.w2_bias)
+        self.folded_shared_gate_weight = _frozen(tensors.shared_gate)
+        self.folded_shared_gate_proj = _frozen(tensors.shared_gate_proj if self._beside else held.shared_gate)
+        self.folded_shared_up_proj = _frozen(tensors.shared_up_proj if self._beside else held.shared_up)
+        self.folded_shared_down_proj = _frozen(tensors.shared_down_proj if self._beside else held.shared_down)
 
     def _experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum [T, H] of the experts ``ids`` [T, k], and of the shared expert where it is among them.
@@ -47,11 +47,21 @@ class _RoutedBlock(GuardedBlock):
         experts, count = self.spec.experts, ids.shape[-1]
         kept = torch.where(ids < experts.num_experts, ids, -1).to(torch.int32)
         slots = weights.masked_fill(kept < 0, 0.0)
-        if self.terms.slices:
-            slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.terms.slices)], dim=-1)
+        if self.folded_terms.slices:
+            slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.folded_terms.slices)], dim=-1)
         gate, up, down = (None, None, None) if self._beside else self._shared()
-        held = Weights(self.w13, self.w13, self.w2, None, gate, up, down, self.w13_bias, self.w2_bias)
-        terms = self.terms if count == self.terms.top_k else replace(self.terms, top_k=count)
+        held = Weights(
+            self.folded_w13,
+            self.folded_w13,
+            self.folded_w2,
+            None,
+            gate,
+            up,
+            down,
+            self.folded_w13_bias,
+            self.folded_w2_bias,
+        )
+        terms = self.folded_terms if count == self.folded_terms.top_k else replace(self.folded_terms, top_k=count)
         routed = Routed(kept.contiguous(), slots.contiguous())
         out = (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
         if experts.identities:
@@ -60,15 +70,15 @@ class _RoutedBlock(GuardedBlock):
         return out
 
     def _shared(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.shared_gate_proj, self.shared_up_proj, self.shared_down_proj
+        return self.folded_shared_gate_proj, self.folded_shared_up_proj, self.folded_shared_down_proj
 
     def _shared_weight(self, x: Tensor) -> Tensor:
         """What the shared expert's output is multiplied by, [T, 1] float32."""
         assert self.spec.shared is not None
         scale = self.spec.shared.scale
-        if self.shared_gate_weight is None:
+        if self.folded_shared_gate_weight is None:
             return x.new_full((len(x), 1), scale, dtype=torch.float32)
-        return F.linear(x, self.shared_gate_weight).float().sigmoid() * scale
+        return F.linear(x, self.folded_shared_gate_weight).float().sigmoid() * scale
 
     def _own_parameters(self) -> Iterable[nn.Parameter]:
         return self.parameters(recurse=False)
@@ -79,8 +89,8 @@ class RoutedMoEBlock(_RoutedBlock):
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
         super().__init__(spec, tensors, "moe-surgery kernels behind a router in torch")
-        self.router_bias, self.output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
-        self.correction_bias = _frozen(tensors.correction_bias)
+        self.folded_router_bias, self.folded_output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
+        self.folded_correction_bias = _frozen(tensors.correction_bias)
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
@@ -88,15 +98,15 @@ class RoutedMoEBlock(_RoutedBlock):
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x, router = self.tokens(hidden_states), self.spec.router
         work = torch.float32 if router.logits_dtype == "float32" else x.dtype
-        bias = None if self.router_bias is None else self.router_bias.to(work)
-        logits = F.linear(x.to(work), self.router_weight.to(work), bias)
-        routing = Routing(router, x.dtype, self.correction_bias)
+        bias = None if self.folded_router_bias is None else self.folded_router_bias.to(work)
+        logits = F.linear(x.to(work), self.fused_router.to(work), bias)
+        routing = Routing(router, x.dtype, self.folded_correction_bias)
         weights, ids = routing(x, logits, router.top_k, router.renormalize)
         out = self._experts(x, ids, weights)
         if self._beside:
             out = out + self._shared_output(x)
-        if self.output_bias is not None:
-            out = out + self.output_bias
+        if self.folded_output_bias is not None:
+            out = out + self.folded_output_bias
         return out.view(hidden_states.shape)
 
     def _shared_output(self, x: Tensor) -> Tensor:
@@ -105,7 +115,7 @@ class RoutedMoEBlock(_RoutedBlock):
         assert gate is not None and down is not None
         half = F.linear(x, gate)
         mixed = mixer(self.spec.shared.mix)(half, half if up is None else F.linear(x, up))
-        logit = None if self.shared_gate_weight is None else F.linear(x, self.shared_gate_weight)
+        logit = None if self.folded_shared_gate_weight is None else F.linear(x, self.folded_shared_gate_weight)
         return shared_output(self.spec, F.linear(mixed, down), logit)
 
 

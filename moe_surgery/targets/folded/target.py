@@ -6,7 +6,7 @@ from functools import cached_property
 
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.base import Context, Refusal, SwappedBlock, Target
+from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
 from moe_surgery.targets.folded.fitness import objections, outside
 from moe_surgery.targets.shapes import check_shapes
 from moe_surgery.weights.tensors import BlockTensors
@@ -43,7 +43,7 @@ class FoldedTarget:
         reason = next(outside(spec, context.dtype), None)
         return None if reason is None else f"not all in one kernel call: {reason}"
 
-    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> SwappedBlock:
+    def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`. On CUDA routed experts are used as they lie in memory."""
         context = Context(tensors.w13.device.type, str(tensors.w13.dtype).removeprefix("torch."))
         if context.device == "cpu":

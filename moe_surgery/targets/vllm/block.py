@@ -30,9 +30,9 @@ class FusedMoEBlock(GuardedBlock):
         """``folded``: ``fused`` takes the shared expert's gate behind the router's logits, if there is one."""
         super().__init__(spec, router_rows(tensors) if folded else tensors.router, label)
         bias = tensors.router_bias
-        if bias is not None and len(self.router_weight) > len(bias):
+        if bias is not None and len(self.fused_router) > len(bias):
             bias = torch.cat([bias, bias.new_zeros(1)])
-        self.router_bias, self.output_bias = _frozen(bias), _frozen(tensors.output_bias)
+        self.fused_router_bias, self.fused_output_bias = _frozen(bias), _frozen(tensors.output_bias)
         self.fused = fused
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
@@ -41,15 +41,15 @@ class FusedMoEBlock(GuardedBlock):
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
         x = self.tokens(hidden_states)
         work = torch.float32 if self.spec.router.logits_dtype == "float32" else x.dtype
-        bias = None if self.router_bias is None else self.router_bias.to(work)
-        logits = F.linear(x.to(work), self.router_weight.to(work), bias)
+        bias = None if self.fused_router_bias is None else self.fused_router_bias.to(work)
+        logits = F.linear(x.to(work), self.fused_router.to(work), bias)
         out: Tensor = self.fused(x, logits)
-        if self.output_bias is not None:
-            out = out + self.output_bias
+        if self.fused_output_bias is not None:
+            out = out + self.fused_output_bias
         return out.view(hidden_states.shape)
 
     def _own_parameters(self) -> Iterable[nn.Parameter]:
-        return (self.router_weight, *self.fused.parameters())
+        return (self.fused_router, *self.fused.parameters())
 
 
 class FusedExperts(FusedMoEBlock):

@@ -1,0 +1,289 @@
+"""The check of the whole model: a short run before, with the old blocks, and one after, with the new ones in place.
+
+The proof ends where a block ends. Here the model around the blocks is asked: does it call the new ones as it called
+the old ones, and make the same of what they return? In the run before, everything that goes into and comes out of a
+block, and what every module around one returns, is kept. The new block is held against the old one on those very
+inputs. In the run after, a new block is called, but its output is replaced by what the old one had returned, so that
+rounding doesn't add up from layer to layer, and nothing else may differ by more than the blocks' own measured noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
+from moe_surgery.prove.own_tokens import Heard
+from moe_surgery.report.outcomes import ModelCheck
+
+
+@dataclass(frozen=True, eq=False)
+class _Event:
+    """A site that was called, or a module around one that returned; with the tensors and plain values of it."""
+
+    kind: Literal["called", "returned"]
+    path: str
+    values: tuple[Any, ...]
+    answer: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Played:
+    """One run before: the call, what happened in it, and what came out."""
+
+    run: ShortRun
+    events: tuple[_Event, ...]
+    result: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class WholeModel:
+    """The check of one operation on ``model``, whose ``sites`` are to be replaced.
+
+    ``hidden`` is the width of the first site. ``given`` are arguments to call the model with; without them token ids
+    are made up, and of a model that can't be called those parts are run that can.
+    """
+
+    model: nn.Module
+    sites: Sequence[str]
+    hidden: int
+    given: Mapping[str, Any] | None = None
+    _played: list[_Played] = field(default_factory=list)
+    _failed: list[NotRun] = field(default_factory=list)
+    _seconds: float = 0.0
+    _apart: float = 0.0
+
+    def before(self) -> None:
+        """Run the model as it is. What can't be run is told by :meth:`report`, and is no error."""
+        if not self.sites:
+            return
+        with self._timed():
+            if self.given is not None:
+                error = self._play(given_run(self.model, self.given))
+                if error is not None:
+                    raise error
+                return
+            _, failed = run_parts(self.model, self.sites, self.hidden, self._play)
+            self._failed += failed
+
+    def heard(self, path: str) -> Iterator[Heard]:
+        """Every call of the site at ``path`` in the run before."""
+        for played in self._played:
+            for event in played.events:
+                if event.kind == "called" and event.path == path and event.answer is not None:
+                    yield Heard([value for value in event.values if isinstance(value, Tensor)], event.answer)
+
+    def saw(self, apart: float) -> None:
+        """Take down how far a new block was from the old one on its own tokens."""
+        self._apart = max(self._apart, apart)
+
+    def after(self, placed: Mapping[str, nn.Module], bound: float) -> str | None:
+        """Run the model with the modules ``placed`` at the sites; the first difference, None if there is none.
+
+        The sites that are not among ``placed`` hold their old blocks. ``bound`` is the noise of the blocks, relative.
+        """
+        with self._timed():
+            for played in self._played:
+                if any(_under(path, played.run.path) for path in placed):
+                    difference = self._compare(played, placed, bound)
+                    if difference is not None:
+                        return difference
+        return None
+
+    def report(self) -> ModelCheck:
+        called = {event.path for played in self._played for event in played.events if event.kind == "called"}
+        missing = tuple(site for site in self.sites if site not in called)
+        return ModelCheck(
+            parts=tuple(played.run.path for played in self._played),
+            tokens=sum(played.run.tokens for played in self._played),
+            not_run=tuple((part.path, part.reason) for part in self._failed),
+            not_called=tuple(s for s in missing if not any(_under(s, part.path) for part in self._failed)),
+            apart=self._apart,
+            seconds=self._seconds,
+        )
+
+    def _play(self, run: ShortRun) -> Exception | None:
+        """One run with the old blocks. A result that isn't finite can't be compared, which is an error here too."""
+        events: list[_Event] = []
+
+        def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                values = _kept((args, kwargs))
+                answer = inner(*args, **kwargs)
+                events.append(_Event("called", path, values, answer.clone() if isinstance(answer, Tensor) else None))
+                return answer
+
+            return forward
+
+        def returned(path: str, output: Any) -> None:
+            events.append(_Event("returned", path, _kept(output)))
+
+        try:
+            sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
+            with _watched(self.model, run.path, sites, called, returned):
+                result = _kept(run())
+        except Exception as error:
+            return error
+        floats = [value for value in result if isinstance(value, Tensor) and value.is_floating_point()]
+        if not all(bool(value.isfinite().all()) for value in floats):
+            return Incomparable("its output isn't finite, and a number that isn't is equal to none")
+        self._played.append(_Played(run, tuple(events), result))
+        return None
+
+    def _compare(self, played: _Played, placed: Mapping[str, nn.Module], bound: float) -> str | None:
+        wanted = iter(played.events)
+        differences: list[str] = []
+        inside: list[str] = []
+
+        def meet(kind: str, path: str, values: tuple[Any, ...]) -> _Event | None:
+            if differences:
+                return None
+            event = next(wanted, None)
+            if event is None or (event.kind, event.path) != (kind, path):
+                was = "nothing more happened" if event is None else f"{event.path} was {event.kind}"
+                now = f"{path} is {kind}" if kind == "called" else f"{path or 'the model'} has returned"
+                differences.append(
+                    f"{now} where before {was}"
+                    if event is None or event.kind == "called"
+                    else f"{now} where before {event.path or 'the model'} had returned"
+                )
+                return None
+            if (apart := _apart(values, event.values)) > bound:
+                what = "is given another input" if kind == "called" else "returns another output"
+                differences.append(f"{path or 'the model'} {what} than before ({_much(apart)})")
+            return event
+
+        def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                event = meet("called", path, _kept((args, kwargs)))
+                answer = inner(*args, **kwargs)
+                if event is None or event.answer is None or not isinstance(answer, Tensor):
+                    return answer
+                return answer.copy_(event.answer) if answer.shape == event.answer.shape else event.answer.clone()
+
+            return forward
+
+        def returned(path: str, output: Any) -> None:
+            meet("returned", path, _kept(output))
+
+        sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
+        try:
+            with _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
+                result = _kept(played.run())
+        except Exception as error:
+            where = inside[-1] if inside else played.run.path
+            return f"{where or 'the model'} doesn't run with the new blocks in it: {type(error).__name__}: {error}"
+        if differences:
+            return differences[0]
+        if (left := next(wanted, None)) is not None:
+            return f"{left.path or 'the model'} isn't {left.kind} any more"
+        if (apart := _apart(result, played.result)) > bound:
+            return f"{played.run.path or 'the model'} returns another output than before ({_much(apart)})"
+        return None
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - start
+
+
+@contextmanager
+def _watched(
+    model: nn.Module,
+    part: str,
+    sites: Mapping[str, nn.Module],
+    called: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+    returned: Callable[[str, Any], None],
+    inside: list[str] | None = None,
+) -> Iterator[None]:
+    """Put ``called`` around the forward of every site, and ``returned`` behind every module between it and ``part``.
+
+    Paths of the modules that have begun and not ended are in ``inside``. Afterwards everything is as it was.
+    """
+    hooks = []
+    forwards: list[tuple[nn.Module, Any]] = []
+    stack: list[str] = [] if inside is None else inside
+    try:
+        for path in sorted({around for site in sites for around in _between(site, part)}):
+            module = model.get_submodule(path)
+            hooks.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
+
+            def leave(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
+                stack.pop()
+                returned(path, output)
+
+            hooks.append(module.register_forward_hook(leave))
+        for path, module in sites.items():
+            own = vars(module)
+            forwards.append((module, own.get("forward")))
+            own["forward"] = called(path, module.forward)
+        yield
+    finally:
+        for module, before in reversed(forwards):
+            vars(module).pop("forward", None)
+            if before is not None:
+                vars(module)["forward"] = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _between(site: str, part: str) -> Iterator[str]:
+    """The paths around a site that are inside of a part."""
+    while site:
+        site = site.rpartition(".")[0]
+        if _under(site, part) and site != part:
+            yield site
+
+
+def _under(path: str, part: str) -> bool:
+    return not part or path == part or path.startswith(f"{part}.")
+
+
+def _kept(value: Any) -> tuple[Any, ...]:
+    """Copies of the tensors in nested containers, and the plain values; what else there is says nothing."""
+    kept: list[Any] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            kept.append(leaf.detach().clone())
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            kept.append(leaf)
+    return tuple(kept)
+
+
+def _apart(values: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """The greatest relative L2 distance of two tensors in the same place; infinite where anything else differs."""
+    if len(values) != len(wanted):
+        return math.inf
+    return max((_distance(one, other) for one, other in zip(values, wanted, strict=True)), default=0.0)
+
+
+def _distance(one: Any, other: Any) -> float:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return 0.0 if type(one) is type(other) and (one == other or one != one) else math.inf
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return math.inf
+    if torch.equal(one, other):
+        return 0.0
+    if not one.is_floating_point():
+        return math.inf
+    finite = other.isfinite()
+    if not torch.equal(finite, one.isfinite()):
+        return math.inf
+    one, other = one[finite].double(), other[finite].double()
+    norm = float(other.norm())
+    return float((one - other).norm()) / norm if norm else math.inf
+
+
+def _much(apart: float) -> str:
+    return f"relative distance {apart:.2g}" if math.isfinite(apart) else "of another shape or kind, or not finite"

@@ -1,0 +1,71 @@
+"""What README and docs print can be run as printed. The walk of write-a-pack.md has a test of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from moe_surgery.cli import exits
+from moe_surgery.cli.app import app
+from moe_surgery.packs.file import parse_pack
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "examples").glob("**/*.md"))
+TOP = typer.main.get_command(app)
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def shell_lines() -> Iterator[tuple[str, str]]:
+    """Every line of a code block that calls this library's command, with those it goes on in."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^(?:    |\$ )\s*((?:\.venv/bin/)?moe-surgery .*)$", text, re.MULTILINE):
+            yield page.name, line
+
+
+def test_the_readme_runs_as_printed(tmp_path: Path) -> None:
+    blocks = fenced(ROOT / "README.md", "python")
+    assert len(blocks) == 2
+    for block in blocks:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        if "print(report)" in block:
+            assert "2 replaced, 0 kept, 0 missed, 0 refused" in done.stdout
+
+
+@pytest.mark.parametrize(("page", "line"), list(shell_lines()))
+def test_every_command_that_is_printed_can_be_parsed(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    command, context = TOP, TOP.make_context("moe-surgery", ["doctor"], resilient_parsing=True)
+    if words[0].startswith("-"):
+        assert any(words[0] in parameter.opts for parameter in TOP.get_params(context)), page
+        return
+    while hasattr(command, "get_command"):
+        command = command.get_command(context, words.pop(0))
+        assert command is not None, page
+    assert command.make_context("moe-surgery", words).params, page
+
+
+def test_the_pack_that_is_printed_can_be_read() -> None:
+    pack = parse_pack(fenced(ROOT / "docs" / "packs.md", "toml")[0].encode(), "docs/packs.md")
+    assert pack.rules
+
+
+def test_the_exit_codes_that_are_printed_are_those_of_the_command_line() -> None:
+    table = re.findall(r"^\| (\d+) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [int(code) for code in table] == [code for code, _ in exits.MEANINGS]

@@ -1,0 +1,123 @@
+"""What users call on a model with swapped blocks in it: it works, or is refused before it has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_apply import IDS, picture, tiny
+from torch import nn
+
+import moe_surgery
+from moe_surgery.errors import SurgeryError
+
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "to bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "double": lambda model: model.double(),
+    "to meta": lambda model: model.to("meta"),
+    "to_empty": lambda model: model.to_empty(device="meta"),
+    "a part of it": lambda model: model.model.layers.half(),
+}
+
+
+@pytest.fixture
+def operated() -> tuple[Any, Any]:
+    model = tiny(2)
+    return model, moe_surgery.apply(model, model_check=False)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_is_refused_before_anything_is_converted(name: str, operated: tuple[Any, Any]) -> None:
+    model, report = operated
+    before = picture(model)
+    with pytest.raises(SurgeryError, match="can't go from torch.float32 on cpu to"):
+        CONVERSIONS[name](model)
+    assert picture(model) == before
+    moe_surgery.undo(report)
+    assert not any("_apply" in vars(module) or module._load_state_dict_pre_hooks for module in model.modules())
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+
+
+def test_what_converts_nothing_passes(operated: tuple[Any, Any]) -> None:
+    model, _ = operated
+    assert model.to("cpu") is model and model.float() is model and model.eval() is model
+    assert model.requires_grad_(False) is model
+
+
+def test_a_model_saves_what_it_was_loaded_from(operated: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = operated
+    wanted = tiny(2).state_dict()
+    found = model.state_dict()
+    assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, tiny(2)(IDS).logits)
+
+
+def test_without_originals_nothing_is_overwritten(tmp_path: Path) -> None:
+    model = tiny(2)
+    moe_surgery.apply(model, undoable=False, model_check=False)
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(SurgeryError, match="nothing was written"):
+        model.save_pretrained(tmp_path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    state, wanted = model.state_dict(), tiny(2).state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
+        name: (t.shape, t.dtype) for name, t in wanted.items()
+    }
+    assert torch.equal(state["lm_head.weight"], wanted["lm_head.weight"])
+    experts: Any = state["model.layers.0.mlp.experts.down_proj"]
+    for use in (torch.clone, lambda t: t + 1, lambda t: torch.save(t, tmp_path / "x"), lambda t: t.tolist()):
+        with pytest.raises(SurgeryError, match=r"layers\.0\.mlp\.experts\.down_proj can't be saved or read"):
+            use(experts)
+    with pytest.raises(SurgeryError, match="can't be saved or read"):
+        save_file(state, tmp_path / "y")
+
+
+def test_loading_is_refused_before_anything_is_loaded(operated: tuple[Any, Any]) -> None:
+    model, _ = operated
+    before = picture(model)
+    with pytest.raises(SurgeryError, match=r"model\.layers\.0\.mlp\.\S+ can't be loaded"):
+        model.load_state_dict({name: tensor + 1 for name, tensor in tiny(2).state_dict().items()})
+    assert picture(model) == before
+    wanted = model.lm_head.weight + 1
+    assert not model.load_state_dict({"lm_head.weight": wanted}, strict=False).unexpected_keys
+    assert torch.equal(model.lm_head.weight, wanted)
+
+
+@pytest.mark.parametrize("undoable", [True, False])
+def test_adapters_elsewhere_are_saved_and_loaded(undoable: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(tiny(2), config).eval()
+    moe_surgery.apply(adapted, undoable=undoable, model_check=False)
+    adapted.save_pretrained(tmp_path)
+    model = tiny(2)
+    moe_surgery.apply(model, undoable=undoable, model_check=False)
+    again = PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, adapted(IDS).logits)
+
+
+def test_the_guards_of_somebody_else_come_back() -> None:
+    model = tiny(2)
+    calls: list[nn.Module] = []
+
+    def convert(fn: Any, recurse: bool = True) -> nn.Module:
+        calls.append(model)
+        return nn.Module._apply(model, fn, recurse)
+
+    model._apply = convert
+    report = moe_surgery.apply(model, model_check=False)
+    model.to("cpu")
+    with pytest.raises(SurgeryError):
+        model.half()
+    moe_surgery.undo(report)
+    assert vars(model)["_apply"] is convert and len(calls) == 1
