@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | bench | setup. Every one sets the environment up first, if that isn't done yet.
+# make demo | test | test-gpu | fuzz | lint | bench | setup. Every one sets the environment up first, if that isn't done yet.
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -12,12 +12,15 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
+GPU_PYTHON ?= python3
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint bench
+.PHONY: help setup demo test test-gpu fuzz lint bench
 
 help:
 	@echo "make demo    operate on a small Qwen3-Omni model with vLLM on CPU, prove it, report it"
 	@echo "make test    run the tests; ARGS='-k name' chooses, ARGS='-m \"not slow\"' leaves the slow ones out"
+	@echo "make test-gpu  run what needs a GPU, with GPU_PYTHON: an interpreter that has torch for CUDA, vLLM and pytest"
 	@echo "make fuzz    run the tests of generated examples with new examples, until one fails"
 	@echo "make lint    ruff, mypy and the contracts on imports"
 	@echo "make bench   time the old and the new block"
@@ -40,6 +43,10 @@ demo: $(READY) $(MODEL)/config.json
 
 test: $(READY)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The set-up is for CPUs, so this takes what is on the machine.
+test-gpu:
+	@$(GPU_PYTHON) -m pytest tests/gpu tests/test_folded_kernels.py $(ARGS)
 
 fuzz: $(READY)
 	@while $(BIN)/python -m pytest -q -x -n 2 --hypothesis-profile=fuzz -m hypothesis $(ARGS); do :; done; false

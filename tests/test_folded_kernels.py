@@ -16,18 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_weights import tolerance, weights, worst
 
-from moe_surgery.errors import GradientError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
-from moe_surgery.targets.folded.target import FoldedTarget
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 APART = Path(sys.prefix) / "interpreter"
 """Where the set-up puts Triton on a machine without a GPU."""
 runs = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU, or runs in test_in_the_interpreter")
-gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
 
@@ -152,42 +149,3 @@ def test_the_grid_holds_every_block_of_rows(tokens: int, size: int, data: st.Dat
     counts = [tokens, first, tokens - first, 0, 0]  # any routing: no expert is visited twice by one token
     needed = sum(-(-count // size) for count in counts) + terms.slices * -(-tokens // size)
     assert row_blocks(terms, tokens, size) >= needed
-
-
-@gpu
-def test_the_block_keeps_its_guards_and_its_input() -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
-    x = torch.randn(2, 3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
-    copy = x.clone()
-    with torch.no_grad():
-        assert block(x).shape == x.shape and torch.equal(x, copy)
-        assert block(x[:, :0]).shape == (2, 0, SPEC.hidden)
-        shifted = torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
-        assert torch.equal(block(shifted), block(x))
-    with pytest.raises(GradientError, match="this library's MoE kernels have no backward pass"):
-        block(x.requires_grad_())
-
-
-@gpu
-@pytest.mark.parametrize("tokens", [1, 8, 40])
-def test_a_graph_gives_the_same_bits_every_time(tokens: int) -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
-    x = torch.randn(tokens, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        wanted = block(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = block(x)
-    for _ in range(200):
-        out.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(out, wanted)
-
-
-@gpu
-def test_compiles_into_one_graph() -> None:
-    block = FoldedTarget().build(SPEC, weights(SPEC, torch.bfloat16, device="cuda"), prefix="mlp")
-    x = torch.randn(3, SPEC.hidden, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        compiled = torch.compile(block, fullgraph=True)
-        assert torch.equal(compiled(x), block(x))

@@ -61,21 +61,25 @@ def _floor(probes: Probes) -> float:
     return max(torch.finfo(probes.x.dtype).eps / 2, 16 * torch.finfo(torch.float64).eps)
 
 
-def survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1) -> Ground | str:
+def survey(
+    spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int = 1, probes: Probes | None = None
+) -> Ground | str:
     """Everything that needs no block, in one pass over the experts' weights; or why there is no ground to judge on.
 
-    Where ``ranks`` share a block's work, partial sums that are put together wrongly are among the mutants.
+    Where ``ranks`` share a block's work, partial sums that are put together wrongly are among the mutants. ``probes``
+    are those that :func:`make_probes` made, where that was done before.
     """
     for name, weight in vars(tensors).items():
         # Not isfinite(): it takes twenty times as long.
         if isinstance(weight, Tensor) and not all(bound.isfinite() for bound in weight.aminmax()):
             return f"the weights in {name} are not all finite, so no output can be compared"
     with torch.no_grad(), torch.autocast(tensors.router.device.type, enabled=False):
-        return _survey(spec, tensors, seed, ranks)
+        if probes is None:
+            probes = make_probes(spec, tensors.router, seed, tensors)
+        return _survey(spec, tensors, seed, ranks, probes)
 
 
-def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int) -> Ground | str:
-    probes = make_probes(spec, tensors.router, seed, tensors)
+def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes: Probes) -> Ground | str:
     if spec.router.own:
         probes = try_out(spec, tensors, probes, seed)
     elif not spec.router.follows_logits:

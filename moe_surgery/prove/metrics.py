@@ -58,8 +58,8 @@ class Truth:
         typical[ZERO] = typical[UNIT]
         # What a distance from each row is divided by.
         self.norms = self.norms.maximum(NORM_FLOOR * outputs.new_tensor(typical).nan_to_num()[family[tokens]])
-        # Row r of choices holds every token's r-th legitimate output, or its own again where it has fewer.
-        self.choices = [own]
+        # Row r of others holds every token's r-th other legitimate output, or its own where it has fewer.
+        rows: list[Tensor] = []
         others = tokens[len(own) :]
         place = torch.arange(len(own), len(tokens), device=tokens.device)
         while len(others):
@@ -67,8 +67,9 @@ class Truth:
             first[1:] = others[1:] != others[:-1]
             row = own.clone()
             row[others[first]] = place[first]
-            self.choices.append(row)
+            rows.append(row)
             others, place = others[~first], place[~first]
+        self.others = torch.stack(rows) if rows else own.new_empty(0, len(own))
 
     def distance_from(self, y: Tensor, rows: Tensor) -> Tensor:
         """Relative distance [M] of outputs [M, H] from the given rows [M] of the truth."""
@@ -83,15 +84,11 @@ class Truth:
 
         An output that isn't finite is infinitely far.
         """
-        best = self.distance_from(y, tokens)
-        flipped = torch.zeros_like(tokens, dtype=torch.bool)
-        for row in self.choices[1:]:
-            some = (row[tokens] != tokens).nonzero().flatten()
-            other = self.distance_from(y[some], row[tokens[some]])
-            nearer = other < best[some]
-            flipped[some[nearer]] = True
-            best[some] = torch.where(nearer, other, best[some])
-        return best, flipped
+        own = self.distance_from(y, tokens)
+        rows = self.others[:, tokens]
+        choice, place = (rows != tokens).nonzero(as_tuple=True)
+        best = own.scatter_reduce(0, place, self.distance_from(y[place], rows[choice, place]), "amin")
+        return best, best < own
 
     def worst(self, distance: Tensor, tokens: Tensor) -> Tensor:
         """The greatest distance in each family, [families]; 0 where ``tokens`` has none of it."""

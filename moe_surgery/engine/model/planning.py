@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -27,6 +29,9 @@ from moe_surgery.report.outcomes import Step
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"
 """What engines take: the shared-fused layer, or the shared expert among the routed ones (on a GPU, in our kernels)."""
+
+_EXACT = "TRITON_F32_DEFAULT", "ieee"
+"""The setting with which Triton's products of float32 are of float32."""
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -114,12 +119,23 @@ def _decide(
     reason = obstacle or elsewhere or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
-    if wanted == LAYER or (wanted == AUTO and not current_platform.is_cuda()):
-        return Step(path, kind, "replaced", spec.sentence(), rule, LAYER, spec)
-    reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
-    if reason is not None:
-        return Step(path, kind, "replaced", f"{spec.sentence()} · not folded: {reason}", rule, LAYER, spec)
-    return Step(path, kind, "replaced", spec.sentence(), rule, FOLDED, spec)
+    said = spec.sentence()
+    if wanted == FOLDED or (wanted == AUTO and current_platform.is_cuda()):
+        reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
+        if reason is None:
+            return Step(path, kind, "replaced", said, rule, FOLDED, spec)
+        said = f"{said} · not folded: {reason}"
+    if _rounds_float32(config):
+        reason = f"vLLM's kernels round float32 to TF32 here; {_EXACT[0]}={_EXACT[1]} has them not to"
+        return Step(path, kind, "refused", f"{reason} · {said}", rule, LAYER, spec)
+    return Step(path, kind, "replaced", said, rule, LAYER, spec)
+
+
+def _rounds_float32(config: VllmConfig) -> bool:
+    """Whether vLLM's layer multiplies float32 with ten bits of mantissa: Triton does unless it is told otherwise."""
+    assert config.model_config is not None
+    wide = config.model_config.dtype == torch.float32
+    return wide and current_platform.is_cuda() and os.environ.get(_EXACT[0]) != _EXACT[1]
 
 
 def _alone(item: EngineSite) -> str:

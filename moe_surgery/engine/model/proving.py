@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError
 from moe_surgery.prove.ground import survey
+from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.settling import settle
 from moe_surgery.prove.verdict import Verdict
@@ -37,6 +39,7 @@ from moe_surgery.weights.layout import Layout, Piece
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting, weight
 
 MOST_EXAMPLES = 2
+SEED = 0
 
 
 def to_prove(steps: Iterable[Step], *, everything: bool) -> tuple[str, ...]:
@@ -51,21 +54,28 @@ def to_prove(steps: Iterable[Step], *, everything: bool) -> tuple[str, ...]:
 
 @dataclass(eq=False)
 class Exam:
-    """One block's proof. ``small`` are its loaded weights, whole, but for the experts'; ``verdict`` comes later."""
+    """One block's proof. ``small`` are its loaded weights, whole, but for the experts'; ``verdict`` comes later.
+
+    ``probes`` are being made on CPU threads meanwhile; of experts that clamp, they need the experts' weights too.
+    """
 
     path: str
     spec: MoESpec
     small: BlockTensors
     ranks: Ranks
+    probes: Future[Probes] | None
     verdict: Verdict | None = None
     seconds: float = 0.0
 
 
-def prepare(item: EngineSite, ranks: Ranks) -> Exam:
+def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     """Take copies of what must be known of a block before it is rebuilt and its weights are laid out anew."""
     assert item.reading is not None
     spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
-    return Exam(item.site.path, spec, _small(block, layout, _routing(item), ranks), ranks)
+    small = _small(block, layout, _routing(item), ranks)
+    settle(small.router.device)  # the copies are made on this thread's stream
+    probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
+    return Exam(item.site.path, spec, small, ranks, probes)
 
 
 def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[str], None]) -> None:
@@ -77,7 +87,8 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge
     def lay_out_and_prove(layer: nn.Module) -> None:
         del method.process_weights_after_loading  # the instance's, which is this function
         started = time.perf_counter()
-        ground = survey(exam.spec, _with_experts(exam, runner), seed=0, ranks=exam.ranks.size)
+        probes = None if exam.probes is None else exam.probes.result()
+        ground = survey(exam.spec, _with_experts(exam, runner), SEED, exam.ranks.size, probes)
         exam.seconds += time.perf_counter() - started
         lay_out(layer)
         started = time.perf_counter()

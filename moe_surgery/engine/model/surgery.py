@@ -7,8 +7,10 @@ and the experts that vLLM's layer already holds stay where they are.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +36,8 @@ from moe_surgery.kernels.arguments import SCHEMA
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
+THREADS = min(8, os.cpu_count() or 1)
+"""How many blocks' probes are made at a time."""
 
 
 class Surgery:
@@ -86,18 +90,20 @@ class Surgery:
         book = LayerBook(self.config)
         steps = {step.path: step for step in self.plan.steps}
         exchanged: dict[nn.Module, nn.Module] = {}
+        pool = ThreadPoolExecutor(THREADS)
         with set_current_vllm_config(self.config), torch.no_grad():
             for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
             for path, item in self.items.items():
                 if path in chosen:
-                    self.exams[path] = prepare(item, self.ranks)
+                    self.exams[path] = prepare(item, self.ranks, pool)
                 block = build(item, book, fold=steps[path].target == FOLDED)
                 block.rule = steps[path].rule
                 exchanged |= self._exchange(path, item.site.module, block)
                 if path in chosen:
                     runner = next(module for module in block.modules() if isinstance(module, MoERunner))
                     examine(self.exams[path], block, runner, self.config, self._judge)
+        pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         self._relist(exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)

@@ -1,0 +1,81 @@
+"""vLLM engines on GPUs: surgery puts this library's kernels in, and tokens are those of the engine without surgery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.make_checkpoint import CONFIGS
+from engine_examples import Output, Result, Run, run_all
+
+EXACT = {"TRITON_F32_DEFAULT": "ieee"}
+"""Without it Triton rounds vLLM's products of float32 to TF32, and nothing could be compared beyond three digits."""
+COMPILED = {"enforce_eager": False}
+# Kinds whose routing the kernels compute; the others' is vLLM's own.
+FOLDED = ("naive_talker", "omni_talker", "unfused_qwen2", "list_moe", "list_moe_whole")
+
+
+def operated(folder: Path, run: Path, target: str = "auto", **options: Any) -> Run:
+    return Run(str(folder), options, {"run": str(run), "prove": "all", "target": target})
+
+
+def check_operated(result: Result, target: str, ranks: int = 1) -> None:
+    assert result.error is None
+    assert [receipt["rank"] for receipt in result.receipts] == list(range(ranks))
+    for receipt in result.receipts:
+        sites = receipt["report"]["sites"]
+        assert [(site["outcome"], site["target"]) for site in sites] == [("replaced", target)] * len(sites) != []
+        assert all(site["proof"]["passed"] and site["proof"]["margin"] > 5 for site in sites)
+
+
+def check_same(found: list[Output], wanted: list[Output]) -> None:
+    """The same tokens, and log-probabilities that differ by no more than float32's noise after some layers."""
+    assert [each.tokens for each in found] == [each.tokens for each in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        pairs = zip(one.logprobs + one.prompt_logprobs, other.logprobs + other.prompt_logprobs, strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 1e-4
+
+
+@pytest.mark.slow
+def test_eager(folders: dict[str, Path], tmp_path: Path) -> None:
+    runs = [operated(folders[kind], tmp_path / kind) for kind in CONFIGS]
+    found = run_all(runs, tmp_path, **EXACT)
+    plain = run_all([Run(str(folders[kind])) for kind in CONFIGS], tmp_path, **EXACT)
+    for kind, result, wanted in zip(CONFIGS, found, plain, strict=True):
+        check_operated(result, "folded" if kind in FOLDED else "vllm")
+        check_same(result.outputs, wanted.outputs)
+
+
+@pytest.mark.slow
+def test_compiled_in_graphs_from_one_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Graphs of engines with surgery, with another target and without it lie in one folder; each takes its own."""
+    folder, env = folders["naive_talker"], {**EXACT, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    targets = ("folded", "vllm")
+    runs = [operated(folder, tmp_path / target, target, **COMPILED) for target in targets]
+    runs += [Run(str(folder), COMPILED), operated(folder, tmp_path / "again", **COMPILED)]
+    *first, plain, again = run_all(runs, tmp_path, **env)
+    for target, result in zip((*targets, "folded"), (*first, again), strict=True):
+        check_operated(result, target)
+        check_same(result.outputs, plain.outputs)
+
+
+@pytest.mark.slow
+def test_a_layer_that_rounds_float32_is_not_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+    [result] = run_all([operated(folders["naive_talker"], tmp_path / "run", "vllm")], tmp_path)
+    assert result.error is None
+    for site in result.receipts[0]["report"]["sites"]:
+        assert site["outcome"] == "refused" and "vLLM's kernels round float32 to TF32 here" in site["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["naive_talker", "list_moe_whole"])
+def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"tensor_parallel_size": 2, **COMPILED}
+    env = {**EXACT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    [result] = run_all([operated(folders[kind], tmp_path / "run", **options)], tmp_path, **env)
+    [plain] = run_all([Run(str(folders[kind]), options)], tmp_path, **env)
+    check_operated(result, "folded", ranks=2)
+    check_same(result.outputs, plain.outputs)
