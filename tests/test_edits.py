@@ -169,6 +169,7 @@ def test_explanations_print_the_whole_finding() -> None:
     assert str(found).splitlines() == [
         "model.layers.0.mlp  Qwen2MoeSparseMoeBlock",
         "computes  softmax top-2 of 8 renormalised · experts 64→32 silu · shared 64 silu, sigmoid gate",
+        "ranks by  softmax scores in float32",
         "combines  experts + sigmoid(shared_expert_gate) * shared_expert",
         "children  gate 8 64 · experts 8 32 64 · shared_expert mlp 64 64 · shared_expert_gate 1 64",
         "alike     model.layers.1.mlp",

@@ -76,4 +76,5 @@ FACTS: dict[str, Fact] = {
     "ranks": Fact(get_args(Ranks), lambda spec: spec.router.ranks),
     "ranked_dtype": Fact(get_args(Precision), lambda spec: spec.router.ranked_dtype),
     "cap_dtype": Fact(get_args(Precision), lambda spec: spec.router.cap_dtype),
+    "wide_matrix": Fact(bool, lambda spec: spec.router.wide_matrix),
 }

@@ -32,7 +32,7 @@ def check_shapes(spec: MoESpec, tensors: BlockTensors, prefix: str) -> None:
         got = None if tensor is None else tuple(tensor.shape)
         if got != shape:
             raise SurgeryError(f"{prefix}: {name} has shape {got}, the spec wants {shape}")
-        loose = name in ("correction_bias", "router")  # models keep them in float32
+        loose = name == "correction_bias" or (name == "router" and spec.router.wide_matrix)  # kept in float32
         if (
             tensor is not None
             and not loose

@@ -193,10 +193,11 @@ VARIANTS = {
         "experts 64→32 silu · shared 64 silu"
     ),
     ClampedWithBiases: (
-        "softmax top-2 of 8 with logit bias renormalised · experts 64→32 silu(α 1.702), up + 1 clamped at 2 with biases"
+        "softmax top-2 of 8 by logits with logit bias renormalised · experts 64→32 silu(α 1.702), up + 1 clamped at 2 "
+        "with biases"
     ),
     StackedInTwo: "sigmoid top-2 of 8 soft-capped at 5 · experts 64→32 gelu",
     Ungated: "sqrtsoftplus top-2 of 8 renormalised · experts 64→32 relu2 ungated · shared 32 relu2 ungated",
-    WeightedInputs: "sigmoid top-1 of 8 · experts 64→32 silu, weighted inputs · shared 32 silu",
+    WeightedInputs: "sigmoid top-1 of 8 by logits · experts 64→32 silu, weighted inputs · shared 32 silu",
     BehindAnMLP: "experts alone, behind its own router · 8 experts 64→32 silu, 2 identity experts",
 }
