@@ -114,7 +114,7 @@ def test_a_model_that_cant_be_driven_is_left_out_with_the_reason(
 
 
 def test_nothing_replaced_nothing_timed(tiny: nn.Module) -> None:
-    assert measure_steps(tiny, Transaction([])) == Steps((), ("nothing was replaced",))
+    assert measure_steps(tiny, Transaction(tiny, [])) == Steps((), ("nothing was replaced",))
 
 
 @pytest.mark.usefixtures("few")
