@@ -133,6 +133,7 @@ def _page(coverage: Coverage) -> Iterator[str]:
     yield "A setting is another config of the family, such as top-1 routing, another activation, groups, or clamps that"
     yield "act; `moe_surgery/testing/families.toml` has them all. The margin is the least of all settings and sites:"
     yield "how many times nearer to the reference the new block is than the nearest wrong block."
+    yield "What became of the families on a GPU is in [gpu.md](gpu.md)."
     yield ""
     yield "| family | block | computes | outcome | settings | margin | why not |"
     yield "|---|---|---|---|---|---|---|"

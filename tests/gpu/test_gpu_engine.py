@@ -39,13 +39,12 @@ def check_same(found: list[Output], wanted: list[Output]) -> None:
 
 
 @pytest.mark.slow
-def test_eager(folders: dict[str, Path], tmp_path: Path) -> None:
-    runs = [operated(folders[kind], tmp_path / kind) for kind in CONFIGS]
-    found = run_all(runs, tmp_path, **EXACT)
-    plain = run_all([Run(str(folders[kind])) for kind in CONFIGS], tmp_path, **EXACT)
-    for kind, result, wanted in zip(CONFIGS, found, plain, strict=True):
-        check_operated(result, "folded" if kind in FOLDED else "vllm")
-        check_same(result.outputs, wanted.outputs)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_eager(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    [found] = run_all([operated(folders[kind], tmp_path / "run")], tmp_path, **EXACT)
+    [plain] = run_all([Run(str(folders[kind]))], tmp_path, **EXACT)
+    check_operated(found, "folded" if kind in FOLDED else "vllm")
+    check_same(found.outputs, plain.outputs)
 
 
 @pytest.mark.slow
