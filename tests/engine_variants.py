@@ -144,8 +144,10 @@ def _experts_twice(block: Any, x: Any) -> Any:
 
 
 def _scaled_logits(block: Any, x: Any) -> Any:
-    _, shared, gate = _fused(block, x)
-    return block.experts(hidden_states=x, router_logits=2 * block.gate(x)[0]) + gate * shared
+    import torch.nn.functional as F
+
+    routed = block.experts(hidden_states=x, router_logits=2 * block.gate(x)[0])
+    return routed + F.sigmoid(block.shared_expert_gate(x)[0]) * block.shared_expert(x)
 
 
 def _scale_in_layer(block: Any) -> None:
