@@ -28,6 +28,7 @@ from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Likeness
+from moe_surgery.targets.observed import ObservedRouter
 from moe_surgery.weights.tensors import BlockTensors, gather
 
 Progress = Callable[[int, int, str], None]
@@ -194,7 +195,8 @@ class Operation:
                 setattr(new, name, made(value, tensors.w13.device, tensors.w13.dtype))
         owner, _, _ = reading.layout.router.path.rpartition(".")
         if owner and "." not in owner:
-            new.observe(owner, block.get_submodule(owner))
+            router = block.get_submodule(owner)
+            new.observe(owner, ObservedRouter(router, Likeness.of(router, f"{path}.{owner}")))
         new.stand_for(likeness)
         return new
 
@@ -224,16 +226,15 @@ class Operation:
 
     def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
         """Ask a new block what the model asked the old one. Raises :class:`ProofError` if the answers differ."""
-        calling = self.readings[path].calling
-        for called in whole.heard(path):
+        reading = self.readings[path]
+        for called in whole.heard(path, reading.results):
             try:
-                heard = _by_role(called, calling, self.readings[path].spec.at)
+                heard = _by_role(called, reading.calling, reading.spec.at)
                 roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
-                answer = output_of(self.readings[path].results, new(*calling.placed(roles)))
+                answer = output_of(reading.results, new(*reading.calling.placed(roles)))
             except Exception as error:
                 raise self._failed(f"{path}: {error} (on what the model gives it)") from error
-            spec, bound = self.readings[path].spec, self.verdicts[path].bound
-            apart, fault = disagreement(heard, answer, spec, tensors, bound)
+            apart, fault = disagreement(heard, answer, reading.spec, tensors, self.verdicts[path].bound)
             if fault is not None:
                 raise self._failed(f"{path}: {fault}")
             whole.saw(apart)
@@ -300,22 +301,22 @@ class _Unanswerable(Exception):
 class Double(StandingBlock):
     """Takes a block's place while the model around it is checked, where the block itself must make room for the next.
 
-    It answers as the block does, and is called with its output at hand.
+    Its attributes are the block's; its output is at hand already, so that it has none of its own.
     """
 
     def __init__(self, block: StandingBlock) -> None:
         super().__init__()
         self.label, self.rule = block.label, block.rule
         for name, child in block.named_children():
-            if block.observed(name):
+            if isinstance(child, ObservedRouter):
                 self.add_module(name, child)
         likeness = block.likeness
         assert likeness is not None
         self.stand_for(likeness)
         self.eval()
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        return torch.empty_like([*given, *named.values()][0])
+    def forward(self, *given: Tensor, **named: Tensor) -> None:
+        return None
 
 
 def _by_role(heard: Heard, calling: Calling, at: str) -> Heard:

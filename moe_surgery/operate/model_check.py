@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from moe_surgery.calling import Structure, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.report.outcomes import ModelCheck
@@ -32,7 +33,7 @@ class _Event:
     kind: Literal["called", "returned"]
     path: str
     values: tuple[Any, ...]
-    answer: Tensor | None = None
+    answer: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,13 @@ class WholeModel:
             _, failed = run_parts(self.model, self.sites, self.hidden, self._play)
             self._failed += failed
 
-    def heard(self, path: str) -> Iterator[Heard]:
-        """Every call of the site at ``path`` in the run before."""
+    def heard(self, path: str, results: Structure | None) -> Iterator[Heard]:
+        """Every call of the site at ``path`` in the run before. ``results`` tell the output in what it returned."""
         for played in self._played:
             for event in played.events:
-                if event.kind == "called" and event.path == path and event.answer is not None:
-                    yield Heard([value for value in event.values if isinstance(value, Tensor)], event.answer)
+                if event.kind == "called" and event.path == path:
+                    given = [value for value in event.values if isinstance(value, Tensor)]
+                    yield Heard(given, output_of(results, event.answer))
 
     def saw(self, apart: float) -> None:
         """Take down how far a new block was from the old one on its own tokens."""
@@ -89,6 +91,7 @@ class WholeModel:
         """Run the model with the modules ``placed`` at the sites; the first difference, None if there is none.
 
         The sites that are not among ``placed`` hold their old blocks. ``bound`` is the noise of the blocks, relative.
+        A module that returns None stands for a block that isn't there yet, and its answer isn't looked at.
         """
         with self._timed():
             for played in self._played:
@@ -118,7 +121,7 @@ class WholeModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 values = _kept((args, kwargs))
                 answer = inner(*args, **kwargs)
-                events.append(_Event("called", path, values, answer.clone() if isinstance(answer, Tensor) else None))
+                events.append(_Event("called", path, values, _copied(answer)))
                 return answer
 
             return forward
@@ -165,9 +168,11 @@ class WholeModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 event = meet("called", path, _kept((args, kwargs)))
                 answer = inner(*args, **kwargs)
-                if event is None or event.answer is None or not isinstance(answer, Tensor):
+                if event is None:
                     return answer
-                return answer.copy_(event.answer) if answer.shape == event.answer.shape else event.answer.clone()
+                if answer is not None and _kind(answer) != _kind(event.answer):
+                    differences.append(f"{path} returns {_kind(answer)} where before it returned {_kind(event.answer)}")
+                return _copied(event.answer)
 
             return forward
 
@@ -179,6 +184,8 @@ class WholeModel:
             with _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
                 result = _kept(played.run())
         except Exception as error:
+            if differences:
+                return differences[0]
             where = inside[-1] if inside else played.run.path
             return f"{where or 'the model'} doesn't run with the new blocks in it: {type(error).__name__}: {error}"
         if differences:
@@ -259,6 +266,22 @@ def _kept(value: Any) -> tuple[Any, ...]:
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             kept.append(leaf)
     return tuple(kept)
+
+
+def _copied(answer: Any) -> Any:
+    """What a block returned, with copies of its tensors."""
+    return tree_map_only(Tensor, Tensor.clone, answer)
+
+
+def _kind(answer: Any) -> str:
+    """The form of what a block returned: its structure, and shapes and dtypes of the tensors in it."""
+    leaves = [
+        f"{tuple(leaf.shape)} in {str(leaf.dtype).removeprefix('torch.')}"
+        if isinstance(leaf, Tensor)
+        else type(leaf).__name__
+        for leaf in tree_leaves(answer)
+    ]
+    return leaves[0] if isinstance(answer, Tensor) else f"{type(answer).__name__}({', '.join(leaves)})"
 
 
 def _apart(values: Sequence[Any], wanted: Sequence[Any]) -> float:
