@@ -9,19 +9,17 @@ rounding doesn't add up from layer to layer, and nothing else may differ by more
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_surgery.calling import Structure, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
+from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.report.outcomes import ModelCheck
 
@@ -119,20 +117,20 @@ class WholeModel:
 
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                values = _kept((args, kwargs))
+                values = kept((args, kwargs))
                 answer = inner(*args, **kwargs)
-                events.append(_Event("called", path, values, _copied(answer)))
+                events.append(_Event("called", path, values, copied(answer)))
                 return answer
 
             return forward
 
         def returned(path: str, output: Any) -> None:
-            events.append(_Event("returned", path, _kept(output)))
+            events.append(_Event("returned", path, kept(output)))
 
         try:
             sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
             with _watched(self.model, run.path, sites, called, returned):
-                result = _kept(run())
+                result = kept(run())
         except Exception as error:
             return error
         floats = [value for value in result if isinstance(value, Tensor) and value.is_floating_point()]
@@ -159,30 +157,30 @@ class WholeModel:
                     else f"{now} where before {event.path or 'the model'} had returned"
                 )
                 return None
-            if (apart := _apart(values, event.values)) > bound:
+            if (apart := distance(values, event.values)) > bound:
                 what = "is given another input" if kind == "called" else "returns another output"
-                differences.append(f"{path or 'the model'} {what} than before ({_much(apart)})")
+                differences.append(f"{path or 'the model'} {what} than before ({much(apart)})")
             return event
 
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                event = meet("called", path, _kept((args, kwargs)))
+                event = meet("called", path, kept((args, kwargs)))
                 answer = inner(*args, **kwargs)
                 if event is None:
                     return answer
-                if answer is not None and _kind(answer) != _kind(event.answer):
-                    differences.append(f"{path} returns {_kind(answer)} where before it returned {_kind(event.answer)}")
-                return _copied(event.answer)
+                if answer is not None and form(answer) != form(event.answer):
+                    differences.append(f"{path} returns {form(answer)} where before it returned {form(event.answer)}")
+                return copied(event.answer)
 
             return forward
 
         def returned(path: str, output: Any) -> None:
-            meet("returned", path, _kept(output))
+            meet("returned", path, kept(output))
 
         sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
         try:
             with _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
-                result = _kept(played.run())
+                result = kept(played.run())
         except Exception as error:
             if differences:
                 return differences[0]
@@ -192,8 +190,8 @@ class WholeModel:
             return differences[0]
         if (left := next(wanted, None)) is not None:
             return f"{left.path or 'the model'} isn't {left.kind} any more"
-        if (apart := _apart(result, played.result)) > bound:
-            return f"{played.run.path or 'the model'} returns another output than before ({_much(apart)})"
+        if (apart := distance(result, played.result)) > bound:
+            return f"{played.run.path or 'the model'} returns another output than before ({much(apart)})"
         return None
 
     @contextmanager
@@ -255,58 +253,3 @@ def _between(site: str, part: str) -> Iterator[str]:
 
 def _under(path: str, part: str) -> bool:
     return not part or path == part or path.startswith(f"{part}.")
-
-
-def _kept(value: Any) -> tuple[Any, ...]:
-    """Copies of the tensors in nested containers, and the plain values; what else there is says nothing."""
-    kept: list[Any] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            kept.append(leaf.detach().clone())
-        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            kept.append(leaf)
-    return tuple(kept)
-
-
-def _copied(answer: Any) -> Any:
-    """What a block returned, with copies of its tensors."""
-    return tree_map_only(Tensor, Tensor.clone, answer)
-
-
-def _kind(answer: Any) -> str:
-    """The form of what a block returned: its structure, and shapes and dtypes of the tensors in it."""
-    leaves = [
-        f"{tuple(leaf.shape)} in {str(leaf.dtype).removeprefix('torch.')}"
-        if isinstance(leaf, Tensor)
-        else type(leaf).__name__
-        for leaf in tree_leaves(answer)
-    ]
-    return leaves[0] if isinstance(answer, Tensor) else f"{type(answer).__name__}({', '.join(leaves)})"
-
-
-def _apart(values: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The greatest relative L2 distance of two tensors in the same place; infinite where anything else differs."""
-    if len(values) != len(wanted):
-        return math.inf
-    return max((_distance(one, other) for one, other in zip(values, wanted, strict=True)), default=0.0)
-
-
-def _distance(one: Any, other: Any) -> float:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return 0.0 if type(one) is type(other) and (one == other or one != one) else math.inf
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
-        return math.inf
-    if torch.equal(one, other):
-        return 0.0
-    if not one.is_floating_point():
-        return math.inf
-    finite = other.isfinite()
-    if not torch.equal(finite, one.isfinite()):
-        return math.inf
-    one, other = one[finite].double(), other[finite].double()
-    norm = float(other.norm())
-    return float((one - other).norm()) / norm if norm else math.inf
-
-
-def _much(apart: float) -> str:
-    return f"relative distance {apart:.2g}" if math.isfinite(apart) else "of another shape or kind, or not finite"
