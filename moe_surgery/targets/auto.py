@@ -14,7 +14,6 @@ from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
 from moe_surgery.weights.tensors import BlockTensors
 
-
 FOLDED_ON_CPU = ("float32", "bfloat16")
 """Where folding is faster than vLLM's shared-fused layer on a CPU (``benchmarks/results/epyc-2core-cpu_block.json``).
 
