@@ -145,7 +145,9 @@ def test_auto_folds_on_cuda_and_says_why_where_it_does_not() -> None:
     assert target.name == "folded" and note is not None and note.startswith("not all in one kernel call: shared width")
     target, note = auto.pick(but(experts={"num_experts": 6}), CUDA)
     assert (target.name, note) == ("vllm", "not folded: the router scores 8 experts, there are 6")
-    assert auto.pick(SPEC, Context("cpu", "float32"))[0].name == "vllm"
+    cpu = {dtype: auto.pick(SPEC, Context("cpu", dtype))[0].name for dtype in ("float32", "bfloat16", "float16")}
+    assert cpu == {"float32": "folded", "bfloat16": "folded", "float16": "vllm"}
+    assert auto.pick(replace(SPEC, shared=None), Context("cpu", "float32")) == (auto.layer, None)
 
 
 def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
