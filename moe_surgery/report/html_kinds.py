@@ -76,8 +76,12 @@ def _anatomy(row: Row, step: Step, report: Outcomes) -> Iterator[str]:
         return
     figures = [tag("figure", before(step.spec, step.weights, row.kind))]
     if row.outcome == "replaced" and row.target:
-        said = {"planned": "would be built by apply", "verified": "built, proven and given up again"}
-        caption = f"{safe(said.get(report.done, report.done))}; what is framed takes the old block’s place"
+        said = {
+            "planned": "As apply would build it.",
+            "verified": "As it was built and proven; the model has the old block.",
+            "undone": "As it was until it was undone.",
+        }
+        caption = f"{said.get(report.done, '')} What is framed takes the old block’s place.".strip()
         drawn = after(step.spec, step.weights, row.target)
         figures.append(tag("figure", drawn + tag("figcaption", caption)))
     yield tag("div", "".join(figures), class_="pair")

@@ -11,7 +11,7 @@ from moe_surgery.report.pictures.svg import drawing, element, fitted, label, tit
 from moe_surgery.report.words import error, ratio
 
 _ROW, _TALL, _TOP, _NUMBERS = 22.0, 36.0, 30.0, 150.0
-_UNIT = "unit"
+_UNIT, _MUTANT = "unit", "ink"
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,17 @@ def ladder(verdict: Verdict, width: float) -> str:
     row = _TALL if narrow else _ROW
     place, decades = _axis(rungs, verdict.bound, left + 14, right - 14)
     bottom = _TOP + row * len(rungs)
+    # Where names stand above their lines, neither band nor grid runs through them.
+    spans = [(_TOP + row * n + 16, _TOP + row * n + 36) for n in range(len(rungs))] if narrow else [(_TOP - 6, bottom)]
     parts = []
-    if verdict.bound > 0:
-        edge = place(verdict.bound)
-        parts.append(element("rect", x=left, y=_TOP - 6, width=edge - left, height=bottom - _TOP + 6, class_="tint"))
-        parts.append(element("line", x1=edge, x2=edge, y1=_TOP - 6, y2=bottom, class_="limit"))
     step = math.ceil(len(decades) / ((right - left) / 46))
-    for number, (x, text) in enumerate(decades):
-        parts.append(element("line", x1=x, x2=x, y1=_TOP - 6, y2=bottom, class_="line"))
-        if number % step == 0:
-            parts.append(label(x, _TOP - 12, text, "m q", "middle"))
+    for top, end in spans:
+        if verdict.bound > 0:
+            edge = place(verdict.bound)
+            parts.append(element("rect", x=left, y=top, width=edge - left, height=end - top, class_="tint"))
+            parts.append(element("line", x1=edge, x2=edge, y1=top, y2=end, class_="limit"))
+        parts += [element("line", x1=x, x2=x, y1=top, y2=end, class_="line") for x, _ in decades]
+    parts += [label(x, _TOP - 12, text, "m q", "middle") for x, text in decades[::step]]
     if not narrow:
         parts.append(label(width, _TOP - 12, "distance · margin", "s q", "end"))
     for number, rung in enumerate(rungs):
@@ -79,7 +80,9 @@ def _fault(value: float, bound: float) -> str | None:
 
 def _mutant(mutant: Mutant, own: float | None) -> _Rung:
     where = "" if mutant.family == _UNIT else f" ({mutant.family} tokens)"
-    return _Rung(mutant.name + where, mutant.distance, "ink", own, f"{error(mutant.distance)} · {ratio(mutant.margin)}")
+    return _Rung(
+        mutant.name + where, mutant.distance, _MUTANT, own, f"{error(mutant.distance)} · {ratio(mutant.margin)}"
+    )
 
 
 def _axis(
@@ -118,7 +121,7 @@ def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float,
         start = place(rung.own)
         parts.append(element("line", x1=start, x2=x, y1=line, y2=line, class_="flow"))
         parts.append(element("circle", cx=start, cy=line, r=3, class_="hollow"))
-    if rung.own is None:
+    if rung.kind != _MUTANT:
         parts.append(element("path", d=_diamond(x, line), class_=rung.kind))
     else:
         parts.append(element("circle", cx=x, cy=line, r=4, class_=rung.kind))
