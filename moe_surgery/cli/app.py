@@ -10,6 +10,7 @@ import typer
 from moe_surgery.cli import (
     apply_verify,
     benchmark,
+    difference,
     exits,
     packs_doctor,
     packs_trial,
@@ -268,6 +269,21 @@ def report(
 ) -> None:
     """Say what each process of a run did, and fail if they disagree."""
     run(output, lambda screen: run_report.report(screen, folder, html))
+
+
+@command(app, "diff")
+def diff(
+    old: Annotated[
+        Path, typer.Argument(metavar="A", help="A plan or result as JSON, or a run's folder.", show_default=False)
+    ],
+    new: Annotated[Path, typer.Argument(metavar="B", help="Another of the kind.", show_default=False)],
+    output: Output,
+) -> None:
+    """Say which sites of two plans, reports or runs differ, and in what; end with 10 if any does.
+
+    Margins differ by a factor of 2 or more, speeds by more than their spreads.
+    """
+    run(output, lambda screen: difference.diff(screen, old, new))
 
 
 @command(app, "doctor")
