@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ def apply(screen: Screen, job: Job) -> int:
     plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
+        started = time.perf_counter()
         opened = load(job, plan, name, progress)
+        loaded = time.perf_counter() - started
         tokenizer = None
         if job.prompt is not None:
             tokenizer = Tokenizer(opened.directory, trust_remote_code=job.trust.trust_remote_code)
@@ -111,7 +114,7 @@ def apply(screen: Screen, job: Job) -> int:
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
     failed = not tokens.finite or (not tokens.equal and rounded is None)
-    report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
+    report = _with_load(report, loaded).but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
     notes += [("tokens", line) for line in tokens.sentences()]
     if report.replaced:
@@ -137,7 +140,9 @@ def verify(screen: Screen, job: Job) -> int:
     plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
+        started = time.perf_counter()
         opened = load(job, plan, name, progress)
+        loaded = time.perf_counter() - started
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -147,7 +152,7 @@ def verify(screen: Screen, job: Job) -> int:
             on_progress=progress.step,
             **({} if plan else job.choice.as_plan()),
         )
-    report = report.but(model=name)
+    report = _with_load(report, loaded).but(model=name)
     screen.report(report, svg=job.svg)
     failed = [step for step in report.refused if step.verdict is not None and not step.verdict.powerless]
     if failed:
@@ -196,6 +201,10 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
     progress.phase(f"loading {model}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+
+
+def _with_load(report: Report, seconds: float) -> Report:
+    return report.but(seconds=report.seconds + seconds, phases=(("load", seconds), *report.phases))
 
 
 def _ids(job: Job) -> list[int]:
