@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import moe_surgery
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -159,6 +161,22 @@ def test_every_target_sets_up_first(tmp_path: Path, target: str) -> None:
         next(n for n, line in enumerate(lines) if text in line) for text in ("some-python setup/install.py", wanted)
     ]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("torch", ["2.11.0+cu130", "2.13.0+cpu", "2.14.1+cu130"])
+def test_an_engines_torch_stays_whatever_it_is(torch: str) -> None:
+    """vLLM pins its torch exactly; another one would break it."""
+    (wanted,) = [r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "torch"]
+    assert wanted.specifier.contains(torch) and not wanted.extras
+
+
+def test_the_version_is_the_changelogs_and_the_tags() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    heads = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert moe_surgery.__version__ in heads[:2] and heads[0] in ("Unreleased", moe_surgery.__version__)
+    tag = ["git", "tag", "--points-at", "HEAD", "--list", "v*"]
+    tags = subprocess.run(tag, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    assert set(tags) <= {f"v{moe_surgery.__version__}"}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import SurgeryError, UsageError
-from moe_surgery.report.words import plural
+from moe_surgery.report.words import plural, size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -198,9 +198,15 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
 
     if plan is not None and Path(model).is_dir():
         plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
-    progress.phase(f"loading {model}")
+    progress.phase(f"loading {model}{_of_bytes(Path(model))}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+
+
+def _of_bytes(directory: Path) -> str:
+    """How much there is to load, where that lies in a directory."""
+    found = sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 0
+    return f", {size(found)}" if found else ""
 
 
 def _with_load(report: Report, seconds: float) -> Report:

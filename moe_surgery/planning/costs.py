@@ -25,7 +25,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes: of the model, of its ``count`` ``blocks`` to replace, of the ``largest`` of these, and ``free`` ones here."""
+    """Bytes: of the model, its ``count`` ``blocks`` to replace, the ``largest`` of these; and ``free`` ones here."""
 
     count: int
     model: int
