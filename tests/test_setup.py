@@ -217,4 +217,4 @@ def test_wheel_holds_the_package_and_the_rules(tmp_path: Path) -> None:
 
 def test_the_checkouts_command_line() -> None:
     answer = subprocess.run([sys.executable, str(ROOT / "cli.py"), "--version"], capture_output=True, text=True)
-    assert answer.stdout.strip() == f"moe-surgery {PROJECT['project']['version']}"
+    assert answer.stdout.strip() == f"moe-surgery {moe_surgery.__version__}"
