@@ -27,11 +27,11 @@ Note = tuple[str, str]
 _GAP = "  "
 _TOPIC = 9
 _DONE = {
-    "planned": ("to replace", "nothing touched"),
-    "verified": ("proven", "the model is as it was"),
-    "applied": ("replaced", ""),
-    "rolled back": ("replaced", "rolled back: the model is as it was"),
-    "undone": ("replaced", "undone: the model is as it was"),
+    "planned": ("to replace", "to keep", "nothing touched"),
+    "verified": ("proven", "kept", "the model is as it was"),
+    "applied": ("replaced", "kept", ""),
+    "rolled back": ("replaced", "kept", "rolled back: the model is as it was"),
+    "undone": ("replaced", "kept", "undone: the model is as it was"),
 }
 
 
@@ -72,8 +72,8 @@ def header(report: Outcomes, console: Console) -> None:
 
 def sentence(report: Outcomes) -> str:
     """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``."""
-    word, remark = _DONE[report.done]
-    counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"
+    word, kept, remark = _DONE[report.done]
+    counts = f"{len(report.replaced)} {word}, {len(report.kept)} {kept}, {len(report.missed)} missed"
     parts = [f"{counts}, {len(report.refused)} refused", remark, duration(report.seconds)]
     parts.append(", ".join(f"{name} {duration(seconds)}" for name, seconds in report.phases))
     return " · ".join(part for part in parts if part)
