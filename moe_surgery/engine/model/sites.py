@@ -14,6 +14,8 @@ from moe_surgery.engine.model.routed import Routed, routed_layers
 from moe_surgery.errors import SurgeryError
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
+from moe_surgery.planning.surroundings import around, reached
+from moe_surgery.read.beside import Pair, beside
 from moe_surgery.read.block import read
 from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
@@ -28,7 +30,9 @@ class EngineSite:
 
     ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
     block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside that layer.
-    ``elsewhere`` is another name of something in the block, outside of it, and ``sibling`` a shared expert beside it.
+    ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where a shared
+    expert stands beside the block in its ``layer``, under the name ``sibling``, and ``alone`` the site without it;
+    ``remark`` says why it stays there, if there may be one.
     """
 
     site: Site
@@ -38,11 +42,35 @@ class EngineSite:
     structure: Hashable = None
     bare: bool = False
     elsewhere: str | None = None
+    pair: Pair | None = None
     sibling: str | None = None
+    layer: nn.Module | None = None
+    alone: EngineSite | None = None
+    remark: str = ""
 
     @property
     def swapped(self) -> bool:
         return self.reading is None and self.unread is None
+
+    @property
+    def block(self) -> nn.Module:
+        """What was read, to which all paths in the reading are relative: the site's module, or that and its sibling."""
+        return self.pair or self.site.module
+
+    @property
+    def place(self) -> str:
+        """The path in the model of what was read: of the block, or of its layer."""
+        return self.site.path if self.pair is None else self.site.path.rpartition(".")[0]
+
+    def places(self) -> dict[str, nn.Module]:
+        """The modules in the model that are read as one, by path: the block first."""
+        if self.pair is None:
+            return {self.site.path: self.site.module}
+        return {f"{self.place}.{name}".lstrip("."): module for name, module in self.pair.named_children()}
+
+    def inside(self, path: str) -> str:
+        """A path in what was read, relative to the site's module, in which it lies."""
+        return path if self.pair is None else path.partition(".")[2]
 
 
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
@@ -52,30 +80,53 @@ def survey(model: nn.Module) -> tuple[EngineSite, ...]:
     for path, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
             names.setdefault(module, []).append(path)
-    return tuple(
-        replace(_survey(site, known), elsewhere=_elsewhere(site, names), sibling=_sibling(model, site))
-        for site in _sites(model)
-    )
+    items = (_with_sibling(model, _survey(site, site.module, known), known) for site in _sites(model))
+    return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in items)
 
 
-def _sibling(model: nn.Module, site: Site) -> str | None:
-    """The module beside a block that is named a shared expert, and holds weights."""
-    parent = site.path.rpartition(".")[0]
-    beside = model.get_submodule(parent).named_children()
-    return next(
-        (
-            name
-            for name, child in beside
-            if child is not site.module and name.startswith("share") and next(child.parameters(), None) is not None
-        ),
-        None,
-    )
+def _with_sibling(model: nn.Module, item: EngineSite, known: Readings) -> EngineSite:
+    """The site of a block without a shared expert, read again with what its layer adds to it, if that is one."""
+    parent, _, name = item.site.path.rpartition(".")
+    layer = model.get_submodule(parent)
+    if not (item.bare or (item.reading and not item.reading.spec.shared)) or not _is_layer(layer):
+        return item
+    try:
+        other = beside(layer, name)
+    except Unreadable as error:
+        return replace(item, remark=f"its layer: {error}")
+    if other is None:
+        return item
+    if (told := _names_either(model, parent, {name, other})) is not None:
+        return replace(item, remark=f"its layer adds {other} to it, but {told}")
+    pair = Pair(name, item.site.module, other, layer.get_submodule(other))
+    both = _survey(item.site, pair, known)
+    if both.reading is None:
+        return replace(item, remark=f"its layer adds {other} to it, which can't be read with it: {both.unread}")
+    if both.reading.spec.shared is None:
+        return replace(item, remark=f"its layer adds {other} to it, which is no shared expert")
+    return replace(both, pair=pair, sibling=other, layer=layer, alone=item)
 
 
-def _elsewhere(site: Site, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module calls its children itself."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.Sequential)
+
+
+def _names_either(model: nn.Module, layer: str, names: set[str]) -> str | None:
+    """What around a layer may ask one of its children by itself, as far as names in the code tell."""
+    for path in around(layer):
+        module = model.get_submodule(path)
+        own = {name for name in names if hasattr(module, name)}
+        if used := sorted((names - own) & reached(module)):
+            return f"the forward of {path or 'the model'} names {', '.join(used)}"
+    return None
+
+
+def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
     """A name outside of a block of one of its modules that hold weights."""
-    found = (path for module in site.module.modules() for path in names.get(module, ()))
-    return next((path for path in found if not _within(path, site.path)), None)
+    places = item.places()
+    found = (path for part in places.values() for module in part.modules() for path in names.get(module, ()))
+    return next((path for path in found if not any(_within(path, place) for place in places)), None)
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -93,9 +144,8 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _survey(site: Site, known: Readings) -> EngineSite:
-    block = site.module
-    if isinstance(block, SwappedBlock) or any(
+def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
+    if isinstance(site.module, SwappedBlock) or any(
         isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
     ):
         return EngineSite(site)
@@ -107,7 +157,7 @@ def _survey(site: Site, known: Readings) -> EngineSite:
             if not reading.calling.plain or reading.results is not None:
                 raise Unreadable("in an engine, blocks take and return one tensor")
     except Unreadable as error:
-        return EngineSite(site, unread=str(error), bare=_bare(block))
+        return EngineSite(site, unread=str(error), bare=_bare(site.module))
     return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
 
 
@@ -134,8 +184,10 @@ def _bare(block: nn.Module) -> bool:
 def check_unchanged(item: EngineSite) -> None:
     """Raise :class:`SurgeryError` if a block isn't the one that was read: its model may have changed it since."""
     try:
-        with readable(item.site.module) as seen:
-            same = structure(item.site.module, item.site.path, seen.meanings) == item.structure
+        with readable(item.block) as seen:
+            same = structure(item.block, item.site.path, seen.meanings) == item.structure
+        if item.layer is not None:
+            same &= beside(item.layer, item.site.path.rpartition(".")[2]) == item.sibling
     except Unreadable:
         same = False
     if not same:
