@@ -41,9 +41,9 @@ def settled(sites: Sequence[EngineSite], config: VllmConfig) -> tuple[EngineSite
 
 
 def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
-    if item.alone is None or (reason := unfit(item, config)) is None:
+    if item.alone is None or item.layer is None or (reason := unfit(item, config)) is None:
         return item
-    return replace(item.alone, remark=f"its layer adds {item.sibling} to it, which isn't fused: {reason}")
+    return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:

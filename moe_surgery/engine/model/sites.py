@@ -13,7 +13,7 @@ from moe_surgery.engine.model.lens import readable
 from moe_surgery.engine.model.routed import Routed, routed_layers
 from moe_surgery.errors import SurgeryError
 from moe_surgery.models.site import Site
-from moe_surgery.models.tree import find_sites
+from moe_surgery.models.tree import find_sites, takes_one
 from moe_surgery.planning.surroundings import around, reached
 from moe_surgery.read.beside import Pair, beside
 from moe_surgery.read.block import read
@@ -25,14 +25,24 @@ from moe_surgery.targets.base import SwappedBlock
 
 
 @dataclass(frozen=True, eq=False)
+class Around:
+    """The layer that adds its child ``sibling`` to a block, and its structure when it was recorded."""
+
+    module: nn.Module
+    path: str
+    sibling: str
+    structure: Hashable
+
+
+@dataclass(frozen=True, eq=False)
 class EngineSite:
     """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
 
     ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
     block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside that layer.
     ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where a shared
-    expert stands beside the block in its ``layer``, under the name ``sibling``, and ``alone`` the site without it;
-    ``remark`` says why it stays there, if there may be one.
+    expert stands beside the block in its ``layer``, and ``alone`` the site without it; ``remark`` says why it stays
+    there, if there may be one.
     """
 
     site: Site
@@ -43,8 +53,7 @@ class EngineSite:
     bare: bool = False
     elsewhere: str | None = None
     pair: Pair | None = None
-    sibling: str | None = None
-    layer: nn.Module | None = None
+    layer: Around | None = None
     alone: EngineSite | None = None
     remark: str = ""
 
@@ -80,31 +89,63 @@ def survey(model: nn.Module) -> tuple[EngineSite, ...]:
     for path, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
             names.setdefault(module, []).append(path)
-    items = (_with_sibling(model, _survey(site, site.module, known), known) for site in _sites(model))
+    layers = _Layers(model)
+    items = (_with_sibling(layers, _survey(site, site.module, known), known) for site in _sites(model))
     return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in items)
 
 
-def _with_sibling(model: nn.Module, item: EngineSite, known: Readings) -> EngineSite:
+class _Layers:
+    """The layers around a model's blocks: what each adds to a block. Those of one structure are recorded once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._known: dict[Hashable, str | Unreadable | None] = {}
+
+    def beside(self, path: str, name: str) -> str | None:
+        """The child that the layer at ``path`` adds to its child ``name``, if there is one.
+
+        Raises :class:`Unreadable` where that can't be told, or if code around the layer may ask one of them alone.
+        """
+        layer = self.model.get_submodule(path)
+        key = name, _layer_structure(layer, path)
+        if key not in self._known:
+            try:
+                self._known[key] = beside(layer, name)
+            except Unreadable as error:
+                self._known[key] = Unreadable(str(error))  # anew, as the frames of this one keep modules alive
+        other = self._known[key]
+        if isinstance(other, Unreadable):
+            raise Unreadable(str(other))
+        if other is not None and (told := _names_either(self.model, path, {name, other})) is not None:
+            raise Unreadable(f"it adds {other} to it, but {told}")
+        return other
+
+
+def _with_sibling(layers: _Layers, item: EngineSite, known: Readings) -> EngineSite:
     """The site of a block without a shared expert, read again with what its layer adds to it, if that is one."""
     parent, _, name = item.site.path.rpartition(".")
-    layer = model.get_submodule(parent)
+    layer = layers.model.get_submodule(parent)
     if not (item.bare or (item.reading and not item.reading.spec.shared)) or not _is_layer(layer):
         return item
     try:
-        other = beside(layer, name)
+        other = layers.beside(parent, name)
     except Unreadable as error:
         return replace(item, remark=f"its layer: {error}")
     if other is None:
         return item
-    if (told := _names_either(model, parent, {name, other})) is not None:
-        return replace(item, remark=f"its layer adds {other} to it, but {told}")
     pair = Pair(name, item.site.module, other, layer.get_submodule(other))
     both = _survey(item.site, pair, known)
     if both.reading is None:
         return replace(item, remark=f"its layer adds {other} to it, which can't be read with it: {both.unread}")
     if both.reading.spec.shared is None:
         return replace(item, remark=f"its layer adds {other} to it, which is no shared expert")
-    return replace(both, pair=pair, sibling=other, layer=layer, alone=item)
+    around_it = Around(layer, parent, other, _layer_structure(layer, parent))
+    return replace(both, pair=pair, layer=around_it, alone=item)
+
+
+def _layer_structure(layer: nn.Module, path: str) -> Hashable:
+    """That of a layer alone: what its children are makes no difference to what it does with their answers."""
+    return structure(layer, path, {module: () for module in layer.modules() if module is not layer})
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -130,10 +171,14 @@ def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> st
 
 
 def _sites(model: nn.Module) -> list[Site]:
-    """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one."""
+    """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one.
+
+    A decoder layer that calls a routed layer itself, and takes more than one tensor, is no block; the site is that one.
+    """
     modules = dict(model.named_modules())
     runners = [path for path, module in modules.items() if isinstance(module, MoERunner)]
-    blocks = {path.rpartition(".")[0] for path in runners}
+    parents = {path: path.rpartition(".")[0] for path in runners}
+    blocks = {parent if takes_one(modules[parent]) else path for path, parent in parents.items()}
     for site in find_sites(model):
         if not any(_within(site.path, other) or _within(other, site.path) for other in (*blocks, *runners)):
             blocks.add(site.path)
@@ -187,7 +232,7 @@ def check_unchanged(item: EngineSite) -> None:
         with readable(item.block) as seen:
             same = structure(item.block, item.site.path, seen.meanings) == item.structure
         if item.layer is not None:
-            same &= beside(item.layer, item.site.path.rpartition(".")[2]) == item.sibling
+            same &= _layer_structure(item.layer.module, item.layer.path) == item.layer.structure
     except Unreadable:
         same = False
     if not same:

@@ -132,7 +132,7 @@ class Surgery:
             self.model.get_submodule(parent).register_module(name, module)
             record_metadata_for_reloading(module)
         if item.layer is not None:  # vLLM lays weights out in the order of the tree, and the experts' are asked then
-            children, name = item.layer._modules, item.site.path.rpartition(".")[2]
+            children, name = item.layer.module._modules, item.site.path.rpartition(".")[2]
             children[name] = children.pop(name)
         self._exchanged += new
         # vLLM's parameters and layers refer to each other, and a collection may be long in coming for this much memory.
