@@ -37,7 +37,8 @@ def write(name: str, folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     if name in BY_HAND:
-        return _write_step3(folder)
+        _write_step3(folder)
+        return
     chosen = families()[name]
     config = model_config(chosen, {**SIZES, "vocab_size": VOCABULARY, **MORE.get(name, {})})
     module = import_module(f"transformers.models.{chosen.folder}.modeling_{chosen.folder}")
