@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ LAYER, FOLDED = "vllm", "folded"
 
 _EXACT = "TRITON_F32_DEFAULT", "ieee"
 """The setting with which Triton's products of float32 are of float32."""
+
+
+def settled(sites: Sequence[EngineSite], config: VllmConfig) -> tuple[EngineSite, ...]:
+    """The sites, of which those whose shared expert stands beside them go without it where it can't be fused here."""
+    return tuple(_settled(item, config) for item in sites)
+
+
+def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
+    if item.alone is None or item.layer is None or (reason := unfit(item, config)) is None:
+        return item
+    return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -140,9 +152,9 @@ def _rounds_float32(config: VllmConfig) -> bool:
 
 def _alone(item: EngineSite) -> str:
     """Why a routed layer of vLLM's that has the block to itself stays as it is."""
-    if item.sibling is None:
-        return "vLLM's own layer, with no shared expert in its block"
-    return f"vLLM's own layer; {item.sibling} stands outside its block, where it isn't fused"
+    if not item.remark:
+        return "vLLM's own layer, with no shared expert in its block or added to it"
+    return f"vLLM's own layer, with no shared expert in its block; {item.remark}"
 
 
 def _obstacle(config: VllmConfig) -> str | None:
