@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
 
-Outcome = Literal["replaced", "kept", "missed", "refused"]
-Done = Literal["planned", "verified", "applied", "rolled back", "undone"]
+Outcome = Literal["replaced", "kept", "missed", "refused", "right", "wrong", "not comparable"]
+"""What became of a site; the last three are those of an audit."""
+Done = Literal["planned", "verified", "applied", "rolled back", "undone", "audited"]
 SCHEMA = "moe-surgery/report/1"
 
 

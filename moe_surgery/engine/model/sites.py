@@ -54,7 +54,7 @@ def survey(model: nn.Module) -> tuple[EngineSite, ...]:
             names.setdefault(module, []).append(path)
     return tuple(
         replace(_survey(site, known), elsewhere=_elsewhere(site, names), sibling=_sibling(model, site))
-        for site in _sites(model)
+        for site in engine_sites(model)
     )
 
 
@@ -78,7 +78,7 @@ def _elsewhere(site: Site, names: Mapping[nn.Module, Sequence[str]]) -> str | No
     return next((path for path in found if not _within(path, site.path)), None)
 
 
-def _sites(model: nn.Module) -> list[Site]:
+def engine_sites(model: nn.Module) -> list[Site]:
     """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one."""
     modules = dict(model.named_modules())
     runners = [path for path, module in modules.items() if isinstance(module, MoERunner)]
