@@ -54,7 +54,7 @@ class Partial:
     def _rules(self) -> list[Any]:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        return get_model_conversion_mapping(self.opened.module)  # type: ignore[arg-type]
+        return get_model_conversion_mapping(self.opened.module)
 
     def sources(self, path: str) -> tuple[str, ...]:
         """The checkpoint's tensors that the module at ``path`` is loaded from."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moe_surgery.prove.asking import Block, Call, ask
 from moe_surgery.prove.ground import Ground
-from moe_surgery.prove.mutants import Twin
 from moe_surgery.prove.probe import ZERO
 
 # A batch that no block is known to branch at.
@@ -34,13 +33,11 @@ class Likeness:
         return listed if self.same else f"nearest known mistake: {listed} ({self.distance:.2g} from it)"
 
 
-def liken(block: Block, ground: Ground) -> Likeness | None:
-    """Hold a block's answers against every mutant; None if it is nearer to the truth than to any of them.
+def liken(answers: Tensor, ground: Ground) -> Likeness | None:
+    """Hold a block's ``answers`` [N, H] against every mutant; None if it is nearer to the truth than to any of them.
 
-    Tokens with more than one legitimate choice of experts are left out, and the zero token. What the block raises
-    escapes.
+    Tokens with more than one legitimate choice of experts are left out, and the zero token.
     """
-    answers = _answers(block, ground)
     clear = (ground.routing.choices() == 1) & (ground.probes.family != ZERO)
     off = ground.truth.distance_from(answers, torch.arange(len(answers), device=answers.device))
     bounds = off.new_tensor(ground.noise)[ground.probes.family] * ground.slack
@@ -64,9 +61,10 @@ def liken(block: Block, ground: Ground) -> Likeness | None:
     return Likeness(tuple(names[:2]), distance, same) if same or beyond < truth else None
 
 
-def _answers(block: Block, ground: Ground) -> Tensor:
+def answers_of(block: Block, ground: Ground) -> Tensor:
+    """What a block answers about every probe [N, H]. Raises :class:`~moe_surgery.prove.asking.Misconduct`."""
     everyone = torch.arange(len(ground.probes.x), device=ground.probes.x.device)
-    calls = [Call(f"{len(part)} tokens", ground.probes.x[part], part) for part in everyone.split(_BATCH)]
+    calls = [Call(f"{len(part)} tokens", ground.probes.x[part][None], part) for part in everyone.split(_BATCH)]
     return torch.cat([ask(block, call) for call in calls])
 
 
@@ -78,10 +76,4 @@ def _cases(ground: Ground) -> Iterator[tuple[str, Tensor, Tensor]]:
         else:
             for case in twin.case.unique().tolist():
                 mine = twin.case == case
-                yield _named(twin, case), twin.y[mine], twin.tokens[mine]
-
-
-def _named(twin: Twin, case: int) -> str:
-    return twin.name.format(case=case)
-
-
+                yield twin.name.format(case=case), twin.y[mine], twin.tokens[mine]

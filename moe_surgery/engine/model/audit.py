@@ -8,16 +8,18 @@ the same truth, and ask the same questions in step.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -27,7 +29,7 @@ from moe_surgery.engine.model.counterparts import pair
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import engine_sites
 from moe_surgery.engine.orders import ENGINE_PLAN
-from moe_surgery.errors import DeviceError, ModelError
+from moe_surgery.errors import ModelError, ProofError
 from moe_surgery.installed.versions import versions
 from moe_surgery.models.opening import open_meta
 from moe_surgery.models.partial import Partial
@@ -35,9 +37,10 @@ from moe_surgery.models.site import Site
 from moe_surgery.planning.survey import Surveyed, survey
 from moe_surgery.prove import ground as grounds
 from moe_surgery.prove.asking import Block, Misconduct
-from moe_surgery.prove.naming import liken
+from moe_surgery.prove.naming import answers_of, liken
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.report.outcomes import Outcomes, Step
+from moe_surgery.report.terminal import sentence
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import gather
 
@@ -71,6 +74,8 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
         counterparts = pair(model, [site.path for site in sites], truth.weights, list(truth.sites))
     steps = []
     for site in sites:
+        if site.path not in counterparts and not _routed(site.module) and isinstance(truth, _Truth):
+            continue  # transformers has nothing there, and vLLM no routed layer: it only looks like a block
         ranks.meet(f"where {site.path} is audited")
         try:
             if not isinstance(truth, _Truth):
@@ -78,6 +83,10 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
             steps.append(_step(site, truth, counterparts, config, ranks))
         except (ModelError, _Incomparable) as error:
             steps.append(Step(site.path, site.kind, "not comparable", str(error)))
+    if isinstance(truth, _Truth) and config.parallel_config.pipeline_parallel_size == 1:
+        left = [item.site for path, item in truth.sites.items() if path not in counterparts.values()]
+        reason = "transformers has a block here, and nothing in vLLM's model has its weights"
+        steps += [Step(site.path, site.kind, "not comparable", reason) for site in left]
     return Outcomes(
         model=f"{ENGINE_PLAN}{type(model).__name__}",
         done="audited",
@@ -85,8 +94,23 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
         fingerprint="",
         versions=versions(),
         seconds=round(time.perf_counter() - started, 3),
-        exit_code=12 if any(step.outcome == "wrong" for step in steps) else 0,
+        exit_code=ProofError.exit_code if any(step.outcome == "wrong" for step in steps) else 0,
     )
+
+
+def fault_of(report: Outcomes) -> ProofError | None:
+    """The error that a wrong block is."""
+    if not report.wrong:
+        return None
+    more = f" (and {len(report.wrong) - 1} more)" if len(report.wrong) > 1 else ""
+    error = ProofError(f"{report.wrong[0].path} is wrong{more}: {report.wrong[0].reason}")
+    error.report = report
+    return error
+
+
+def told(report: Outcomes) -> str:
+    """An audit in one line."""
+    return f"audited {report.model.removeprefix(ENGINE_PLAN)}: {sentence(report)}"
 
 
 def _truth(config: VllmConfig, model_config: ModelConfig) -> _Truth:
@@ -99,8 +123,19 @@ def _truth(config: VllmConfig, model_config: ModelConfig) -> _Truth:
         raise _Incomparable("the engine overrides the checkpoint's config (hf_overrides)")
     dtype = str(model_config.dtype).removeprefix("torch.")
     trusted = bool(model_config.trust_remote_code)
-    opened = open_meta(_directory(config, model_config), trust_remote_code=trusted, dtype=dtype)
+    with _uncompiled(config):
+        opened = open_meta(_directory(config, model_config), trust_remote_code=trusted, dtype=dtype)
     return _Truth(Partial(opened), {item.site.path: item for item in _surveyed(opened.module)})
+
+
+@contextmanager
+def _uncompiled(config: VllmConfig) -> Iterator[None]:
+    """vLLM makes classes of transformers' that it has served ones that compile themselves, by the current config."""
+    plain = copy.copy(config)
+    plain.compilation_config = copy.copy(config.compilation_config)
+    plain.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(plain):
+        yield
 
 
 def _directory(config: VllmConfig, model_config: ModelConfig) -> str:
@@ -130,9 +165,7 @@ def _surveyed(model: nn.Module) -> Iterator[Surveyed]:
             yield item
 
 
-def _step(
-    site: Site, truth: _Truth, counterparts: Mapping[str, str], config: VllmConfig, ranks: Ranks
-) -> Step:
+def _step(site: Site, truth: _Truth, counterparts: Mapping[str, str], config: VllmConfig, ranks: Ranks) -> Step:
     if (scheme := _quantised(site, truth, counterparts.get(site.path))) is not None:
         raise _Incomparable(scheme)
     if site.path not in counterparts:
@@ -141,7 +174,7 @@ def _step(
     if theirs.reading is None:
         raise _Incomparable(f"transformers' block, {theirs.site.kind}, can't be read: {theirs.unread}")
     block = _askable(site)
-    runner = next((module for module in site.module.modules() if isinstance(module, MoERunner)), None)
+    runner = _routed(site.module)
     spec, device = theirs.reading.spec, next(site.module.parameters()).device
     if (difference := _elsewhere(site, spec, truth, theirs)) is not None:
         raise _Incomparable(difference)
@@ -158,16 +191,17 @@ def _step(
 
 
 def _judged(site: Site, ask: Block, spec: MoESpec, ground: grounds.Ground | str) -> Step:
+    try:
+        answers = None if isinstance(ground, str) else answers_of(ask, ground)
+    except Misconduct as fault:
+        raise _Incomparable(f"vLLM's block {fault}, asked by itself") from fault
     verdict = prove_swapped(ask, ground)
     if verdict.passed:
         return Step(site.path, site.kind, "right", spec.sentence(), spec=spec, verdict=verdict)
-    if verdict.powerless or isinstance(ground, str):
+    if verdict.powerless or isinstance(ground, str) or answers is None:
         return Step(site.path, site.kind, "not comparable", verdict.reason, spec=spec, verdict=verdict)
-    try:
-        likeness = liken(ask, ground)
-    except Misconduct:
-        likeness = None
-    reason = verdict.reason.replace("the old block", "it")
+    likeness = liken(answers, ground)
+    reason = verdict.reason.replace("the swapped block is not what the spec says: it is", "it is")
     return Step(
         site.path,
         site.kind,
@@ -176,6 +210,11 @@ def _judged(site: Site, ask: Block, spec: MoESpec, ground: grounds.Ground | str)
         spec=spec,
         verdict=verdict,
     )
+
+
+def _routed(block: nn.Module) -> MoERunner | None:
+    """The first routed layer of vLLM's in a block."""
+    return next((module for module in block.modules() if isinstance(module, MoERunner)), None)
 
 
 def _quantised(site: Site, truth: _Truth, theirs: str | None) -> str | None:
@@ -242,5 +281,3 @@ def _rounded_anyhow(spec: MoESpec) -> MoESpec:
         cap_dtype="native",
     )
     return replace(spec, router=router)
-
-
