@@ -26,6 +26,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.counterparts import pair
+from moe_surgery.engine.model.planning import ROUNDED, rounds_float32
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import engine_sites
 from moe_surgery.engine.orders import ENGINE_PLAN
@@ -45,6 +46,8 @@ from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import gather
 
 _PLAIN = (UnquantizedFusedMoEMethod, UnquantizedLinearMethod)
+_APPROXIMATE = 32 * torch.finfo(torch.float32).eps
+"""How far a right layer may be off in any dtype: kernels take exponentials that are good to 20 units of float32."""
 _HARMLESS = frozenset({"architectures"})
 """Overrides of a checkpoint's config that choose vLLM's class alone."""
 
@@ -119,6 +122,8 @@ def _truth(config: VllmConfig, model_config: ModelConfig) -> _Truth:
         raise _Incomparable("under data or sequence parallelism no block can be asked by itself")
     if config.load_config.load_format == "dummy":
         raise _Incomparable("its weights are random, so no checkpoint says what they should be")
+    if rounds_float32(config):
+        raise _Incomparable(ROUNDED)
     if callable(overrides) or set(overrides or ()) - _HARMLESS:
         raise _Incomparable("the engine overrides the checkpoint's config (hf_overrides)")
     dtype = str(model_config.dtype).removeprefix("torch.")
@@ -181,7 +186,7 @@ def _step(site: Site, truth: _Truth, counterparts: Mapping[str, str], config: Vl
     with truth.weights.loaded(theirs.site.path, str(device)) as loaded:
         tensors = gather(loaded, theirs.reading.layout)
         spec = _rounded_anyhow(spec)
-        ground = grounds.survey(spec, tensors, SEED, ranks.size)
+        ground = _allowing_for_approximations(grounds.survey(spec, tensors, SEED, ranks.size))
     del loaded
     with set_current_vllm_config(config):
         ask = asker(site.path, block, runner, config, ranks)
@@ -268,6 +273,12 @@ def _has_shared(block: nn.Module) -> bool:
 
 def _beside(parent: nn.Module, block: nn.Module) -> bool:
     return any(name.startswith("share") for name, child in parent.named_children() if child is not block)
+
+
+def _allowing_for_approximations(ground: grounds.Ground | str) -> grounds.Ground | str:
+    if isinstance(ground, str):
+        return ground
+    return replace(ground, noise=[max(noise, _APPROXIMATE / ground.slack) for noise in ground.noise])
 
 
 def _rounded_anyhow(spec: MoESpec) -> MoESpec:
