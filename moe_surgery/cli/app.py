@@ -237,6 +237,25 @@ def run_command(
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 
+@command(app, "audit", context_settings={"allow_interspersed_args": False})
+def audit_command(
+    words: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+    ],
+    output: Output,
+    on_failure: Annotated[
+        OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
+    ] = OnFailure.stop,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
+    ] = None,
+) -> None:
+    """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
+    job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, audit=True)
+    run(output, lambda screen: run_report.launch(screen, job), shared=True)
+
+
 @command(app, "report")
 def report(
     folder: Annotated[

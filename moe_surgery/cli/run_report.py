@@ -1,4 +1,4 @@
-"""The commands about other programs' models: run, report."""
+"""The commands about other programs' models: run, audit, report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that ``run`` was asked for."""
+    """All that ``run`` or ``audit`` was asked for."""
 
     command: tuple[str, ...]
     packs: tuple[str, ...] | None
@@ -32,6 +32,7 @@ class Launch:
     on_failure: Literal["stop", "keep"]
     target: str
     run: Path | None
+    audit: bool = False
 
 
 def launch(screen: Screen, job: Launch) -> int:
@@ -91,7 +92,7 @@ def _orders(job: Launch) -> Orders:
     if job.packs is not None:
         packs = tuple(os.path.abspath(pack) if pack.endswith(".toml") else pack for pack in job.packs)
     plan = None if job.plan is None else os.path.abspath(job.plan)
-    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target)
+    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target, job.audit)
 
 
 def _folder() -> str:

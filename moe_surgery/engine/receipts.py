@@ -105,8 +105,12 @@ def check(receipts: Iterable[Receipt]) -> None:
 
 
 def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:
-    """The error of the first receipt that tells of a failure, as :func:`check` raises it."""
-    failed = min((receipt for receipt in receipts if receipt.outcome == "failed"), key=_order, default=None)
+    """The error of the first receipt that tells of a failure, or of an audit that went on with a wrong layer.
+
+    :func:`check` raises it.
+    """
+    failing = (receipt for receipt in receipts if receipt.outcome == "failed" or receipt.exit_code)
+    failed = min(failing, key=_order, default=None)
     if failed is None:
         return None
     where = f"rank {failed.rank} of {failed.world}: " if failed.world > 1 else ""

@@ -33,6 +33,7 @@ LAYER, FOLDED = "vllm", "folded"
 
 _EXACT = "TRITON_F32_DEFAULT", "ieee"
 """The setting with which Triton's products of float32 are of float32."""
+ROUNDED = f"vLLM's kernels round float32 to TF32 here; {_EXACT[0]}={_EXACT[1]} has them not to"
 
 
 def settled(sites: Sequence[EngineSite], config: VllmConfig) -> tuple[EngineSite, ...]:
@@ -137,13 +138,12 @@ def _decide(
         if reason is None:
             return Step(path, kind, "replaced", said, rule, FOLDED, spec)
         said = f"{said} · not folded: {reason}"
-    if _rounds_float32(config):
-        reason = f"vLLM's kernels round float32 to TF32 here; {_EXACT[0]}={_EXACT[1]} has them not to"
-        return Step(path, kind, "refused", f"{reason} · {said}", rule, LAYER, spec)
+    if rounds_float32(config):
+        return Step(path, kind, "refused", f"{ROUNDED} · {said}", rule, LAYER, spec)
     return Step(path, kind, "replaced", said, rule, LAYER, spec)
 
 
-def _rounds_float32(config: VllmConfig) -> bool:
+def rounds_float32(config: VllmConfig) -> bool:
     """Whether vLLM's layer multiplies float32 with ten bits of mantissa: Triton does unless it is told otherwise."""
     assert config.model_config is not None
     wide = config.model_config.dtype == torch.float32

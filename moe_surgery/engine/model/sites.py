@@ -90,7 +90,7 @@ def survey(model: nn.Module) -> tuple[EngineSite, ...]:
         if module._parameters:
             names.setdefault(module, []).append(path)
     layers = _Layers(model)
-    items = (_with_sibling(layers, _survey(site, site.module, known), known) for site in _sites(model))
+    items = (_with_sibling(layers, _survey(site, site.module, known), known) for site in engine_sites(model))
     return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in items)
 
 
@@ -170,7 +170,7 @@ def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> st
     return next((path for path in found if not any(_within(path, place) for place in places)), None)
 
 
-def _sites(model: nn.Module) -> list[Site]:
+def engine_sites(model: nn.Module) -> list[Site]:
     """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one.
 
     A decoder layer that calls a routed layer itself, and takes more than one tensor, is no block; the site is that one.
