@@ -59,7 +59,11 @@ class MLPPieces:
         yield self.gate
         yield from (self.up,) if self.up != self.gate else ()
         yield self.down
-        yield from (piece for piece in (self.gate_bias, self.up_bias, self.down_bias) if piece is not None)
+        yield from (piece for piece in self.biases() if piece is not None)
+
+    def biases(self) -> tuple[Piece | None, Piece | None, Piece | None]:
+        """Those of gate, up and down projection; one that is missing where others are there is zero."""
+        return self.gate_bias, self.up_bias, self.down_bias
 
 
 @dataclass(frozen=True)

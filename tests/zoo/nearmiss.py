@@ -250,25 +250,25 @@ class DownBiasMLP(BiasedMLP):
     biased = "down_proj"
 
 
-@near_miss("bias in only one", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertGateBias(Base):
     def make_expert(self) -> nn.Module:
         return GateBiasMLP(self.hidden, self.width)
 
 
-@near_miss("bias in only one", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertUpBias(Base):
     def make_expert(self) -> nn.Module:
         return UpBiasMLP(self.hidden, self.width)
 
 
-@near_miss("some of their projections", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertDownBias(Base):
     def make_expert(self) -> nn.Module:
         return DownBiasMLP(self.hidden, self.width)
 
 
-@near_miss("down_proj.bias")
+@near_miss("down_proj.bias", "shared expert has biases")
 class SharedDownBias(Base):
     def make_shared(self) -> None:
         self.shared_expert = DownBiasMLP(self.hidden, self.shared_width)

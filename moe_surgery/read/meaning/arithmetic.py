@@ -49,6 +49,8 @@ def _largest(run: Evaluation, op: Op) -> Any:
         raise Unreadable("it takes the largest of more than one vector")
     value = run.vectors(op.args[0])
     lead = each(value.lead, run.terms.largest)
+    if (number := op.kwargs.get("choice")) is not None:
+        lead = each(value.lead, lambda term: run.terms.chosen(term, term, number, 1))
     kept = bool(op.args[2]) if len(op.args) > 2 else bool(op.kwargs.get("keepdim", False))
     found = Rows(lead, 1) if kept else Rows(lead, None)
     return found if op.name == "amax" else (found, None)
@@ -198,7 +200,8 @@ def _sum(run: Evaluation, op: Op) -> Rows:
 
 
 def _topk(run: Evaluation, op: Op) -> tuple[Rows, None]:
-    scores, number, count = run.vectors(op.args[0]), op.kwargs["choice"], op.args[1]
+    scores, number = run.vectors(op.args[0]), op.kwargs["choice"]
+    count = op.args[1] if op.name == "topk" else scores.size
     return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
 
 
@@ -216,13 +219,14 @@ def _gather(run: Evaluation, op: Op) -> Rows:
     lead = rows.reshaped(scores, (*values.lead.shape, scores.size or 1), run.terms)
 
     def pick(value: Term, score: Term) -> Term:
-        return run.terms.chosen(value, score, number, choice.k)
+        return run.terms.chosen(value, score, number, index.shape[-1])
 
-    return Rows(rows.combine([values, lead], pick, run.terms).lead, choice.k)
+    return Rows(rows.combine([values, lead], pick, run.terms).lead, index.shape[-1])
 
 
 def _same_ids(run: Evaluation, choice: Choice, index: Tensor, values: Rows) -> bool:
-    same = choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
+    first = choice.ids[..., : index.shape[-1]] if index.ndim else choice.ids
+    same = first.numel() == index.numel() and torch.equal(first.reshape(-1), index.reshape(-1))
     return same and run.flow.ops[choice.scores.index].shape[-1] == values.shape[-1]
 
 
@@ -249,6 +253,6 @@ MEANINGS: dict[str, _Meaning] = {
     "mul": _mul,
     "div": _div,
     "_softmax": _softmax,
-    "topk": _topk,
+    **dict.fromkeys(["topk", "sort"], _topk),
     "gather": _gather,
 }

@@ -24,6 +24,10 @@ _FOLDED: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)) if x > -700 else 0.0,
     "tanh": math.tanh,
     "relu": lambda x: max(x, 0.0),
+    "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "square": lambda x: x * x,
+    "pow 2": lambda x: x * x,
 }
 
 
@@ -170,6 +174,8 @@ class Terms:
                 return self.part(terms[start // width], start % width, (stop - 1) % width + 1)
             if start % width == stop % width == 0:
                 return self.cat(terms[start // width : stop // width], width)
+        if arg.op == "chosen" and start == 0 and step == 1 and count > 1:  # the first of more
+            return self.chosen(*arg.args, count)
         if arg.op in ("part", "elem"):
             return self.part(arg.args[0], arg.args[1] + start, arg.args[1] + stop)
         if stop - start == 1:
@@ -191,24 +197,27 @@ class Terms:
 
     def whole(self, element: Term, place: int, size: int) -> Term | None:
         """The vector of ``size`` elements that ``element`` is number ``place`` of, if it can be one."""
-        if element.op == "const":
-            return element
-        if element.op == "elem":
-            vector: Term = element.args[0]
-            return vector if element.args[1] == place and vector.size == size else None
-        if element.op in ("lin", "param"):
-            piece = element.args[-2] if element.op == "lin" else element.args[0]
+        return self._extended(element, place, size)
+
+    def _extended(self, term: Term, start: int, size: int) -> Term | None:
+        """The vector of ``size`` elements that ``term`` is the elements from ``start`` of, if it can be one."""
+        if term.op == "const" or (term.size, start) == (size, 0):
+            return term
+        if term.op in ("elem", "part"):
+            return self._extended(term.args[0], start - term.args[1], size)
+        if term.op in ("lin", "param"):
+            piece = term.args[-2] if term.op == "lin" else term.args[0]
             complete = replace(piece, rows=None, out=None)
-            if element.size != 1 or complete.outputs(place, place + 1) != piece:
+            if complete.outputs(start, start + term.size) != piece:
                 return None
-            if element.op == "param":
+            if term.op == "param":
                 return self.param(complete, size)
-            return self.lin(element.args[0], complete, size, element.args[2])
-        parts = [self.whole(arg, place, size) for arg in self.inner(element)]
-        if not parts or element.op in _WHOLE or any(part is None for part in parts):
+            return self.lin(term.args[0], complete, size, term.args[2])
+        parts = [self._extended(arg, start, size) for arg in self.inner(term)]
+        if not parts or term.op in _WHOLE or any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
-        return self.cast(known[0], element.args[1]) if element.op == "cast" else self._rebuilt(element, known)
+        return self.cast(known[0], term.args[1]) if term.op == "cast" else self._rebuilt(term, known)
 
     def elem(self, arg: Term, index: int) -> Term:
         """One element of a vector, as a scalar."""

@@ -206,12 +206,12 @@ class RouterParser:
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args
+        same = self.bare(values) is self.bare(ranked)
+        ranked = self._spelled_out(ranked)
         whole, groups = ranked, None
         if self.bare(ranked).op == "vec":
             base, groups = self._rankings.ungrouped(self.bare(ranked), number)
-            if self.bare(values) is self.bare(ranked):
-                if groups is not None and groups.outside != 0.0:
-                    raise Unreadable("routing weights are scores that groups made infinite")
+            if same:  # what is chosen lies inside of the groups
                 values = base
             ranked = base
         scored = self._scoring(values)
@@ -235,6 +235,13 @@ class RouterParser:
         found = self._ranked(scored, None, number, term.size, False)
         read = replace(found.read, correction=correction, groups=groups, ranks="scores")
         return _Found(read, replace(found.precisions, ranked=self.rounding.of(whole)), False)
+
+    def _spelled_out(self, ranked: Term) -> Term:
+        """Scores of which some groups are numbers, element by element."""
+        bare = self.bare(ranked)
+        if bare.op != "cat":
+            return ranked
+        return self.terms.vec([self.terms.elem(bare, place) for place in range(bare.size)])
 
     def _scoring(self, term: Term) -> _Scored | None:
         term = self.bare(term)

@@ -156,10 +156,17 @@ class Ledger:
             ):
                 raise self.object_to(f"what it computes depends on {LOAD} ({name})")
 
-    def check_cut(self, name: str, args: Sequence[Any], symbolic: bool) -> None:
-        """Object to parts of a batch that begin or end at a fixed place beyond this one, and to single tokens of it."""
+    def single(self, name: str, args: Sequence[Any]) -> bool:
+        """Whether an operation on the input takes single tokens out of the batch."""
+        if name not in ("select", "unbind"):
+            return False
         shape = args[0].shape
-        if name not in ("slice", "split", "select", "unbind", "squeeze"):
+        return shape[args[1] if len(args) > 1 else 0] not in self.fixed
+
+    def check_cut(self, name: str, args: Sequence[Any], symbolic: bool) -> None:
+        """Object to parts of a batch that begin or end at a fixed place beyond this one."""
+        shape = args[0].shape
+        if name not in ("slice", "split", "squeeze"):
             return
         if name == "squeeze":
             dims = range(len(shape)) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
@@ -170,8 +177,6 @@ class Ledger:
         size = shape[args[place] if len(args) > place else 0] if shape else 1
         if size in self.fixed:
             return
-        if symbolic and name in ("select", "unbind"):
-            raise self.object_to("it takes single tokens out of the batch")
         ends = args[2:4] if name == "slice" else [args[1]] if name == "split" and isinstance(args[1], int) else []
         for end in ends:
             if end is not None and size < abs(end) < _FAR:

@@ -76,6 +76,10 @@ class Sizes(TorchFunctionMode):
         if name in _SIZES or func == _SHAPE:
             return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
         made = tensors(result) if sizes else []
+        if name == "__setitem__" and sizes:
+            if not any(map(recorder.symbolic, operands)):
+                recorder.raise_kind(args[0], Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED)
+            return result
         if sizes and not made:
             raise recorder.object_to(f"it gives the batch size to {name}")
         for tensor in made:
