@@ -131,8 +131,9 @@ def read(block: nn.Module) -> Reading:
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items())
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above
     )
 
 

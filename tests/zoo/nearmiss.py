@@ -651,7 +651,7 @@ class LowestChosen(Base):
         return weights / weights.sum(-1, keepdim=True), ids
 
 
-@near_miss("uses 2 of its top-4")
+@near_miss()
 class TwoOfFour(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.logits(x).softmax(-1).topk(4)

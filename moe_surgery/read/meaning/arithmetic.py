@@ -14,12 +14,14 @@ from torch import Tensor
 
 from moe_surgery.read.meaning import rows
 from moe_surgery.read.meaning.evaluation import Evaluation
-from moe_surgery.read.meaning.matrices import COLS, ROWS, Mats
+from moe_surgery.read.meaning.matrices import COLS, ROWS, Mats, turned
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import Array, Rows, each, objects
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.flow import Choice, Op
+
+_MOST_FACTORS = 1 << 20
 
 
 def _elementwise(run: Evaluation, op: Op) -> Rows:
@@ -122,11 +124,35 @@ def linear(run: Evaluation, first: Any, second: Any, op: Op) -> Rows:
     """A product of vectors with matrices of weights, on either side."""
     left, right = run.value(first), run.value(second)
     if isinstance(left, Mats) and isinstance(right, Rows):
-        turned = replace(left, dims=(*left.dims[:-2], left.dims[-1], left.dims[-2]))
-        return _linear(run, right.flipped(), turned, op).flipped()
-    if not isinstance(right, Mats) or isinstance(left, Mats):
-        raise Unreadable("it multiplies tensors of which not just one is a weight")
+        flipped = replace(left, dims=(*left.dims[:-2], left.dims[-1], left.dims[-2]))
+        return _linear(run, right.flipped(), flipped, op).flipped()
+    if isinstance(left, Mats) and isinstance(right, Mats):
+        raise Unreadable("it multiplies weights by weights")
+    if not isinstance(right, Mats):
+        return _contracted(run, run.rows(first), run.rows(second))
     return _linear(run, run.rows(first), right, op)
+
+
+def _contracted(run: Evaluation, left: Rows, right: Rows) -> Rows:
+    """``left @ right`` of computed tensors, such as the dispatch of tokens by a mask: sums of rows of one of them."""
+    if left.after == 1 and left.size not in (None, 1) and (right.size in (None, 1) or right.after):
+        return _contracted(run, right.flipped(), left.flipped()).flipped()
+    right = rows.vectors(right, run.terms)
+    factors = rows.scalars(left, run.terms).lead
+    if factors.ndim < 2 or factors.shape[:-2] != right.lead.shape[:-1] or factors.size > _MOST_FACTORS:
+        raise Unreadable("it multiplies computed tensors in a way that isn't one sum of rows for each token")
+    found = []
+    for table, items in zip(
+        factors.reshape(-1, *factors.shape[-2:]), right.lead.reshape(-1, right.lead.shape[-1]), strict=True
+    ):
+        for row in table:
+            parts = [
+                run.terms.mul(factor, item)
+                for factor, item in zip(row, items, strict=True)
+                if factor.op != "const" or factor.args[0] != 0.0
+            ]
+            found.append(run.terms.add(*parts) if parts else run.terms.const(0.0))
+    return Rows(objects(found, factors.shape[:-1]), right.size)
 
 
 def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
@@ -135,8 +161,7 @@ def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
     if value.lead.ndim == 0 or value.shape[:-2] != mats.shape[:-2]:
         raise Unreadable("it multiplies weights in a way that isn't one linear map per token")
     batch, inputs, outputs = _roles(mats)
-    turned = outputs[-1] == COLS
-    lead = each(mats.lead, lambda piece: replace(piece, transposed=turned))
+    lead = each(mats.lead, turned) if outputs[-1] == COLS else mats.lead
     table = lead.transpose([*batch, *inputs[:-1], *outputs[:-1]])
     table = table.reshape(-1, prod(map(mats.length, inputs[:-1])), prod(map(mats.length, outputs[:-1])))
     vectors = value.lead.reshape(len(table), -1)

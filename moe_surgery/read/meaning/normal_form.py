@@ -66,12 +66,45 @@ class Terms:
             return self._element_by_element(self.add, args)
         size = max(arg.size for arg in args)
         flat, constants = _flat("add", args)
+        if any(term.op == "lin" and term.args[1].cols for term in flat):
+            flat = self._joined(flat)
         constant = sum(constants)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
             return flat[0]
         return self.make("add", tuple(sorted(flat, key=lambda term: term.uid)), size)
+
+    def _joined(self, summands: list[Term]) -> list[Term]:
+        """Maps of the parts of one vector by the columns of one matrix are the map of that vector."""
+        by_matrix: dict[Any, list[Term]] = {}
+        for term in summands:
+            whole = replace(term.args[1], cols=None) if term.op == "lin" and term.args[1].cols else None
+            by_matrix.setdefault((whole, term.size, term.args[2]) if whole else term, []).append(term)
+        found = []
+        for key, terms in by_matrix.items():
+            if isinstance(key, Term):
+                found += terms
+                continue
+            terms.sort(key=lambda term: term.args[1].cols)
+            cuts = [term.args[1].cols for term in terms]
+            vector = self._end_to_end([term.args[0] for term in terms])
+            starts = [0, *(stop for _, stop, _ in cuts)]
+            complete = [start for start, _, _ in cuts] == starts[:-1] and starts[-1] == cuts[0][2]
+            if vector is None or not complete or vector.size != cuts[0][2]:
+                found += terms
+            else:
+                found.append(self.lin(vector, key[0], key[1], key[2]))
+        return found
+
+    def _end_to_end(self, parts: list[Term]) -> Term | None:
+        """The vector that parts of it make, one after another."""
+        place, size = 0, sum(part.size for part in parts)
+        found = set()
+        for part in parts:
+            found.add(self._extended(part, place, size))
+            place += part.size
+        return found.pop() if len(found) == 1 else None
 
     def mul(self, *args: Term) -> Term:
         """A product of elements; scalars broadcast. Constants are folded; ``x * sigmoid(x)`` becomes ``silu(x)``."""

@@ -29,7 +29,7 @@ from moe_surgery.calling import Constant, structured
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, tensors_in, written
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, tensors_in, written
 
 # What single tokens may go through, where nothing but their shape is used in the end.
 _SHAPED = frozenset("view reshape unsqueeze squeeze expand select slice detach alias t transpose permute".split())
@@ -64,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self._paused = False
+        self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self._unused: dict[int, _Choice] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
@@ -105,6 +106,11 @@ class Recorder(TorchDispatchMode):
     def kind(self, tensor: Tensor) -> Kind:
         """What the numbers stand for, of a tensor on its way to Python."""
         return self._entry(tensor).kind if self.entries.get(tensor) else Kind.PLAIN
+
+    def reason(self, tensor: Tensor) -> str | None:
+        """Why nothing may come of a known tensor, if so."""
+        entry = self._entry(tensor)
+        return self._reasons[entry.storage] if entry.kind == Kind.LOAD else None
 
     def raise_kind(self, tensor: Tensor, kind: Kind) -> None:
         self._entry(tensor).raise_kind(kind)
@@ -232,7 +238,11 @@ class Recorder(TorchDispatchMode):
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
             found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+        dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
+        reason = (dead or [self._ledger.reason])[0]
         for leaf, kind in zip(made, found, strict=True):
+            if kind == Kind.LOAD:
+                self._reasons.setdefault(storage(leaf), reason)
             if self.entries.get(leaf) is None:
                 self.entries.enter(leaf, None, None, leaf, kind)
             else:
@@ -244,7 +254,7 @@ class Recorder(TorchDispatchMode):
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        self._ledger.check_values(name, [*args, *kwargs.values()], lambda tensor: entries[id(tensor)].kind)
+        objection = self._objection(name, [*args, *kwargs.values()], entries)
         if name in ("index", "index_put"):  # a mask has no meta result; the places it selects do
             args = (args[0], [_selected(entries.get(id(index)), index) for index in args[1]], *args[2:])
             args = (args[0], [index for group in args[1] for index in group], *args[2:])
@@ -264,6 +274,8 @@ class Recorder(TorchDispatchMode):
         nodes = mapped(lambda tensor: self._node(entries[id(tensor)]), (args, kwargs))
         record = self.graph.call_function(func, *nodes)
         record.meta["name"] = name
+        if objection:
+            record.meta["objection"] = objection
         ranking = self._ranking(name, args, kwargs)
         if in_place:
             entry = entries[id(args[0])]
@@ -285,6 +297,14 @@ class Recorder(TorchDispatchMode):
         if ranking is not None:
             parts[1] = self._choose(record, parts[1], ranking)
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
+
+    def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
+        """Why nothing may come of an operation on the input, if so."""
+        for entry in entries.values():
+            if entry.kind == Kind.LOAD:
+                return self._reasons[entry.storage]
+        values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
+        return f"what it computes depends on {LOAD} ({name})" if values else None
 
     def _ranking(self, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
         """How many an operation takes of the highest, and whether it is of the highest, if its indices are a choice.
@@ -334,6 +354,8 @@ class Recorder(TorchDispatchMode):
         while waiting:
             node = waiting.pop()
             if node not in needed:
+                if "objection" in node.meta:
+                    raise self.object_to(node.meta["objection"])
                 needed.add(node)
                 waiting += node.all_input_nodes
         kept = [node for node in self.graph.nodes if node in needed]
