@@ -201,6 +201,8 @@ def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
             reading = known.once(key, lambda: read(block))
             if not reading.calling.plain or reading.results is not None:
                 raise Unreadable("in an engine, blocks take and return one tensor")
+            if reading.above_zero is not None:
+                raise Unreadable("in an engine, experts outside of the groups must not be ranked")
     except Unreadable as error:
         return EngineSite(site, unread=str(error), bare=_bare(site.module))
     return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
