@@ -25,6 +25,7 @@ from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.planning.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
 from moe_surgery.planning.survey import Surveyed
+from moe_surgery.planning.trace import traced
 from moe_surgery.report.outcomes import Step
 
 AUTO = "auto"
@@ -60,7 +61,8 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     given = None if orders.plan is None else Plan.load(orders.plan)
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
-    steps = tuple(_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
+    decided = (_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
+    steps = tuple(traced(step, matches[step.path]) for step in decided)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
