@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     RowParallelLinear,
 )
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
@@ -108,7 +110,9 @@ class SharedExpert(nn.Module):
         self.up = None if shared.up.path == shared.gate.path else owner(block, shared.up)
         self.down = owner(block, shared.down)
         self.gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
-        self.act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
+        act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
+        # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
+        self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
         self.factor = spec.scale / copies(self.down)
         if isinstance(self.down, LinearBase):
             self.down.reduce_results = False

@@ -17,7 +17,7 @@ from moe_surgery.errors import SurgeryError, UnsupportedError
 
 CONTEXT = 32
 """Tokens of a sequence before the decoding steps that are timed."""
-STEPS, TURNS = 10, 10
+STEPS, TURNS = 10, 20
 """How many decoding steps a turn has, and how many turns there are, if two seconds are enough for them."""
 _SECONDS, _FEWEST, _WARM_UP = 2.0, 5, 4
 
