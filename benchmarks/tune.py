@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -155,16 +156,20 @@ def tune(bench: Bench, tokens: int, log: list[Row], deadline: float) -> Row:
 def compile_rows(case: str, tokens: int, rows: list[Row]) -> None:
     """Compile each row's kernels: it fills Triton's cache for the process that measures. Nothing is launched."""
     terms = terms_of(CASES[case].spec)
-    like = {"device": "cuda", "dtype": torch.bfloat16}
+    like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     experts, slices, hidden, width = terms.experts, terms.slices, terms.hidden, terms.width
+
+    def of(*shape: int) -> Tensor:
+        return torch.empty([1] * len(shape), **like).expand(shape)  # takes no memory
+
     weights = Weights(
-        torch.empty(experts, hidden, **like),
-        torch.empty(experts, 2 * width, hidden, **like),
-        torch.empty(experts, hidden, width, **like),
-        torch.empty(1, hidden, **like) if terms.gated else None,
-        torch.empty(2 * slices * width, hidden, **like) if slices else None,
+        of(experts, hidden),
+        of(experts, 2 * width, hidden),
+        of(experts, hidden, width),
+        of(1, hidden) if terms.gated else None,
+        of(2 * slices * width, hidden) if slices else None,
         None,
-        torch.empty(hidden, slices * width, **like) if slices else None,
+        of(hidden, slices * width) if slices else None,
     )
     x = torch.randn(tokens, hidden, **like)
     for row in rows:
