@@ -1,4 +1,4 @@
-"""Engines that follow each other in one process, and models inside one engine: each is operated on and told of apart."""
+"""Engines that follow each other in one process, and models in one engine: each is operated on and told of apart."""
 
 from __future__ import annotations
 
