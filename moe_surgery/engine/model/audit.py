@@ -181,7 +181,7 @@ def _step(site: Site, truth: _Truth, counterparts: Mapping[str, str], config: Vl
     block = _askable(site)
     runner = _routed(site.module)
     spec, device = theirs.reading.spec, next(site.module.parameters()).device
-    if (difference := _elsewhere(site, spec, truth, theirs)) is not None:
+    if (difference := _elsewhere(site, spec, truth, theirs) or _made_up_for(runner)) is not None:
         raise _Incomparable(difference)
     with truth.weights.loaded(theirs.site.path, str(device)) as loaded:
         tensors = gather(loaded, theirs.reading.layout)
@@ -265,6 +265,18 @@ def _elsewhere(site: Site, spec: MoESpec, truth: _Truth, theirs: Surveyed) -> st
     if mine and _beside(parent, theirs.site.module):
         return "vLLM's block has the shared expert inside, transformers' beside it"
     return None
+
+
+def _made_up_for(runner: MoERunner | None) -> str | None:
+    """What a block's decoder layer has to do with its output before it is the one that was meant."""
+    if runner is None or runner.shared_experts is None or runner.routed_scaling_factor == 1.0:
+        return None
+    if runner.moe_config.in_dtype != torch.float16:
+        return None
+    scale = runner.routed_scaling_factor
+    return (
+        f"in float16 vLLM's block returns its output divided by {scale:g}, which its decoder layer has to make up for"
+    )
 
 
 def _has_shared(block: nn.Module) -> bool:
