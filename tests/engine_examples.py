@@ -77,7 +77,8 @@ class Run:
 
     In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process, or on one rank (see
     ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
-    every way of :data:`PUSHES` between two times that it is asked.
+    every way of :data:`PUSHES` between two times that it is asked. ``guarded`` is a run without surgery whose error is
+    a result too.
     """
 
     folder: str
@@ -86,6 +87,7 @@ class Run:
     fault: str | None = None
     ask: bool = True
     push: str | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,12 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 def _result(run: Run) -> Result:
     pushes: dict[str, str] = {}
     if run.surgery is None:
-        return Result(_outputs(run, pushes), [])
+        try:
+            return Result(_outputs(run, pushes), [])
+        except Exception as failure:
+            if not run.guarded:
+                raise
+            return Result([], [], f"{type(failure).__name__}: {failure}")
     from engine_faults import VARIABLE, faulty
 
     import moe_surgery

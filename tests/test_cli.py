@@ -241,6 +241,19 @@ def test_verify_ends_with_12_if_a_proof_fails(model: str, monkeypatch: pytest.Mo
     assert data("verify", model, exit_code=12)["done"] == "verified"
 
 
+class Greedy(ReferenceTarget):
+    """A target that asks for more memory than any machine has."""
+
+    def build(self, spec: Any, tensors: Any, *, prefix: str) -> Any:
+        return torch.empty(10**16)
+
+
+def test_memory_that_isnt_there_is_called_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "get_target", lambda name: Greedy())
+    result = call("apply", model, exit_code=1)
+    assert result.stderr.startswith("error: out of memory: ") and "allocate" in result.stderr
+
+
 def test_tokens_that_differ_end_with_12(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = itertools.cycle([{"model": [1, 2, 3]}, {"model": [1, 2, 9]}])
     monkeypatch.setattr(moe_surgery.models.greedy, "greedy_tokens", lambda *_: next(answers))

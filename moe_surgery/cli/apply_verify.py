@@ -48,6 +48,7 @@ class Job:
     undoable: bool = True
     model_check: bool = True
     svg: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def apply(screen: Screen, job: Job) -> int:
     if report.replaced:
         notes.append(("next", _NEXT))
     more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
-    screen.report(report, notes=notes, more=more, svg=job.svg)
+    screen.report(report, notes=notes, more=more, speeds=speeds, svg=job.svg)
     if not tokens.finite:
         screen.say("error: logits that aren't finite agree with nothing")
     elif failed:
@@ -156,7 +157,7 @@ def verify(screen: Screen, job: Job) -> int:
 
 def begin(screen: Screen, job: Job) -> Plan | None:
     """Check all that can be before a model is loaded, and return the plan if the argument is one."""
-    screen.will_write(job.svg)
+    screen.will_write(job.svg, html=job.html)
     checks.margin(job.proof.margin)
     checks.seed(job.proof.seed)
     return saved_plan(job)

@@ -14,7 +14,7 @@ MEANINGS: tuple[tuple[int, str], ...] = (
     (DONE, "done, or nothing to do"),
     (FAILED, "out of memory, or an unexpected failure"),
     (USAGE, "wrong usage; input that can't be read, output that can't be written"),
-    (CHANGES, "changes are pending (plan --check only)"),
+    (CHANGES, "changes are pending (plan --check), or found (diff)"),
     (11, "expectation not met, or a site missed or refused under --strict"),
     (UNPROVEN, "a proof failed, rolled back; tokens or outputs differ; an audited layer is wrong"),
     (13, "weights not covered"),

@@ -33,6 +33,7 @@ class Launch:
     target: str
     run: Path | None
     audit: bool = False
+    html: Path | None = None
 
 
 def launch(screen: Screen, job: Launch) -> int:
@@ -41,6 +42,7 @@ def launch(screen: Screen, job: Launch) -> int:
     from moe_surgery.engine.launch.visibility import check_command
     from moe_surgery.engine.receipts import first_failure, read_all
 
+    screen.will_write(job.html)
     orders = _orders(job)
     try:
         environ = environment(orders, os.environ)
@@ -55,23 +57,24 @@ def launch(screen: Screen, job: Launch) -> int:
     fault = _fault(receipts, orders.asked)
     told = fault is not None and (code == exits.DONE or first_failure(receipts) is not None)
     if told and fault is not None:
-        return _tell(screen, orders.run, receipts, str(fault), fault.exit_code)
-    _tell(screen, orders.run, receipts, None, code)
+        return _tell(screen, orders.run, receipts, str(fault), fault.exit_code, job.html)
+    _tell(screen, orders.run, receipts, None, code, job.html)
     if code != exits.DONE:
         also = f"; {fault}" if fault is not None else ""
         screen.say(f"moe-surgery: the command ended with exit code {code}{also}")
     return code
 
 
-def report(screen: Screen, run: Path) -> int:
+def report(screen: Screen, run: Path, html: Path | None) -> int:
     """Tell what the processes of a run did."""
     from moe_surgery.engine.receipts import read_all
 
+    screen.will_write(html)
     receipts = read_all(run)
     fault = _fault(receipts)
     if fault is not None:
-        return _tell(screen, str(run), receipts, str(fault), fault.exit_code)
-    return _tell(screen, str(run), receipts, None, exits.DONE)
+        return _tell(screen, str(run), receipts, str(fault), fault.exit_code, html)
+    return _tell(screen, str(run), receipts, None, exits.DONE, html)
 
 
 def _orders(job: Launch) -> Orders:
@@ -110,11 +113,17 @@ def _fault(receipts: Sequence[Receipt], asked: str = "surgery") -> SurgeryError 
     return None
 
 
-def _tell(screen: Screen, run: str, receipts: Sequence[Receipt], error: str | None, code: int) -> int:
+def _tell(
+    screen: Screen, run: str, receipts: Sequence[Receipt], error: str | None, code: int, html: Path | None
+) -> int:
     """Write the report, what is unpatched, and the error last. Returns ``code``."""
     from moe_surgery.report.run import render_run, run_data, run_sentence
 
     line = None if error is None else " ".join(error.split())
+    if html is not None:
+        from moe_surgery.report.html import run_page
+
+        screen.file(html, run_page(run, receipts, line, code))
     data = run_data(run, receipts, line, code)
     screen.result(lambda console: render_run(run, receipts, console), data, run_sentence(receipts))
     for receipt in receipts:

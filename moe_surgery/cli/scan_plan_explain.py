@@ -29,12 +29,20 @@ def scan(screen: Screen, model: str, trust: Trust) -> int:
 
 
 def plan(
-    screen: Screen, model: str, choice: Choice, trust: Trust, *, save: Path | None, check: bool, svg: Path | None
+    screen: Screen,
+    model: str,
+    choice: Choice,
+    trust: Trust,
+    *,
+    save: Path | None,
+    check: bool,
+    svg: Path | None,
+    html: Path | None,
 ) -> int:
     """Show, and save, what ``apply`` would do."""
     import moe_surgery
 
-    screen.will_write(save, svg)
+    screen.will_write(save, svg, html=html)
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **choice.as_plan())

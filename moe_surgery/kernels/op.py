@@ -7,13 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.arguments import ROUTED_SCHEMA, SCHEMA, Routed, Terms, Weights
-from moe_surgery.kernels.choice import choose
+from moe_surgery.kernels.arguments import ROUTE_SCHEMA, ROUTED_SCHEMA, SCHEMA, Routed, RouterTerms, Terms, Weights
+from moe_surgery.kernels.choice import choose, router_tiles
 from moe_surgery.kernels.launch import run
+from moe_surgery.kernels.routing import run_router
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 _LIBRARY.define(ROUTED_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+_LIBRARY.define(ROUTE_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
 def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = None) -> Tensor:
@@ -25,6 +27,21 @@ def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = N
         return torch.empty_like(x)
     with _on(x.device):
         return run(x, weights, terms, choose(terms, len(x), x.dtype), routed)
+
+
+def compute_routing(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, terms: RouterTerms
+) -> Routed:
+    """The experts of tokens ``x`` [T, H], contiguous, by the router ``weight`` [E, H]; see :func:`run_router`."""
+    if len(x) == 0:
+        return Routed(*_unrouted(x, terms.top_k, terms.slices))
+    with _on(x.device):
+        return run_router(x, weight, bias, correction, gate, terms, router_tiles(len(x), x.dtype))
+
+
+def _unrouted(x: Tensor, top_k: int, slices: int) -> tuple[Tensor, Tensor]:
+    ids = x.new_empty(len(x), top_k, dtype=torch.int32)
+    return ids, x.new_empty(len(x), top_k + slices, dtype=torch.float32)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -91,12 +108,53 @@ def _routed_moe(
     return compute(x, held, terms, Routed(ids, weights))
 
 
+def _route(
+    x: Tensor, router: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, top_k: int,
+    slices: int, scoring: str, by_logits: bool, native: bool, soft_cap: float, groups: int, chosen: int, top2: bool,
+    lowest: bool, renormalize: bool, epsilon: float, floor: float, squares: bool, scale: float, shared_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    experts, hidden = router.shape
+    terms = RouterTerms(
+        experts=experts,
+        top_k=top_k,
+        slices=slices,
+        hidden=hidden,
+        scoring=scoring,
+        by_logits=by_logits,
+        native=native,
+        soft_cap=soft_cap,
+        groups=groups,
+        chosen=chosen,
+        top2=top2,
+        lowest=lowest,
+        renormalize=renormalize,
+        epsilon=epsilon,
+        floor=floor,
+        squares=squares,
+        scale=scale,
+        shared_scale=shared_scale,
+        biased=bias is not None,
+        corrected=correction is not None,
+        gated=gate is not None,
+    )
+    return compute_routing(x, router, bias, correction, gate, terms)
+
+
+def _fake_route(
+    x: Tensor, router: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, top_k: int,
+    slices: int, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _unrouted(x, top_k, slices)
+
+
 def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
 _LIBRARY.impl("folded_moe", _folded_moe, "CUDA")
 _LIBRARY.impl("routed_moe", _routed_moe, "CUDA")
+_LIBRARY.impl("route", _route, "CUDA")
+torch.library.register_fake("moe_surgery::route", _fake_route, lib=_LIBRARY)
 for _name in ("folded_moe", "routed_moe"):
     torch.library.register_fake(f"moe_surgery::{_name}", _fake, lib=_LIBRARY)
 
@@ -119,3 +177,15 @@ def routed_moe(x: Tensor, weights: Weights, terms: Terms, routed: Routed) -> Ten
         terms.alpha, terms.offset, terms.on_input,
     )  # fmt: skip
     return result
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, terms: RouterTerms
+) -> Routed:
+    """:func:`compute_routing` as an operator."""
+    t = terms
+    ids, weights = torch.ops.moe_surgery.route(
+        x, weight, bias, correction, gate, t.top_k, t.slices, t.scoring, t.by_logits, t.native, t.soft_cap, t.groups,
+        t.chosen, t.top2, t.lowest, t.renormalize, t.epsilon, t.floor, t.squares, t.scale, t.shared_scale,
+    )  # fmt: skip
+    return Routed(ids, weights)

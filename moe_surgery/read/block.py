@@ -45,10 +45,14 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 
 @dataclass(frozen=True)
 class Record:
-    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes."""
+    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes.
+
+    ``ranked`` is how many experts were ranked to find these k.
+    """
 
     tokens: tuple[TokenRead, ...]
     ids: Tensor
+    ranked: int
     results: Structure | None = None
     kept: Attributes = field(default_factory=dict)
 
@@ -65,11 +69,12 @@ def read(block: nn.Module) -> Reading:
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
-        tokens = max(_MANY, router.num_experts // router.top_k + 1)
+        more = crowded.record.ranked > router.top_k
+        tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            ask(_shape(batch, width, crowded.flat), torch.float32, spread),
+            ask(_shape(batch, width, crowded.flat), torch.float32, _rolled if more else spread),
             ask(_shape((1, 1), width, crowded.flat), own, spread, plain=True),
         ]
         calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
@@ -126,8 +131,9 @@ def read(block: nn.Module) -> Reading:
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items())
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above
     )
 
 
@@ -236,6 +242,12 @@ def spread(rows: int, choices: int, k: int) -> Tensor:
     return torch.cat([torch.stack(first)[:rows], others])
 
 
+def _rolled(rows: int, choices: int, k: int) -> Tensor:
+    """Sets of experts of which as many as there are experts visit every one first."""
+    order = torch.randperm(choices, generator=torch.Generator().manual_seed(rows))
+    return order[(torch.arange(rows)[:, None] + torch.arange(k)[None, :]) % choices]
+
+
 def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
     """What a record says of every token."""
     terms = Terms()
@@ -252,10 +264,13 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         for number in range(count)
     ]
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
-    ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
+    choice = flow.choices[tokens[0].router.choice]
+    ids = choice.ids.reshape(count, -1)
+    if tokens[0].router.scoring != "own":
+        ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, results, flow.kept)
+    return Record(tokens, ids, choice.k, results, flow.kept)
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
@@ -294,13 +309,11 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
     for what, values in (
         ("width", {expert.width for expert in real}),
         ("activation", {str(expert.mix) for expert in real}),
-        ("biases", {(expert.biased, expert.pieces.down_bias is not None) for expert in real}),
+        ("biases", {tuple(bias is not None for bias in expert.pieces.biases()) for expert in real}),
     ):
         if len(values) > 1:
             raise Unreadable(f"its experts differ in {what}: {', '.join(sorted(map(str, values)))}")
     pieces, mix = real[0].pieces, real[0].mix
-    if (pieces.gate_bias is None) != (pieces.down_bias is None):
-        raise Unreadable("its experts have biases in some of their projections only")
     return ExpertsSpec(
         len(real),
         real[0].width,
@@ -310,7 +323,7 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
         mix.limit_after,
         mix.alpha,
         mix.offset,
-        biases=pieces.down_bias is not None,
+        biases=any(bias is not None for bias in pieces.biases()),
         weights_on="input" if first.on_input else "output",
         identities=len(experts) - len(real),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
+from moe_surgery.packs.match import Clue
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
+from moe_surgery.weights.routes import Route
 
 Outcome = Literal["replaced", "kept", "missed", "refused", "right", "wrong", "not comparable"]
 """What became of a site; the last three are those of an audit."""
@@ -21,6 +23,7 @@ class Step:
 
     ``path`` is the site's path in the model, ``kind`` its class name, ``reason`` why it ended this way (one sentence,
     for every outcome). ``rule`` and ``target`` are None where none applies; ``verdict`` is None before the proof.
+    ``trail`` has the clauses of the nearest rule where none fits, ``weights`` where a matched block's tensors go.
     """
 
     path: str
@@ -31,6 +34,8 @@ class Step:
     target: str | None = None
     spec: MoESpec | None = None
     verdict: Verdict | None = None
+    trail: tuple[Clue, ...] = field(default=(), compare=False)
+    weights: tuple[Route, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -42,7 +47,25 @@ class Step:
             "target": self.target,
             "spec": self.spec.to_json() if self.spec else None,
             "proof": self.verdict.to_json() if self.verdict else None,
+            **self.trace(),
         }
+
+    def trace(self) -> dict[str, Any]:
+        """How it came about, as far as that is known."""
+        told = {
+            "trail": [asdict(clue) for clue in self.trail],
+            "weights": [route.to_json() for route in self.weights],
+        }
+        return {name: listed for name, listed in told.items() if listed}
+
+    @classmethod
+    def from_json(cls, site: Mapping[str, Any], spec: MoESpec | None, verdict: Verdict | None = None) -> Self:
+        """The step that :meth:`to_json` told, with its ``spec`` and ``verdict``."""
+        trail = tuple(Clue(**clue) for clue in site.get("trail", ()))
+        weights = tuple(Route(**route) for route in site.get("weights", ()))
+        path, kind, outcome = site["path"], site["kind"], site["outcome"]
+        reason, rule, target = site["reason"], site["rule"], site["target"]
+        return cls(path, kind, outcome, reason, rule, target, spec, verdict, trail, weights)
 
 
 @dataclass(frozen=True)

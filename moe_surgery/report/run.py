@@ -58,13 +58,18 @@ def _line(receipt: Receipt) -> str:
 
 def _reports(ranks: Sequence[Receipt], console: Console) -> None:
     reported = [receipt for receipt in ranks if receipt.report is not None]
-    alike = len({repr(_substance(receipt)) for receipt in reported}) <= 1
-    for receipt in reported[:1] if alike else reported:
+    same = alike(reported)
+    for receipt in reported[:1] if same else reported:
         assert receipt.report is not None
         alone = len(reported) == 1
-        whose = "measured on this rank; the other ranks did the same" if alike else "of this rank alone"
+        whose = "measured on this rank; the other ranks did the same" if same else "of this rank alone"
         notes: list[Note] = [] if alone else [(f"rank {receipt.rank}", whose)]
         render(report_from_json(receipt.report), console, notes)
+
+
+def alike(reported: Sequence[Receipt]) -> bool:
+    """Whether ranks that have a report did the same."""
+    return len({repr(_substance(receipt)) for receipt in reported}) <= 1
 
 
 def _substance(receipt: Receipt) -> Any:

@@ -74,12 +74,13 @@ class Speed:
         """``MoE block 1.9× faster at 1 token, 2.4× faster at 64 tokens (median of 30 calls in turns, NAME)``."""
         parts = []
         for sample in self.samples:
-            count = (
-                plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
-            )
-            parts.append(f"{sample.words()} at {count}")
+            parts.append(f"{sample.words()} at {self.size(sample)}")
         calls = min(sample.calls for sample in self.samples)
         return f"{self.what} {', '.join(parts)} (median of {plural(calls, 'call')} {self.how}, {self.name})"
+
+    def size(self, sample: Sample) -> str:
+        """``64 tokens``, or ``8 sequences`` of a step."""
+        return plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data; ``old`` and ``new`` in seconds."""

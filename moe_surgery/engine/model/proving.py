@@ -71,7 +71,7 @@ class Exam:
 def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     """Take copies of what must be known of a block before it is rebuilt and its weights are laid out anew."""
     assert item.reading is not None
-    spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
+    spec, layout, block = item.reading.spec, item.reading.layout, item.block
     small = _small(block, layout, _routing(item), ranks)
     settle(small.router.device)  # the copies are made on this thread's stream
     probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)

@@ -26,7 +26,10 @@ SCORED = (*_SCORINGS, "sqrt", "chosen", "elem", "div", "given")
 
 @dataclass(frozen=True)
 class RouterRead:
-    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts."""
+    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts.
+
+    ``above_zero`` says that this holds only if no correction bias is below zero.
+    """
 
     piece: Piece
     num_experts: int
@@ -43,6 +46,7 @@ class RouterRead:
     floor: float = 0.0
     norm: float = 1.0
     ranks: Ranks = "scores"
+    above_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,12 +210,12 @@ class RouterParser:
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args
+        same = self.bare(values) is self.bare(ranked)
+        ranked = self._spelled_out(ranked)
         whole, groups = ranked, None
         if self.bare(ranked).op == "vec":
             base, groups = self._rankings.ungrouped(self.bare(ranked), number)
-            if self.bare(values) is self.bare(ranked):
-                if groups is not None and groups.outside != 0.0:
-                    raise Unreadable("routing weights are scores that groups made infinite")
+            if same:  # what is chosen lies inside of the groups
                 values = base
             ranked = base
         scored = self._scoring(values)
@@ -225,16 +229,24 @@ class RouterParser:
             self._rankings.account(number, None)
             return self._ranked(scored, ranked, number, term.size, False)
         correction = self._correction(self.bare(values), ranked)
+        above = groups is not None and groups.outside == 0.0 and correction is not None
         if groups is not None and groups.outside != -math.inf and correction is not None:
-            raise Unreadable(
-                f"experts outside its groups rank as {groups.outside:g}, and its correction bias may rank others lower"
-            )
+            if not above:
+                raise Unreadable(f"experts outside its groups rank as {groups.outside:g}, scores may be lower")
+            groups = replace(groups, outside=-math.inf)
         self._rankings.account(number, groups)
         if self.rounding.lost(ranked) and self.rounding.of(whole) != "native":
             raise Unreadable("its scores are rounded before they are ranked in float32")
         found = self._ranked(scored, None, number, term.size, False)
-        read = replace(found.read, correction=correction, groups=groups, ranks="scores")
+        read = replace(found.read, correction=correction, groups=groups, ranks="scores", above_zero=above)
         return _Found(read, replace(found.precisions, ranked=self.rounding.of(whole)), False)
+
+    def _spelled_out(self, ranked: Term) -> Term:
+        """Scores of which some groups are numbers, element by element."""
+        bare = self.bare(ranked)
+        if bare.op != "cat":
+            return ranked
+        return self.terms.vec([self.terms.elem(bare, place) for place in range(bare.size)])
 
     def _scoring(self, term: Term) -> _Scored | None:
         term = self.bare(term)

@@ -175,7 +175,10 @@ class TokenParser:
             if self.bare(inner.args[0]) is not self.x:
                 raise Unreadable(f"the shared expert's gate reads {short(inner.args[0])}, not the block's input")
             gate = inner.args[1]
-        return SharedRead(self.mlps.parse(maps[0], "the shared expert"), gate, scale)
+        mlp = self.mlps.parse(maps[0], "the shared expert")
+        if any(bias is not None for bias in mlp.pieces.biases()):
+            raise Unreadable("the shared expert has biases")
+        return SharedRead(mlp, gate, scale)
 
 
 def _constants(factors: list[Term]) -> tuple[float, list[Term]]:
