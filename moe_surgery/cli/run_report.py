@@ -54,7 +54,7 @@ def launch(screen: Screen, job: Launch) -> int:
         if job.run is None:
             with suppress(OSError):  # it stays if anything is in it
                 os.rmdir(orders.run)
-    fault = _fault(receipts)
+    fault = _fault(receipts, orders.asked)
     told = fault is not None and (code == exits.DONE or first_failure(receipts) is not None)
     if told and fault is not None:
         return _tell(screen, orders.run, receipts, str(fault), fault.exit_code, job.html)
@@ -103,11 +103,11 @@ def _folder() -> str:
     return tempfile.mkdtemp(prefix=f"moe-surgery-run-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-")
 
 
-def _fault(receipts: Sequence[Receipt]) -> SurgeryError | None:
+def _fault(receipts: Sequence[Receipt], asked: str = "surgery") -> SurgeryError | None:
     from moe_surgery.engine.receipts import check
 
     try:
-        check(receipts)
+        check(receipts, asked)
     except SurgeryError as error:
         return error
     return None

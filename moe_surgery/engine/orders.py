@@ -94,6 +94,11 @@ class Orders:
             raise UsageError(f"{self.plan}: not a plan: {error}") from error
 
     @property
+    def asked(self) -> str:
+        """What is asked for, in words."""
+        return "an audit" if self.audit else "surgery"
+
+    @property
     def for_engines(self) -> bool:
         """Whether an engine's models are meant."""
         return self.plan is None or self.plan_is_for_engines()

@@ -20,6 +20,9 @@ from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 _NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
 
 
+SURGERY = "surgery"
+
+
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "pid": int,
     "rank": int,
@@ -81,17 +84,17 @@ def read_all(run: str | Path) -> tuple[Receipt, ...]:
     return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *living)}.values(), key=_order))
 
 
-def check(receipts: Iterable[Receipt]) -> None:
+def check(receipts: Iterable[Receipt], asked: str = SURGERY) -> None:
     """Raise unless every rank of every model tells of the same operation.
 
     The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
     is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan within a pipeline stage:
     stages hold different layers. Of several engines every rank tells as often. Ledgers aren't compared: under tensor
-    parallelism each rank has weights of its own.
+    parallelism each rank has weights of its own. ``asked`` is what was asked for, in words.
     """
     told = sorted(receipts, key=_order)
     if not told:
-        raise ReceiptError("surgery was asked for, but no process loaded a model with it")
+        raise ReceiptError(f"{asked} was asked for, but no process loaded a model with it")
     failure = first_failure(told)
     if failure is not None:
         raise failure

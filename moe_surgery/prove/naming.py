@@ -12,6 +12,8 @@ from moe_surgery.prove.asking import Block, Call, ask
 from moe_surgery.prove.ground import Ground
 from moe_surgery.prove.probe import ZERO
 
+# How many times nearer than the truth a mutant is that says anything of a block which isn't it.
+_NEARER = 4.0
 # A batch that no block is known to branch at.
 _BATCH = 72
 
@@ -34,7 +36,7 @@ class Likeness:
 
 
 def liken(answers: Tensor, ground: Ground) -> Likeness | None:
-    """Hold a block's ``answers`` [N, H] against every mutant; None if it is nearer to the truth than to any of them.
+    """Hold a block's ``answers`` [N, H] against every mutant; None if it is like none of them.
 
     Tokens with more than one legitimate choice of experts are left out, and the zero token.
     """
@@ -58,7 +60,7 @@ def liken(answers: Tensor, ground: Ground) -> Likeness | None:
     same = beyond <= 2.0  # the block's rounding, and that of what the mutant was made of
     names = [name for far, _, name in found if (far <= 2.0 if same else far == beyond)]
     truth = float((off[clear] / bounds[clear]).max()) if bool(clear.any()) else torch.inf
-    return Likeness(tuple(names[:2]), distance, same) if same or beyond < truth else None
+    return Likeness(tuple(names[:2]), distance, same) if same or _NEARER * beyond < truth else None
 
 
 def answers_of(block: Block, ground: Ground) -> Tensor:

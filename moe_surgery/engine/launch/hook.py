@@ -51,7 +51,7 @@ class Handle:
 
     def check(self) -> None:
         """Raise unless every rank of every model tells of the same operation; see ``receipts.check``."""
-        receipts.check(self.receipts())
+        receipts.check(self.receipts(), self._orders.asked)
 
     def _hook_loading(self, arguments: dict[str, Any]) -> None:
         def act(model: PreTrainedModel) -> None:

@@ -48,8 +48,8 @@ from moe_surgery.weights.tensors import gather
 _PLAIN = (UnquantizedFusedMoEMethod, UnquantizedLinearMethod)
 _APPROXIMATE = 32 * torch.finfo(torch.float32).eps
 """How far a right layer may be off in any dtype: kernels take exponentials that are good to 20 units of float32."""
-_HARMLESS = frozenset({"architectures"})
-"""Overrides of a checkpoint's config that choose vLLM's class alone."""
+_HARMLESS = frozenset({"architectures", "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"})
+"""Overrides of a checkpoint's config that choose vLLM's class, or tell of positions, which no block sees."""
 
 
 class _Incomparable(Exception):
@@ -86,7 +86,7 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
             steps.append(_step(site, truth, counterparts, config, ranks))
         except (ModelError, _Incomparable) as error:
             steps.append(Step(site.path, site.kind, "not comparable", str(error)))
-    if isinstance(truth, _Truth) and config.parallel_config.pipeline_parallel_size == 1:
+    if isinstance(truth, _Truth) and counterparts and config.parallel_config.pipeline_parallel_size == 1:
         left = [item.site for path, item in truth.sites.items() if path not in counterparts.values()]
         reason = "transformers has a block here, and nothing in vLLM's model has its weights"
         steps += [Step(site.path, site.kind, "not comparable", reason) for site in left]
@@ -124,8 +124,10 @@ def _truth(config: VllmConfig, model_config: ModelConfig) -> _Truth:
         raise _Incomparable("its weights are random, so no checkpoint says what they should be")
     if rounds_float32(config):
         raise _Incomparable(ROUNDED)
-    if callable(overrides) or set(overrides or ()) - _HARMLESS:
-        raise _Incomparable("the engine overrides the checkpoint's config (hf_overrides)")
+    if callable(overrides):
+        raise _Incomparable("a function overrides the checkpoint's config (hf_overrides), as it does for draft models")
+    if others := sorted(set(overrides or ()) - _HARMLESS):
+        raise _Incomparable(f"the engine overrides the checkpoint's config (hf_overrides: {', '.join(others)})")
     dtype = str(model_config.dtype).removeprefix("torch.")
     trusted = bool(model_config.trust_remote_code)
     with _uncompiled(config):
@@ -181,7 +183,7 @@ def _step(site: Site, truth: _Truth, counterparts: Mapping[str, str], config: Vl
     block = _askable(site)
     runner = _routed(site.module)
     spec, device = theirs.reading.spec, next(site.module.parameters()).device
-    if (difference := _elsewhere(site, spec, truth, theirs)) is not None:
+    if (difference := _elsewhere(site, spec, truth, theirs) or _made_up_for(runner)) is not None:
         raise _Incomparable(difference)
     with truth.weights.loaded(theirs.site.path, str(device)) as loaded:
         tensors = gather(loaded, theirs.reading.layout)
@@ -265,6 +267,18 @@ def _elsewhere(site: Site, spec: MoESpec, truth: _Truth, theirs: Surveyed) -> st
     if mine and _beside(parent, theirs.site.module):
         return "vLLM's block has the shared expert inside, transformers' beside it"
     return None
+
+
+def _made_up_for(runner: MoERunner | None) -> str | None:
+    """What a block's decoder layer has to do with its output before it is the one that was meant."""
+    if runner is None or runner.shared_experts is None or runner.routed_scaling_factor == 1.0:
+        return None
+    if runner.moe_config.in_dtype != torch.float16:
+        return None
+    scale = runner.routed_scaling_factor
+    return (
+        f"in float16 vLLM's block returns its output divided by {scale:g}, which its decoder layer has to make up for"
+    )
 
 
 def _has_shared(block: nn.Module) -> bool:

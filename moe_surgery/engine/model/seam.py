@@ -133,7 +133,7 @@ class _Seam:
                 return original(*args, **kwargs)
             if load is None:
                 raise UnsupportedError(
-                    "a model is built by a loader that is not known here, so it would not be operated on"
+                    "a model is built by a loader that is not known here, so nothing would be done with it"
                 )
             load.depth += 1
             try:
