@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.calling import Constant, structured
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.batch_size import Branches
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, tensors_in, written
@@ -55,8 +56,11 @@ class Recorder(TorchDispatchMode):
     the code gives as plain numbers. ``batch`` are the input's own.
     """
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype, route: Route) -> None:
+    def __init__(
+        self, block: nn.Module, dtype: torch.dtype, route: Route, turned: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
+        self.branches = Branches(turned)
         self.dtype, self.route = dtype, route
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
@@ -231,6 +235,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
+        self._ledger.before(name, args)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -362,14 +367,15 @@ class Recorder(TorchDispatchMode):
         index = {node: Ref(place) for place, node in enumerate(kept)}
         ops = tuple(self._op(node, index) for node in kept)
         choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self._made())
+        branches = tuple(self.branches.met), self.branches.lone
         if answer is output:
-            return Flow(ops, index[entry.node], choices)
+            return Flow(ops, index[entry.node], choices, branches=branches[0], lone=branches[1])
 
         def placed(leaf: Any) -> Any:
             known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
             return replace(leaf, value=index[leaf.value]) if known else leaf
 
-        return Flow(ops, index[entry.node], choices, results.mapped(placed))
+        return Flow(ops, index[entry.node], choices, results.mapped(placed), branches=branches[0], lone=branches[1])
 
     def _made(self) -> list[_Choice]:
         """The choices that anything came of."""

@@ -45,9 +45,7 @@ class Entry:
         """A meta tensor that stands for this one."""
         if self.meta is None:
             assert self.real is not None
-            self.meta = torch.empty_strided(
-                self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta"
-            )
+            self.meta = torch.empty_strided(self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta")
         return self.meta
 
     def starts(self, width: int) -> Tensor | None:
