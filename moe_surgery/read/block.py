@@ -9,7 +9,7 @@ dtype that one record can't show is seen as a difference between two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -24,6 +24,7 @@ from moe_surgery.read.children import children, combine
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
+from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met, parse_results
 from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
@@ -304,6 +305,8 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         for number in range(count)
     ]
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
+    for ref in flow.positive:
+        _check_positive(run.vectors(ref).lead.reshape(-1), parsers)
     choice = flow.choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
     if tokens[0].router.scoring != "own":
@@ -311,6 +314,15 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
     return Record(tokens, ids, choice.k, results, flow.kept, flow.lone)
+
+
+def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
+    """Every token's weights must be scores, which are above zero, and be scaled by no less."""
+    for term, parser in zip(items, parsers, strict=True):
+        for slot in range(term.size):
+            weight = parser.routers.parse(parser.terms.elem(term, slot), 1.0)
+            if weight.read.scoring == "own" or weight.read.scale <= 0:
+                raise Unreadable("what it does depends on the values it computes (which weights are zero)")
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
