@@ -37,7 +37,9 @@ class Rankings:
         if not kept:
             raise Unreadable("no expert may be chosen")
         whole = self._terms.whole(elements[kept[0]], kept[0], len(elements))
-        if whole is None or any(self._terms.whole(elements[place], place, len(elements)) is not whole for place in kept):
+        if whole is None or any(
+            self._terms.whole(elements[place], place, len(elements)) is not whole for place in kept
+        ):
             raise Unreadable(f"experts are ranked by {short(ranked)}")
         base = self._bare(whole)
         outside = {element.args[0] for element in elements if element.op == "const"}

@@ -100,7 +100,11 @@ class Sizes(TorchFunctionMode):
             self.recorder.lenient = False
 
     def _mark(self, size: int) -> int:
-        return size if size in self.recorder.fixed else BatchSize.of(size, self.recorder.object_to)
+        return (
+            size
+            if size in self.recorder.fixed
+            else BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+        )
 
     def _from_batch(self, tensor: Tensor) -> bool:
         return any(size not in self.recorder.fixed for size in tensor.shape)

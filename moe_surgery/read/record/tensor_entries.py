@@ -20,7 +20,8 @@ class Entry:
 
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
     ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one is
-    one token of the batch, of which nothing but the shape may be used.
+    one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
+    than zero, if it is known to be zero elsewhere: where positive numbers from the node ``positive`` were put.
     """
 
     tensor: Tensor
@@ -32,6 +33,8 @@ class Entry:
     kinds: dict[int, Kind]
     shift: int = 0
     single: bool = False
+    support: Tensor | None = None
+    positive: Any = None
 
     @property
     def kind(self) -> Kind:
@@ -45,9 +48,7 @@ class Entry:
         """A meta tensor that stands for this one."""
         if self.meta is None:
             assert self.real is not None
-            self.meta = torch.empty_strided(
-                self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta"
-            )
+            self.meta = torch.empty_strided(self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta")
         return self.meta
 
     def starts(self, width: int) -> Tensor | None:
