@@ -52,7 +52,13 @@ CLAMPED = {"limit": 0.5, "alpha": 1.702, "offset": 1.0}
 # What the kernels compute behind a router in torch, or with the shared expert beside them.
 ROUTED = {
     "correction bias and groups": DEEPSEEK,
+    "best groups by their best": but(correction_bias=True, groups=Groups(2, 1, "max", float("-inf")), top_k=3),
+    "groups of three": but(
+        num_experts=6, experts={"num_experts": 6}, scoring="sigmoid", groups=Groups(2, 1, "top2", 0.0)
+    ),
     "square roots of softplus": but(scoring="sqrtsoftplus", correction_bias=True),
+    "normed by squares, floored": but(scoring="sigmoid", norm=2.0, floor=0.7, top_k=3),
+    "logits ranked, then sigmoid": but(scoring="sigmoid", ranks="logits", correction_bias=True, logits_dtype="float32"),
     "logit bias and soft cap": but(bias=True, soft_cap=3.0, logits_dtype="float32"),
     "ranked in its own dtype": but(scores_dtype="native", ranked_dtype="native"),
     "biases, clamped, two slices": but(experts={"biases": True, **CLAMPED}, shared=CLAMPED),
@@ -64,6 +70,8 @@ ROUTED = {
     "identity experts": but(num_experts=10),
     "output bias": replace(SPEC, output_bias=True),
 }
+# Those of them whose router is a kernel.
+ROUTERS = tuple(name for name in ROUTED if name != "ranked in its own dtype")
 ROUTED["identity experts"] = replace(
     ROUTED["identity experts"], experts=replace(ROUTED["identity experts"].experts, identities=2)
 )

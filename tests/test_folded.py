@@ -70,7 +70,9 @@ def test_tensors_of_another_spec_are_refused() -> None:
 @pytest.mark.parametrize("spec", [*SPECS.values(), *ROUTED.values()], ids=[*SPECS, *ROUTED])
 def test_accepts_what_the_kernels_compute(spec: MoESpec) -> None:
     assert FoldedTarget().accepts(spec, CUDA) is None
-    assert (FoldedTarget().remark(spec, CUDA) is None) is (spec in SPECS.values())
+    around = {"ranked in its own dtype", "identity experts", "output bias"}
+    around |= {"shared expert of another width", "shared expert of another kind"}
+    assert (FoldedTarget().remark(spec, CUDA) is None) is (spec not in [ROUTED[name] for name in around])
 
 
 REMARKS = {
@@ -78,14 +80,15 @@ REMARKS = {
     "the shared expert's activation is relu, the routed experts' silu": but(shared={"activation": "relu"}),
     "2 + 80 experts for each token are more than 64": but(shared={"width": 1280}),
     "router.scores_dtype = native is nothing that the folded kernels compute": but(scores_dtype="native"),
-    "router.correction_bias = True is nothing that the folded kernels compute": DEEPSEEK,
+    "an output bias": replace(DEEPSEEK, output_bias=True),
+    "the router's matrix is in float32, the shared expert's gate isn't": but(wide_matrix=True),
 }
 
 
 @pytest.mark.parametrize("reason", REMARKS)
 def test_says_what_is_not_in_the_kernels(reason: str) -> None:
     assert FoldedTarget().accepts(REMARKS[reason], CUDA) is None
-    assert FoldedTarget().remark(REMARKS[reason], CUDA) == f"not all in one kernel call: {reason}"
+    assert FoldedTarget().remark(REMARKS[reason], CUDA) == f"in part by torch: {reason}"
 
 
 REFUSED = {
@@ -142,10 +145,12 @@ def test_auto_folds_on_cuda_and_says_why_where_it_does_not() -> None:
     target, note = auto.pick(SPEC, CUDA)
     assert (target.name, note) == ("folded", None)
     target, note = auto.pick(but(shared={"width": 40}), CUDA)
-    assert target.name == "folded" and note is not None and note.startswith("not all in one kernel call: shared width")
+    assert target.name == "folded" and note is not None and note.startswith("in part by torch: shared width")
     target, note = auto.pick(but(experts={"num_experts": 6}), CUDA)
     assert (target.name, note) == ("vllm", "not folded: the router scores 8 experts, there are 6")
-    assert auto.pick(SPEC, Context("cpu", "float32"))[0].name == "vllm"
+    cpu = {dtype: auto.pick(SPEC, Context("cpu", dtype))[0].name for dtype in ("float32", "bfloat16", "float16")}
+    assert cpu == {"float32": "folded", "bfloat16": "folded", "float16": "vllm"}
+    assert auto.pick(replace(SPEC, shared=None), Context("cpu", "float32")) == (auto.layer, None)
 
 
 def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +168,7 @@ def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.Monke
         )  # fmt: skip
         [step] = moe_surgery.plan(Qwen2MoeForCausalLM(config).eval(), packs=["generic"]).steps
         assert step.target == "folded"
-        assert ("not all in one kernel call: shared width 40" in step.reason) is (shared == 40)
+        assert ("in part by torch: shared width 40" in step.reason) is (shared == 40)
 
 
 TERMS = Terms(128, 6, 2, 1024, 384, "silu", False, True, 1.0, 1.0, True, True, False)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from folded_blocks import ROUTED, SPEC, SPECS
+import torch
+from folded_blocks import ROUTED, ROUTERS, SPEC, SPECS
 
 from moe_surgery.kernels.arguments import Terms
-from moe_surgery.kernels.choice import FOLDER, table
+from moe_surgery.kernels.choice import FOLDER, router_tiles, table
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folded.fold import terms_of
+from moe_surgery.targets.folded.fold import router_terms_of, terms_of
 from moe_surgery.targets.shared_as_experts import unfoldable
 
 APART = Path(sys.prefix) / "interpreter"
@@ -45,20 +47,24 @@ def test_with_triton_from_apart() -> None:
 
 def compile_all(terms: Terms, row: Any, dtype: str) -> None:
     """Every kernel of a row, for compute capability 9.0, with arguments as aligned as weights are."""
+    from moe_surgery.kernels.launch import kernels_of
+
+    kernels = kernels_of(terms, row, dependent=True)
+    compile_each([getattr(kernels, field.name) for field in fields(kernels)], dtype, ids_for_logits=terms.given)
+
+
+def compile_each(kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = False) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moe_surgery.kernels.launch import kernels_of
-
     def kind(name: str) -> str:
         if name in OFFSETS:
             return "i64"
-        integer = name in INTEGERS or (terms.given and name == "logits")  # ids stand in their place
+        integer = name in INTEGERS or (ids_for_logits and name == "logits")  # ids stand in their place
         return "*i32" if integer else "*fp32" if name in FLOATS else f"*{dtype}"
 
-    kernels = kernels_of(terms, row, dependent=True)
-    for kernel in (getattr(kernels, field.name) for field in fields(kernels)):
+    for kernel in kernels:
         if kernel is None:
             continue
         names: list[str] = kernel.function.arg_names
@@ -92,6 +98,18 @@ def test_that_route(spec: MoESpec) -> None:
 def test_behind_a_router(spec: MoESpec) -> None:
     beside = any(True for _ in unfoldable(spec))
     compile_both_paths(terms_of(spec, given=True, beside=beside), "bf16")
+
+
+@compiles
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers(name: str) -> None:
+    from moe_surgery.kernels.routing import router_kernels
+
+    spec = ROUTED[name]
+    beside = any(True for _ in unfoldable(spec))
+    for tokens in (1, 4096):
+        tiles = router_tiles(tokens, torch.bfloat16)
+        compile_each(router_kernels(router_terms_of(spec, beside=beside), tiles, dependent=True), "bf16")
 
 
 @compiles

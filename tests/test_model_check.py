@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +55,37 @@ def test_arguments_to_call_a_model_with_can_be_given() -> None:
     given = {"pixels": torch.randn(1, 5, talking.HIDDEN), "grid": torch.zeros(1)}
     with pytest.raises(ProofError, match="the whole model differs: inner"):
         apply(model, model_check=given)
+
+
+PARAMETERS = operator.methodcaller("parameters")  # a name that no code has
+
+
+@pytest.mark.parametrize("telling", [False, True], ids=["a tensor", "a tuple"])
+def test_who_changes_weights_around_a_call_is_noticed_whatever_the_block_returns(telling: bool) -> None:
+    model = talking.model(lambda layer, x: layer.mlp(x)[0] if telling else layer.mlp(x))
+    if telling:
+        model[2].mlp.__class__ = Telling
+    assert len(apply(copy.deepcopy(model)).replaced) == 2
+
+    def more(module: Any, _: Any) -> None:
+        for p in PARAMETERS(module.mlp):
+            p.data.mul_(1.5)
+
+    def less(module: Any, *_: Any) -> None:
+        for p in PARAMETERS(module.mlp):
+            p.data.div_(1.5)
+
+    model[2].register_forward_pre_hook(more)
+    model[2].register_forward_hook(less)
+    with pytest.raises(ProofError, match=r"2\.mlp: in the model the old block's output is"):
+        apply(model)
+
+
+class Telling(talking.Block):
+    """A block that returns its router's logits too."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.gate(x.reshape(-1, talking.HIDDEN))
 
 
 def test_a_report_tells_of_the_check_in_json_too() -> None:

@@ -132,7 +132,7 @@ def test_the_folded_kernels_leave_to_torch_what_they_rank_finer() -> None:
     assert left(but(ranks="logits", scores_dtype="native")) is None  # those are weights only
     for wrong in ({"scores_dtype": "native"}, {"ranked_dtype": "native"}):
         name = f"router.{next(iter(wrong))}"
-        said = f"not all in one kernel call: {name} = native is nothing that the folded kernels compute"
+        said = f"in part by torch: {name} = native is nothing that the folded kernels compute"
         assert left(but(**wrong)) == said
         assert left(but(**wrong), "float32") is None
     assert left(but(ranks="logits", logits_dtype="float32", ranked_dtype="native")) is not None

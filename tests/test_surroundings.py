@@ -258,6 +258,35 @@ def test_a_value_that_the_block_computed_with_cant_be_changed_any_more() -> None
     block.note = "of somebody else"
 
 
+def test_the_router_that_is_kept_for_its_hooks_cant_be_changed() -> None:
+    from test_apply import IDS as ids
+    from test_apply import tiny
+
+    model = tiny(2)
+    router: Any = model.model.layers[1].mlp.gate
+    seen: list[Tensor] = []
+    report = moe_surgery.apply(model, model_check=False)
+    kept: Any = model.model.layers[1].mlp.gate
+    handle = kept.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    assert isinstance(kept, type(router)) and kept.top_k == router.top_k
+    for change in (
+        lambda: setattr(kept, "top_k", 1),
+        lambda: kept.weight.mul_(2),
+        lambda: setattr(kept, "weight", None),
+    ):
+        with pytest.raises(SurgeryError, match=r"layers\.1\.mlp\.gate\.(top_k|weight) can't be"):
+            change()
+    with torch.no_grad():
+        model(ids)
+        assert len(seen) == 1
+        handle.remove()
+        model(ids)
+    assert len(seen) == 1
+    assert torch.equal(kept.state_dict()["weight"], router.weight)
+    moe_surgery.undo(report)
+    assert model.model.layers[1].mlp.gate is router
+
+
 # Models that look at their blocks, in any combination.
 STEPS = {**{f"answered: {k}": v for k, v in ANSWERED.items()}, **{f"unanswered: {k}": v for k, v in UNANSWERED.items()}}
 

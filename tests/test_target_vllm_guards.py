@@ -13,6 +13,8 @@ from vllm_blocks import SPEC, TARGET, build, tokens
 
 from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.targets.likeness import Likeness
+from moe_surgery.targets.observed import ObservedRouter
 from moe_surgery.weights.tensors import BlockTensors
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
@@ -76,19 +78,23 @@ def test_conversions_that_change_nothing_pass() -> None:
         assert torch.equal(nn.Sequential(block).to("cpu").float()(x), before)
 
 
+def observed(router: nn.Module) -> ObservedRouter:
+    return ObservedRouter(router, Likeness.of(router, "gate"))
+
+
 def test_hooks_on_the_replaced_router_go_on_firing() -> None:
     block, x = build(), tokens(SPEC, 2, 3)
     router = nn.Linear(SPEC.hidden, 8, bias=False)
     seen: list[torch.Tensor] = []
     with torch.no_grad():
         before = block(x)
-        block.observe("gate", router)
+        block.observe("gate", observed(router))
         assert torch.equal(block(x), before) and not seen
         router.register_forward_hook(lambda module, args, output: seen.append(output))
         assert torch.equal(block(x), before)
         assert len(seen) == 1 and torch.equal(seen[0], router(x.view(-1, SPEC.hidden)))
     with pytest.raises(ValueError, match="'fused'"):
-        block.observe("fused", router)
+        block.observe("fused", observed(router))
 
 
 @pytest.mark.parametrize("asked", ["before", "after"])
@@ -142,7 +148,7 @@ def test_transformers_records_router_logits(asked: str) -> None:
                 False,
             )
             layer.mlp = TARGET.build(spec, tensors, prefix=f"layers.{index}.mlp")
-            layer.mlp.observe("gate", old.gate)
+            layer.mlp.observe("gate", observed(old.gate))
         got = model(inputs_embeds=x, output_router_logits=True)
     assert len(got.router_logits) == 2
     for one, other in zip((got[0], *got.router_logits), (wanted[0], *wanted.router_logits), strict=True):

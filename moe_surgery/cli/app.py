@@ -10,6 +10,7 @@ import typer
 from moe_surgery.cli import (
     apply_verify,
     benchmark,
+    difference,
     exits,
     packs_doctor,
     packs_trial,
@@ -18,7 +19,19 @@ from moe_surgery.cli import (
 )
 from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
-from moe_surgery.cli.options import Choice, Loading, Model, ModelOrPlan, OnFailure, Output, Proof, Prove, Svg, Trust
+from moe_surgery.cli.options import (
+    Choice,
+    Html,
+    Loading,
+    Model,
+    ModelOrPlan,
+    OnFailure,
+    Output,
+    Proof,
+    Prove,
+    Svg,
+    Trust,
+)
 
 app = typer.Typer(
     name="moe-surgery",
@@ -71,9 +84,13 @@ def plan(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="End with 10 if the plan would change anything.")] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
-    run(output, lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
+    run(
+        output,
+        lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg, html=html),
+    )
 
 
 @command(app, "explain")
@@ -125,6 +142,7 @@ def apply(
         bool, typer.Option("--no-model-check", help="Don't run the whole model on a few tokens, before and after.")
     ] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Load MODEL, replace its MoE blocks, prove each, and report."""
     job = apply_verify.Job(
@@ -139,6 +157,7 @@ def apply(
         undoable=not no_undo,
         model_check=not no_model_check,
         svg=svg,
+        html=html,
     )
     run(output, lambda screen: apply_verify.apply(screen, job))
 
@@ -152,9 +171,10 @@ def verify(
     trust: Trust,
     output: Output,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Do the proof of apply alone: MODEL is loaded, each block is built, compared and given up again."""
-    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     run(output, lambda screen: apply_verify.verify(screen, job))
 
 
@@ -193,9 +213,10 @@ def bench(
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="With --engine: no compilation and no graphs.")] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
-    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     times = benchmark.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
     if engine:
         run(output, lambda screen: benchmark.bench_engine(screen, job, times, eager=eager))
@@ -223,6 +244,7 @@ def run_command(
     on_failure: Annotated[
         OnFailure, typer.Option("--on-failure", help="Stop, or keep the model as it was and say so.")
     ] = OnFailure.stop,
+    html: Html = None,
     target: Annotated[
         str, typer.Option("--target", metavar="NAME", help="What to build; engines take auto, folded and vllm.")
     ] = "auto",
@@ -233,7 +255,27 @@ def run_command(
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
-    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder)
+    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder, html=html)
+    run(output, lambda screen: run_report.launch(screen, job), shared=True)
+
+
+@command(app, "audit", context_settings={"allow_interspersed_args": False})
+def audit_command(
+    words: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+    ],
+    output: Output,
+    on_failure: Annotated[
+        OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
+    ] = OnFailure.stop,
+    html: Html = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
+    ] = None,
+) -> None:
+    """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
+    job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 
@@ -243,9 +285,25 @@ def report(
         Path, typer.Argument(metavar="RUN", help="The folder that a run's receipts went to.", show_default=False)
     ],
     output: Output,
+    html: Html = None,
 ) -> None:
     """Say what each process of a run did, and fail if they disagree."""
-    run(output, lambda screen: run_report.report(screen, folder))
+    run(output, lambda screen: run_report.report(screen, folder, html))
+
+
+@command(app, "diff")
+def diff(
+    old: Annotated[
+        Path, typer.Argument(metavar="A", help="A plan or result as JSON, or a run's folder.", show_default=False)
+    ],
+    new: Annotated[Path, typer.Argument(metavar="B", help="Another of the kind.", show_default=False)],
+    output: Output,
+) -> None:
+    """Say which sites of two plans, reports or runs differ, and in what; end with 10 if any does.
+
+    Margins differ by a factor of 2 or more, speeds by more than their spreads.
+    """
+    run(output, lambda screen: difference.diff(screen, old, new))
 
 
 @command(app, "doctor")
@@ -299,9 +357,20 @@ def packs_test(
         Path | None,
         typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
     ] = None,
+    cuda: Annotated[
+        Path | None,
+        typer.Option(
+            "--cuda",
+            metavar="FILE",
+            help="Have --markdown tell what benchmarks/families.py saw on a GPU too.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
     run(
         output,
-        lambda screen: packs_trial.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
+        lambda screen: packs_trial.packs_test(
+            screen, names, family, setting, strict=strict, markdown=markdown, cuda=cuda
+        ),
     )

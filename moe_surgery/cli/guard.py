@@ -48,8 +48,15 @@ def _guarded(screen: Screen, body: Callable[[Screen], int]) -> int:
     except Exception as fault:
         if screen.output.verbose:
             screen.say(traceback.format_exc())
+        if _allocation(fault):
+            return screen.fail(f"out of memory: {' '.join(str(fault).split())}", exits.FAILED)
         hint = "" if screen.output.verbose else " (-v shows the traceback)"
         return screen.fail(f"unexpected {type(fault).__name__}: {fault}{hint}", exits.FAILED)
+
+
+def _allocation(fault: Exception) -> bool:
+    """Whether torch could not allocate a tensor; on a CPU it has no class of error for that."""
+    return type(fault).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(fault)
 
 
 class _Said(logging.Handler):

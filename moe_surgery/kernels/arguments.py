@@ -25,6 +25,50 @@ ROUTED_SCHEMA = (
 )
 """The one for experts that were chosen outside of the kernels."""
 
+ROUTE_SCHEMA = (
+    "route(Tensor x, Tensor router, Tensor? bias, Tensor? correction, Tensor? gate, int top_k, int slices, "
+    "str scoring, bool by_logits, bool native, float soft_cap, int groups, int chosen, bool top2, bool lowest, "
+    "bool renormalize, float epsilon, float floor, bool squares, float scale, float shared_scale) -> (Tensor, Tensor)"
+)
+"""The one that chooses experts where that needs more than their logits."""
+
+
+@dataclass(frozen=True)
+class RouterTerms:
+    """One router in numbers; the fields are those of :class:`~moe_surgery.spec.RouterSpec`.
+
+    A ``soft_cap`` or ``floor`` of 0 is none. Only experts in the ``chosen`` best of ``groups`` may be chosen; a group
+    is judged by its ``top2`` experts or its best one, and experts of others rank as minus infinity if ``lowest``, else
+    as zero. Weights are renormalised by their sum, or by the root of the sum of their ``squares``.
+    """
+
+    experts: int
+    top_k: int
+    slices: int
+    hidden: int
+    scoring: str
+    by_logits: bool
+    native: bool
+    soft_cap: float
+    groups: int
+    chosen: int
+    top2: bool
+    lowest: bool
+    renormalize: bool
+    epsilon: float
+    floor: float
+    squares: bool
+    scale: float
+    shared_scale: float
+    biased: bool
+    corrected: bool
+    gated: bool
+
+    @property
+    def rows(self) -> int:
+        """Logits of a token: one for each expert, one for the shared expert's gate if it has one."""
+        return self.experts + (1 if self.gated else 0)
+
 
 @dataclass(frozen=True)
 class Terms:

@@ -66,3 +66,9 @@ def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:
     """The row of the largest number of tokens not above ``tokens``."""
     return [row for row in rows if row.tokens <= tokens][-1]
+
+
+@cache
+def router_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
+    """Those of the logits of ``tokens``, where the router is an operator of its own."""
+    return serving(table(f"{DEFAULT}-{8 * dtype.itemsize}"), tokens).logits

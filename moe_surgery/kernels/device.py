@@ -69,17 +69,23 @@ def score(row, index, E: tl.constexpr, BY_SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
-    """Keys [BE] of one token's experts, int64, that order as their scores do; of equal scores the lower index is more.
+def keyed(values, index, there, SIZE: tl.constexpr):
+    """Keys, int64, that order as float32 ``values`` do; of equal values the lower ``index`` below SIZE is more.
 
-    A key holds score and index, so that choosing the best expert takes a single reduction. No two are equal, and those
-    beyond E are less than all others, whatever the logits are, NaN included.
+    A key holds value and index, so that choosing the best takes a single reduction. No two are equal, and those that
+    aren't ``there`` are less than all others, whatever the values are, NaN included.
     """
-    index = tl.arange(0, BE)
-    bits = score(row, index, E, BY_SIGMOID).to(tl.int32, bitcast=True)
+    bits = values.to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF  # as floats order, so do these integers
-    keys = (bits.to(tl.int64) << 32) | (BE - 1 - index).to(tl.int64)
-    return tl.where(index < E, keys, -(1 << 63) + (BE - 1 - index).to(tl.int64))
+    last = (SIZE - 1 - index).to(tl.int64)
+    return tl.where(there, (bits.to(tl.int64) << 32) | last, -(1 << 63) + last)
+
+
+@triton.jit
+def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
+    """Keys [BE] of one token's experts, by score."""
+    index = tl.arange(0, BE)
+    return keyed(score(row, index, E, BY_SIGMOID), index, index < E, BE)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def group_logits(
             other=0.0,
         )
         w = tl.load(router + starts + k + columns[None, :], mask=(rows < R)[:, None] & inside, other=0.0)
-        total = tl.dot(value, w.T, total, input_precision="ieee")
+        total = tl.dot(value.to(w.dtype), w.T, total, input_precision="ieee")
     if NATIVE:
         total = tl.where((rows < E)[None, :], total.to(x.dtype.element_ty).to(tl.float32), total)
     at = logits + token.to(tl.int64)[:, None] * R + rows[None, :]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.arguments import ROUTED_SCHEMA, SCHEMA, Routed, Terms, Weights
-from moe_surgery.kernels.choice import choose
+from moe_surgery.kernels.arguments import ROUTE_SCHEMA, ROUTED_SCHEMA, SCHEMA, Routed, RouterTerms, Terms, Weights
+from moe_surgery.kernels.choice import choose, router_tiles
 from moe_surgery.kernels.launch import run
+from moe_surgery.kernels.routing import run_router
 
 _LIBRARY = torch.library.Library("moe_surgery", "DEF")
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 _LIBRARY.define(ROUTED_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+_LIBRARY.define(ROUTE_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
 def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = None) -> Tensor:
@@ -27,11 +31,38 @@ def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = N
         return run(x, weights, terms, choose(terms, len(x), x.dtype), routed)
 
 
+def compute_routing(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, terms: RouterTerms
+) -> Routed:
+    """The experts of tokens ``x`` [T, H], contiguous, by the router ``weight`` [E, H]; see :func:`run_router`."""
+    if len(x) == 0:
+        return Routed(*_unrouted(x, terms.top_k, terms.slices))
+    with _on(x.device):
+        return run_router(x, weight, bias, correction, gate, terms, router_tiles(len(x), x.dtype))
+
+
+def _unrouted(x: Tensor, top_k: int, slices: int) -> tuple[Tensor, Tensor]:
+    ids = x.new_empty(len(x), top_k, dtype=torch.int32)
+    return ids, x.new_empty(len(x), top_k + slices, dtype=torch.float32)
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device; changing it takes time, so only where it must."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+@lru_cache(maxsize=1024)
+def _terms(*numbers: Any) -> Terms:
+    """The same object for the same numbers: making one, and telling it from others, takes as long as a launch."""
+    return Terms(*numbers)
+
+
+@lru_cache(maxsize=1024)
+def _router_terms(*numbers: Any) -> RouterTerms:
+    """As :func:`_terms`."""
+    return RouterTerms(*numbers)
 
 
 def _folded_moe(
@@ -40,21 +71,11 @@ def _folded_moe(
     renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
-    terms = Terms(
-        experts=experts,
-        top_k=top_k,
-        slices=0 if shared_down is None else shared_down.shape[1] // width,
-        hidden=hidden,
-        width=width,
-        activation=activation,
-        sigmoid=sigmoid,
-        renormalize=renormalize,
-        scale=scale,
-        shared_scale=shared_scale,
-        gated=gate is not None,
-        native=native,
-        by_sigmoid=by_sigmoid,
-    )
+    slices = 0 if shared_down is None else shared_down.shape[1] // width
+    terms = _terms(
+        experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
+        native, by_sigmoid,
+    )  # fmt: skip
     return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
 
 
@@ -64,31 +85,32 @@ def _routed_moe(
     limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
-    terms = Terms(
-        experts=experts,
-        top_k=ids.shape[1],
-        slices=weights.shape[1] - ids.shape[1],
-        hidden=hidden,
-        width=width,
-        activation=activation,
-        sigmoid=False,
-        renormalize=False,
-        scale=1.0,
-        shared_scale=1.0,
-        gated=False,
-        native=False,
-        by_sigmoid=False,
-        given=True,
-        up=up,
-        limit=limit,
-        limit_after=limit_after,
-        alpha=alpha,
-        offset=offset,
-        on_input=on_input,
-        biases=w13_bias is not None,
-    )
+    terms = _terms(
+        experts, ids.shape[1], weights.shape[1] - ids.shape[1], hidden, width, activation, False, False, 1.0, 1.0,
+        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None,
+    )  # fmt: skip
     held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias)
     return compute(x, held, terms, Routed(ids, weights))
+
+
+def _route(
+    x: Tensor, router: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, top_k: int,
+    slices: int, scoring: str, by_logits: bool, native: bool, soft_cap: float, groups: int, chosen: int, top2: bool,
+    lowest: bool, renormalize: bool, epsilon: float, floor: float, squares: bool, scale: float, shared_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    experts, hidden = router.shape
+    terms = _router_terms(
+        experts, top_k, slices, hidden, scoring, by_logits, native, soft_cap, groups, chosen, top2, lowest, renormalize,
+        epsilon, floor, squares, scale, shared_scale, bias is not None, correction is not None, gate is not None,
+    )  # fmt: skip
+    return compute_routing(x, router, bias, correction, gate, terms)
+
+
+def _fake_route(
+    x: Tensor, router: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, top_k: int,
+    slices: int, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _unrouted(x, top_k, slices)
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
@@ -97,6 +119,8 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 _LIBRARY.impl("folded_moe", _folded_moe, "CUDA")
 _LIBRARY.impl("routed_moe", _routed_moe, "CUDA")
+_LIBRARY.impl("route", _route, "CUDA")
+torch.library.register_fake("moe_surgery::route", _fake_route, lib=_LIBRARY)
 for _name in ("folded_moe", "routed_moe"):
     torch.library.register_fake(f"moe_surgery::{_name}", _fake, lib=_LIBRARY)
 
@@ -119,3 +143,15 @@ def routed_moe(x: Tensor, weights: Weights, terms: Terms, routed: Routed) -> Ten
         terms.alpha, terms.offset, terms.on_input,
     )  # fmt: skip
     return result
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, terms: RouterTerms
+) -> Routed:
+    """:func:`compute_routing` as an operator."""
+    t = terms
+    ids, weights = torch.ops.moe_surgery.route(
+        x, weight, bias, correction, gate, t.top_k, t.slices, t.scoring, t.by_logits, t.native, t.soft_cap, t.groups,
+        t.chosen, t.top2, t.lowest, t.renormalize, t.epsilon, t.floor, t.squares, t.scale, t.shared_scale,
+    )  # fmt: skip
+    return Routed(ids, weights)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_surgery.calling import Calling, output_of
+from moe_surgery.calling import output_of
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
+from moe_surgery.operate.building import Double, Unanswerable, built
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
-from moe_surgery.prove.own_tokens import Heard, disagreement
+from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
-from moe_surgery.read.record.attributes import made
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
-from moe_surgery.targets.likeness import Likeness
 from moe_surgery.weights.tensors import BlockTensors, gather
 
 Progress = Callable[[int, int, str], None]
@@ -94,6 +93,8 @@ class Operation:
         self.refused: dict[str, str] = {}
         self.whole: WholeModel | None = None
         self.started = time.perf_counter()
+        self.read = 0.0
+        self.proved = 0.0
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
@@ -121,6 +122,7 @@ class Operation:
             if new is not None:
                 blocks[path] = new if undoable else Double(new)
         self._check_counts("rolled back")
+        self.proved = time.perf_counter() - self.started
         transaction = self._exchanged(blocks)
         if not undoable:
             transaction.undo()
@@ -171,31 +173,17 @@ class Operation:
             transaction.commit()
         return transaction
 
-    def _paths(self) -> list[str]:
-        paths = list(self.readings)
-        if self.settings.progress is None:
-            return paths
-        return list(_Reported(paths, self.settings.progress))
+    def _paths(self) -> Iterable[str]:
+        paths, progress = list(self.readings), self.settings.progress
+        return paths if progress is None else _reported(paths, progress)
 
     def _build(self, path: str, tensors: BlockTensors | None = None) -> StandingBlock:
-        """The block for a site, which answers for the old one. Raises :class:`_Unanswerable` if it can't."""
-        block = self.model.get_submodule(path)
-        reading = self.readings[path]
-        tensors = tensors or gather(block, reading.layout)
-        new = self.targets[path].build(reading.spec, tensors, prefix=path)
+        """The block for a site, which answers for the old one. Raises :class:`Unanswerable` if it can't."""
+        block, reading = self.model.get_submodule(path), self.readings[path]
+        if tensors is None:
+            tensors = gather(block, reading.layout)
+        new = built(block, reading, tensors, self.targets[path], path)
         new.rule = self.rules[path]
-        likeness = Likeness.of(block, path)
-        if overlap := new.overlap(likeness):
-            raise _Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
-        if reading.spec.at == "experts" or not (reading.calling.plain and reading.results is None):
-            new.convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
-        for (inside, name), value in reading.kept:
-            if not inside and not hasattr(new, name):
-                setattr(new, name, made(value, tensors.w13.device, tensors.w13.dtype))
-        owner, _, _ = reading.layout.router.path.rpartition(".")
-        if owner and "." not in owner:
-            new.observe(owner, block.get_submodule(owner))
-        new.stand_for(likeness)
         return new
 
     def _proven(self, path: str) -> StandingBlock | None:
@@ -206,7 +194,7 @@ class Operation:
             tensors = gather(block, reading.layout)
             try:
                 new = self._build(path, tensors)
-            except _Unanswerable as error:
+            except Unanswerable as error:
                 self.refused[path] = str(error)
                 return None
             settings = self.settings
@@ -224,16 +212,15 @@ class Operation:
 
     def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
         """Ask a new block what the model asked the old one. Raises :class:`ProofError` if the answers differ."""
-        calling = self.readings[path].calling
-        for called in whole.heard(path):
+        reading = self.readings[path]
+        for called in whole.heard(path, reading.results):
             try:
-                heard = _by_role(called, calling, self.readings[path].spec.at)
+                heard = called.by_role(reading.calling, reading.spec.at)
                 roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
-                answer = output_of(self.readings[path].results, new(*calling.placed(roles)))
+                answer = output_of(reading.results, new(*reading.calling.placed(roles)))
             except Exception as error:
                 raise self._failed(f"{path}: {error} (on what the model gives it)") from error
-            spec, bound = self.readings[path].spec, self.verdicts[path].bound
-            apart, fault = disagreement(heard, answer, spec, tensors, bound)
+            apart, fault = disagreement(heard, answer, reading.spec, tensors, self.verdicts[path].bound)
             if fault is not None:
                 raise self._failed(f"{path}: {fault}")
             whole.saw(apart)
@@ -266,14 +253,18 @@ class Operation:
     def _report(self, done: Done, exit_code: int = 0, **rest: object) -> Report:
         steps = tuple(self._step(step, done) for step in self.plan.steps)
         seconds = time.perf_counter() - self.started
+        phases = {"read": self.read, "prove": self.proved or seconds}
+        if self.proved and done == "applied":
+            phases["exchange"] = seconds - self.proved
         return Report(
             self.plan.model,
             done,
             steps,
             self.plan.fingerprint,
             versions(),
-            seconds,
+            seconds + self.read,
             exit_code=exit_code,
+            phases=tuple(phases.items()),
             model_check=None if self.whole is None else self.whole.report(),
             **rest,  # type: ignore[arg-type]
         )
@@ -293,50 +284,12 @@ class Operation:
         return replace(step, verdict=verdict)
 
 
-class _Unanswerable(Exception):
-    """A block that can't answer for the one it would replace; the message is why. Never leaves this module."""
-
-
-class Double(StandingBlock):
-    """Takes a block's place while the model around it is checked, where the block itself must make room for the next.
-
-    It answers as the block does, and is called with its output at hand.
-    """
-
-    def __init__(self, block: StandingBlock) -> None:
-        super().__init__()
-        self.label, self.rule = block.label, block.rule
-        for name, child in block.named_children():
-            if block.observed(name):
-                self.add_module(name, child)
-        likeness = block.likeness
-        assert likeness is not None
-        self.stand_for(likeness)
-        self.eval()
-
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        return torch.empty_like([*given, *named.values()][0])
-
-
-def _by_role(heard: Heard, calling: Calling, at: str) -> Heard:
-    """A call with the block's own tensors alone: its input, or tokens, ids and weights."""
-    if at == "block":
-        return replace(heard, given=heard.given[:1])
-    tensors = calling.taken(heard.given, {})
-    return replace(heard, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
-
-
-class _Reported:
-    """Iterates over paths, telling progress before each and after the last."""
-
-    def __init__(self, paths: Sequence[str], progress: Progress) -> None:
-        self.paths, self.progress = paths, progress
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        for done, path in enumerate(self.paths):
-            self.progress(done, len(self.paths), path)
-            yield path
-        self.progress(len(self.paths), len(self.paths), "")
+def _reported(paths: Sequence[str], progress: Progress) -> Iterator[str]:
+    """The paths, telling progress before each and after the last."""
+    for done, path in enumerate(paths):
+        progress(done, len(paths), path)
+        yield path
+    progress(len(paths), len(paths), "")
 
 
 def _own_bytes(swap: Swap) -> int:

@@ -9,18 +9,17 @@ rounding doesn't add up from layer to layer, and nothing else may differ by more
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from moe_surgery.calling import Structure, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
+from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.report.outcomes import ModelCheck
 
@@ -32,7 +31,7 @@ class _Event:
     kind: Literal["called", "returned"]
     path: str
     values: tuple[Any, ...]
-    answer: Tensor | None = None
+    answer: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +73,13 @@ class WholeModel:
             _, failed = run_parts(self.model, self.sites, self.hidden, self._play)
             self._failed += failed
 
-    def heard(self, path: str) -> Iterator[Heard]:
-        """Every call of the site at ``path`` in the run before."""
+    def heard(self, path: str, results: Structure | None) -> Iterator[Heard]:
+        """Every call of the site at ``path`` in the run before. ``results`` tell the output in what it returned."""
         for played in self._played:
             for event in played.events:
-                if event.kind == "called" and event.path == path and event.answer is not None:
-                    yield Heard([value for value in event.values if isinstance(value, Tensor)], event.answer)
+                if event.kind == "called" and event.path == path:
+                    given = [value for value in event.values if isinstance(value, Tensor)]
+                    yield Heard(given, output_of(results, event.answer))
 
     def saw(self, apart: float) -> None:
         """Take down how far a new block was from the old one on its own tokens."""
@@ -89,6 +89,7 @@ class WholeModel:
         """Run the model with the modules ``placed`` at the sites; the first difference, None if there is none.
 
         The sites that are not among ``placed`` hold their old blocks. ``bound`` is the noise of the blocks, relative.
+        A module that returns None stands for a block that isn't there yet, and its answer isn't looked at.
         """
         with self._timed():
             for played in self._played:
@@ -116,20 +117,20 @@ class WholeModel:
 
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                values = _kept((args, kwargs))
+                values = kept((args, kwargs))
                 answer = inner(*args, **kwargs)
-                events.append(_Event("called", path, values, answer.clone() if isinstance(answer, Tensor) else None))
+                events.append(_Event("called", path, values, copied(answer)))
                 return answer
 
             return forward
 
         def returned(path: str, output: Any) -> None:
-            events.append(_Event("returned", path, _kept(output)))
+            events.append(_Event("returned", path, kept(output)))
 
         try:
             sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
             with _watched(self.model, run.path, sites, called, returned):
-                result = _kept(run())
+                result = kept(run())
         except Exception as error:
             return error
         floats = [value for value in result if isinstance(value, Tensor) and value.is_floating_point()]
@@ -156,37 +157,41 @@ class WholeModel:
                     else f"{now} where before {event.path or 'the model'} had returned"
                 )
                 return None
-            if (apart := _apart(values, event.values)) > bound:
+            if (apart := distance(values, event.values)) > bound:
                 what = "is given another input" if kind == "called" else "returns another output"
-                differences.append(f"{path or 'the model'} {what} than before ({_much(apart)})")
+                differences.append(f"{path or 'the model'} {what} than before ({much(apart)})")
             return event
 
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                event = meet("called", path, _kept((args, kwargs)))
+                event = meet("called", path, kept((args, kwargs)))
                 answer = inner(*args, **kwargs)
-                if event is None or event.answer is None or not isinstance(answer, Tensor):
+                if event is None:
                     return answer
-                return answer.copy_(event.answer) if answer.shape == event.answer.shape else event.answer.clone()
+                if answer is not None and form(answer) != form(event.answer):
+                    differences.append(f"{path} returns {form(answer)} where before it returned {form(event.answer)}")
+                return copied(event.answer)
 
             return forward
 
         def returned(path: str, output: Any) -> None:
-            meet("returned", path, _kept(output))
+            meet("returned", path, kept(output))
 
         sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
         try:
             with _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
-                result = _kept(played.run())
+                result = kept(played.run())
         except Exception as error:
+            if differences:
+                return differences[0]
             where = inside[-1] if inside else played.run.path
             return f"{where or 'the model'} doesn't run with the new blocks in it: {type(error).__name__}: {error}"
         if differences:
             return differences[0]
         if (left := next(wanted, None)) is not None:
             return f"{left.path or 'the model'} isn't {left.kind} any more"
-        if (apart := _apart(result, played.result)) > bound:
-            return f"{played.run.path or 'the model'} returns another output than before ({_much(apart)})"
+        if (apart := distance(result, played.result)) > bound:
+            return f"{played.run.path or 'the model'} returns another output than before ({much(apart)})"
         return None
 
     @contextmanager
@@ -248,42 +253,3 @@ def _between(site: str, part: str) -> Iterator[str]:
 
 def _under(path: str, part: str) -> bool:
     return not part or path == part or path.startswith(f"{part}.")
-
-
-def _kept(value: Any) -> tuple[Any, ...]:
-    """Copies of the tensors in nested containers, and the plain values; what else there is says nothing."""
-    kept: list[Any] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            kept.append(leaf.detach().clone())
-        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            kept.append(leaf)
-    return tuple(kept)
-
-
-def _apart(values: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The greatest relative L2 distance of two tensors in the same place; infinite where anything else differs."""
-    if len(values) != len(wanted):
-        return math.inf
-    return max((_distance(one, other) for one, other in zip(values, wanted, strict=True)), default=0.0)
-
-
-def _distance(one: Any, other: Any) -> float:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return 0.0 if type(one) is type(other) and (one == other or one != one) else math.inf
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
-        return math.inf
-    if torch.equal(one, other):
-        return 0.0
-    if not one.is_floating_point():
-        return math.inf
-    finite = other.isfinite()
-    if not torch.equal(finite, one.isfinite()):
-        return math.inf
-    one, other = one[finite].double(), other[finite].double()
-    norm = float(other.norm())
-    return float((one - other).norm()) / norm if norm else math.inf
-
-
-def _much(apart: float) -> str:
-    return f"relative distance {apart:.2g}" if math.isfinite(apart) else "of another shape or kind, or not finite"

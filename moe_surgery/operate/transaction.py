@@ -51,7 +51,7 @@ class Transaction:
         try:
             for swap in self.swaps:
                 swap.place(swap.new)
-                swap.new.keep(swap.old)
+                swap.new.keep_original(swap.old)
             self._guards.put()
         except BaseException:
             self._restore()
@@ -80,7 +80,7 @@ class Transaction:
             for swap in self.swaps:
                 if swap.old is not None:
                     swap.place(swap.old)
-                    swap.new.keep(None)
+                    swap.new.keep_original(None)
 
 
 @contextmanager

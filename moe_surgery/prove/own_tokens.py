@@ -7,11 +7,12 @@ of a new block that is wrong on these tokens, or of somebody who changes the wei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moe_surgery.calling import Calling
 from moe_surgery.prove.ground import measured
 from moe_surgery.prove.metrics import NORM_FLOOR
 from moe_surgery.spec import MoESpec
@@ -28,6 +29,13 @@ class Heard:
 
     given: Sequence[Tensor]
     answer: Tensor
+
+    def by_role(self, calling: Calling, at: str) -> Heard:
+        """The same with the block's own tensors alone: its input, or tokens, ids and weights ``at`` experts."""
+        if at == "block":
+            return replace(self, given=self.given[:1])
+        tensors = calling.taken(self.given, {})
+        return replace(self, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:

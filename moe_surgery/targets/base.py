@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Standing
+from moe_surgery.targets.observed import ObservedRouter
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -60,12 +61,8 @@ class SwappedBlock(nn.Module):
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
 
-    def observe(self, name: str, router: nn.Module) -> None:
+    def observe(self, name: str, router: ObservedRouter) -> None:
         """Keep the old router as child ``name``, if others may have hooks on it. By default it isn't needed."""
-
-    def observed(self, name: str) -> bool:
-        """Whether child ``name`` is the old router, kept for its hooks."""
-        return False
 
 
 class StandingBlock(Standing, SwappedBlock):

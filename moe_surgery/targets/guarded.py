@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock
+from moe_surgery.targets.observed import ObservedRouter
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -31,7 +32,7 @@ class GuardedBlock(StandingBlock):
         self.spec = spec
         self.label = label
         self.fused_router = nn.Parameter(router, requires_grad=False)
-        self._observed: nn.Module | None = None
+        self._observed: ObservedRouter | None = None
 
     def tokens(self, hidden_states: Tensor) -> Tensor:
         """The input as [T, H], contiguous; hooks on the old router are called.
@@ -41,11 +42,11 @@ class GuardedBlock(StandingBlock):
         """
         self._refuse_what_kernels_cannot(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        if self._observed is not None and self._observed._forward_hooks:
+        if self._observed is not None and self._observed.has_hooks:
             self._observed(x)
         return x
 
-    def observe(self, name: str, router: nn.Module) -> None:
+    def observe(self, name: str, router: ObservedRouter) -> None:
         """Keep the replaced block's router as child ``name``, so that hooks on it go on firing.
 
         transformers records ``router_logits`` by forward hooks on the routers, found by class when first asked for.
@@ -54,10 +55,7 @@ class GuardedBlock(StandingBlock):
         if hasattr(self, name):
             raise ValueError(f"a child can't be named {name!r} here: the block has an attribute of that name")
         self.add_module(name, router)
-        self._observed = router
-
-    def observed(self, name: str) -> bool:
-        return self._observed is not None and self._modules.get(name) is self._observed
+        object.__setattr__(self, "_observed", router)  # a child once, not twice
 
     def extra_repr(self) -> str:
         return self.spec.sentence()
@@ -79,7 +77,7 @@ class GuardedBlock(StandingBlock):
             raise SurgeryError("a swapped MoE block computes in the dtype it was built for; turn autocast off")
 
     def _own_parameters(self) -> Iterable[nn.Parameter]:
-        """The block's weights, without those of a router that is only observed."""
+        """The block's weights that take gradients, if any does."""
         return self.parameters(recurse=False)
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -130,6 +130,7 @@ class Standing(nn.Module):
 
     def stand_for(self, likeness: Likeness) -> None:
         object.__setattr__(self, "_likeness", likeness)
+        self.register_load_state_dict_post_hook(_told_by_old_names)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -151,7 +152,7 @@ class Standing(nn.Module):
             likeness.check_assignment(name, value)
         super().__setattr__(name, value)
 
-    def keep(self, original: nn.Module | None) -> None:
+    def keep_original(self, original: nn.Module | None) -> None:
         """Save the weights of ``original``, the module that stood here, as this one's; None if it was given up."""
         object.__setattr__(self, "_original", original)  # not a child
 
@@ -179,7 +180,7 @@ class Standing(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *more)
             return
         self.check_load(state_dict, prefix)
-        missing.extend(f"{prefix}{name}" for name in self._likeness.tensors())
+        object.__setattr__(self, "_loaded_under", prefix)
 
     def check_load(self, names: Iterable[str], prefix: str) -> None:
         """Raise :class:`SurgeryError` if ``names`` hold one of this module's, which start with ``prefix``."""
@@ -203,6 +204,15 @@ class Standing(nn.Module):
             theirs.update(vars(cls))
         usual = {*dir(nn.Module), *_INTERNAL, "forward", "_get_name"}
         return sorted(name for name in mine & theirs - usual if not name.startswith("__"))
+
+
+def _told_by_old_names(standing: Standing, keys: Any) -> None:
+    """After a load that had none of a module's tensors: what it misses has the names of the module that stood there."""
+    likeness, prefix = standing.likeness, vars(standing)["_loaded_under"]
+    assert likeness is not None
+    missing: list[str] = keys.missing_keys
+    missing[:] = [name for name in missing if not name.startswith(prefix)]
+    missing += [f"{prefix}{name}" for name in likeness.tensors()]
 
 
 def elsewhere(likeness: Likeness) -> Elsewhere:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from functools import cache
@@ -25,7 +26,9 @@ _ROUTED_HERE = {"num_experts", "top_k", "scoring", "renormalize", "scale", "logi
 # What is known of a spec. Any other field must have its default: it would be computed as if it had.
 _KNOWN = {
     "": {"hidden", "router", "experts", "shared", "at", "output_bias", "results"},
-    "router": _ROUTED_HERE | {"bias", "soft_cap", "correction_bias", "groups", "epsilon", "floor", "norm", "cap_dtype"},
+    "router": _ROUTED_HERE
+    | {"bias", "soft_cap", "correction_bias", "groups", "epsilon", "floor", "norm", "cap_dtype"}
+    | {"wide_matrix"},
     "experts": {"num_experts", "width", "activation", "gated", "limit", "limit_after", "alpha", "offset"}
     | {"biases", "weights_on", "identities"},
     "shared": {"width", "activation", "gate", "scale", "gated", "limit", "limit_after", "alpha", "offset"},
@@ -78,6 +81,37 @@ def outside(spec: MoESpec, dtype: str) -> Iterator[str]:
     yield from _unknown_fields(spec, _WHOLE)
     yield from _ranked_coarser(router.within(dtype))
     yield from beside(spec)
+
+
+def in_torch(spec: MoESpec, dtype: str) -> Iterator[str]:
+    """What of ``spec`` is computed in plain torch around the kernels, and why."""
+    if spec.at == "experts":
+        return
+    yield from routed_in_torch(spec, dtype)
+    yield from beside(spec)
+    if spec.experts.identities:
+        yield "experts that return their input"
+    if spec.output_bias:
+        yield "an output bias"
+
+
+def routed_in_torch(spec: MoESpec, dtype: str) -> Iterator[str]:
+    """Why the router is computed in torch: what of its formula the router's kernel hasn't, in a block of ``dtype``."""
+    router = spec.router.within(dtype)
+    if router.wide_matrix and spec.shared is not None and spec.shared.gate is not None:
+        yield "the router's matrix is in float32, the shared expert's gate isn't"
+    if router.soft_cap is not None and router.cap_dtype == "native":
+        yield "router.cap_dtype = native is nothing that the folded kernels compute"
+    if router.norm not in (1.0, 2.0):
+        yield f"router.norm = {router.norm:g} is nothing that the folded kernels compute"
+    groups = router.groups
+    if groups is not None and (router.num_experts % groups.count or groups.outside not in (0.0, -math.inf)):
+        yield f"router.groups = {groups} is nothing that the folded kernels compute"
+    if groups is not None and groups.score == "top2" and router.num_experts < 2 * groups.count:
+        yield "groups of one expert have no second best"
+    yield from _ranked_coarser(router)
+    if router.ranks == "logits" and router.ranked_dtype == "native" and (router.correction_bias or router.soft_cap):
+        yield "router.ranked_dtype = native is nothing that the folded kernels compute"
 
 
 def beside(spec: MoESpec) -> Iterator[str]:

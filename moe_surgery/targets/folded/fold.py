@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_surgery.kernels.arguments import Terms, Weights
+from moe_surgery.kernels.arguments import RouterTerms, Terms, Weights
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
@@ -54,6 +54,37 @@ def terms_of(spec: MoESpec, *, given: bool = False, beside: bool = False) -> Ter
         gated=shared is not None and shared.gate is not None,
         native=router.logits_dtype == "native",
         by_sigmoid=router.scoring == "sigmoid" and router.ranks == "scores",
+    )
+
+
+def router_terms_of(spec: MoESpec, *, beside: bool = False) -> RouterTerms:
+    """The router of ``spec`` in the numbers of its kernel, which gives the shared expert's weight too.
+
+    It doesn't where that expert is computed ``beside`` the kernels.
+    """
+    router, groups, shared = spec.router, spec.router.groups, None if beside else spec.shared
+    return RouterTerms(
+        experts=router.num_experts,
+        top_k=router.top_k,
+        slices=0 if beside else slices(spec),
+        hidden=spec.hidden,
+        scoring=router.scoring,
+        by_logits=router.ranks == "logits",
+        native=router.logits_dtype == "native",
+        soft_cap=float(router.soft_cap or 0.0),
+        groups=1 if groups is None else groups.count,
+        chosen=1 if groups is None else groups.chosen,
+        top2=groups is not None and groups.score == "top2",
+        lowest=groups is not None and groups.outside != 0.0,
+        renormalize=router.renormalize,
+        epsilon=float(router.epsilon),
+        floor=float(router.floor),
+        squares=router.norm == 2.0,
+        scale=float(router.scale),
+        shared_scale=float(shared.scale) if shared is not None else 1.0,
+        biased=router.bias,
+        corrected=router.correction_bias,
+        gated=shared is not None and shared.gate is not None,
     )
 
 

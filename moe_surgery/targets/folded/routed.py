@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_surgery.kernels.arguments import Routed, Weights
-from moe_surgery.kernels.op import compute, routed_moe
+from moe_surgery.kernels.op import compute, compute_routing, route, routed_moe
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import answering
-from moe_surgery.targets.folded.fitness import beside
-from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.folded.fitness import beside, routed_in_torch
+from moe_surgery.targets.folded.fold import fold, router_terms_of, terms_of
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.guarded import GuardedBlock, measure
 from moe_surgery.targets.reference import shared_output
@@ -28,10 +28,11 @@ class _RoutedBlock(GuardedBlock):
     kernels = "this library's MoE kernels"
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors, label: str) -> None:
-        super().__init__(spec, tensors.router, label)
-        self._beside = spec.shared is not None and next(beside(spec), None) is not None
-        self.folded_terms = terms_of(spec, given=True, beside=self._beside)
-        held = fold(tensors, beside=self._beside)
+        apart = spec.shared is not None and next(beside(spec), None) is not None
+        held = fold(tensors, beside=apart)
+        super().__init__(spec, held.router, label, held.w13.dtype)
+        self._beside = apart
+        self.folded_terms = terms_of(spec, given=True, beside=apart)
         self.folded_w13 = nn.Parameter(held.w13, requires_grad=False)
         self.folded_w2 = nn.Parameter(held.w2, requires_grad=False)
         self.folded_w13_bias, self.folded_w2_bias = _frozen(held.w13_bias), _frozen(held.w2_bias)
@@ -45,11 +46,19 @@ class _RoutedBlock(GuardedBlock):
 
         ``weights`` [T, k] are float32. Ids beyond the routed experts are of those that return their input, or of none.
         """
-        experts, count = self.spec.experts, ids.shape[-1]
+        experts = self.spec.experts
         kept = torch.where(ids < experts.num_experts, ids, -1).to(torch.int32)
         slots = weights.masked_fill(kept < 0, 0.0)
         if self.folded_terms.slices:
             slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.folded_terms.slices)], dim=-1)
+        out = self._visited(x, Routed(kept.contiguous(), slots.contiguous()))
+        if experts.identities:
+            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
+        return out
+
+    def _visited(self, x: Tensor, routed: Routed) -> Tensor:
+        """What the experts make of tokens [T, H] that are ``routed``."""
         gate, up, down = (None, None, None) if self._beside else self._shared()
         held = Weights(
             self.folded_w13,
@@ -62,13 +71,10 @@ class _RoutedBlock(GuardedBlock):
             self.folded_w13_bias,
             self.folded_w2_bias,
         )
-        terms = self.folded_terms if count == self.folded_terms.top_k else replace(self.folded_terms, top_k=count)
-        routed = Routed(kept.contiguous(), slots.contiguous())
-        out = (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
-        if experts.identities:
-            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
-            out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
-        return out
+        terms, count = self.folded_terms, routed.ids.shape[-1]
+        if count != terms.top_k:
+            terms = replace(terms, top_k=count)
+        return (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
 
     def _shared(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.folded_shared_gate_proj, self.folded_shared_up_proj, self.folded_shared_down_proj
@@ -86,10 +92,13 @@ class _RoutedBlock(GuardedBlock):
 
 
 class RoutedMoEBlock(_RoutedBlock):
-    """A sparse-MoE block whose router is plain torch, as its spec says, before this library's kernels."""
+    """A sparse-MoE block whose router is an operator of its own: a kernel, or plain torch where that can't do it."""
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
-        super().__init__(spec, tensors, "moe-surgery kernels behind a router in torch")
+        inside = next(routed_in_torch(spec, str(tensors.w13.dtype).removeprefix("torch.")), None) is None
+        super().__init__(spec, tensors, f"moe-surgery kernels behind a router in {'one' if inside else 'torch'}")
+        mixed = self._beside or spec.experts.identities > 0
+        self.folded_router = router_terms_of(spec, beside=mixed) if inside else None
         self.folded_router_bias, self.folded_output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
         self.folded_correction_bias = _frozen(tensors.correction_bias)
         self.new_bytes, self.moved_bytes = measure(self, tensors)
@@ -98,18 +107,29 @@ class RoutedMoEBlock(_RoutedBlock):
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
-        x, router = self.tokens(hidden_states), self.spec.router
-        work = torch.float32 if router.logits_dtype == "float32" else x.dtype
-        bias = None if self.folded_router_bias is None else self.folded_router_bias.to(work)
-        logits = F.linear(x.to(work), self.fused_router.to(work), bias)
-        routing = Routing(router, x.dtype, self.folded_correction_bias)
-        weights, ids = routing(x, logits, router.top_k, router.renormalize)
-        out = self._experts(x, ids, weights)
+        x = self.tokens(hidden_states)
+        if self.folded_router is None:
+            weights, ids = self._routed(x)
+            out = self._experts(x, ids, weights)
+        else:
+            choose = route if torch.compiler.is_compiling() else compute_routing
+            gate = self.folded_shared_gate_weight if self.folded_router.gated else None
+            given = self.fused_router, self.folded_router_bias, self.folded_correction_bias, gate
+            routed = choose(x, *given, self.folded_router)
+            out = self._experts(x, *routed) if self.spec.experts.identities else self._visited(x, routed)
         if self._beside:
             out = out + self._shared_output(x)
         if self.folded_output_bias is not None:
             out = out + self.folded_output_bias
         return out.view(hidden_states.shape)
+
+    def _routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Routing weights [T, k] float32 and ids [T, k], in plain torch."""
+        router = self.spec.router
+        work = torch.float32 if router.logits_dtype == "float32" else x.dtype
+        bias = None if self.folded_router_bias is None else self.folded_router_bias.to(work)
+        logits = F.linear(x.to(work), self.fused_router.to(work), bias)
+        return Routing(router, x.dtype, self.folded_correction_bias)(x, logits, router.top_k, router.renormalize)
 
     def _shared_output(self, x: Tensor) -> Tensor:
         assert self.spec.shared is not None

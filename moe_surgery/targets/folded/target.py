@@ -7,7 +7,7 @@ from functools import cached_property
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock, Target
-from moe_surgery.targets.folded.fitness import objections, outside
+from moe_surgery.targets.folded.fitness import in_torch, objections, outside
 from moe_surgery.targets.shapes import check_shapes
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -40,8 +40,8 @@ class FoldedTarget:
     def remark(self, spec: MoESpec, context: Context) -> str | None:
         if context.device == "cpu":
             return self.layer.remark(spec, context)
-        reason = next(outside(spec, context.dtype), None)
-        return None if reason is None else f"not all in one kernel call: {reason}"
+        reason = next(in_torch(spec, context.dtype), None)
+        return None if reason is None else f"in part by torch: {reason}"
 
     def build(self, spec: MoESpec, tensors: BlockTensors, *, prefix: str) -> StandingBlock:
         """See :meth:`moe_surgery.targets.base.Target.build`. On CUDA routed experts are used as they lie in memory."""

@@ -1,0 +1,86 @@
+"""Launching a router: logits, then the choice; what comes out goes to the experts' kernels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_surgery.kernels import grouped, pairs, router
+from moe_surgery.kernels.arguments import Routed, RouterTerms
+from moe_surgery.kernels.choice import Tiles
+from moe_surgery.kernels.launch import ALIGNMENT, Kernel
+
+# Experts for each warp of the program that chooses a token's.
+_EXPERTS_PER_WARP = 512
+
+
+def run_router(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, gate: Tensor | None, terms: RouterTerms,
+    logits_tiles: Tiles,
+) -> Routed:  # fmt: skip
+    """The experts of tokens ``x`` [T, H] and their weights, by the router ``weight`` [E, H].
+
+    ``bias`` and ``correction`` are [E], ``gate`` [1, H] is the shared expert's. All are contiguous, weight and gate of
+    one dtype. Ids are below E.
+    """
+    tokens, device = len(x), x.device
+    dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    first, second = _kernels(terms, tuple(logits_tiles.items()), device, x.dtype, weight.dtype, dependent)
+    apart = 0 if gate is None else (gate.data_ptr() - weight.data_ptr()) // weight.element_size()
+    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=device)
+    ids = torch.empty(tokens, terms.top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(tokens, terms.top_k + terms.slices, dtype=torch.float32, device=device)
+    aligned = (x.data_ptr() | weight.data_ptr() | apart) % ALIGNMENT == 0
+    if "BT" in logits_tiles:
+        grid = (triton.cdiv(terms.rows, logits_tiles["BR"]), triton.cdiv(tokens, logits_tiles["BT"]), 1)
+        counts = torch.empty(terms.experts, dtype=torch.int32, device=device)
+        first(grid, aligned, x, weight, apart, logits, counts, tokens)
+    else:
+        first((triton.cdiv(terms.rows, logits_tiles["BR"]), tokens, 1), aligned, x, weight, apart, logits, logits)
+    both = [logits if each is None else each for each in (bias, correction)]
+    aligned = (both[0].data_ptr() | both[1].data_ptr() | x.data_ptr()) % ALIGNMENT == 0
+    second((tokens, 1, 1), aligned, logits, x, *both, ids, weights, terms.scale, terms.shared_scale)
+    return Routed(ids, weights)
+
+
+@lru_cache(maxsize=1024)
+def _kernels(
+    terms: RouterTerms, logits_tiles: tuple[tuple[str, int], ...], device: torch.device, dtype: torch.dtype,
+    router_dtype: torch.dtype, dependent: bool,
+) -> tuple[Kernel, Kernel]:  # fmt: skip
+    """Those of a router; each key has its own, since what they compile to depends on the dtypes."""
+    return router_kernels(terms, dict(logits_tiles), dependent=dependent)
+
+
+def router_kernels(terms: RouterTerms, logits_tiles: Tiles, *, dependent: bool) -> tuple[Kernel, Kernel]:
+    """The kernels for logits and choice; ``dependent`` for GPUs that overlap launches."""
+    experts, slots, groups, members = map(
+        triton.next_power_of_2,
+        (terms.experts, terms.top_k + terms.slices, terms.groups, terms.experts // terms.groups),
+    )
+    # With a bias, logits are rounded when it has been added.
+    known: dict[str, Any] = {
+        "R": terms.rows, "E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden,
+        "P": slots, "BE": experts, "CLEAR": 0,
+        "NATIVE": terms.native and not terms.biased, "ROUND": terms.native and terms.biased,
+        "GROUPS": terms.groups, "CHOSEN": terms.chosen, "GP": groups, "SP": members,
+        "SCORING": terms.scoring, "BY_LOGITS": terms.by_logits, "CAP": terms.soft_cap, "BIAS": terms.biased,
+        "CORRECTED": terms.corrected, "TOP2": terms.top2, "LOWEST": terms.lowest, "RENORMALIZE": terms.renormalize,
+        "EPSILON": terms.epsilon, "FLOOR": terms.floor, "SQUARES": terms.squares, "GATED": terms.gated,
+        "PDL": dependent,
+    }  # fmt: skip
+    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    warps = max(1, experts // _EXPERTS_PER_WARP)
+
+    def kernel(function: Any, given: Tiles) -> Kernel:
+        chosen = {**known, **given}
+        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
+        launched: dict[str, Any] = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
+        return Kernel(function, constants, {**launched, **options})
+
+    first = grouped.group_logits if "BT" in logits_tiles else pairs.pair_logits
+    return kernel(first, logits_tiles), kernel(router.route, {"num_warps": warps})
