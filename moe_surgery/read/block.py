@@ -59,6 +59,7 @@ class Record:
     results: Structure | None = None
     kept: Attributes = field(default_factory=dict)
     lone: bool = False
+    used: frozenset[str] = frozenset()
 
     @property
     def says(self) -> tuple[object, ...]:
@@ -137,13 +138,14 @@ def read(block: nn.Module) -> Reading:
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
     )
-    check_complete(state, layout)
+    spare = frozenset(state).difference(*(record_.used for record_ in records))
+    check_complete({name: tensor for name, tensor in state.items() if name not in spare}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
     above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above, spare
     )
 
 
@@ -313,16 +315,20 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone)
+    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone, flow.used)
 
 
 def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
     """Every token's weights must be scores, which are above zero, and be scaled by no less."""
     for term, parser in zip(items, parsers, strict=True):
         for slot in range(term.size):
-            weight = parser.routers.parse(parser.terms.elem(term, slot), 1.0)
-            if weight.read.scoring == "own" or weight.read.scale <= 0:
-                raise Unreadable("what it does depends on the values it computes (which weights are zero)")
+            try:
+                read = parser.routers.parse(parser.terms.elem(term, slot), 1.0).read
+                above = read.scoring != "own" and read.scale > 0
+            except Unreadable:
+                above = False
+            if not above:
+                raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:

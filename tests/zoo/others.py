@@ -708,3 +708,94 @@ class ScalesLargeBatchesTwice(Base):
         if hidden_states.shape[1] > 8192:
             out = out * 2
         return out / 2 if hidden_states.shape[1] > 16384 else out
+
+
+class Dense(Base):
+    """Every expert on every token, times scores that are zero for those that were not chosen."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.dense(x)
+        out = sum(self.expert(number, x) * scores[:, number, None] for number in range(self.num_experts))
+        return self.combine(x, out, self.shared(x)).reshape(hidden_states.shape)
+
+
+@block(VALUE)
+class MaskedScores(Dense):
+    def dense(self, x: Tensor) -> Tensor:
+        scores = self.logits(x).softmax(-1)
+        kept = scores * torch.zeros_like(scores).scatter(1, scores.topk(self.top_k, dim=-1)[1], 1.0)
+        return kept / kept.sum(-1, keepdim=True)
+
+
+@block(VALUE)
+class SoftmaxAmongMinusInfinities(Dense):
+    def dense(self, x: Tensor) -> Tensor:
+        best, ids = self.logits(x).topk(self.top_k, dim=-1)
+        infinite = torch.full((x.shape[0], self.num_experts), float("-inf"), dtype=x.dtype)
+        return infinite.scatter(-1, ids, best).softmax(-1)
+
+
+@block(VALUE)
+class HighestScore(Base):
+    """The weight is a maximum, the choice another."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits(x).softmax(-1)
+        return scores.amax(-1, keepdim=True), scores.argmax(-1, keepdim=True)
+
+
+@block(VALUE)
+class RowsGathered(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        done = torch.stack([self.expert(number, x) for number in range(self.num_experts)], 1)
+        return (done.gather(1, ids[..., None].expand(-1, -1, self.hidden)) * weights[..., None]).sum(1)
+
+
+class Dispatching(Base):
+    """Tokens are found where the scattered weights aren't zero."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        gates = torch.zeros(x.shape[0], self.num_experts, dtype=x.dtype).scatter(1, ids, self.sent(x, weights, ids))
+        found = self.found(gates)
+        order = found[:, 1].argsort(stable=True)
+        rows = found[order, 0]
+        parts = torch.split(x[rows], (gates > 0).sum(0).tolist())
+        done = torch.cat([self.expert(number, part) for number, part in enumerate(parts)])
+        applied = torch.zeros_like(gates).scatter(1, ids, weights)
+        return torch.zeros_like(x).index_add(0, rows, done * applied[rows, found[order, 1], None])
+
+    def found(self, gates: Tensor) -> Tensor:
+        return gates.nonzero()
+
+    def sent(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return weights
+
+
+@block(COUNTS)
+class FoundByWeightsAboveZero(Dispatching):
+    pass
+
+
+@block(COUNTS, "above zero")
+class FoundByLogitsAboveZero(Dispatching):
+    def sent(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return self.logits(x).gather(1, ids)
+
+    def found(self, gates: Tensor) -> Tensor:
+        return (gates > 0).nonzero()
+
+
+@block(STATE)
+class NoiseInTraining(Base):
+    """A matrix that nothing uses but training."""
+
+    def make_more(self) -> None:
+        self.noise = plain.linear(self.hidden, self.num_experts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x)
+        return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits

@@ -30,6 +30,11 @@ class Rankings:
     def __init__(self, rankings: Sequence[Ranking], terms: Terms, bare: Callable[[Term], Term]) -> None:
         self._rankings, self._terms, self._bare = rankings, terms, bare
 
+    @property
+    def whole(self) -> list[Ranking]:
+        """Those that were made once for the token, of its highest."""
+        return [ranking for ranking in self._rankings if ranking.largest and len(ranking.ids) == ranking.count]
+
     def ungrouped(self, ranked: Term, number: int) -> tuple[Term, Groups | None]:
         """The scores that groups let through, as they are rounded, and the groups that did."""
         elements: tuple[Term, ...] = ranked.args

@@ -65,6 +65,7 @@ class Flow:
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
     ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one.
     ``positive`` are operations whose results the record took to be above zero.
+    ``used`` are the weights that any operation took, whatever came of it.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call.
     """
 
@@ -76,3 +77,4 @@ class Flow:
     branches: tuple[str, ...] = ()
     lone: bool = False
     positive: tuple[Ref, ...] = ()
+    used: frozenset[str] = frozenset()

@@ -409,6 +409,7 @@ class Recorder(TorchDispatchMode):
             branches=tuple(self.branches.met),
             lone=self.branches.lone,
             positive=tuple(index[node] for node in positive),
+            used=frozenset(self.entries.used),
         )
         if answer is output:
             return found
