@@ -251,7 +251,27 @@ def run_command(
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
-    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder, html)
+    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder, html=html)
+    run(output, lambda screen: run_report.launch(screen, job), shared=True)
+
+
+@command(app, "audit", context_settings={"allow_interspersed_args": False})
+def audit_command(
+    words: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+    ],
+    output: Output,
+    on_failure: Annotated[
+        OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
+    ] = OnFailure.stop,
+    html: Html = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
+    ] = None,
+) -> None:
+    """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
+    job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 

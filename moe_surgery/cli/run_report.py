@@ -1,4 +1,4 @@
-"""The commands about other programs' models: run, report."""
+"""The commands about other programs' models: run, audit, report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that ``run`` was asked for."""
+    """All that ``run`` or ``audit`` was asked for."""
 
     command: tuple[str, ...]
     packs: tuple[str, ...] | None
@@ -32,6 +32,7 @@ class Launch:
     on_failure: Literal["stop", "keep"]
     target: str
     run: Path | None
+    audit: bool = False
     html: Path | None = None
 
 
@@ -53,7 +54,7 @@ def launch(screen: Screen, job: Launch) -> int:
         if job.run is None:
             with suppress(OSError):  # it stays if anything is in it
                 os.rmdir(orders.run)
-    fault = _fault(receipts)
+    fault = _fault(receipts, orders.asked)
     told = fault is not None and (code == exits.DONE or first_failure(receipts) is not None)
     if told and fault is not None:
         return _tell(screen, orders.run, receipts, str(fault), fault.exit_code, job.html)
@@ -94,7 +95,7 @@ def _orders(job: Launch) -> Orders:
     if job.packs is not None:
         packs = tuple(os.path.abspath(pack) if pack.endswith(".toml") else pack for pack in job.packs)
     plan = None if job.plan is None else os.path.abspath(job.plan)
-    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target)
+    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target, job.audit)
 
 
 def _folder() -> str:
@@ -102,11 +103,11 @@ def _folder() -> str:
     return tempfile.mkdtemp(prefix=f"moe-surgery-run-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-")
 
 
-def _fault(receipts: Sequence[Receipt]) -> SurgeryError | None:
+def _fault(receipts: Sequence[Receipt], asked: str = "surgery") -> SurgeryError | None:
     from moe_surgery.engine.receipts import check
 
     try:
-        check(receipts)
+        check(receipts, asked)
     except SurgeryError as error:
         return error
     return None

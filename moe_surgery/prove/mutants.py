@@ -64,9 +64,14 @@ def few_tokens(probes: Probes) -> Tensor:
     return torch.cat([probes.of(UNIT)[:_FEW], large[:_FEW], large[_FEW:][-_FEW:]])
 
 
-def other_activation(activation: Activation) -> Activation:
-    """An activation that a check should tell from this one. (gelu and its tanh form are too alike for bfloat16.)"""
-    return "gelu" if activation == "silu" else "silu"
+def other_activation(mix: Mix) -> Activation:
+    """An activation that a check should tell from this one.
+
+    gelu and its tanh form are too alike for bfloat16, and so are gelu and a silu whose α of 1.702 makes it so.
+    """
+    if mix.activation != "silu":
+        return "silu"
+    return "gelu" if mix.alpha == 1.0 else "relu"
 
 
 def first_share(mix: Mixer, ranks: int) -> Mixer:
@@ -189,7 +194,7 @@ def twins(
 def mixed_otherwise(mix: Mix) -> dict[str, Mixer]:
     """What may wrongly stand between an MLP's matrices, by name."""
     plain, act = mixer(mix), mix.activation
-    other = other_activation(act)
+    other = other_activation(mix)
     found: dict[str, Mixer] = {f"{other} for {act}": mixer(replace(mix, activation=other, alpha=1.0))}
     if mix.gated:
         found["gate and up swapped"] = lambda gate, up: plain(up, gate)

@@ -11,8 +11,9 @@ from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.routes import Route
 
-Outcome = Literal["replaced", "kept", "missed", "refused"]
-Done = Literal["planned", "verified", "applied", "rolled back", "undone"]
+Outcome = Literal["replaced", "kept", "missed", "refused", "right", "wrong", "not comparable"]
+"""What became of a site; the last three are those of an audit."""
+Done = Literal["planned", "verified", "applied", "rolled back", "undone", "audited"]
 SCHEMA = "moe-surgery/report/1"
 
 
@@ -111,11 +112,12 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The outcome of ``plan``, ``verify`` or ``apply`` for a whole model.
+    """The outcome of ``plan``, ``verify``, ``apply`` or an audit for a whole model.
 
     ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
-    "rolled back" (a failure; model as it was) or "undone". ``model_check`` is None where none was made. ``phases`` are
-    the seconds of each part of the work, as far as they were told apart.
+    "rolled back" (a failure; model as it was), "undone" or "audited" (what an engine built was held against its
+    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as
+    far as they were told apart.
     """
 
     model: str
@@ -143,6 +145,18 @@ class Outcomes:
     @property
     def missed(self) -> tuple[Step, ...]:
         return self._with("missed")
+
+    @property
+    def right(self) -> tuple[Step, ...]:
+        return self._with("right")
+
+    @property
+    def wrong(self) -> tuple[Step, ...]:
+        return self._with("wrong")
+
+    @property
+    def incomparable(self) -> tuple[Step, ...]:
+        return self._with("not comparable")
 
     @property
     def refused(self) -> tuple[Step, ...]:

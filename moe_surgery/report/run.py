@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from moe_surgery.report.receipt import Receipt
 
-STYLES = {"operated": "green", "kept": "green", "unpatched": "yellow", "failed": "red"}
+STYLES = {"operated": "green", "kept": "green", "unpatched": "yellow", "failed": "red", "audited": "green"}
 
 
 def run_data(run: str, receipts: Sequence[Receipt], error: str | None, exit_code: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_sentence(receipts: Sequence[Receipt]) -> str:
     """The run in one line: ``1 model in 2 processes: 2 operated, 0 unpatched, 0 failed``."""
     models = len({(receipt.model, receipt.load) for receipt in receipts})
     found = {outcome: sum(receipt.outcome == outcome for receipt in receipts) for outcome in STYLES}
-    counts = [f"{count} {outcome}" for outcome, count in found.items() if count or outcome != "kept"]
+    counts = [f"{count} {outcome}" for outcome, count in found.items() if count or outcome not in ("kept", "audited")]
     processes = len({receipt.pid for receipt in receipts})
     held = "process" if processes == 1 else "processes"
     return f"{plural(models, 'model')} in {processes} {held}: {', '.join(counts)}"

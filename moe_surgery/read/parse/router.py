@@ -26,7 +26,10 @@ SCORED = (*_SCORINGS, "sqrt", "chosen", "elem", "div", "given")
 
 @dataclass(frozen=True)
 class RouterRead:
-    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts."""
+    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts.
+
+    ``above_zero`` says that this holds only if no correction bias is below zero.
+    """
 
     piece: Piece
     num_experts: int
@@ -43,6 +46,7 @@ class RouterRead:
     floor: float = 0.0
     norm: float = 1.0
     ranks: Ranks = "scores"
+    above_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class RouterParser:
         self.rounding = Rounding(native, terms)
         self.bare = self.rounding.bare
         self._rankings = Rankings(rankings, terms, self.bare)
+        self._named: dict[int, Term] = {}
 
     def parse(self, factor: Term, scale: float) -> Weight:
         """The weight ``factor`` times ``scale``."""
@@ -101,11 +106,44 @@ class RouterParser:
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 
+    def by_choice(self, term: Term) -> Term:
+        """A scalar in which scores that were chosen are named by their rank, not by their expert.
+
+        So are elements of masked scores written, and the highest of what is ranked.
+        """
+        known = self._named.get(term.uid)
+        if known is None:
+            known = self._named[term.uid] = self._by_choice(term)
+        return known
+
+    def _by_choice(self, term: Term) -> Term:
+        if term.op == "elem" and term.args[0].op in ("softmax", "sigmoid", "sqrt"):
+            for ranking in self._rankings.whole:
+                if term.args[0].size == ranking.scores.size > len(ranking.ids) and term.args[1] in ranking.ids:
+                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
+                    return self.terms.elem(scores, ranking.ids.index(term.args[1]))
+        if term.op == "largest":
+            for ranking in self._rankings.whole:
+                if self.bare(term.args[0]) is self.bare(ranking.scores):
+                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
+                    return self.terms.elem(scores, 0)
+        if term.op == "cast":
+            return self.terms.cast(self.by_choice(term.args[0]), term.args[1])
+        if term.op in ("add", "mul", "div") and term.size == 1:
+            makers = {"add": self.terms.add, "mul": self.terms.mul, "div": self.terms.div}
+            return makers[term.op](*map(self.by_choice, self.terms.inner(term)))
+        if term.op == "clamp" and term.size == 1:
+            return self.terms.clamp(self.by_choice(term.args[0]), *term.args[1:])
+        return term
+
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""
         if term.op == "elem":
             return term.args[0], term.args[1]
         inner = self.terms.inner(term)
+        if term.op == "div" and inner[1].size == 1:
+            vector, slot = self._slot(inner[0])
+            return (self.terms.div(vector, inner[1]), slot) if vector.size > 1 else (term, 0)
         if term.op in ("sigmoid", "cast", "sqrt", "softplus") and len(inner) == 1:
             vector, slot = self._slot(inner[0])
             made = self.terms.cast(vector, term.args[1]) if term.op == "cast" else self.terms.fn(term.op, vector)
@@ -206,12 +244,12 @@ class RouterParser:
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args
+        same = self.bare(values) is self.bare(ranked)
+        ranked = self._spelled_out(ranked)
         whole, groups = ranked, None
         if self.bare(ranked).op == "vec":
             base, groups = self._rankings.ungrouped(self.bare(ranked), number)
-            if self.bare(values) is self.bare(ranked):
-                if groups is not None and groups.outside != 0.0:
-                    raise Unreadable("routing weights are scores that groups made infinite")
+            if same:  # what is chosen lies inside of the groups
                 values = base
             ranked = base
         scored = self._scoring(values)
@@ -225,16 +263,24 @@ class RouterParser:
             self._rankings.account(number, None)
             return self._ranked(scored, ranked, number, term.size, False)
         correction = self._correction(self.bare(values), ranked)
+        above = groups is not None and groups.outside == 0.0 and correction is not None
         if groups is not None and groups.outside != -math.inf and correction is not None:
-            raise Unreadable(
-                f"experts outside its groups rank as {groups.outside:g}, and its correction bias may rank others lower"
-            )
+            if not above:
+                raise Unreadable(f"experts outside its groups rank as {groups.outside:g}, scores may be lower")
+            groups = replace(groups, outside=-math.inf)
         self._rankings.account(number, groups)
         if self.rounding.lost(ranked) and self.rounding.of(whole) != "native":
             raise Unreadable("its scores are rounded before they are ranked in float32")
         found = self._ranked(scored, None, number, term.size, False)
-        read = replace(found.read, correction=correction, groups=groups, ranks="scores")
+        read = replace(found.read, correction=correction, groups=groups, ranks="scores", above_zero=above)
         return _Found(read, replace(found.precisions, ranked=self.rounding.of(whole)), False)
+
+    def _spelled_out(self, ranked: Term) -> Term:
+        """Scores of which some groups are numbers, element by element."""
+        bare = self.bare(ranked)
+        if bare.op != "cat":
+            return ranked
+        return self.terms.vec([self.terms.elem(bare, place) for place in range(bare.size)])
 
     def _scoring(self, term: Term) -> _Scored | None:
         term = self.bare(term)

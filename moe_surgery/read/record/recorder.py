@@ -15,6 +15,7 @@ recorded. Two things make control flow safe to follow:
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.calling import Constant, structured
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.batch_size import Branches
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, tensors_in, written
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, tensors_in, written
 
+# What single tokens may go through, where nothing but their shape is used in the end.
+_SHAPED = frozenset("view reshape unsqueeze squeeze expand select slice detach alias t transpose permute".split())
 _LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
 _READS_BACK = frozenset(
     ["_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal", "unique_dim", "_unique2"]
@@ -42,6 +46,7 @@ class _Choice:
     k: int
     ids: Tensor
     largest: bool
+    used: bool = True
 
 
 class Recorder(TorchDispatchMode):
@@ -51,8 +56,11 @@ class Recorder(TorchDispatchMode):
     the code gives as plain numbers. ``batch`` are the input's own.
     """
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype, route: Route) -> None:
+    def __init__(
+        self, block: nn.Module, dtype: torch.dtype, route: Route, turned: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
+        self.branches = Branches(turned)
         self.dtype, self.route = dtype, route
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
@@ -60,6 +68,9 @@ class Recorder(TorchDispatchMode):
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self._paused = False
+        self.positive: list[torch.fx.Node] = []
+        self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
+        self._unused: dict[int, _Choice] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
@@ -98,7 +109,13 @@ class Recorder(TorchDispatchMode):
         return entry.node is not None if entry is not None else self.entries.owned(tensor) is not None
 
     def kind(self, tensor: Tensor) -> Kind:
-        return entry.kind if (entry := self.entries.get(tensor)) else Kind.PLAIN
+        """What the numbers stand for, of a tensor on its way to Python."""
+        return self._entry(tensor).kind if self.entries.get(tensor) else Kind.PLAIN
+
+    def reason(self, tensor: Tensor) -> str | None:
+        """Why nothing may come of a known tensor, if so."""
+        entry = self._entry(tensor)
+        return self._reasons[entry.storage] if entry.kind == Kind.LOAD else None
 
     def raise_kind(self, tensor: Tensor, kind: Kind) -> None:
         self._entry(tensor).raise_kind(kind)
@@ -119,19 +136,61 @@ class Recorder(TorchDispatchMode):
         if tensor.is_meta and not self.entries.knows(tensor):
             raise self.object_to("it makes a tensor of numbers in a way that can't be followed")
         entry = self.entries.find(tensor, lambda name: self.graph.create_node("get_attr", name))
+        if (choice := self._unused.pop(entry.storage, None)) is not None:
+            choice.used = True
         if entry.node is not None:
             entry.node.meta.setdefault("val", entry.meta)
         if self.entries.stale(entry):
-            raise self.object_to("it writes to a tensor through a view of it, and then reads the tensor")
+            for writer in self.entries.missed(entry):
+                self._bring_up_to_date(entry, writer)
         return entry
+
+    def _bring_up_to_date(self, entry: Entry, writer: Entry) -> None:
+        """Write to a tensor what was written to its storage through ``writer``, as far as the two share elements."""
+        if not writer.tensor.numel():
+            return
+        width = math.gcd(*(tensor.shape[-1] if tensor.ndim else 1 for tensor in (entry.tensor, writer.tensor)))
+        mine, theirs = entry.starts(width), writer.starts(width)
+        if mine is None or theirs is None:
+            raise self.object_to("it writes to a tensor through a view of it, and then reads the tensor")
+        place = {start: number for number, start in enumerate(mine.tolist())}
+        shared = [(number, place[start]) for number, start in enumerate(theirs.tolist()) if start in place]
+        if not shared:
+            return
+        source, target = (torch.tensor(places) for places in zip(*shared, strict=True))
+        aten, shape = torch.ops.aten, list(entry.tensor.shape)
+        new = self._call(aten.view.default, writer.node, [len(theirs), width])
+        if len(shared) == len(mine):
+            new = self._call(aten.index.Tensor, new, [self._known(source[target.argsort()])])
+        else:
+            old = self._call(aten.view.default, self._node(entry), [len(mine), width])
+            new = self._call(aten.index.Tensor, new, [self._known(source)])
+            new = self._call(aten.index_put.default, old, [self._known(target)], new)
+        node = self._call(aten.view.default, new, shape)
+        entry.node, entry.meta, entry.real = node, entry.symbol(), None
+
+    def _call(self, func: Any, *args: Any) -> torch.fx.Node:
+        """A functional operation that the block's code didn't ask for."""
+        node = self.graph.call_function(func, args)
+        node.meta["name"] = func._schema.name.split("::")[1]
+        shapes = torch.fx.node.map_arg(args, lambda arg: torch.empty_like(arg.meta["val"], device="meta"))
+        self._paused = True
+        node.meta["val"] = func(*shapes)
+        self._paused = False
+        return node
+
+    def _known(self, places: Tensor) -> torch.fx.Node:
+        name = f"const_{len(self.consts)}"
+        self.consts[name] = places
+        node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = places
+        return node
 
     def _node(self, entry: Entry) -> torch.fx.Node:
         if entry.node is not None:
             return entry.node
         assert entry.real is not None
-        name = f"const_{len(self.consts)}"
-        self.consts[name] = entry.real.clone()
-        node = self.graph.create_node("get_attr", name)
+        node = self._known(entry.real.clone())
         node.meta["val"] = self.entries.alias(entry)
         return node
 
@@ -148,6 +207,9 @@ class Recorder(TorchDispatchMode):
             raise self.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
             self._ledger.check_cut(name, args, self.symbolic(args[0]))
+        single = any(entry.single for entry in entries.values())
+        if single and name not in _SHAPED and not name.endswith("_like") and not name.startswith("new_"):
+            raise self.object_to("it takes single tokens out of the batch")
         if any(entry.node is not None for entry in entries.values()):
             result = self._symbolic(func, name, args, kwargs, entries, target is not None)
         else:
@@ -174,6 +236,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
+        self._ledger.before(name, args)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -181,7 +244,11 @@ class Recorder(TorchDispatchMode):
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
             found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+        dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
+        reason = (dead or [self._ledger.reason])[0]
         for leaf, kind in zip(made, found, strict=True):
+            if kind == Kind.LOAD:
+                self._reasons.setdefault(storage(leaf), reason)
             if self.entries.get(leaf) is None:
                 self.entries.enter(leaf, None, None, leaf, kind)
             else:
@@ -189,11 +256,13 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
+        if (known := self._by_support(func, name, args, entries)) is not None:
+            return known
         if name in _READS_BACK:
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        self._ledger.check_values(name, [*args, *kwargs.values()], lambda tensor: entries[id(tensor)].kind)
+        objection = self._objection(name, [*args, *kwargs.values()], entries)
         if name in ("index", "index_put"):  # a mask has no meta result; the places it selects do
             args = (args[0], [_selected(entries.get(id(index)), index) for index in args[1]], *args[2:])
             args = (args[0], [index for group in args[1] for index in group], *args[2:])
@@ -213,35 +282,103 @@ class Recorder(TorchDispatchMode):
         nodes = mapped(lambda tensor: self._node(entries[id(tensor)]), (args, kwargs))
         record = self.graph.call_function(func, *nodes)
         record.meta["name"] = name
+        if objection:
+            record.meta["objection"] = objection
+        ranking = self._ranking(name, args, kwargs)
+        support = self._support(func, name, args, kwargs, entries)
         if in_place:
             entry = entries[id(args[0])]
             entry.node, entry.meta, entry.real = record, result, None
             record.meta["val"] = result
+            entry.support, entry.positive = support
             return args[0]
+        if name == "argmax" and ranking is not None:
+            return self._choose(record, result, ranking)
+        single = self._ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
-            return self._enter(result, record, result).tensor
+            entry = self._enter(result, record, result)
+            entry.single = single
+            entry.support, entry.positive = support
+            return result
         parts = []
         for place, part in enumerate(result):
             item = self.graph.call_function(operator.getitem, (record, place))
-            self._enter(part, item, part)
+            self._enter(part, item, part).single = single
             parts.append(part)
-        if name == "topk":
-            record.meta["choice"] = len(self.choices)
-            parts[1] = self._choose(record, parts[1], args)
+        if ranking is not None:
+            parts[1] = self._choose(record, parts[1], ranking)
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
 
-    def _choose(self, record: torch.fx.Node, indices: Tensor, args: Any) -> Tensor:
-        k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
+    def _support(
+        self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]
+    ) -> tuple[Tensor | None, Any]:
+        """Where the result may be other than zero, and what stands there, if weights were put among zeros."""
+        first = entries.get(id(args[0])) if args else None
+        if name == "scatter" and first is not None and first.real is not None and not bool(first.real.any()):
+            index, source = entries.get(id(args[2])), entries.get(id(args[3]))
+            if index is not None and index.kind == Kind.CHOSEN and source is not None and source.node is not None:
+                zeros = torch.zeros(first.real.shape, dtype=torch.bool)
+                return zeros.scatter(args[1], index.real, torch.ones(index.real.shape, dtype=torch.bool)), source.node
+        if name in _SHAPED and first is not None and first.support is not None:
+            return func(first.support, *args[1:], **kwargs), first.positive
+        return None, None
+
+    def _by_support(self, func: Any, name: str, args: Any, entries: dict[int, Entry]) -> Tensor | None:
+        """Where weights are that were put among zeros, asked of the tensor that they were put in."""
+        first = entries.get(id(args[0]))
+        if first is None or first.support is None:
+            return None
+        number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
+        if not (name == "nonzero" or (name in ("gt", "ne") and number == 0)):
+            return None
+        if first.positive not in self.positive:
+            self.positive.append(first.positive)
+        real = first.support.nonzero() if name == "nonzero" else first.support.clone()
+        self.entries.enter(real, None, None, real, Kind.COUNT if name == "nonzero" else Kind.CHOSEN)
+        return real
+
+    def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
+        """Why nothing may come of an operation on the input, if so."""
+        for entry in entries.values():
+            if entry.kind == Kind.LOAD:
+                return self._reasons[entry.storage]
+        values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
+        return f"what it computes depends on {LOAD} ({name})" if values else None
+
+    def _ranking(self, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
+        """How many an operation takes of the highest, and whether it is of the highest, if its indices are a choice.
+
+        That is a top-k; and a maximum or a descending sort, if anything comes of their indices.
+        """
+        if name == "topk":
+            k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
+            if dim not in (-1, args[0].ndim - 1):
+                raise self.object_to("it ranks along another dimension than the last")
+            return k, largest
+        if name not in ("max", "argmax", "sort") or self.route is no_choice or not args[0].ndim:
+            return None
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", -1 if name == "sort" else None)
+        size = args[0].shape[-1]
+        if dim not in (-1, args[0].ndim - 1) or size in self.batch or args[0].ndim < 2:
+            return None
+        if name == "sort":
+            descending = args[2] if len(args) > 2 else kwargs.get("descending", False)
+            return (size, True) if descending else None
+        return 1, True
+
+    def _choose(self, record: torch.fx.Node, indices: Tensor, ranking: tuple[int, bool]) -> Tensor:
         scores: Any = record.args[0]
         shape = scores.meta["val"].shape
-        if dim not in (-1, len(shape) - 1):
-            raise self.object_to("it ranks along another dimension than the last")
+        k, largest = ranking
         # Not the same ids for two choices of one size, so that each is told by its own.
         ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
         self.fixed.update((k, shape[-1]))
-        self.choices.append(_Choice(scores, k, ids, largest))
+        choice = _Choice(scores, k, ids, largest, used=record.meta["name"] == "topk")
+        self.choices.append(choice)
+        record.meta["choice"] = choice
         real = ids.reshape(indices.shape).clone()
-        self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        self._unused[entry.storage] = choice
         return real
 
     def flow(self, answer: Any, shape: tuple[int, ...]) -> Flow:
@@ -250,26 +387,42 @@ class Recorder(TorchDispatchMode):
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
         results = structured(answer, lambda value, where: self._result(value, where, output))
+        positive = self.positive
         more = [leaf.value for leaf in results.leaves() if isinstance(leaf, Given)] if answer is not output else []
-        needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
-        waiting += [node for node in more if isinstance(node, torch.fx.Node)]
+        needed, waiting = set(), [entry.node, *(choice.node for choice in self._made())]
+        waiting += [node for node in [*more, *positive] if isinstance(node, torch.fx.Node)]
         while waiting:
             node = waiting.pop()
             if node not in needed:
+                if "objection" in node.meta:
+                    raise self.object_to(node.meta["objection"])
                 needed.add(node)
                 waiting += node.all_input_nodes
         kept = [node for node in self.graph.nodes if node in needed]
         index = {node: Ref(place) for place, node in enumerate(kept)}
         ops = tuple(self._op(node, index) for node in kept)
-        choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self.choices)
+        choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self._made())
+        found = Flow(
+            ops,
+            index[entry.node],
+            choices,
+            branches=tuple(self.branches.met),
+            lone=self.branches.lone,
+            positive=tuple(index[node] for node in positive),
+            used=frozenset(self.entries.used),
+        )
         if answer is output:
-            return Flow(ops, index[entry.node], choices)
+            return found
 
         def placed(leaf: Any) -> Any:
             known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
             return replace(leaf, value=index[leaf.value]) if known else leaf
 
-        return Flow(ops, index[entry.node], choices, results.mapped(placed))
+        return replace(found, results=results.mapped(placed))
+
+    def _made(self) -> list[_Choice]:
+        """The choices that anything came of."""
+        return [choice for choice in self.choices if choice.used]
 
     def _output(self, answer: Any, shape: tuple[int, ...]) -> Tensor:
         """The first of the returned tensors that is like the input."""
@@ -325,7 +478,8 @@ class Recorder(TorchDispatchMode):
             return Op("const", (const,), {}, shape, dtype)
         operands: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: index[arg])  # type: ignore[arg-type, return-value]
         name = "item" if node.target is operator.getitem else node.meta["name"]
-        chosen = {"choice": node.meta["choice"]} if "choice" in node.meta else {}
+        made = self._made()
+        chosen = {"choice": made.index(node.meta["choice"])} if node.meta.get("choice") in made else {}
         return Op(name, tuple(operands[0]), {**operands[1], **chosen}, shape, dtype)
 
 
