@@ -138,6 +138,21 @@ def test_a_wrong_block_stands_out_of_the_band_in_the_colour_of_failure() -> None
     assert 'class="bad"' not in ladder(replace(wrong(), build_error=2e-7, passed=True), 960.0)
 
 
+def test_a_block_that_is_judged_alone_is_neither_old_nor_new() -> None:
+    drawn = ladder(replace(wrong(), build_error=None), 960.0)
+    assert ">the block<" in drawn and "old block" not in drawn and "new block" not in drawn
+
+
+def test_an_audit_has_its_own_outcomes() -> None:
+    alone_ = replace(wrong(), build_error=None, reading_error=0.3)
+    steps = [talker(0, outcome="right"), talker(1, outcome="wrong", reason="gate and up swapped", verdict=alone_)]
+    steps += [talker(2, outcome="not comparable", reason=NORM, verdict=None)]
+    words = Read(page(report(steps, done="audited", exit_code=12))).words
+    assert "1 right, 1 wrong, 1 not comparable" in words and "gate and up swapped" in words
+    assert not {"missed", "refused"} & set(words.split("\n"))
+    assert "after: fused" not in words
+
+
 def test_zero_and_infinity_have_places_on_the_ladder() -> None:
     drawn = ladder(replace(wrong(), build_error=float("inf"), reading_error=0.0), 960.0)
     assert ">∞<" in drawn and ">0<" in drawn and "nan" not in drawn

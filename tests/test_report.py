@@ -187,7 +187,7 @@ def test_a_model_without_moe_says_so() -> None:
 @pytest.mark.parametrize(
     ("done", "wanted"),
     [
-        ("planned", "1 to replace, 0 kept, 0 missed, 0 refused · nothing touched · 12.3 s"),
+        ("planned", "1 to replace, 0 to keep, 0 missed, 0 refused · nothing touched · 12.3 s"),
         ("verified", "1 proven, 0 kept, 0 missed, 0 refused · the model is as it was · 12.3 s"),
         ("applied", "1 replaced, 0 kept, 0 missed, 0 refused · 12.3 s"),
         ("rolled back", "1 replaced, 0 kept, 0 missed, 0 refused · rolled back: the model is as it was · 12.3 s"),

@@ -13,7 +13,6 @@ from moe_surgery.cli import (
     difference,
     exits,
     packs_doctor,
-    packs_trial,
     run_report,
     scan_plan_explain,
 )
@@ -32,6 +31,7 @@ from moe_surgery.cli.options import (
     Svg,
     Trust,
 )
+from moe_surgery.cli.packs_commands import packs
 
 app = typer.Typer(
     name="moe-surgery",
@@ -42,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-packs = typer.Typer(cls=Group, help="The rule packs that are installed.", no_args_is_help=True)
 app.add_typer(packs, name="packs")
 
 
@@ -61,9 +60,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's name, or a .toml file.", show_default=False)]
 
 
 @command(app, "scan")
@@ -310,67 +306,3 @@ def diff(
 def doctor(output: Output) -> None:
     """Say whether this installation can operate, and what to do if it can't."""
     run(output, packs_doctor.doctor)
-
-
-@command(packs, "packs list")
-def packs_list(output: Output) -> None:
-    """List the installed packs and their rules."""
-    run(output, packs_doctor.packs_list)
-
-
-@command(packs, "packs show")
-def packs_show(pack: Pack, output: Output) -> None:
-    """Print a pack as it was understood, in the form of its file."""
-    run(output, lambda screen: packs_doctor.packs_show(screen, pack))
-
-
-@command(packs, "packs check")
-def packs_check(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE…", help="Pack files, or folders of them.", show_default=False)
-    ],
-    output: Output,
-) -> None:
-    """Check that packs can be read; the error names file and line."""
-    run(output, lambda screen: packs_doctor.packs_check(screen, files))
-
-
-@command(packs, "packs test")
-def packs_test(
-    output: Output,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PACK]…", help="Packs' names or .toml files.", show_default="all installed"),
-    ] = None,
-    family: Annotated[
-        list[str] | None,
-        typer.Option("--family", metavar="F", help="Only this family; repeatable.", show_default="all"),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--setting", metavar="S", help='A setting such as "top1", or "all"; repeatable.', show_default="default"
-        ),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with 11 if a block is missed or refused.")] = False,
-    markdown: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
-    ] = None,
-    cuda: Annotated[
-        Path | None,
-        typer.Option(
-            "--cuda",
-            metavar="FILE",
-            help="Have --markdown tell what benchmarks/families.py saw on a GPU too.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
-    run(
-        output,
-        lambda screen: packs_trial.packs_test(
-            screen, names, family, setting, strict=strict, markdown=markdown, cuda=cuda
-        ),
-    )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moe_surgery.report.receipt import Receipt
 
 _ALWAYS = ("replaced", "kept", "missed", "refused")
+_WORDS = {("planned", "replaced"): "to replace", ("planned", "kept"): "to keep", ("verified", "replaced"): "proven"}
 _AUDITED = ("right", "wrong", "not comparable")
 
 
@@ -106,10 +107,9 @@ def _figures(report: Outcomes) -> str:
     """How many sites ended how, large."""
     found = counts(report)
     names = _AUDITED if found.keys() & set(_AUDITED) else _ALWAYS
-    words = {"planned": "to replace", "verified": "proven"}
     shown = []
     for name in names:
-        word = words.get(report.done, name) if name == "replaced" else name
+        word = _WORDS.get((report.done, name), name)
         zero = "" if found.get(name) else "zero"
         shown.append(tag("div", tag("b", str(found.get(name, 0))) + tag("span", safe(word)), class_=zero))
     return tag("div", "".join(shown), class_="counts")

@@ -106,5 +106,5 @@ def milliseconds(seconds: float) -> str:
 def versions_section(report: Outcomes) -> Iterator[str]:
     """What the findings hold for."""
     yield tag("h2", "Versions")
-    pairs = [*report.versions.items(), ("plan", report.fingerprint)]
+    pairs = [*report.versions.items(), *([("plan", report.fingerprint)] if report.fingerprint else [])]
     yield tag("dl", "".join(tag("dt", safe(name)) + tag("dd", safe(value), class_="mono") for name, value in pairs))

@@ -43,11 +43,11 @@ Note = tuple[str, str]
 _GAP = "  "
 _TOPIC = 9
 _DONE = {
-    "planned": ("to replace", "nothing touched"),
-    "verified": ("proven", "the model is as it was"),
-    "applied": ("replaced", ""),
-    "rolled back": ("replaced", "rolled back: the model is as it was"),
-    "undone": ("replaced", "undone: the model is as it was"),
+    "planned": ("to replace", "to keep", "nothing touched"),
+    "verified": ("proven", "kept", "the model is as it was"),
+    "applied": ("replaced", "kept", ""),
+    "rolled back": ("replaced", "kept", "rolled back: the model is as it was"),
+    "undone": ("replaced", "kept", "undone: the model is as it was"),
 }
 
 
@@ -94,8 +94,8 @@ def sentence(report: Outcomes) -> str:
     if report.done == "audited":
         counts = f"{len(report.right)} right, {len(report.wrong)} wrong, {len(report.incomparable)} not comparable"
         return f"{counts} · {duration(report.seconds)}"
-    word, remark = _DONE[report.done]
-    counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"
+    word, kept, remark = _DONE[report.done]
+    counts = f"{len(report.replaced)} {word}, {len(report.kept)} {kept}, {len(report.missed)} missed"
     parts = [f"{counts}, {len(report.refused)} refused", remark, duration(report.seconds)]
     parts.append(", ".join(f"{name} {duration(seconds)}" for name, seconds in report.phases))
     return " · ".join(part for part in parts if part)

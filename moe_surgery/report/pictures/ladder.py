@@ -11,7 +11,7 @@ from moe_surgery.report.pictures.svg import drawing, element, fitted, label, tit
 from moe_surgery.report.words import error, ratio
 
 _ROW, _TALL, _TOP, _NUMBERS = 22.0, 36.0, 30.0, 150.0
-_UNIT, _MUTANT = "unit", "ink"
+_UNIT, _MUTANT, _NOISE = "unit", "ink", "noise of the dtype"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def ladder(verdict: Verdict, width: float) -> str:
     for number, rung in enumerate(rungs):
         y = _TOP + row * number + row / 2
         parts.append(_drawn(rung, y, place, width, left, narrow))
-    told = f"distances from the reference: new block, old block, noise and {len(verdict.mutants)} wrong blocks"
+    measured = ", ".join(f"{rung.name} {rung.number}" for rung in rungs if rung.kind != _MUTANT)
+    told = f"distances from the reference: {measured}, and {len(verdict.mutants)} wrong blocks"
     return drawing(width, bottom + 4, told, *parts)
 
 
@@ -61,8 +62,14 @@ def _rungs(verdict: Verdict) -> list[_Rung]:
     tone = "good" if verdict.passed else "muted" if verdict.powerless else "bad"
     old = _fault(verdict.reading_error, verdict.bound) or ("same" if build is not None else tone)
     found = [
-        _Rung("noise of the dtype", verdict.noise, "muted", number=error(verdict.noise)),
-        _Rung("old block", verdict.reading_error, old, number=error(verdict.reading_error)),
+        _Rung(_NOISE, verdict.noise, "muted", number=error(verdict.noise)),
+        # Where there is one only, an engine's swapped block or one that is audited, it is neither old nor new.
+        _Rung(
+            "the block" if build is None else "old block",
+            verdict.reading_error,
+            old,
+            number=error(verdict.reading_error),
+        ),
     ]
     if build is not None:
         found.append(_Rung("new block", build, _fault(build, verdict.bound) or tone, number=error(build)))
@@ -109,7 +116,7 @@ def _axis(
 
 def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float, left: float, narrow: bool) -> str:
     x, line = place(rung.value), y + 8 if narrow else y
-    bold = "s b" if rung.name in ("old block", "new block") else "s"
+    bold = "s b" if rung.kind != _MUTANT and rung.name != _NOISE else "s"
     parts = [title(f"{rung.name}: {rung.number}")]
     if narrow:
         parts.append(label(0, y - 4, fitted(rung.name, width - 110, 12), bold))
