@@ -4,8 +4,9 @@ Mutants are made by putting the truth's own parts together wrongly, so most cost
 new expert outputs ask for them beforehand (:func:`requests`) and get them for a few tokens only; a distance is the
 maximum over tokens, so that fewer tokens can only understate it.
 
-A mutant is left out only where the spec alone says that it computes the same function; each rule says why. A mutant
-that the *weights* make equal to the truth stays in, and fails the proof.
+A mutant is left out only where the spec alone says that it computes the same function, or where what it leaves out is
+all zero (biases that only other projections have); each rule says why. Any other mutant that the *weights* make equal
+to the truth stays in, and fails the proof.
 """
 
 from __future__ import annotations

@@ -9,61 +9,35 @@ dtype that one record can't show is seen as a difference between two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Calling, Structure
+from moe_surgery.calling import Calling
+from moe_surgery.read.asking import Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
-from moe_surgery.read.meaning.interpreter import Interpreter
-from moe_surgery.read.meaning.normal_form import Terms
-from moe_surgery.read.meaning.rows import vectors
-from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.mlp import MLPRead
-from moe_surgery.read.parse.results import kept_by_both, met, parse_results
-from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
-from moe_surgery.read.parse.top_k import Ranking
+from moe_surgery.read.parse.results import kept_by_both, met
+from moe_surgery.read.parse.token_output import SharedRead, TokenRead
+from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
-from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
-from moe_surgery.read.record.flow import Choice, Flow, Route
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
-_MOST_BRANCHES = 3  # each doubles the records
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
-
-
-@dataclass(frozen=True)
-class Record:
-    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes.
-
-    ``ranked`` is how many experts were ranked to find these k.
-    """
-
-    tokens: tuple[TokenRead, ...]
-    ids: Tensor
-    ranked: int
-    results: Structure | None = None
-    kept: Attributes = field(default_factory=dict)
-    lone: bool = False
-    used: frozenset[str] = frozenset()
-
-    @property
-    def says(self) -> tuple[object, ...]:
-        return self.tokens, self.results, self.kept
 
 
 def read(block: nn.Module) -> Reading:
@@ -83,7 +57,7 @@ def read(block: nn.Module) -> Reading:
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            ask(_shape(batch, width, crowded.flat), torch.float32, _rolled if more else spread),
+            ask(_shape(batch, width, crowded.flat), torch.float32, rolled if more else spread),
             _of_one(ask, _shape((1, 1), width, crowded.flat), own, crowded.record),
         ]
         calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
@@ -145,7 +119,16 @@ def read(block: nn.Module) -> Reading:
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
     above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above, spare
+        spec,
+        layout,
+        combine(spec, layout),
+        children(spec, layout),
+        "",
+        calling,
+        results,
+        tuple(kept.items()),
+        above,
+        spare,
     )
 
 
@@ -181,37 +164,6 @@ class _Crowded:
         return self.record.tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Asking:
-    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
-
-    block: nn.Module
-    calling: Calling
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
-        how: dict[str, Any] = {"plain": plain, "calling": self.calling}
-        flow = record(self.block, shape, dtype, route, **how)
-        found = parse_record(flow, dtype)
-        for turned in _some(flow.branches):
-            number = min(turned).rpartition(" ")[2]
-            try:
-                other = record(self.block, shape, dtype, route, turned=turned, **how)
-                same = set(other.branches) <= set(flow.branches) and parse_record(other, dtype).says == found.says
-            except Unreadable:
-                same = False
-            if not same:
-                raise Unreadable(f"{DEPENDS} (compares it with {number})")
-        return found
-
-    def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
-        """A record; none where the block's own forward doesn't take such an input."""
-        try:
-            record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
-        except Unfollowed:
-            return []
-        return [self(shape, dtype, _crowded, plain=plain)]
-
-
 def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Record) -> Record:
     """A record of one token, or one row or column of them, of a block that may do something else with many."""
     try:
@@ -222,13 +174,6 @@ def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Recor
         if not many.lone:
             raise
     raise Unreadable(f"{DEPENDS} (asks whether it is one)")
-
-
-def _some(branches: tuple[str, ...]) -> list[frozenset[str]]:
-    """Which comparisons to answer the other way round, one after another."""
-    if len(branches) > _MOST_BRANCHES:
-        raise Unreadable(f"{DEPENDS} (compares it with {len(branches)} numbers)")
-    return [frozenset(some) for count in range(1, len(branches) + 1) for some in combinations(branches, count)]
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
@@ -255,11 +200,11 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
             break
         try:
             batch = odd_batch(state, 1)
-            found = ask(_shape(batch, width, flat), torch.bfloat16, _crowded)
+            found = ask(_shape(batch, width, flat), torch.bfloat16, crowded_together)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = ask(_shape(known, width, flat), torch.bfloat16, _crowded)
+                found = ask(_shape(known, width, flat), torch.bfloat16, crowded_together)
             return _Crowded(found, width, flat)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
@@ -269,75 +214,6 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
 def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:
     """The shape of a batch, or of its tokens alone for blocks that take nothing else."""
     return (batch[0] * batch[1], width) if flat else (*batch, width)
-
-
-def _crowded(rows: int, choices: int, k: int) -> Tensor:
-    """Every token on one of two sets of experts, in descending order."""
-    return (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
-
-
-def spread(rows: int, choices: int, k: int) -> Tensor:
-    """Sets of experts without a pattern, of which the first visit every expert."""
-    generator = torch.Generator().manual_seed(rows)
-    order = torch.randperm(choices, generator=generator)
-    first = [order[start : start + k] for start in range(0, choices - k, k)] + [order[choices - k :]]
-    others = torch.rand(max(rows - len(first), 0), choices, generator=generator).argsort(-1)[:, :k]
-    return torch.cat([torch.stack(first)[:rows], others])
-
-
-def _rolled(rows: int, choices: int, k: int) -> Tensor:
-    """Sets of experts of which as many as there are experts visit every one first."""
-    order = torch.randperm(choices, generator=torch.Generator().manual_seed(rows))
-    return order[(torch.arange(rows)[:, None] + torch.arange(k)[None, :]) % choices]
-
-
-def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
-    """What a record says of every token."""
-    terms = Terms()
-    run = Interpreter(flow, terms)
-    output = vectors(run.rows(flow.output), terms)
-    size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    native = str(dtype).removeprefix("torch.")
-    if not flow.choices:
-        raise Unreadable("it has no top-k")
-    count = output.lead.size
-    rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
-    parsers = [
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
-        for number in range(count)
-    ]
-    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
-    for ref in flow.positive:
-        _check_positive(run.vectors(ref).lead.reshape(-1), parsers)
-    choice = flow.choices[tokens[0].router.choice]
-    ids = choice.ids.reshape(count, -1)
-    if tokens[0].router.scoring != "own":
-        ids = ids[:, : tokens[0].router.top_k]
-    lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone, flow.used)
-
-
-def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
-    """Every token's weights must be scores, which are above zero, and be scaled by no less."""
-    for term, parser in zip(items, parsers, strict=True):
-        for slot in range(term.size):
-            try:
-                read = parser.routers.parse(parser.terms.elem(term, slot), 1.0).read
-                above = read.scoring != "own" and read.scale > 0
-            except Unreadable:
-                above = False
-            if not above:
-                raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
-
-
-def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
-    """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
-    scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
-    if len(scores) != count:
-        return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
-    ids = choice.ids.reshape(count, -1).tolist()
-    return [Ranking(number, scores[row], choice.k, tuple(ids[row]), choice.largest) for row in range(count)]
 
 
 def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.block import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
+from moe_surgery.read.asking import spread
+from moe_surgery.read.block import experts_spec, hidden_sizes, odd_batch, same_experts
+from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first
 from moe_surgery.read.record.batch_size import DEPENDS

@@ -226,7 +226,7 @@ def _sum(run: Evaluation, op: Op) -> Rows:
 
 def _topk(run: Evaluation, op: Op) -> tuple[Rows, None]:
     scores, number = run.vectors(op.args[0]), op.kwargs["choice"]
-    count = op.args[1] if op.name == "topk" else scores.size
+    count = op.args[1] if op.name == "topk" else scores.size or 1
     return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from moe_surgery.read.meaning import sums
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.weights.layout import Piece
 
@@ -67,54 +68,15 @@ class Terms:
         size = max(arg.size for arg in args)
         flat, constants = _flat("add", args)
         if any(term.op == "lin" and term.args[1].cols for term in flat):
-            flat = self._joined(flat)
+            flat = sums.joined(self, flat)
         if any(term.op == "elem" and term.args[0].op == "chosen" for term in flat):
-            flat = self._summed(flat)
+            flat = sums.summed(self, flat)
         constant = sum(constants)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
             return flat[0]
         return self.make("add", tuple(sorted(flat, key=lambda term: term.uid)), size)
-
-    def _summed(self, summands: list[Term]) -> list[Term]:
-        """All that were chosen, each once, are their sum."""
-        for vector in {term.args[0] for term in summands if term.op == "elem" and term.args[0].op == "chosen"}:
-            mine = [term for term in summands if term.op == "elem" and term.args[0] is vector]
-            if sorted(term.args[1] for term in mine) == list(range(vector.size)):
-                summands = [term for term in summands if term not in mine] + [self.total(vector)]
-        return summands
-
-    def _joined(self, summands: list[Term]) -> list[Term]:
-        """Maps of the parts of one vector by the columns of one matrix are the map of that vector."""
-        by_matrix: dict[Any, list[Term]] = {}
-        for term in summands:
-            whole = replace(term.args[1], cols=None) if term.op == "lin" and term.args[1].cols else None
-            by_matrix.setdefault((whole, term.size, term.args[2]) if whole else term, []).append(term)
-        found = []
-        for key, terms in by_matrix.items():
-            if isinstance(key, Term):
-                found += terms
-                continue
-            terms.sort(key=lambda term: term.args[1].cols)
-            cuts = [term.args[1].cols for term in terms]
-            vector = self._end_to_end([term.args[0] for term in terms])
-            starts = [0, *(stop for _, stop, _ in cuts)]
-            complete = [start for start, _, _ in cuts] == starts[:-1] and starts[-1] == cuts[0][2]
-            if vector is None or not complete or vector.size != cuts[0][2]:
-                found += terms
-            else:
-                found.append(self.lin(vector, key[0], key[1], key[2]))
-        return found
-
-    def _end_to_end(self, parts: list[Term]) -> Term | None:
-        """The vector that parts of it make, one after another."""
-        place, size = 0, sum(part.size for part in parts)
-        found = set()
-        for part in parts:
-            found.add(self._extended(part, place, size))
-            place += part.size
-        return found.pop() if len(found) == 1 else None
 
     def mul(self, *args: Term) -> Term:
         """A product of elements; scalars broadcast. Constants are folded; ``x * sigmoid(x)`` becomes ``silu(x)``."""
@@ -220,7 +182,7 @@ class Terms:
             if start % width == stop % width == 0:
                 return self.cat(terms[start // width : stop // width], width)
         if arg.op == "chosen" and start == 0 and step == 1 and count > 1:  # the first of more
-            return self.chosen(*arg.args, count)
+            return self.chosen(arg.args[0], arg.args[1], arg.args[2], count)
         if arg.op in ("part", "elem"):
             return self.part(arg.args[0], arg.args[1] + start, arg.args[1] + stop)
         if stop - start == 1:
@@ -242,14 +204,14 @@ class Terms:
 
     def whole(self, element: Term, place: int, size: int) -> Term | None:
         """The vector of ``size`` elements that ``element`` is number ``place`` of, if it can be one."""
-        return self._extended(element, place, size)
+        return self.extended(element, place, size)
 
-    def _extended(self, term: Term, start: int, size: int) -> Term | None:
+    def extended(self, term: Term, start: int, size: int) -> Term | None:
         """The vector of ``size`` elements that ``term`` is the elements from ``start`` of, if it can be one."""
         if term.op == "const" or (term.size, start) == (size, 0):
             return term
         if term.op in ("elem", "part"):
-            return self._extended(term.args[0], start - term.args[1], size)
+            return self.extended(term.args[0], start - term.args[1], size)
         if term.op in ("lin", "param"):
             piece = term.args[-2] if term.op == "lin" else term.args[0]
             complete = replace(piece, rows=None, out=None)
@@ -258,7 +220,7 @@ class Terms:
             if term.op == "param":
                 return self.param(complete, size)
             return self.lin(term.args[0], complete, size, term.args[2])
-        parts = [self._extended(arg, start, size) for arg in self.inner(term)]
+        parts = [self.extended(arg, start, size) for arg in self.inner(term)]
         if not parts or term.op in _WHOLE or any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
@@ -323,13 +285,13 @@ class Terms:
             vector = others[0].args[0] if others and others[0].op == "elem" else None
             places = [element.args[1] for element in others if element.op == "elem" and element.args[0] is vector]
             infinite = all(element.args[0] == -math.inf for element in known)
-            if known and infinite and vector is not None and sorted(places) == list(range(vector.size)) != []:
-                if len(places) == len(others):
-                    made = self.softmax(self.cast(vector, arg.args[1]) if arg.op == "cast" else vector)
-                    zero = self.const(0.0)
-                    return self.vec(
-                        [zero if element.op == "const" else self.elem(made, element.args[1]) for element in inner.args]
-                    )
+            alone = vector is not None and len(places) == len(others) == vector.size == len(set(places))
+            if known and infinite and alone and vector is not None:
+                made = self.softmax(self.cast(vector, arg.args[1]) if arg.op == "cast" else vector)
+                zero = self.const(0.0)
+                return self.vec(
+                    [zero if element.op == "const" else self.elem(made, element.args[1]) for element in inner.args]
+                )
         return self.make("softmax", (arg,), arg.size)
 
     def total(self, arg: Term) -> Term:

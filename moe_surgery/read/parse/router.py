@@ -12,6 +12,7 @@ from typing import cast
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.by_choice import ByChoice
 from moe_surgery.read.parse.logits import parse_logits
 from moe_surgery.read.parse.mlp import short
 from moe_surgery.read.parse.rounding import Rounding
@@ -96,7 +97,7 @@ class RouterParser:
         self.rounding = Rounding(native, terms)
         self.bare = self.rounding.bare
         self._rankings = Rankings(rankings, terms, self.bare)
-        self._named: dict[int, Term] = {}
+        self.by_choice = ByChoice(self._rankings.whole, terms, self.bare)
 
     def parse(self, factor: Term, scale: float) -> Weight:
         """The weight ``factor`` times ``scale``."""
@@ -105,36 +106,6 @@ class RouterParser:
             return Weight(RouterRead(Piece(""), 0, 0, "own", False, scale), Precisions(), slot)
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
-
-    def by_choice(self, term: Term) -> Term:
-        """A scalar in which scores that were chosen are named by their rank, not by their expert.
-
-        So are elements of masked scores written, and the highest of what is ranked.
-        """
-        known = self._named.get(term.uid)
-        if known is None:
-            known = self._named[term.uid] = self._by_choice(term)
-        return known
-
-    def _by_choice(self, term: Term) -> Term:
-        if term.op == "elem" and term.args[0].op in ("softmax", "sigmoid", "sqrt"):
-            for ranking in self._rankings.whole:
-                if term.args[0].size == ranking.scores.size > len(ranking.ids) and term.args[1] in ranking.ids:
-                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
-                    return self.terms.elem(scores, ranking.ids.index(term.args[1]))
-        if term.op == "largest":
-            for ranking in self._rankings.whole:
-                if self.bare(term.args[0]) is self.bare(ranking.scores):
-                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
-                    return self.terms.elem(scores, 0)
-        if term.op == "cast":
-            return self.terms.cast(self.by_choice(term.args[0]), term.args[1])
-        if term.op in ("add", "mul", "div") and term.size == 1:
-            makers = {"add": self.terms.add, "mul": self.terms.mul, "div": self.terms.div}
-            return makers[term.op](*map(self.by_choice, self.terms.inner(term)))
-        if term.op == "clamp" and term.size == 1:
-            return self.terms.clamp(self.by_choice(term.args[0]), *term.args[1:])
-        return term
 
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""

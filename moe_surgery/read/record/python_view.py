@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
-from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:

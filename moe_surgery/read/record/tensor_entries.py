@@ -19,8 +19,8 @@ class Entry:
     """One tensor object: ``node`` (where the record made it) if it depends on the input, ``real`` data if it doesn't.
 
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
-    ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one is
-    one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
+    ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one
+    is one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
     than zero, if it is known to be zero elsewhere: where positive numbers from the node ``positive`` were put.
     """
 
@@ -56,7 +56,7 @@ class Entry:
         held = self.tensor
         if not held.ndim or held.stride(-1) != 1 or held.shape[-1] % width or not held.numel():
             return None
-        places = torch.full((1,), self.shift + held.storage_offset())
+        places = torch.tensor([self.shift + int(held.storage_offset())])
         for size, stride in zip(held.shape[:-1], held.stride()[:-1], strict=True):
             places = (places[:, None] + torch.arange(size) * stride).reshape(-1)
         return (places[:, None] + torch.arange(held.shape[-1] // width) * width).reshape(-1)
@@ -66,7 +66,8 @@ class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
     Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
-    ``used`` are the weights that were entered, ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
+    ``used`` are the weights that were entered, ``guarded`` names the storages that must not be written to; ``device``
+    is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
@@ -135,8 +136,8 @@ class Entries:
         """The tensor's stand-in; views made of it count as views of the tensor."""
         symbol = entry.symbol()
         if symbol is not entry.tensor:
-            begins = entry.shift + entry.tensor.storage_offset()
-            self._aliases.setdefault(storage(symbol), (entry.storage, begins - symbol.storage_offset()))
+            begins = entry.shift + int(entry.tensor.storage_offset())
+            self._aliases.setdefault(storage(symbol), (entry.storage, begins - int(symbol.storage_offset())))
         return symbol
 
     def stale(self, entry: Entry) -> bool:
