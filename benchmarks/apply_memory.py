@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from command import command
 from machine import describe, machine_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,9 +103,8 @@ def main() -> None:
         )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine_name()}-apply_memory.json"
-    command = f"python benchmarks/apply_memory.py --blocks {arguments.blocks} --dtype {arguments.dtype}"
     path.write_text(
-        json.dumps({**describe(load_before), "command": command, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({**describe(load_before), "command": command(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )
     print(path)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import chart  # noqa: E402
+from command import command  # noqa: E402
 from cuda_timing import memory_rate, record, timed_eager, timed_replay  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
 from shapes import CASES, random_tensors  # noqa: E402
@@ -216,11 +217,10 @@ def main() -> None:
 
             context.enter_context(without_engine())
         result = run(arguments.case, impls, arguments.tokens, arguments.modes, arguments.seconds)
-    command = " ".join(["python", "benchmarks/block.py", *sys.argv[1:]])
     suffix = "" if arguments.case == "talker" else f"-{arguments.case}"
     arguments.out.mkdir(exist_ok=True)
     path = arguments.out / f"{machine_name()}-block{suffix}.json"
-    result = {**describe(), "command": command, **result}
+    result = {**describe(), "command": command(), **result}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".svg").write_text(chart.draw(as_chart(result)), encoding="utf-8")
     print(path)

@@ -29,6 +29,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3Omni
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import chart  # noqa: E402
+from command import command  # noqa: E402
 from machine import describe, machine_name  # noqa: E402
 
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec  # noqa: E402
@@ -176,7 +177,7 @@ def main() -> None:
         rows, left_out = run(arguments.dtypes, arguments.modes, arguments.tokens, arguments.seconds)
     result = {
         **describe(load_before),
-        "command": " ".join(["python", "benchmarks/cpu_block.py", *sys.argv[1:]]),
+        "command": command(),
         "block": SPEC.sentence(),
         "rows": rows,
         "left_out": left_out,

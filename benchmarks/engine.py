@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from chart_engine import draw  # noqa: E402
+from command import command  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
 from talker_checkpoint import write  # noqa: E402
 
@@ -36,7 +37,7 @@ from moe_surgery.engine.timing.both_engines import sizes  # noqa: E402
 from moe_surgery.timing.blocks import spread  # noqa: E402
 
 IMPLS = ("without", "vllm", "folded")
-DECODE, PREFILL = (1, 8, 32, 128), (512, 2048, 8192)
+DECODE, PREFILL = (1, 8, 32, 128), (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def started(arguments: argparse.Namespace, folder: Path, ends: ExitStack) -> dict[str, Engine]:
@@ -105,8 +106,7 @@ def main() -> None:
         if not arguments.model.exists():
             write(arguments.model, arguments.layers)
         found = rows(started(arguments, folder, ends))
-    command = " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]])
-    result = {**describe(), "command": command, "layers": arguments.layers, "rows": found}
+    result = {**describe(), "command": command(), "layers": arguments.layers, "rows": found}
     arguments.out.mkdir(exist_ok=True)
     path = arguments.out / f"{machine_name()}-engine.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

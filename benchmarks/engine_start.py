@@ -171,6 +171,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(start(*json.loads(arguments.child))))
         return
+    from command import command
     from machine import describe, machine_name
 
     load_before = os.getloadavg()
@@ -182,12 +183,9 @@ def main() -> None:
             for row in by_layers(kind, arguments.layers if kind == "quickest" else [LAYERS], arguments.rounds, tmp)
         ]
         peaks = memory(tmp)
-    command = "python benchmarks/engine_start.py"
-    command += f" --layers {' '.join(map(str, arguments.layers))} --rounds {arguments.rounds}"
-    command += f" --kinds {' '.join(arguments.kinds)}"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine_name()}-engine_start.json"
-    data = {**describe(load_before), "command": command, "block_bytes": BLOCK_BYTES, "rows": rows, "memory": peaks}
+    data = {**describe(load_before), "command": command(), "block_bytes": BLOCK_BYTES, "rows": rows, "memory": peaks}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(path)
 

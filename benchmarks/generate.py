@@ -23,6 +23,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from command import command  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
 from talker_model import build  # noqa: E402
 
@@ -66,7 +67,6 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(step_us(*arguments.child, *sizes)))
         return
-    command = " ".join(["python", "benchmarks/generate.py", *sys.argv[1:]])
     path = arguments.out / f"{machine_name()}-generate.json"
     arguments.out.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def main() -> None:
             us = round(float(done.stdout.splitlines()[-1]), 1)
             rows.append({"impl": impl, "mode": mode, "tokens": 1, "us": us})
             print(rows[-1], flush=True)
-            result = {**describe(), "command": command, "layers": arguments.layers, "rows": rows}
+            result = {**describe(), "command": command(), "layers": arguments.layers, "rows": rows}
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -20,6 +20,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from command import command  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
 from talker_model import build  # noqa: E402
 
@@ -64,10 +65,9 @@ def main() -> None:
     for undoable in (True, False):
         rows.append(measure(arguments.layers, undoable))
         print(rows[-1], flush=True)
-    command = " ".join(["python", "benchmarks/load.py", *sys.argv[1:]])
     arguments.out.mkdir(exist_ok=True)
     path = arguments.out / f"{machine_name()}-load.json"
-    path.write_text(json.dumps({**describe(), "command": command, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**describe(), "command": command(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 

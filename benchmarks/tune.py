@@ -14,12 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -153,29 +154,33 @@ def tune(bench: Bench, tokens: int, log: list[Row], deadline: float) -> Row:
 
 
 def compile_rows(case: str, tokens: int, rows: list[Row]) -> None:
-    """Run each row once over weights of any value: it fills Triton's cache for the process that measures."""
+    """Compile each row's kernels: it fills Triton's cache for the process that measures. Nothing is launched."""
     terms = terms_of(CASES[case].spec)
-    like = {"device": "cuda", "dtype": torch.bfloat16}
+    like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     experts, slices, hidden, width = terms.experts, terms.slices, terms.hidden, terms.width
+
+    def of(*shape: int) -> Tensor:
+        return torch.empty([1] * len(shape), **like).expand(shape)  # takes no memory
+
     weights = Weights(
-        torch.empty(experts, hidden, **like),
-        torch.empty(experts, 2 * width, hidden, **like),
-        torch.empty(experts, hidden, width, **like),
-        torch.empty(1, hidden, **like) if terms.gated else None,
-        torch.empty(2 * slices * width, hidden, **like) if slices else None,
+        of(experts, hidden),
+        of(experts, 2 * width, hidden),
+        of(experts, hidden, width),
+        of(1, hidden) if terms.gated else None,
+        of(2 * slices * width, hidden) if slices else None,
         None,
-        torch.empty(hidden, slices * width, **like) if slices else None,
+        of(hidden, slices * width) if slices else None,
     )
     x = torch.randn(tokens, hidden, **like)
     for row in rows:
         try:
-            launch.run(x, weights, terms, Choice.of(row))
+            launch.compile_only(x, weights, terms, Choice.of(row))
         except Exception as error:  # reported where it is measured
             del error
 
 
-def warm(pool: ProcessPoolExecutor, workers: int, case: str, numbers: list[int]) -> None:
-    """Compile all candidates in parallel."""
+def warm(pool: ProcessPoolExecutor, workers: int, case: str, numbers: list[int]) -> list[Future[None]]:
+    """Begin to compile all candidates in parallel."""
     terms = terms_of(CASES[case].spec)
     jobs: dict[str, tuple[int, Row]] = {}
     for tokens in numbers:
@@ -189,9 +194,8 @@ def warm(pool: ProcessPoolExecutor, workers: int, case: str, numbers: list[int])
     for few in {few for few, _ in jobs.values()}:
         rows = [row for number, row in jobs.values() if number == few]
         waiting += [pool.submit(compile_rows, case, few, rows[i::workers]) for i in range(workers) if rows[i::workers]]
-    for job in waiting:
-        job.result()
-    print(f"{case}: {len(jobs)} rows compiled", flush=True)
+    print(f"{case}: {len(jobs)} rows", flush=True)
+    return waiting
 
 
 def main() -> None:
@@ -206,22 +210,26 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     log: dict[str, list[Row]] = {}
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        compiled = {case: warm(pool, arguments.workers, case, arguments.tokens) for case in arguments.cases}
         for case in arguments.cases:
-            warm(pool, arguments.workers, case, arguments.tokens)
-    for case in arguments.cases:
-        bench = Bench(CASES[case])
-        name = shape_name(bench.terms)
-        path = FOLDER / f"{name}.json"
-        known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-        found, log[case] = {row["tokens"]: row for row in known}, []
-        for tokens in arguments.tokens:
-            found[tokens] = tune(bench, tokens, log[case], deadline)
-            rows = [found[tokens] for tokens in sorted(found)]
-            table = {"case": case, "device": torch.cuda.get_device_name(), "dtype": "bfloat16", "rows": rows}
-            (arguments.out / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-            arguments.log.write_text(json.dumps(log) + "\n", encoding="utf-8")
-        del bench
-        torch.cuda.empty_cache()
+            if time.monotonic() > deadline:
+                print(f"{case}: no time left", flush=True)
+                continue
+            bench = Bench(CASES[case])
+            name = shape_name(bench.terms)
+            path = FOLDER / f"{name}.json"
+            known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+            found, log[case] = {row["tokens"]: row for row in known}, []
+            for job in compiled[case]:
+                job.result()
+            for tokens in arguments.tokens:
+                found[tokens] = tune(bench, tokens, log[case], deadline)
+                rows = [found[tokens] for tokens in sorted(found)]
+                table = {"case": case, "device": torch.cuda.get_device_name(), "dtype": "bfloat16", "rows": rows}
+                (arguments.out / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+                arguments.log.write_text(json.dumps(log) + "\n", encoding="utf-8")
+            del bench
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -10,15 +10,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moe_surgery.models.checkpoint import CONFIG
 from moe_surgery.testing.families import Family, families, model_config
 from moe_surgery.testing.filling import fill
 
 # 32 is the least head size that vLLM has attention kernels for on CPU.
 SIZES = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+# The one size that it has latent attention for.
+SIZES |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
 MORE: dict[str, dict[str, Any]] = {
+    "glm4_moe_lite": {"head_dim": 64},
     "granitemoehybrid": {"layer_types": ["attention", "attention"], "position_embedding_type": "rope"},
 }
 """What vLLM asks of a family's config to run it on a CPU."""
+KEYS: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": 32},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+}
+"""Keys of published config files that vLLM reads, and transformers doesn't write."""
 BY_HAND = ("step3_text",)
 VOCABULARY = 128
 
@@ -48,6 +61,8 @@ def write(name: str, folder: Path, seed: int = 0) -> None:
     for parameter in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         parameter.normal_()  # so that tokens differ
     model.save_pretrained(folder)
+    file = folder / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | KEYS.get(name, {})), encoding="utf-8")
 
 
 def _write_step3(folder: Path) -> None:
@@ -106,4 +121,4 @@ def _write_step3(folder: Path) -> None:
         "max_position_embedding": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")

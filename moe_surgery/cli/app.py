@@ -357,9 +357,20 @@ def packs_test(
         Path | None,
         typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
     ] = None,
+    cuda: Annotated[
+        Path | None,
+        typer.Option(
+            "--cuda",
+            metavar="FILE",
+            help="Have --markdown tell what benchmarks/families.py saw on a GPU too.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
     run(
         output,
-        lambda screen: packs_trial.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
+        lambda screen: packs_trial.packs_test(
+            screen, names, family, setting, strict=strict, markdown=markdown, cuda=cuda
+        ),
     )

@@ -87,5 +87,6 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         name = f"{told.get('what', 'MoE block')} of {told.get('block', told.get('part'))}"
         for sample in told["samples"]:
             size = f"{sample['sequences']} × {sample['tokens']} tokens"
-            found[f"{name}, {size}"] = (sample["ratio"], sample["spread"])
+            if sample["ratio"] is not None:
+                found[f"{name}, {size}"] = (sample["ratio"], sample["spread"])
     return found

@@ -53,7 +53,9 @@ def plan(
         screen.file(save, planned.to_text())
     if check and report.replaced:
         report = report.but(exit_code=exits.CHANGES)
-    screen.report(report, svg=svg)
+    costs = planned.costs if report.replaced else None
+    notes = [] if costs is None else [("costs", costs.sentence())]
+    screen.report(report, notes=notes, more={"costs": costs.to_json() if costs else None}, svg=svg)
     return report.exit_code
 
 

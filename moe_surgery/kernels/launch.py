@@ -22,7 +22,8 @@ class Kernel:
     """A Triton function with its compile-time arguments, which follow the others in its signature.
 
     Triton looks up the compiled kernel anew at every call, from all arguments. That takes most of the time of a launch,
-    and with ``aligned`` arguments of the same dtypes it always finds the same one; so it is asked once.
+    and with ``aligned`` arguments of the same dtypes it always finds the same one; so it is asked once, and what it
+    found is run as Triton itself does, but for its profilers' hooks.
     """
 
     def __init__(self, function: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
@@ -31,12 +32,19 @@ class Kernel:
         self.compiled: Any = None
 
     def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
-        if self.compiled is not None and aligned:
-            self.compiled[grid](*arguments, *self.last)
+        found = self.compiled
+        if found is not None and aligned:
+            stream = _current_stream(torch.cuda.current_device())
+            found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *arguments, *self.last)
             return
         compiled = self.function[grid](*arguments, **self.constants, **self.options)
         if aligned:
             self.compiled = compiled
+
+
+def _current_stream(device: int) -> int:
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
 
 
 class Unlaunched(Kernel):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,27 +53,29 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+@lru_cache(maxsize=1024)
+def _terms(*numbers: Any) -> Terms:
+    """The same object for the same numbers: making one, and telling it from others, takes as long as a launch."""
+    return Terms(*numbers)
+
+
+@lru_cache(maxsize=1024)
+def _router_terms(*numbers: Any) -> RouterTerms:
+    """As :func:`_terms`."""
+    return RouterTerms(*numbers)
+
+
 def _folded_moe(
     x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
     shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
     renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
-    terms = Terms(
-        experts=experts,
-        top_k=top_k,
-        slices=0 if shared_down is None else shared_down.shape[1] // width,
-        hidden=hidden,
-        width=width,
-        activation=activation,
-        sigmoid=sigmoid,
-        renormalize=renormalize,
-        scale=scale,
-        shared_scale=shared_scale,
-        gated=gate is not None,
-        native=native,
-        by_sigmoid=by_sigmoid,
-    )
+    slices = 0 if shared_down is None else shared_down.shape[1] // width
+    terms = _terms(
+        experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
+        native, by_sigmoid,
+    )  # fmt: skip
     return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
 
 
@@ -81,29 +85,10 @@ def _routed_moe(
     limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
-    terms = Terms(
-        experts=experts,
-        top_k=ids.shape[1],
-        slices=weights.shape[1] - ids.shape[1],
-        hidden=hidden,
-        width=width,
-        activation=activation,
-        sigmoid=False,
-        renormalize=False,
-        scale=1.0,
-        shared_scale=1.0,
-        gated=False,
-        native=False,
-        by_sigmoid=False,
-        given=True,
-        up=up,
-        limit=limit,
-        limit_after=limit_after,
-        alpha=alpha,
-        offset=offset,
-        on_input=on_input,
-        biases=w13_bias is not None,
-    )
+    terms = _terms(
+        experts, ids.shape[1], weights.shape[1] - ids.shape[1], hidden, width, activation, False, False, 1.0, 1.0,
+        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None,
+    )  # fmt: skip
     held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias)
     return compute(x, held, terms, Routed(ids, weights))
 
@@ -114,29 +99,10 @@ def _route(
     lowest: bool, renormalize: bool, epsilon: float, floor: float, squares: bool, scale: float, shared_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     experts, hidden = router.shape
-    terms = RouterTerms(
-        experts=experts,
-        top_k=top_k,
-        slices=slices,
-        hidden=hidden,
-        scoring=scoring,
-        by_logits=by_logits,
-        native=native,
-        soft_cap=soft_cap,
-        groups=groups,
-        chosen=chosen,
-        top2=top2,
-        lowest=lowest,
-        renormalize=renormalize,
-        epsilon=epsilon,
-        floor=floor,
-        squares=squares,
-        scale=scale,
-        shared_scale=shared_scale,
-        biased=bias is not None,
-        corrected=correction is not None,
-        gated=gate is not None,
-    )
+    terms = _router_terms(
+        experts, top_k, slices, hidden, scoring, by_logits, native, soft_cap, groups, chosen, top2, lowest, renormalize,
+        epsilon, floor, squares, scale, shared_scale, bias is not None, correction is not None, gate is not None,
+    )  # fmt: skip
     return compute_routing(x, router, bias, correction, gate, terms)
 
 

@@ -17,6 +17,7 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.models.checkpoint import Digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
+from moe_surgery.planning.costs import Costs
 from moe_surgery.planning.trace import traced
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.files import write_whole
@@ -40,7 +41,8 @@ class Plan:
     """One step per site, in the order of the module tree. ``model`` is the directory, hub id or class planned for.
 
     A plan can be saved, reviewed, and applied unchanged later; applying it to a model that no longer fits is an error.
-    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known.
+    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known. ``costs`` is None in a
+    plan that was read from a file.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Plan:
     checkpoint: Digest | None = None
     versions: dict[str, str] = field(default_factory=versions, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    costs: Costs | None = field(default=None, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:

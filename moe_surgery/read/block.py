@@ -9,11 +9,11 @@ dtype that one record can't show is seen as a difference between two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moe_surgery.read.children import children, combine
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
+from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met, parse_results
 from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
@@ -31,6 +32,7 @@ from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Choice, Flow, Route
@@ -40,6 +42,7 @@ from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
+_MOST_BRANCHES = 3  # each doubles the records
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
 
 
@@ -55,6 +58,12 @@ class Record:
     ranked: int
     results: Structure | None = None
     kept: Attributes = field(default_factory=dict)
+    lone: bool = False
+    used: frozenset[str] = frozenset()
+
+    @property
+    def says(self) -> tuple[object, ...]:
+        return self.tokens, self.results, self.kept
 
 
 def read(block: nn.Module) -> Reading:
@@ -75,12 +84,14 @@ def read(block: nn.Module) -> Reading:
         records = [
             crowded.record,
             ask(_shape(batch, width, crowded.flat), torch.float32, _rolled if more else spread),
-            ask(_shape((1, 1), width, crowded.flat), own, spread, plain=True),
+            _of_one(ask, _shape((1, 1), width, crowded.flat), own, crowded.record),
         ]
         calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
         records += ask.if_it_takes(_shape((2, 3), width, crowded.flat), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
         records += ask.if_it_takes((few[0] * few[1], width), own)
+        if any(record_.lone for record_ in records) and not crowded.flat:
+            records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
     if any(expert.identity for expert in experts):
@@ -127,13 +138,14 @@ def read(block: nn.Module) -> Reading:
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
     )
-    check_complete(state, layout)
+    spare = frozenset(state).difference(*(record_.used for record_ in records))
+    check_complete({name: tensor for name, tensor in state.items() if name not in spare}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
     above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above
+        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items()), above, spare
     )
 
 
@@ -177,15 +189,46 @@ class Asking:
     calling: Calling
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
-        return parse_record(record(self.block, shape, dtype, route, plain=plain, calling=self.calling), dtype)
+        how: dict[str, Any] = {"plain": plain, "calling": self.calling}
+        flow = record(self.block, shape, dtype, route, **how)
+        found = parse_record(flow, dtype)
+        for turned in _some(flow.branches):
+            number = min(turned).rpartition(" ")[2]
+            try:
+                other = record(self.block, shape, dtype, route, turned=turned, **how)
+                same = set(other.branches) <= set(flow.branches) and parse_record(other, dtype).says == found.says
+            except Unreadable:
+                same = False
+            if not same:
+                raise Unreadable(f"{DEPENDS} (compares it with {number})")
+        return found
 
     def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
         """A record; none where the block's own forward doesn't take such an input."""
         try:
-            flow = record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
+            record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
         except Unfollowed:
             return []
-        return [parse_record(flow, dtype)]
+        return [self(shape, dtype, _crowded, plain=plain)]
+
+
+def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Record) -> Record:
+    """A record of one token, or one row or column of them, of a block that may do something else with many."""
+    try:
+        found = ask(shape, dtype, spread, plain=True)
+        if not many.lone or _but_slots(found.tokens[0]) == _but_slots(many.tokens[0]):
+            return found
+    except Unreadable:
+        if not many.lone:
+            raise
+    raise Unreadable(f"{DEPENDS} (asks whether it is one)")
+
+
+def _some(branches: tuple[str, ...]) -> list[frozenset[str]]:
+    """Which comparisons to answer the other way round, one after another."""
+    if len(branches) > _MOST_BRANCHES:
+        raise Unreadable(f"{DEPENDS} (compares it with {len(branches)} numbers)")
+    return [frozenset(some) for count in range(1, len(branches) + 1) for some in combinations(branches, count)]
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
@@ -264,13 +307,28 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         for number in range(count)
     ]
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
+    for ref in flow.positive:
+        _check_positive(run.vectors(ref).lead.reshape(-1), parsers)
     choice = flow.choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
     if tokens[0].router.scoring != "own":
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, choice.k, results, flow.kept)
+    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone, flow.used)
+
+
+def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
+    """Every token's weights must be scores, which are above zero, and be scaled by no less."""
+    for term, parser in zip(items, parsers, strict=True):
+        for slot in range(term.size):
+            try:
+                read = parser.routers.parse(parser.terms.elem(term, slot), 1.0).read
+                above = read.scoring != "own" and read.scale > 0
+            except Unreadable:
+                above = False
+            if not above:
+                raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
 
 
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:

@@ -50,6 +50,7 @@ class Reading:
     ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone,
     and ``kept`` which attributes it writes, by module and name, with their values.
     ``above_zero`` names weights of which none may be below zero, or the reading doesn't hold.
+    ``spare`` are weights that no call outside of training uses.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -62,3 +63,4 @@ class Reading:
     results: Structure | None = None
     kept: tuple[tuple[tuple[str, str], Any], ...] = ()
     above_zero: Piece | None = None
+    spare: frozenset[str] = frozenset()

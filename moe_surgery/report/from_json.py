@@ -32,6 +32,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             seconds=data["seconds"],
             memory=Memory(**data["memory"]),
             exit_code=data["exit"],
+            phases=tuple(data.get("phases", {}).items()),
             model_check=None if data.get("model_check") is None else ModelCheck.from_json(data["model_check"]),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -116,7 +116,8 @@ class Outcomes:
 
     ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
     "rolled back" (a failure; model as it was), "undone" or "audited" (what an engine built was held against its
-    checkpoint). ``model_check`` is None where none was made.
+    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as far
+    as they were told apart.
     """
 
     model: str
@@ -128,6 +129,7 @@ class Outcomes:
     memory: Memory = Memory()
     exit_code: int = 0
     model_check: ModelCheck | None = None
+    phases: tuple[tuple[str, float], ...] = ()
 
     def _with(self, outcome: Outcome) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.outcome == outcome)
@@ -172,6 +174,7 @@ class Outcomes:
             "memory": {"moved": self.memory.moved, "new": self.memory.new, "kept": self.memory.kept},
             "model_check": self.model_check.to_json() if self.model_check else None,
             "seconds": round(self.seconds, 3),
+            "phases": {name: round(seconds, 3) for name, seconds in self.phases},
             "exit": self.exit_code,
         }
 

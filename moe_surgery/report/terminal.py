@@ -97,6 +97,7 @@ def sentence(report: Outcomes) -> str:
     word, remark = _DONE[report.done]
     counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"
     parts = [f"{counts}, {len(report.refused)} refused", remark, duration(report.seconds)]
+    parts.append(", ".join(f"{name} {duration(seconds)}" for name, seconds in report.phases))
     return " · ".join(part for part in parts if part)
 
 

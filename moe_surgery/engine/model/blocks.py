@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     RowParallelLinear,
 )
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
@@ -109,7 +111,9 @@ class SharedExpert(nn.Module):
         gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
         # Not children, or their weights would have two names.
         self._layers = (owner(block, shared.gate), up, owner(block, shared.down), gate)
-        self.act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
+        act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
+        # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
+        self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
         self.factor = spec.scale / copies(self.down)
         if isinstance(self.down, LinearBase):
             self.down.reduce_results = False

@@ -201,6 +201,8 @@ def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
             reading = known.once(key, lambda: read(block))
             if not reading.calling.plain or reading.results is not None:
                 raise Unreadable("in an engine, blocks take and return one tensor")
+            if reading.spare:
+                raise Unreadable(f"{min(reading.spare)} takes no part in what was read")
             if reading.above_zero is not None:
                 raise Unreadable("in an engine, experts outside of the groups must not be ranked")
     except Unreadable as error:

@@ -17,7 +17,7 @@ from moe_surgery.errors import SurgeryError, UnsupportedError
 
 CONTEXT = 32
 """Tokens of a sequence before the decoding steps that are timed."""
-STEPS, TURNS = 10, 10
+STEPS, TURNS = 10, 20
 """How many decoding steps a turn has, and how many turns there are, if two seconds are enough for them."""
 _SECONDS, _FEWEST, _WARM_UP = 2.0, 5, 4
 
@@ -124,11 +124,12 @@ class Turns:
 
 
 def measure(engines: Sequence[Engine], what: What, sequences: int, tokens: int) -> list[Turns]:
-    """Ask the engines in turns, each once a turn; ``tokens`` are those of a prefill. The first turn warms up."""
+    """Ask the engines in turns, each once a turn; ``tokens`` are those of a prefill. Two turns before warm up."""
     found: list[list[Times]] = [[] for _ in engines]
     decoding = what == "decode step"
     context, first = (CONTEXT, _WARM_UP) if decoding else (tokens, 0)
-    rough = max(_rough(engine.ask(sequences, context, first + 1 if decoding else 0)) for engine in engines)
+    for _ in range(2):  # the first is no measure: it may compile kernels
+        rough = max(_rough(engine.ask(sequences, context, first + 1 if decoding else 0)) for engine in engines)
     calls = min(TURNS * (STEPS if decoding else 1), max(int(_SECONDS / rough), _FEWEST))
     steps = min(STEPS, max(calls // _FEWEST, 1)) if decoding else 1
     for _ in range(calls // steps):

@@ -235,6 +235,10 @@ def _gather(run: Evaluation, op: Op) -> Rows:
     if not isinstance(index, Tensor):
         raise Unreadable("it gathers by computed places")
     last = op.args[1] in (-1, len(op.shape) - 1)
+    if not last and index.shape[-1] == values.size and bool((index == index[..., :1]).all()):  # whole rows
+        cut = tuple(slice(size) for size in index.shape[:-1])
+        cut = tuple(slice(None) if dim == op.args[1] % index.ndim else part for dim, part in enumerate(cut))
+        return Rows(np.take_along_axis(values.lead[cut], index[..., 0].numpy(), op.args[1] % index.ndim), values.size)
     numbered = enumerate(run.flow.choices)
     number = next((number for number, choice in numbered if last and _same_ids(run, choice, index, values)), None)
     if number is None:

@@ -73,7 +73,9 @@ class Mats:
         if axis >= 0:
             return replace(self, lead=self.lead.take(range(start, stop), axis=axis))
         if axis == COLS:
-            return replace(self, lead=each(self.lead, lambda piece: strip(piece, start, stop, self.cols)), cols=stop - start)
+            return replace(
+                self, lead=each(self.lead, lambda piece: strip(piece, start, stop, self.cols)), cols=stop - start
+            )
         return replace(self, lead=each(self.lead, lambda piece: band(piece, start, stop)), rows=stop - start)
 
     def viewed(self, shape: Shape) -> Mats:

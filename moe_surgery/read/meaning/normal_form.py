@@ -68,12 +68,22 @@ class Terms:
         flat, constants = _flat("add", args)
         if any(term.op == "lin" and term.args[1].cols for term in flat):
             flat = self._joined(flat)
+        if any(term.op == "elem" and term.args[0].op == "chosen" for term in flat):
+            flat = self._summed(flat)
         constant = sum(constants)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
             return flat[0]
         return self.make("add", tuple(sorted(flat, key=lambda term: term.uid)), size)
+
+    def _summed(self, summands: list[Term]) -> list[Term]:
+        """All that were chosen, each once, are their sum."""
+        for vector in {term.args[0] for term in summands if term.op == "elem" and term.args[0].op == "chosen"}:
+            mine = [term for term in summands if term.op == "elem" and term.args[0] is vector]
+            if sorted(term.args[1] for term in mine) == list(range(vector.size)):
+                summands = [term for term in summands if term not in mine] + [self.total(vector)]
+        return summands
 
     def _joined(self, summands: list[Term]) -> list[Term]:
         """Maps of the parts of one vector by the columns of one matrix are the map of that vector."""
@@ -130,6 +140,8 @@ class Terms:
         """A quotient; ``x / (1 + exp(-y))`` becomes ``x * sigmoid(y)``."""
         if under.op == "vec" or over.op == "vec":
             return self._element_by_element(self.div, (over, under))
+        if over.op == "const" and over.args[0] == 0.0:
+            return over
         if under.op == "const" and under.args[0] != 0.0:
             return self.mul(over, self.const(1.0 / under.args[0]))
         if under.op == "add" and len(under.args) == 2:
@@ -303,6 +315,21 @@ class Terms:
         return self.make("vec", tuple(scalars), len(scalars))
 
     def softmax(self, arg: Term) -> Term:
+        """A softmax; of one vector's elements among minus infinities it is that vector's, among zeros."""
+        inner = arg.args[0] if arg.op == "cast" and arg.args[0].op == "vec" else arg
+        if inner.op == "vec":
+            known = [element for element in inner.args if element.op == "const"]
+            others = [element for element in inner.args if element.op != "const"]
+            vector = others[0].args[0] if others and others[0].op == "elem" else None
+            places = [element.args[1] for element in others if element.op == "elem" and element.args[0] is vector]
+            infinite = all(element.args[0] == -math.inf for element in known)
+            if known and infinite and vector is not None and sorted(places) == list(range(vector.size)) != []:
+                if len(places) == len(others):
+                    made = self.softmax(self.cast(vector, arg.args[1]) if arg.op == "cast" else vector)
+                    zero = self.const(0.0)
+                    return self.vec(
+                        [zero if element.op == "const" else self.elem(made, element.args[1]) for element in inner.args]
+                    )
         return self.make("softmax", (arg,), arg.size)
 
     def total(self, arg: Term) -> Term:

@@ -96,6 +96,7 @@ class RouterParser:
         self.rounding = Rounding(native, terms)
         self.bare = self.rounding.bare
         self._rankings = Rankings(rankings, terms, self.bare)
+        self._named: dict[int, Term] = {}
 
     def parse(self, factor: Term, scale: float) -> Weight:
         """The weight ``factor`` times ``scale``."""
@@ -105,11 +106,44 @@ class RouterParser:
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 
+    def by_choice(self, term: Term) -> Term:
+        """A scalar in which scores that were chosen are named by their rank, not by their expert.
+
+        So are elements of masked scores written, and the highest of what is ranked.
+        """
+        known = self._named.get(term.uid)
+        if known is None:
+            known = self._named[term.uid] = self._by_choice(term)
+        return known
+
+    def _by_choice(self, term: Term) -> Term:
+        if term.op == "elem" and term.args[0].op in ("softmax", "sigmoid", "sqrt"):
+            for ranking in self._rankings.whole:
+                if term.args[0].size == ranking.scores.size > len(ranking.ids) and term.args[1] in ranking.ids:
+                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
+                    return self.terms.elem(scores, ranking.ids.index(term.args[1]))
+        if term.op == "largest":
+            for ranking in self._rankings.whole:
+                if self.bare(term.args[0]) is self.bare(ranking.scores):
+                    scores = self.terms.chosen(term.args[0], ranking.scores, ranking.number, ranking.count)
+                    return self.terms.elem(scores, 0)
+        if term.op == "cast":
+            return self.terms.cast(self.by_choice(term.args[0]), term.args[1])
+        if term.op in ("add", "mul", "div") and term.size == 1:
+            makers = {"add": self.terms.add, "mul": self.terms.mul, "div": self.terms.div}
+            return makers[term.op](*map(self.by_choice, self.terms.inner(term)))
+        if term.op == "clamp" and term.size == 1:
+            return self.terms.clamp(self.by_choice(term.args[0]), *term.args[1:])
+        return term
+
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""
         if term.op == "elem":
             return term.args[0], term.args[1]
         inner = self.terms.inner(term)
+        if term.op == "div" and inner[1].size == 1:
+            vector, slot = self._slot(inner[0])
+            return (self.terms.div(vector, inner[1]), slot) if vector.size > 1 else (term, 0)
         if term.op in ("sigmoid", "cast", "sqrt", "softplus") and len(inner) == 1:
             vector, slot = self._slot(inner[0])
             made = self.terms.cast(vector, term.args[1]) if term.op == "cast" else self.terms.fn(term.op, vector)

@@ -55,7 +55,8 @@ class TokenParser:
         shared: list[SharedRead] = []
         output_bias: list[Piece] = []
         on_input: set[bool] = set()
-        for factors in self._products(output):
+        for product in self._products(output):
+            factors = [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
             routing = [factor for factor in factors if self._routed(factor)]
             if not routing:
                 alone = self.bare(factors[0])

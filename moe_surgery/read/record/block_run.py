@@ -28,16 +28,17 @@ def record(
     plain: bool = False,
     calling: Calling = PLAIN,
     more: Mapping[str, Any] | None = None,
+    turned: frozenset[str] = frozenset(),
 ) -> Flow:
     """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
 
     Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
     batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
     depends on its size; it is made with strided leading dimensions and with gradients enabled, to be held against one
-    made without. Raises :class:`Unreadable` for anything that a record can't hold, also if the block's own code caught
+    made without. Of ``turned`` comparisons of the batch size the other branch is recorded. Raises :class:`Unreadable` for anything that a record can't hold, also if the block's own code caught
     the first exception, and :class:`Unfollowed` if the block raises an error of its own.
     """
-    recorder = Recorder(block, dtype, route)
+    recorder = Recorder(block, dtype, route, turned)
     return _recorded(recorder, block, shape, plain, lambda x: calling.placed({"hidden_states": x, **(more or {})}))
 
 

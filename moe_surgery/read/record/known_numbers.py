@@ -66,7 +66,12 @@ class Ledger:
 
     def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
         self.fixed, self.object_to = fixed, object_to
+        self._blank = False
         self.reason = LOAD  # why the last result of kind LOAD is one
+
+    def before(self, name: str, args: Sequence[Any]) -> None:
+        """Look at what the next operation may write to."""
+        self._blank = name == "scatter" and uniform(args[0])
 
     def kinds(
         self,
@@ -100,7 +105,7 @@ class Ledger:
     def _kind(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
         if name in _COMPARE:
             return self._compared(name, args, top, kind_of)
-        if name == "scatter" and isinstance(args[3], (int, float)) and kind_of(args[0]) == Kind.PLAIN and uniform(args[0]):
+        if name == "scatter" and self._blank and isinstance(args[3], (int, float)) and kind_of(args[0]) == Kind.PLAIN:
             return min(top, Kind.PLACED)
         if name == "index_put" and len(args) > 3 and args[3]:
             return max(top, Kind.COUNT)

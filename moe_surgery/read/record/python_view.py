@@ -49,6 +49,8 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder, name = self.recorder, getattr(func, "__name__", "")
+        if name == "new_tensor":  # its numbers have nothing to do with the tensor it is asked of
+            func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
             own = func(*args)
             return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
@@ -100,7 +102,11 @@ class Sizes(TorchFunctionMode):
             self.recorder.lenient = False
 
     def _mark(self, size: int) -> int:
-        return size if size in self.recorder.fixed else BatchSize.of(size, self.recorder.object_to)
+        return (
+            size
+            if size in self.recorder.fixed
+            else BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+        )
 
     def _from_batch(self, tensor: Tensor) -> bool:
         return any(size not in self.recorder.fixed for size in tensor.shape)

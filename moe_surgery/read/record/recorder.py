@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.calling import Constant, structured
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.batch_size import Branches
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, tensors_in, written
@@ -55,8 +56,11 @@ class Recorder(TorchDispatchMode):
     the code gives as plain numbers. ``batch`` are the input's own.
     """
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype, route: Route) -> None:
+    def __init__(
+        self, block: nn.Module, dtype: torch.dtype, route: Route, turned: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
+        self.branches = Branches(turned)
         self.dtype, self.route = dtype, route
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
@@ -64,6 +68,7 @@ class Recorder(TorchDispatchMode):
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self._paused = False
+        self.positive: list[torch.fx.Node] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self._unused: dict[int, _Choice] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
@@ -231,6 +236,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
+        self._ledger.before(name, args)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -250,6 +256,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
+        if (known := self._by_support(func, name, args, entries)) is not None:
+            return known
         if name in _READS_BACK:
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
@@ -277,10 +285,12 @@ class Recorder(TorchDispatchMode):
         if objection:
             record.meta["objection"] = objection
         ranking = self._ranking(name, args, kwargs)
+        support = self._support(func, name, args, kwargs, entries)
         if in_place:
             entry = entries[id(args[0])]
             entry.node, entry.meta, entry.real = record, result, None
             record.meta["val"] = result
+            entry.support, entry.positive = support
             return args[0]
         if name == "argmax" and ranking is not None:
             return self._choose(record, result, ranking)
@@ -288,6 +298,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             entry = self._enter(result, record, result)
             entry.single = single
+            entry.support, entry.positive = support
             return result
         parts = []
         for place, part in enumerate(result):
@@ -297,6 +308,34 @@ class Recorder(TorchDispatchMode):
         if ranking is not None:
             parts[1] = self._choose(record, parts[1], ranking)
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
+
+    def _support(
+        self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]
+    ) -> tuple[Tensor | None, Any]:
+        """Where the result may be other than zero, and what stands there, if weights were put among zeros."""
+        first = entries.get(id(args[0])) if args else None
+        if name == "scatter" and first is not None and first.real is not None and not bool(first.real.any()):
+            index, source = entries.get(id(args[2])), entries.get(id(args[3]))
+            if index is not None and index.kind == Kind.CHOSEN and source is not None and source.node is not None:
+                zeros = torch.zeros(first.real.shape, dtype=torch.bool)
+                return zeros.scatter(args[1], index.real, torch.ones(index.real.shape, dtype=torch.bool)), source.node
+        if name in _SHAPED and first is not None and first.support is not None:
+            return func(first.support, *args[1:], **kwargs), first.positive
+        return None, None
+
+    def _by_support(self, func: Any, name: str, args: Any, entries: dict[int, Entry]) -> Tensor | None:
+        """Where weights are that were put among zeros, asked of the tensor that they were put in."""
+        first = entries.get(id(args[0]))
+        if first is None or first.support is None:
+            return None
+        number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
+        if not (name == "nonzero" or (name in ("gt", "ne") and number == 0)):
+            return None
+        if first.positive not in self.positive:
+            self.positive.append(first.positive)
+        real = first.support.nonzero() if name == "nonzero" else first.support.clone()
+        self.entries.enter(real, None, None, real, Kind.COUNT if name == "nonzero" else Kind.CHOSEN)
+        return real
 
     def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
         """Why nothing may come of an operation on the input, if so."""
@@ -348,9 +387,10 @@ class Recorder(TorchDispatchMode):
         if entry.node is None:
             raise self.object_to("its output doesn't depend on its input")
         results = structured(answer, lambda value, where: self._result(value, where, output))
+        positive = self.positive
         more = [leaf.value for leaf in results.leaves() if isinstance(leaf, Given)] if answer is not output else []
         needed, waiting = set(), [entry.node, *(choice.node for choice in self._made())]
-        waiting += [node for node in more if isinstance(node, torch.fx.Node)]
+        waiting += [node for node in [*more, *positive] if isinstance(node, torch.fx.Node)]
         while waiting:
             node = waiting.pop()
             if node not in needed:
@@ -362,14 +402,23 @@ class Recorder(TorchDispatchMode):
         index = {node: Ref(place) for place, node in enumerate(kept)}
         ops = tuple(self._op(node, index) for node in kept)
         choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self._made())
+        found = Flow(
+            ops,
+            index[entry.node],
+            choices,
+            branches=tuple(self.branches.met),
+            lone=self.branches.lone,
+            positive=tuple(index[node] for node in positive),
+            used=frozenset(self.entries.used),
+        )
         if answer is output:
-            return Flow(ops, index[entry.node], choices)
+            return found
 
         def placed(leaf: Any) -> Any:
             known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
             return replace(leaf, value=index[leaf.value]) if known else leaf
 
-        return Flow(ops, index[entry.node], choices, results.mapped(placed))
+        return replace(found, results=results.mapped(placed))
 
     def _made(self) -> list[_Choice]:
         """The choices that anything came of."""

@@ -20,7 +20,8 @@ class Entry:
 
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
     ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one is
-    one token of the batch, of which nothing but the shape may be used.
+    one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
+    than zero, if it is known to be zero elsewhere: where positive numbers from the node ``positive`` were put.
     """
 
     tensor: Tensor
@@ -32,6 +33,8 @@ class Entry:
     kinds: dict[int, Kind]
     shift: int = 0
     single: bool = False
+    support: Tensor | None = None
+    positive: Any = None
 
     @property
     def kind(self) -> Kind:
@@ -45,9 +48,7 @@ class Entry:
         """A meta tensor that stands for this one."""
         if self.meta is None:
             assert self.real is not None
-            self.meta = torch.empty_strided(
-                self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta"
-            )
+            self.meta = torch.empty_strided(self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta")
         return self.meta
 
     def starts(self, width: int) -> Tensor | None:
@@ -65,13 +66,14 @@ class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
     Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
-    ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
+    ``used`` are the weights that were entered, ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.own = own_dtype(dict(block.named_parameters()) | dict(block.named_buffers()))
         self.guarded: dict[int, str] = {}
+        self.used: set[str] = set()
         self._known: dict[int, Entry] = {}
         self._versions: dict[int, int] = {}
         self._aliases: dict[int, tuple[int, int]] = {}
@@ -118,6 +120,7 @@ class Entries:
         name = self.owned(tensor)
         if name is None:  # a Python number, wrapped on its way here
             return self.enter(tensor, None, None, tensor)
+        self.used.add(name)
         meta = torch.empty(tensor.shape, dtype=self.seen_dtype(tensor.dtype), device="meta")
         entry = self.enter(tensor, weight(name), meta, None)
         self.guarded[entry.storage] = name

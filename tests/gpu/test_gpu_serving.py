@@ -1,0 +1,54 @@
+"""Servers on a GPU, compiled and with CUDA graphs: what clients get is what they got before surgery."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from served import complete, prompt_logprobs, server
+
+from moe_surgery.engine.receipts import check, read_all
+
+PROMPTS = [[3, 17, 90, 41, 5], [100, 2, 2, 64], [7]]
+LONG = [(17 * at * at + 5 * at) % 128 for at in range(200)]
+EXACT = {"TRITON_F32_DEFAULT": "ieee"}
+
+
+def served(
+    folder: Path, tmp: Path, cache: Path, dtype: str, surgery: bool = True
+) -> tuple[list[list[int]], list[float]]:
+    """Greedy tokens of :data:`PROMPTS`, and the log-probabilities of :data:`LONG`."""
+    env = {**EXACT, "VLLM_CACHE_ROOT": str(cache)}
+    with server(folder, tmp, "--dtype", dtype, surgery=surgery, **env) as (_, address):
+        tokens = [complete(folder, address, prompt) for prompt in PROMPTS]
+        logprobs = prompt_logprobs(folder, address, LONG)
+    if surgery:
+        receipts = read_all(tmp / "run")
+        check(receipts)
+        [report] = [receipt.report for receipt in receipts]
+        assert report is not None
+        assert {(site["outcome"], site["target"]) for site in report["sites"]} == {("replaced", "folded")}
+    return tokens, logprobs
+
+
+def distance(found: list[float], wanted: list[float]) -> float:
+    """The root of the mean square difference."""
+    return math.sqrt(sum((one - other) ** 2 for one, other in zip(found, wanted, strict=True)) / len(wanted))
+
+
+@pytest.mark.slow
+def test_tokens_are_those_without_surgery_with_caches_of_either(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In float32 the same tokens. In bfloat16 as near to float32's as without surgery, which is the dtype's noise."""
+    folder, cache = folders["naive_talker"], tmp_path / "cache"
+    plain = served(folder, tmp_path / "plain", cache, "float32", surgery=False)
+    swapped = served(folder, tmp_path / "swapped", cache, "float32")
+    again = served(folder, tmp_path / "again", cache, "float32", surgery=False)
+    assert swapped[0] == plain[0] == again[0]
+    assert max(abs(a - b) for a, b in zip(swapped[1], plain[1], strict=True)) < 1e-4
+    coarse = served(folder, tmp_path / "coarse", cache, "bfloat16", surgery=False)
+    folded = served(folder, tmp_path / "folded", cache, "bfloat16")
+    noise = distance(coarse[1], plain[1])
+    assert 0 < distance(folded[1], plain[1]) < 1.5 * noise
+    warm = served(folder, tmp_path / "warm", cache, "bfloat16")
+    assert warm == folded
