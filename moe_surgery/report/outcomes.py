@@ -116,8 +116,8 @@ class Outcomes:
 
     ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
     "rolled back" (a failure; model as it was), "undone" or "audited" (what an engine built was held against its
-    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as far
-    as they were told apart.
+    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as
+    far as they were told apart.
     """
 
     model: str
