@@ -11,15 +11,15 @@ from spec_weights import weights
 from torch import Tensor
 
 from moe_surgery.prove.ground import Ground, survey
-from moe_surgery.prove.naming import Likeness, answers_of, liken
+from moe_surgery.prove.naming import NEARER, Contrast, answers_of, contrasts, named
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
 
-def likeness(block: PlainBlock, tensors: BlockTensors, spec: MoESpec = TALKER) -> Likeness | None:
+def found(block: PlainBlock, tensors: BlockTensors, spec: MoESpec = TALKER) -> list[Contrast]:
     ground = survey(spec, tensors, 0)
     assert isinstance(ground, Ground)
-    return liken(answers_of(block, ground), ground)
+    return contrasts(answers_of(block, ground), ground)
 
 
 class UngatedShared(PlainBlock):
@@ -46,22 +46,32 @@ class Noisy(PlainBlock):
 )
 def test_a_known_mistake_is_named(kind: type[PlainBlock], name: str, dtype: torch.dtype) -> None:
     tensors = weights(TALKER, dtype)
-    assert str(likeness(kind(TALKER, tensors), tensors)) == name
+    assert named(found(kind(TALKER, tensors), tensors)) == name
 
 
 def test_an_expert_with_other_weights_is_named_by_its_number() -> None:
     tensors = weights(TALKER, torch.float32)
     w2 = tensors.w2.clone()
     w2[5] = 0
-    assert str(likeness(PlainBlock(TALKER, replace(tensors, w2=w2)), tensors)) == "expert 5 zeroed"
+    assert named(found(PlainBlock(TALKER, replace(tensors, w2=w2)), tensors)) == "expert 5 zeroed"
 
 
-def test_a_right_block_is_like_no_mistake() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_block_is_like_no_mistake(dtype: torch.dtype) -> None:
+    tensors = weights(TALKER, dtype)
+    contrast = found(PlainBlock(TALKER, tensors), tensors)
+    assert named(contrast) is None
+    assert contrast[0].ratio > NEARER
+
+
+def test_a_mutant_that_the_weights_make_true_is_not_told_from_the_truth() -> None:
     tensors = weights(TALKER, torch.float32)
-    assert likeness(PlainBlock(TALKER, tensors), tensors) is None
+    assert tensors.shared_down_proj is not None
+    tensors = replace(tensors, shared_down_proj=torch.zeros_like(tensors.shared_down_proj))
+    contrast = found(PlainBlock(TALKER, tensors), tensors)
+    assert {one.name for one in contrast if one.ratio < NEARER} >= {"shared expert dropped", "shared expert doubled"}
 
 
 def test_a_mistake_of_its_own_is_not_given_a_name() -> None:
     tensors = weights(TALKER, torch.float32)
-    found = likeness(Noisy(TALKER, tensors), tensors)
-    assert found is None or (not found.same and str(found).startswith("nearest known mistake: "))
+    assert named(found(Noisy(TALKER, tensors), tensors)) is None

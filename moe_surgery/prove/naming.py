@@ -1,4 +1,8 @@
-"""Which known mistake a wrong block makes: the mutant that its own answers are nearest to."""
+"""Which mistake a block makes, told from its own answers: are they those of a mutant, or those of the truth?
+
+A proof asks beforehand whether a mutant would be noticed. Here the answers are known, so that less is needed to tell
+two hypotheses apart: whether the answers lie much nearer to the one than to the other.
+"""
 
 from __future__ import annotations
 
@@ -12,55 +16,60 @@ from moe_surgery.prove.asking import Block, Call, ask
 from moe_surgery.prove.ground import Ground
 from moe_surgery.prove.probe import ZERO
 
-# How many times nearer than the truth a mutant is that says anything of a block which isn't it.
-_NEARER = 4.0
+NEARER = 2.0
+"""How many times nearer to one of two hypotheses answers are that decide for it."""
 # A batch that no block is known to branch at.
 _BATCH = 72
+# An error that is worth telling from none, in limits of a right block.
+_LEAST = 0.05
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """The mutants whose outputs are nearest to a block's: their ``names``, and how far they are, worst token.
+class Contrast:
+    """A mutant and a block's answers. ``ratio`` is how many times farther from it than from the truth these are.
 
-    ``same`` says that they are as near as rounding allows, so that the block does what they do.
+    ``apart`` is the worst token's distance from the mutant, and ``beyond`` the same in limits of a right block.
     """
 
-    names: tuple[str, ...]
-    distance: float
-    same: bool
+    name: str
+    ratio: float
+    apart: float
+    beyond: float
 
-    def __str__(self) -> str:
-        """Such as ``computed with its correction bias left out``, for after a colon."""
-        listed = " or ".join(self.names)
-        return listed if self.same else f"nearest known mistake: {listed} ({self.distance:.2g} from it)"
+    @property
+    def same(self) -> bool:
+        """Whether the block does what the mutant does: both round, and so may be off twice as far as one."""
+        return self.ratio * NEARER <= 1 and self.beyond <= 2.0
 
 
-def liken(answers: Tensor, ground: Ground) -> Likeness | None:
-    """Hold a block's ``answers`` [N, H] against every mutant; None if it is like none of them.
+def contrasts(answers: Tensor, ground: Ground) -> list[Contrast]:
+    """A block's ``answers`` [N, H] held against every mutant and the truth, on the same tokens; the likest first.
 
     Tokens with more than one legitimate choice of experts are left out, and the zero token.
     """
     clear = (ground.routing.choices() == 1) & (ground.probes.family != ZERO)
     off = ground.truth.distance_from(answers, torch.arange(len(answers), device=answers.device))
-    bounds = off.new_tensor(ground.noise)[ground.probes.family] * ground.slack
-    found: list[tuple[float, float, str]] = []
+    limits = off.new_tensor(ground.noise)[ground.probes.family] * ground.slack
+    found = []
     for name, y, tokens in _cases(ground):
         mine = clear[tokens]
         tokens, y = tokens[mine], y[mine]
-        if not len(tokens):
-            continue
-        apart = (answers[tokens].double() - y).norm(dim=-1) / ground.truth.norms[tokens]
-        # Against the truth on the same tokens: a mutant that is the truth there explains nothing.
-        if not bool((off[tokens] > bounds[tokens]).any()):
-            continue
-        found.append((float((apart / bounds[tokens]).max()), float(apart.max()), name))
-    if not found:
-        return None
-    beyond, distance, _ = min(found)
-    same = beyond <= 2.0  # the block's rounding, and that of what the mutant was made of
-    names = [name for far, _, name in found if (far <= 2.0 if same else far == beyond)]
-    truth = float((off[clear] / bounds[clear]).max()) if bool(clear.any()) else torch.inf
-    return Likeness(tuple(names[:2]), distance, same) if same or _NEARER * beyond < truth else None
+        if len(tokens):
+            apart = (answers[tokens].double() - y).norm(dim=-1) / ground.truth.norms[tokens]
+            from_truth = _typical(off[tokens] / limits[tokens]).clamp_min(_LEAST)
+            ratio = float(_typical(apart / limits[tokens]) / from_truth)
+            found.append(Contrast(name, ratio, float(apart.max()), float((apart / limits[tokens]).max())))
+    return sorted(found, key=lambda contrast: contrast.ratio)
+
+
+def named(found: list[Contrast]) -> str | None:
+    """What ``found`` says that a wrong block does; None if it is like none of the mutants."""
+    same = list(dict.fromkeys(contrast.name for contrast in found if contrast.same))
+    if same:
+        return " or ".join(same[:2])
+    if found and found[0].ratio * NEARER <= 1:
+        return f"nearest known mistake: {found[0].name} ({found[0].apart:.2g} from it)"
+    return None
 
 
 def answers_of(block: Block, ground: Ground) -> Tensor:
@@ -68,6 +77,11 @@ def answers_of(block: Block, ground: Ground) -> Tensor:
     everyone = torch.arange(len(ground.probes.x), device=ground.probes.x.device)
     calls = [Call(f"{len(part)} tokens", ground.probes.x[part][None], part) for part in everyone.split(_BATCH)]
     return torch.cat([ask(block, call) for call in calls])
+
+
+def _typical(x: Tensor) -> Tensor:
+    """The root of the mean square."""
+    return x.pow(2).mean().sqrt()
 
 
 def _cases(ground: Ground) -> Iterator[tuple[str, Tensor, Tensor]]:
