@@ -452,6 +452,8 @@ def test_a_slower_block_is_called_slower() -> None:
 def test_a_busy_machine_gives_no_ratio(others: float, spread: float, words: str) -> None:
     sample = blocks.Sample(1, 30, 2.0, 1.0, 1, spread, others)
     assert sample.words() == words
+    whole = blocks.Speed("a.0", (sample,)).sentence()
+    assert whole.startswith("MoE block: no ratio at 1 token: the machine" if "no" in words else "MoE block 2.0× faster")
     told = blocks.Speed("a.0", (sample,)).to_json()["samples"][0]["ratio"]
     assert (told is None) == words.startswith("no ratio")
 

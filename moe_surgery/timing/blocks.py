@@ -88,6 +88,10 @@ class Speed:
 
     def sentence(self) -> str:
         """``MoE block 1.9× faster at 1 token, 2.4× faster at 64 tokens (median of 30 calls in turns, NAME)``."""
+        doubts = [sample.doubt for sample in self.samples]
+        if all(doubts):
+            sizes = ", ".join(self.size(sample) for sample in self.samples)
+            return f"{self.what}: no ratio at {sizes}: {doubts[0]} ({self.name})"
         parts = []
         for sample in self.samples:
             parts.append(f"{sample.words()} at {self.size(sample)}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
+import re
 
 from moe_surgery.report.pictures.palette import style
 
+_MARGIN = 20
+_HEAD = re.compile(r'<svg [^>]*width="([\d.]+)" height="([\d.]+)"')
 MONO = 0.61
 SANS = 0.56
 """About how wide a character is, in units of the font's size."""
@@ -15,7 +18,7 @@ _CONTROL = {number: "�" for number in range(32) if number not in (9, 10, 13)}
 
 def safe(text: object) -> str:
     """``text`` as it may stand in markup, between tags or in a quoted attribute."""
-    return escape(str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode(), quote=True)
+    return html.escape(str(text).translate(_CONTROL).encode("utf-8", "backslashreplace").decode(), quote=True)
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
@@ -52,10 +55,14 @@ def drawing(width: float, height: float, told: str, *parts: str) -> str:
 
 
 def alone(picture: str) -> str:
-    """The picture as a file of its own."""
-    end = picture.index(">") + 1
-    paper = element("rect", width="100%", height="100%", class_="paper")
-    return f"{picture[:end]}<style>{style()}</style>{paper}{picture[end:]}\n"
+    """The picture as a file of its own, on paper with a margin."""
+    head, end = _HEAD.match(picture), picture.index(">") + 1
+    assert head is not None
+    width, height = (float(size) + 2 * _MARGIN for size in head.groups())
+    paper = element("rect", width=width, height=height, class_="paper")
+    moved = element("g", picture[end:].removesuffix("</svg>"), transform=f"translate({_MARGIN} {_MARGIN})")
+    told = html.unescape(picture[: end - 2].rpartition('aria-label="')[2])
+    return drawing(width, height, told, element("style", style()), paper, moved) + "\n"
 
 
 def fitted(text: str, width: float, size: float, per: float = SANS) -> str:
