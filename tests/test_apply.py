@@ -225,10 +225,10 @@ def test_only_skip_and_expect() -> None:
 
 def test_strict_names_the_first_miss() -> None:
     model = tiny()
-    model.model.layers[1].mlp.experts.register_buffer("extra", torch.zeros(1))
+    model.model.layers[1].mlp.experts.act_fn = nn.Tanh()
     made = moe_surgery.plan(model, target="reference")
-    assert made.steps[1].outcome == "missed" and "extra" in made.steps[1].reason
-    with pytest.raises(ExpectationError, match=r"strict: 1 .*model\.layers\.1\.mlp: experts\.extra"):
+    assert made.steps[1].outcome == "missed" and "tanh" in made.steps[1].reason
+    with pytest.raises(ExpectationError, match=r"strict: 1 .*model\.layers\.1\.mlp: .*tanh"):
         moe_surgery.plan(model, target="reference", strict=True)
 
 

@@ -112,7 +112,7 @@ def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:
 
     :func:`check` raises it.
     """
-    failing = (receipt for receipt in receipts if receipt.outcome == "failed" or receipt.exit_code)
+    failing = (each for each in receipts if each.outcome == "failed" or (each.outcome == "audited" and each.exit_code))
     failed = min(failing, key=_order, default=None)
     if failed is None:
         return None
