@@ -15,13 +15,13 @@ def operated(folder: Path, tmp: Path, name: str, **surgery: str) -> Run:
     return Run(str(folder), {}, {"run": str(tmp / name), "prove": "all", **surgery})
 
 
-def check_fused(result: Result) -> None:
+def check_fused(result: Result, target: str = "folded") -> None:
     assert result.error is None
     for receipt in result.receipts:
         assert receipt["outcome"] == "operated" and receipt["ledger"] is not None
         for site in receipt["report"]["sites"]:
             assert (site["outcome"], site["path"].split(".")[-1] in ("block_sparse_moe", "moe")) == ("replaced", True)
-            assert site["spec"]["shared"]["width"] == 64
+            assert site["spec"]["shared"]["width"] == 64 and site["target"] == target
             assert site["proof"]["passed"] and site["proof"]["margin"] > 5
         assert len(receipt["report"]["sites"]) == 2
 
@@ -40,12 +40,12 @@ def test_all_families(tmp_path: Path) -> None:
     for name in FAMILIES:
         write(name, tmp_path / name)
         runs += [operated(tmp_path / name, tmp_path, f"{name}-run"), Run(str(tmp_path / name))]
-    runs.append(operated(tmp_path / "step3_text", tmp_path, "folded", target="folded"))
+    runs.append(operated(tmp_path / "step3_text", tmp_path, "layer", target="vllm"))
     results = run_all(runs, tmp_path)
     for result, plain in zip(results[:-1:2], results[1::2], strict=True):
         check_fused(result)
         check_same(result, plain)
-    check_fused(results[-1])
+    check_fused(results[-1], "vllm")
     check_same(results[-1], results[-2])
 
 
