@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | fuzz | lint | bench | setup. Every one sets the environment up first, if that isn't done yet.
+# make demo | test | test-gpu | fuzz | lint | docs | bench | setup. Every one sets the environment up first, if that isn't done yet.
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu fuzz lint bench
+.PHONY: help setup demo test test-gpu fuzz lint docs bench
 
 help:
 	@echo "make demo    operate on a small Qwen3-Omni model with vLLM on CPU, prove it, report it"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-gpu  run what needs a GPU, with GPU_PYTHON: an interpreter that has torch for CUDA, vLLM and pytest"
 	@echo "make fuzz    run the tests of generated examples with new examples, until one fails"
 	@echo "make lint    ruff, mypy and the contracts on imports"
+	@echo "make docs    build the documentation's site in site/ and check its links"
 	@echo "make bench   time the old and the new block"
 	@echo "make setup   only make $(VENV), from the pinned lists in requirements/"
 
@@ -56,6 +57,14 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+$(VENV)/docs/.ready: requirements/apart/docs.txt | $(READY)
+	@$(BIN)/python -m venv --clear $(VENV)/docs
+	@$(VENV)/docs/bin/python -m pip install -qq --no-deps --disable-pip-version-check -r $<
+	@touch $@
+
+docs: $(VENV)/docs/.ready
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python docs/build_site.py
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/cpu_block.py $(ARGS)

@@ -18,6 +18,7 @@ from moe_surgery.operate.apply import Operation, Progress, Settings
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack, Rule
 from moe_surgery.packs.registry import load_packs
+from moe_surgery.planning.costs import Costs
 from moe_surgery.planning.plan import Plan, Selection, make_plan, trails
 from moe_surgery.planning.survey import Surveyed, survey
 from moe_surgery.report.outcomes import Step
@@ -117,7 +118,8 @@ def _plan(subject: _Subject, sites: Sequence[Surveyed], packs: Packs, target: st
     made = make_plan(
         subject.name, sites, subject.config, load_packs(packs), target, get_target, selection, subject.obstacle
     )
-    return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started)
+    costs = Costs.of(subject.module, [step.path for step in made.steps if step.outcome == "replaced"])
+    return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started, costs=costs)
 
 
 def apply(
@@ -173,6 +175,7 @@ def verify(
 
 
 def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any]) -> Operation:
+    started = time.perf_counter()
     subject = _Subject.of(model)
     if made is not None and not isinstance(made, Plan):
         raise UsageError(f"plan must be a Plan, not {checks.shown(made)}; Plan.load reads a saved one")
@@ -189,7 +192,9 @@ def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan:
     else:
         made.check_origin(subject.digest(), subject.name)
         made.warn_of_versions()
-    return Operation(model, made, sites, get_target, settings)
+    operation = Operation(model, made, sites, get_target, settings)
+    operation.read = operation.started - started
+    return operation
 
 
 def _live(model: object) -> nn.Module:

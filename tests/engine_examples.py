@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,7 +77,8 @@ class Run:
 
     In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process, or on one rank (see
     ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
-    every way of :data:`PUSHES` between two times that it is asked.
+    every way of :data:`PUSHES` between two times that it is asked. ``guarded`` is a run without surgery whose error is
+    a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one that is told of.
     """
 
     folder: str
@@ -86,6 +87,8 @@ class Run:
     fault: str | None = None
     ask: bool = True
     push: str | None = None
+    guarded: bool = False
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,12 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 def _result(run: Run) -> Result:
     pushes: dict[str, str] = {}
     if run.surgery is None:
-        return Result(_outputs(run, pushes), [])
+        try:
+            return Result(_outputs(run, pushes), [])
+        except Exception as failure:
+            if not run.guarded:
+                raise
+            return Result([], [], f"{type(failure).__name__}: {failure}")
     from engine_faults import VARIABLE, faulty
 
     import moe_surgery
@@ -157,6 +165,8 @@ def _result(run: Run) -> Result:
     fault = None if of_one_rank else run.fault
     with patch.dict(os.environ, of_one_rank), faulty(fault), moe_surgery.install(**surgery) as handle:
         try:
+            for folder in run.before:
+                _outputs(replace(run, folder=folder), {})
             outputs, error = _outputs(run, pushes), None
         except Exception as failure:
             outputs, error = [], f"{type(failure).__name__}: {failure}"

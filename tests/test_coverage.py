@@ -74,6 +74,21 @@ def test_the_text_groups_settings_that_end_alike_and_the_page_says_how_it_was_ma
     assert " s\n" not in text
 
 
+def test_the_page_tells_what_was_seen_on_a_gpu_too(tmp_path: Path) -> None:
+    page, seen = tmp_path / "coverage.md", tmp_path / "h100-families.json"
+    row = {"family": "qwen2_moe", "reason": None, "moved": 0.0}
+    rows = [{**row, "dtype": "bfloat16", "outcome": "refused"}, {**row, "dtype": "float32", "outcome": "replaced"}]
+    head = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "versions": {"torch": "2.11.0", "transformers": "5.17.0"}}
+    seen.write_text(json.dumps({**head, "rows": rows}))
+    call("--family", "qwen2_moe", "--markdown", str(page), "--cuda", str(seen))
+    text = page.read_text(encoding="utf-8")
+    assert "0 of 64 families replaced on CUDA in bfloat16, 1 of 64 in float32, with proof (NVIDIA H100" in text
+    assert "torch 2.11.0 · transformers 5.17.0" in text
+    assert "| refused in bfloat16, replaced in float32 |" in text
+    seen.write_text('{"rows": [{}]}')
+    assert "is no result of benchmarks/families.py" in call("--cuda", str(seen), exit_code=2).stderr
+
+
 def test_what_is_not_replaced_says_why_and_ends_with_11_under_strict() -> None:
     lines = call("--family", "vitpose_backbone").stdout.splitlines()
     assert lines[1] == "? vitpose_backbone  VitPoseBackboneMoeMLP" and lines[2].startswith("    its forward takes ")

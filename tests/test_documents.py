@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import build_site
 import pytest
 import typer.main
 
@@ -59,6 +60,17 @@ def test_every_command_that_is_printed_can_be_parsed(page: str, line: str) -> No
         command = command.get_command(context, words.pop(0))
         assert command is not None, page
     assert command.make_context("moe-surgery", words).params, page
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<a href="b.html#there"></a><a id="x" href="#x"></a><a href="mailto:a@b.c"></a>')
+    (tmp_path / "b.html").write_text('<h1 id="there"></h1><a href="."></a><img src="c.svg"><a href="a.html#y"></a>')
+    assert build_site.broken(tmp_path) == ["b.html: .", "b.html: c.svg", "b.html: a.html#y"]
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(listed)
 
 
 def test_the_pack_that_is_printed_can_be_read() -> None:

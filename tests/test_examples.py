@@ -171,7 +171,7 @@ def test_full_size_plan_in_seconds_and_without_memory(tmp_path: Path) -> None:
     os.close(screen)
     assert os.waitstatus_to_exitcode(status) == 0
     shown = (tmp_path / "screen").read_text()
-    assert "68 to replace, 0 kept, 0 missed, 0 refused" in shown
+    assert "68 to replace, 0 to keep, 0 missed, 0 refused" in shown
     assert "talker.model.layers.{0..19}.mlp" in shown
     assert "thinker.model.layers.{0..47}.mlp" in shown
     assert usage.ru_utime + usage.ru_stime < 30

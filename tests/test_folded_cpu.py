@@ -26,6 +26,8 @@ CPU = Context("cpu", "float32")
 # 32 is what vLLM's kernels want sizes to be multiples of; narrower experts are filled up.
 FITTING = {name: spec for name, spec in SPECS.items() if spec.shared and spec.hidden % 32 == 0}
 FITTING["experts that fill the kernels' rows"] = but(experts={"width": 32}, shared={"width": 96})
+CLAMPED: dict[str, Any] = {"limit": 7.0, "alpha": 1.702, "offset": 1.0, "width": 32}
+FITTING["rows of gate and up in turn"] = but(experts=CLAMPED, shared=CLAMPED)
 FITTING["a logit bias"] = but(bias=True)
 FITTING["a correction bias"] = but(correction_bias=True, scoring="sigmoid")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import moe_surgery
 from moe_surgery.cli.app import app
-from moe_surgery.engine.receipts import check, first_failure, new_run, read_all, write
+from moe_surgery.engine.receipts import check, first_failure, lives, new_run, read_all, write
 from moe_surgery.errors import ProofError, ReceiptError, SurgeryError, UsageError
 from moe_surgery.report.from_json import report_from_json
 from moe_surgery.report.receipt import Receipt
@@ -88,6 +90,33 @@ def test_a_failure_that_its_process_outlived_stays(tmp_path: Path) -> None:
     write(tmp_path, replace(ONE, pid=2**22 + 1))
     with pytest.raises(SurgeryError, match="out of memory"):
         check(read_all(tmp_path))
+
+
+@pytest.mark.parametrize("outcome", ["unpatched", "failed"])
+def test_an_engine_does_not_speak_for_another_that_still_runs(tmp_path: Path, outcome: Any) -> None:
+    first = replace(ONE, pid=os.getpid(), outcome=outcome, error="why")
+    os.utime(write(tmp_path, first), ns=(1, 1))
+    second = replace(ONE, pid=2**22 + 1)
+    write(tmp_path, second)
+    assert read_all(tmp_path) == (first, second)
+
+
+def test_several_engines_of_equal_ranks_agree() -> None:
+    both = [*ranks(2), *ranks(2, outcome="unpatched", fingerprint=None)]
+    check(both)
+    with pytest.raises(ReceiptError, match="rank 0 operated and unpatched, rank 1 operated"):
+        check(both[:3])
+
+
+def test_a_process_that_nobody_waited_for_has_ended(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert lives(child.pid) and lives(os.getpid())
+    assert child.stdin is not None
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert not lives(child.pid)
+    child.wait()
+    assert not lives(child.pid)
 
 
 def test_other_files_in_the_folder_are_no_receipts(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from moe_surgery.report.rows import rows
 from moe_surgery.report.terminal import render, render_scan, scan_sentence, sentence
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.timing import blocks
+from moe_surgery.timing.busy import Watch, busy_seconds
 
 TALKER = MoESpec(
     1024, RouterSpec(128, 6, "softmax", True), ExpertsSpec(128, 384, "silu"), SharedSpec(768, "silu", "sigmoid")
@@ -186,7 +187,7 @@ def test_a_model_without_moe_says_so() -> None:
 @pytest.mark.parametrize(
     ("done", "wanted"),
     [
-        ("planned", "1 to replace, 0 kept, 0 missed, 0 refused · nothing touched · 12.3 s"),
+        ("planned", "1 to replace, 0 to keep, 0 missed, 0 refused · nothing touched · 12.3 s"),
         ("verified", "1 proven, 0 kept, 0 missed, 0 refused · the model is as it was · 12.3 s"),
         ("applied", "1 replaced, 0 kept, 0 missed, 0 refused · 12.3 s"),
         ("rolled back", "1 replaced, 0 kept, 0 missed, 0 refused · rolled back: the model is as it was · 12.3 s"),
@@ -258,7 +259,8 @@ def test_what_scan_found() -> None:
 def test_the_json_of_a_report_keeps_its_shape() -> None:
     data = json.loads(dumps(report([talker(0), thinker(3, outcome="missed", spec=None, verdict=None)]).to_json()))
     assert list(data) == [
-        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "model_check", "seconds", "exit",
+        "schema", "model", "done", "fingerprint", "versions", "sites", "memory", "model_check", "seconds", "phases",
+        "exit",
     ]  # fmt: skip
     assert data["schema"] == "moe-surgery/report/1"
     assert list(data["sites"][0]) == ["path", "kind", "outcome", "reason", "rule", "target", "spec", "proof"]
@@ -435,8 +437,35 @@ def test_a_slower_block_is_called_slower() -> None:
     )
     assert json.loads(dumps(speed.to_json()))["samples"][1] == {
         "tokens": 64, "sequences": 1, "calls": 30, "old": 1.0, "new": 3.0, "ratio": pytest.approx(1 / 3),
-        "spread": None,
+        "spread": None, "others": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("others", "spread", "words"),
+    [
+        (0.1, 0.2, "2.0× faster ± 0.2"),
+        (0.1, 2.5, "no ratio (the machine was busy or unsteady, single turns' ratios lie ± 2.5 around)"),
+        (0.63, 0.2, "no ratio (the machine was busy, other processes had 63 % of its cores)"),
+    ],
+)
+def test_a_busy_machine_gives_no_ratio(others: float, spread: float, words: str) -> None:
+    sample = blocks.Sample(1, 30, 2.0, 1.0, 1, spread, others)
+    assert sample.words() == words
+    whole = blocks.Speed("a.0", (sample,)).sentence()
+    assert whole.startswith("MoE block: no ratio at 1 token: the machine" if "no" in words else "MoE block 2.0× faster")
+    told = blocks.Speed("a.0", (sample,)).to_json()["samples"][0]["ratio"]
+    assert (told is None) == words.startswith("no ratio")
+
+
+def test_what_others_take_of_the_cores_is_read_from_the_system() -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat = f"cpu 9 9 9 9\ncpu0 {ticks} 0 {ticks} 7 0 0 {ticks} 0 0 0\ncpu1 {2 * ticks} 0 0 7 9 0 0 0 0 0\n"
+    assert busy_seconds(stat, {0, 1}) == 5.0
+    assert busy_seconds(stat, {1}) == 2.0
+    assert busy_seconds(stat, {0, 2}) is None and busy_seconds("", {0}) is None
+    share = Watch().others()
+    assert share is None or 0 <= share <= 1
 
 
 def test_steps_are_told_by_their_sequences() -> None:

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import moe_surgery
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -161,6 +163,22 @@ def test_every_target_sets_up_first(tmp_path: Path, target: str) -> None:
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("torch", ["2.11.0+cu130", "2.13.0+cpu", "2.14.1+cu130"])
+def test_an_engines_torch_stays_whatever_it_is(torch: str) -> None:
+    """vLLM pins its torch exactly; another one would break it."""
+    (wanted,) = [r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "torch"]
+    assert wanted.specifier.contains(torch) and not wanted.extras
+
+
+def test_the_version_is_the_changelogs_and_the_tags() -> None:
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    heads = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert moe_surgery.__version__ in heads[:2] and heads[0] in ("Unreleased", moe_surgery.__version__)
+    tag = ["git", "tag", "--points-at", "HEAD", "--list", "v*"]
+    tags = subprocess.run(tag, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    assert set(tags) <= {f"v{moe_surgery.__version__}"}
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_the_rules(tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -199,4 +217,4 @@ def test_wheel_holds_the_package_and_the_rules(tmp_path: Path) -> None:
 
 def test_the_checkouts_command_line() -> None:
     answer = subprocess.run([sys.executable, str(ROOT / "cli.py"), "--version"], capture_output=True, text=True)
-    assert answer.stdout.strip() == f"moe-surgery {PROJECT['project']['version']}"
+    assert answer.stdout.strip() == f"moe-surgery {moe_surgery.__version__}"

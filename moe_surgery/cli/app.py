@@ -10,15 +10,28 @@ import typer
 from moe_surgery.cli import (
     apply_verify,
     benchmark,
+    difference,
     exits,
     packs_doctor,
-    packs_trial,
     run_report,
     scan_plan_explain,
 )
 from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
-from moe_surgery.cli.options import Choice, Loading, Model, ModelOrPlan, OnFailure, Output, Proof, Prove, Svg, Trust
+from moe_surgery.cli.options import (
+    Choice,
+    Html,
+    Loading,
+    Model,
+    ModelOrPlan,
+    OnFailure,
+    Output,
+    Proof,
+    Prove,
+    Svg,
+    Trust,
+)
+from moe_surgery.cli.packs_commands import packs
 
 app = typer.Typer(
     name="moe-surgery",
@@ -29,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-packs = typer.Typer(cls=Group, help="The rule packs that are installed.", no_args_is_help=True)
 app.add_typer(packs, name="packs")
 
 
@@ -50,9 +62,6 @@ def _main(
     pass
 
 
-Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's name, or a .toml file.", show_default=False)]
-
-
 @command(app, "scan")
 def scan(model: Model, trust: Trust, output: Output) -> None:
     """List every MoE-looking site of MODEL and what is known of it. Needs no weights."""
@@ -71,9 +80,13 @@ def plan(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="End with 10 if the plan would change anything.")] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
-    run(output, lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg))
+    run(
+        output,
+        lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg, html=html),
+    )
 
 
 @command(app, "explain")
@@ -125,6 +138,7 @@ def apply(
         bool, typer.Option("--no-model-check", help="Don't run the whole model on a few tokens, before and after.")
     ] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Load MODEL, replace its MoE blocks, prove each, and report."""
     job = apply_verify.Job(
@@ -139,6 +153,7 @@ def apply(
         undoable=not no_undo,
         model_check=not no_model_check,
         svg=svg,
+        html=html,
     )
     run(output, lambda screen: apply_verify.apply(screen, job))
 
@@ -152,9 +167,10 @@ def verify(
     trust: Trust,
     output: Output,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Do the proof of apply alone: MODEL is loaded, each block is built, compared and given up again."""
-    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     run(output, lambda screen: apply_verify.verify(screen, job))
 
 
@@ -193,9 +209,10 @@ def bench(
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="With --engine: no compilation and no graphs.")] = False,
     svg: Svg = None,
+    html: Html = None,
 ) -> None:
     """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
-    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg)
+    job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     times = benchmark.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
     if engine:
         run(output, lambda screen: benchmark.bench_engine(screen, job, times, eager=eager))
@@ -223,6 +240,7 @@ def run_command(
     on_failure: Annotated[
         OnFailure, typer.Option("--on-failure", help="Stop, or keep the model as it was and say so.")
     ] = OnFailure.stop,
+    html: Html = None,
     target: Annotated[
         str, typer.Option("--target", metavar="NAME", help="What to build; engines take auto, folded and vllm.")
     ] = "auto",
@@ -233,7 +251,27 @@ def run_command(
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
-    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder)
+    job = run_report.Launch(tuple(words), packs, plan, prove.value, on_failure.value, target, folder, html=html)
+    run(output, lambda screen: run_report.launch(screen, job), shared=True)
+
+
+@command(app, "audit", context_settings={"allow_interspersed_args": False})
+def audit_command(
+    words: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+    ],
+    output: Output,
+    on_failure: Annotated[
+        OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
+    ] = OnFailure.stop,
+    html: Html = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
+    ] = None,
+) -> None:
+    """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
+    job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
 
@@ -243,65 +281,28 @@ def report(
         Path, typer.Argument(metavar="RUN", help="The folder that a run's receipts went to.", show_default=False)
     ],
     output: Output,
+    html: Html = None,
 ) -> None:
     """Say what each process of a run did, and fail if they disagree."""
-    run(output, lambda screen: run_report.report(screen, folder))
+    run(output, lambda screen: run_report.report(screen, folder, html))
+
+
+@command(app, "diff")
+def diff(
+    old: Annotated[
+        Path, typer.Argument(metavar="A", help="A plan or result as JSON, or a run's folder.", show_default=False)
+    ],
+    new: Annotated[Path, typer.Argument(metavar="B", help="Another of the kind.", show_default=False)],
+    output: Output,
+) -> None:
+    """Say which sites of two plans, reports or runs differ, and in what; end with 10 if any does.
+
+    Margins differ by a factor of 2 or more, speeds by more than their spreads.
+    """
+    run(output, lambda screen: difference.diff(screen, old, new))
 
 
 @command(app, "doctor")
 def doctor(output: Output) -> None:
     """Say whether this installation can operate, and what to do if it can't."""
     run(output, packs_doctor.doctor)
-
-
-@command(packs, "packs list")
-def packs_list(output: Output) -> None:
-    """List the installed packs and their rules."""
-    run(output, packs_doctor.packs_list)
-
-
-@command(packs, "packs show")
-def packs_show(pack: Pack, output: Output) -> None:
-    """Print a pack as it was understood, in the form of its file."""
-    run(output, lambda screen: packs_doctor.packs_show(screen, pack))
-
-
-@command(packs, "packs check")
-def packs_check(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE…", help="Pack files, or folders of them.", show_default=False)
-    ],
-    output: Output,
-) -> None:
-    """Check that packs can be read; the error names file and line."""
-    run(output, lambda screen: packs_doctor.packs_check(screen, files))
-
-
-@command(packs, "packs test")
-def packs_test(
-    output: Output,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PACK]…", help="Packs' names or .toml files.", show_default="all installed"),
-    ] = None,
-    family: Annotated[
-        list[str] | None,
-        typer.Option("--family", metavar="F", help="Only this family; repeatable.", show_default="all"),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--setting", metavar="S", help='A setting such as "top1", or "all"; repeatable.', show_default="default"
-        ),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with 11 if a block is missed or refused.")] = False,
-    markdown: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
-    ] = None,
-) -> None:
-    """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
-    run(
-        output,
-        lambda screen: packs_trial.packs_test(screen, names, family, setting, strict=strict, markdown=markdown),
-    )

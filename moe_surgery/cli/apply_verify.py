@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from moe_surgery.cli.options import Choice, DType, Loading, Proof, Trust
 from moe_surgery.cli.progress import Progress
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import SurgeryError, UsageError
-from moe_surgery.report.words import plural
+from moe_surgery.report.words import plural, size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,7 @@ class Job:
     undoable: bool = True
     model_check: bool = True
     svg: Path | None = None
+    html: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def apply(screen: Screen, job: Job) -> int:
     plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
+        started = time.perf_counter()
         opened = load(job, plan, name, progress)
+        loaded = time.perf_counter() - started
         tokenizer = None
         if job.prompt is not None:
             tokenizer = Tokenizer(opened.directory, trust_remote_code=job.trust.trust_remote_code)
@@ -110,13 +114,13 @@ def apply(screen: Screen, job: Job) -> int:
         speeds = block_speeds(report, progress)
     rounded = _low_precision(opened.module)
     failed = not tokens.finite or (not tokens.equal and rounded is None)
-    report = report.but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
+    report = _with_load(report, loaded).but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
     notes += [("tokens", line) for line in tokens.sentences()]
     if report.replaced:
         notes.append(("next", _NEXT))
     more = {"speed": [speed.to_json() for speed in speeds], "tokens": tokens.to_json()}
-    screen.report(report, notes=notes, more=more, svg=job.svg)
+    screen.report(report, notes=notes, more=more, speeds=speeds, svg=job.svg)
     if not tokens.finite:
         screen.say("error: logits that aren't finite agree with nothing")
     elif failed:
@@ -136,7 +140,9 @@ def verify(screen: Screen, job: Job) -> int:
     plan = begin(screen, job)
     name = plan.model if plan else job.model
     with screen.progress() as progress, named(name):
+        started = time.perf_counter()
         opened = load(job, plan, name, progress)
+        loaded = time.perf_counter() - started
         progress.phase("proving")
         report = moe_surgery.verify(
             opened.module,
@@ -146,7 +152,7 @@ def verify(screen: Screen, job: Job) -> int:
             on_progress=progress.step,
             **({} if plan else job.choice.as_plan()),
         )
-    report = report.but(model=name)
+    report = _with_load(report, loaded).but(model=name)
     screen.report(report, svg=job.svg)
     failed = [step for step in report.refused if step.verdict is not None and not step.verdict.powerless]
     if failed:
@@ -156,7 +162,7 @@ def verify(screen: Screen, job: Job) -> int:
 
 def begin(screen: Screen, job: Job) -> Plan | None:
     """Check all that can be before a model is loaded, and return the plan if the argument is one."""
-    screen.will_write(job.svg)
+    screen.will_write(job.svg, html=job.html)
     checks.margin(job.proof.margin)
     checks.seed(job.proof.seed)
     return saved_plan(job)
@@ -192,9 +198,19 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
 
     if plan is not None and Path(model).is_dir():
         plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
-    progress.phase(f"loading {model}")
+    progress.phase(f"loading {model}{_of_bytes(Path(model))}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+
+
+def _of_bytes(directory: Path) -> str:
+    """How much there is to load, where that lies in a directory."""
+    found = sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 0
+    return f", {size(found)}" if found else ""
+
+
+def _with_load(report: Report, seconds: float) -> Report:
+    return report.but(seconds=report.seconds + seconds, phases=(("load", seconds), *report.phases))
 
 
 def _ids(job: Job) -> list[int]:

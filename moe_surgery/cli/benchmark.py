@@ -63,6 +63,7 @@ def bench(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     screen.report(
         report.but(model=name),
         notes=_notes([*steps.speeds, *blocks], steps.left_out),
+        speeds=[*steps.speeds, *blocks],
         more={"speed": [speed.to_json() for speed in blocks], **_steps(steps.speeds, steps.left_out)},
         svg=job.svg,
     )
@@ -75,7 +76,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     from moe_surgery.packs.registry import load_packs
     from moe_surgery.report.from_json import report_from_json
 
-    screen.will_write(job.svg)
+    screen.will_write(job.svg, html=job.html)
     _check(job)
     load_packs(job.choice.pack or None)
     asked = asking.Job(
@@ -95,6 +96,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     screen.report(
         report,
         notes=_notes(compared.speeds, left_out),
+        speeds=compared.speeds,
         more={"speed": [], **_steps(compared.speeds, left_out)},
         svg=job.svg,
     )

@@ -11,10 +11,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "apply model --generate 1,2,3 --svg report.svg",
         "apply plan.json",
     ),
-    "verify": ("verify model --dtype bfloat16", "verify plan.json"),
+    "verify": ("verify model --dtype bfloat16", "verify plan.json --html report.html"),
     "bench": ("bench model --tokens 1 --tokens 512", "bench model --engine"),
     "run": ("run -- vllm serve model", "run --pack mine.toml --run receipts -- python script.py"),
-    "report": ("report receipts",),
+    "audit": ("audit -- vllm serve model", "audit --run receipts -- python script.py"),
+    "report": ("report receipts", "report receipts --html run.html"),
+    "diff": ("diff before.json after.json", "diff receipts-monday receipts-today --format json"),
     "doctor": ("doctor",),
     "packs list": ("packs list",),
     "packs show": ("packs show qwen3-omni",),
@@ -26,6 +28,10 @@ _READ = (
     "rel: the new block's error against a float64 reference, relative to the output.",
     "margin: how many times nearer to the reference it is than the nearest wrong block.",
 )
+_READ_AUDIT = (
+    "In reports: ✓ right, ≠ wrong (what it does instead, if that is a known mistake), ? not comparable and why.",
+    *_READ[1:],
+)
 _WITH_REPORT = ("plan", "apply", "verify", "bench", "run", "report")
 
 
@@ -34,4 +40,6 @@ def epilog(command: str) -> str:
     lines = ["Examples:", *(f"  moe-surgery {example}" for example in EXAMPLES[command])]
     if command in _WITH_REPORT:
         lines += ["", *_READ]
+    if command == "audit":
+        lines += ["", *_READ_AUDIT]
     return "\n".join(lines)

@@ -58,6 +58,10 @@ Svg = Annotated[
     Path | None, typer.Option("--svg", metavar="FILE", help="Also write the report as a picture.", show_default=False)
 ]
 
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a page.", show_default=False)
+]
+
 
 @dataclass(frozen=True)
 class Output:

@@ -16,13 +16,16 @@ def packs_test(
     *,
     strict: bool,
     markdown: Path | None,
+    cuda: Path | None,
 ) -> int:
     """Build, operate, prove, compare and undo every family's model, and show the coverage table."""
     from moe_surgery.packs.registry import load_packs
     from moe_surgery.testing import table
     from moe_surgery.testing.coverage import Coverage, choose, cover
     from moe_surgery.testing.families import DEFAULT
+    from moe_surgery.testing.on_cuda import OnCuda
 
+    on_cuda = None if cuda is None else OnCuda.read(cuda)
     screen.will_write(markdown)
     started = time.perf_counter()
     chosen = load_packs(packs or None)
@@ -32,7 +35,7 @@ def packs_test(
         tried = tuple(cover(chosen, cases, progress.step))
     coverage = Coverage(tuple(pack.name for pack in chosen), tried, time.perf_counter() - started, strict)
     if markdown is not None:
-        screen.file(markdown, table.markdown(coverage))
+        screen.file(markdown, table.markdown(coverage, on_cuda))
     screen.result(lambda console: table.render(coverage, console), coverage.to_json(), table.sentence(coverage))
     wrong = [one for one in tried if not one.trial.right]
     if wrong:

@@ -1,10 +1,16 @@
-"""Progress on stderr: one bar on a terminal, plain lines at most every tenth where there is none."""
+"""Progress on stderr: one bar on a terminal, plain lines at most every tenth where there is none.
+
+Both say how long the rest will take, as the steps so far went.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TextIO
+
+from moe_surgery.report.words import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -36,16 +42,20 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._tenth = 0
+        self._started = monotonic()
 
     def phase(self, text: str) -> None:
         self._tenth = 0
+        self._started = monotonic()
         self._write(text)
 
     def step(self, done: int, total: int, what: str) -> None:
         tenth = 10 * done // total if total else 10
         if tenth > self._tenth:
             self._tenth = tenth
-            self._write(f"{10 * tenth}% ({done} of {total}) {what}")
+            left = (monotonic() - self._started) / done * (total - done) if done else 0.0
+            rest = f", about {duration(left)} left" if done < total else ""
+            self._write(f"{10 * tenth}% ({done} of {total}{rest}) {what}")
 
     def _write(self, text: str) -> None:
         self._stream.write(text.rstrip() + "\n")
@@ -75,7 +85,15 @@ def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progre
         yield Lines(stream)
     else:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(file=stream, no_color=no_color or None)
         columns = (
@@ -83,6 +101,8 @@ def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progre
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
         )
         with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:

@@ -1,4 +1,4 @@
-"""The commands about other programs' models: run, report."""
+"""The commands about other programs' models: run, audit, report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that ``run`` was asked for."""
+    """All that ``run`` or ``audit`` was asked for."""
 
     command: tuple[str, ...]
     packs: tuple[str, ...] | None
@@ -32,6 +32,8 @@ class Launch:
     on_failure: Literal["stop", "keep"]
     target: str
     run: Path | None
+    audit: bool = False
+    html: Path | None = None
 
 
 def launch(screen: Screen, job: Launch) -> int:
@@ -40,6 +42,7 @@ def launch(screen: Screen, job: Launch) -> int:
     from moe_surgery.engine.launch.visibility import check_command
     from moe_surgery.engine.receipts import first_failure, read_all
 
+    screen.will_write(job.html)
     orders = _orders(job)
     try:
         environ = environment(orders, os.environ)
@@ -51,26 +54,27 @@ def launch(screen: Screen, job: Launch) -> int:
         if job.run is None:
             with suppress(OSError):  # it stays if anything is in it
                 os.rmdir(orders.run)
-    fault = _fault(receipts)
+    fault = _fault(receipts, orders.asked)
     told = fault is not None and (code == exits.DONE or first_failure(receipts) is not None)
     if told and fault is not None:
-        return _tell(screen, orders.run, receipts, str(fault), fault.exit_code)
-    _tell(screen, orders.run, receipts, None, code)
+        return _tell(screen, orders.run, receipts, str(fault), fault.exit_code, job.html)
+    _tell(screen, orders.run, receipts, None, code, job.html)
     if code != exits.DONE:
         also = f"; {fault}" if fault is not None else ""
         screen.say(f"moe-surgery: the command ended with exit code {code}{also}")
     return code
 
 
-def report(screen: Screen, run: Path) -> int:
+def report(screen: Screen, run: Path, html: Path | None) -> int:
     """Tell what the processes of a run did."""
     from moe_surgery.engine.receipts import read_all
 
+    screen.will_write(html)
     receipts = read_all(run)
     fault = _fault(receipts)
     if fault is not None:
-        return _tell(screen, str(run), receipts, str(fault), fault.exit_code)
-    return _tell(screen, str(run), receipts, None, exits.DONE)
+        return _tell(screen, str(run), receipts, str(fault), fault.exit_code, html)
+    return _tell(screen, str(run), receipts, None, exits.DONE, html)
 
 
 def _orders(job: Launch) -> Orders:
@@ -91,7 +95,7 @@ def _orders(job: Launch) -> Orders:
     if job.packs is not None:
         packs = tuple(os.path.abspath(pack) if pack.endswith(".toml") else pack for pack in job.packs)
     plan = None if job.plan is None else os.path.abspath(job.plan)
-    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target)
+    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target, job.audit)
 
 
 def _folder() -> str:
@@ -99,21 +103,27 @@ def _folder() -> str:
     return tempfile.mkdtemp(prefix=f"moe-surgery-run-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-")
 
 
-def _fault(receipts: Sequence[Receipt]) -> SurgeryError | None:
+def _fault(receipts: Sequence[Receipt], asked: str = "surgery") -> SurgeryError | None:
     from moe_surgery.engine.receipts import check
 
     try:
-        check(receipts)
+        check(receipts, asked)
     except SurgeryError as error:
         return error
     return None
 
 
-def _tell(screen: Screen, run: str, receipts: Sequence[Receipt], error: str | None, code: int) -> int:
+def _tell(
+    screen: Screen, run: str, receipts: Sequence[Receipt], error: str | None, code: int, html: Path | None
+) -> int:
     """Write the report, what is unpatched, and the error last. Returns ``code``."""
     from moe_surgery.report.run import render_run, run_data, run_sentence
 
     line = None if error is None else " ".join(error.split())
+    if html is not None:
+        from moe_surgery.report.html import run_page
+
+        screen.file(html, run_page(run, receipts, line, code))
     data = run_data(run, receipts, line, code)
     screen.result(lambda console: render_run(run, receipts, console), data, run_sentence(receipts))
     for receipt in receipts:

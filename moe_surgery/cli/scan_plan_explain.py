@@ -29,12 +29,20 @@ def scan(screen: Screen, model: str, trust: Trust) -> int:
 
 
 def plan(
-    screen: Screen, model: str, choice: Choice, trust: Trust, *, save: Path | None, check: bool, svg: Path | None
+    screen: Screen,
+    model: str,
+    choice: Choice,
+    trust: Trust,
+    *,
+    save: Path | None,
+    check: bool,
+    svg: Path | None,
+    html: Path | None,
 ) -> int:
     """Show, and save, what ``apply`` would do."""
     import moe_surgery
 
-    screen.will_write(save, svg)
+    screen.will_write(save, svg, html=html)
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **choice.as_plan())
@@ -45,7 +53,9 @@ def plan(
         screen.file(save, planned.to_text())
     if check and report.replaced:
         report = report.but(exit_code=exits.CHANGES)
-    screen.report(report, svg=svg)
+    costs = planned.costs if report.replaced else None
+    notes = [] if costs is None else [("costs", costs.sentence())]
+    screen.report(report, notes=notes, more={"costs": costs.to_json() if costs else None}, svg=svg)
     return report.exit_code
 
 

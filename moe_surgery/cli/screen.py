@@ -19,6 +19,7 @@ from moe_surgery.report.json import dumps
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_surgery.report.html_parts import Speed
     from moe_surgery.report.outcomes import Outcomes
     from moe_surgery.report.terminal import Note
 
@@ -38,14 +39,17 @@ class Screen:
         self.output = output
         self._streams = streams
         self._taken: set[str] = set()
+        self._html: Path | None = None
 
-    def will_write(self, *paths: Path | None) -> None:
+    def will_write(self, *paths: Path | None, html: Path | None = None) -> None:
         """Check, before any work is done, that the command's results can go where they are to go.
 
         With ``-`` for one of a command's files that file's content is all that goes to stdout, and the result itself
-        goes to stderr. Raises :class:`UsageError` for a place that can't be written and for two results at one place.
+        goes to stderr. A report is written to ``html`` as a page too, that of a failure as well. Raises
+        :class:`UsageError` for a place that can't be written and for two results at one place.
         """
-        for path in filter(None, paths):
+        self._html = html
+        for path in filter(None, (*paths, html)):
             place = _place(path)
             stream = place in (_STDOUT, _STDERR)
             if not stream:
@@ -80,6 +84,7 @@ class Screen:
         *,
         notes: Sequence[Note] = (),
         more: Mapping[str, Any] | None = None,
+        speeds: Sequence[Speed] = (),
         svg: Path | None = None,
     ) -> None:
         """Write a report as the result; ``notes`` are its further findings, and ``more`` the same for JSON."""
@@ -88,6 +93,10 @@ class Screen:
 
         if svg is not None:
             self.file(svg, picture(report, notes=notes))
+        if self._html is not None:
+            from moe_surgery.report.html import page
+
+            self.file(self._html, page(report, notes=notes, speeds=speeds, error=(more or {}).get("error")))
         data = {**report.to_json(), **(more or {})}
         self.result(lambda console: render(report, console, notes), data, sentence(report))
 

@@ -34,7 +34,7 @@ def watch() -> None:
         before = frozenset() if found else _living(orders.run)  # of engines that were started earlier
         original(client, *args, **kwargs)
         try:
-            check_cores(orders.run, len(client.core_engines), before)
+            check_cores(orders.run, len(client.core_engines), before, orders.asked)
         except ReceiptError:
             client.shutdown()
             raise
@@ -42,15 +42,17 @@ def watch() -> None:
     MPClient.__init__ = start
 
 
-def check_cores(run: str | Path, cores: int, before: frozenset[int] = frozenset()) -> None:
+def check_cores(
+    run: str | Path, cores: int, before: frozenset[int] = frozenset(), asked: str = receipts.SURGERY
+) -> None:
     """Raise :class:`ReceiptError` if fewer living processes than ``cores`` left a receipt in ``run``.
 
-    Those of the processes ``before`` don't count.
+    Those of the processes ``before`` don't count; ``asked`` is what was asked for.
     """
     told = _living(run) - before
     if len(told) < cores:
         raise ReceiptError(
-            f"surgery was asked for, but {cores - len(told)} of {cores} engine cores started without it: they don't "
+            f"{asked} was asked for, but {cores - len(told)} of {cores} engine cores started without it: they don't "
             "see the plugin moe_surgery (see moe-surgery doctor)"
         )
 

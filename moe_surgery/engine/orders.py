@@ -28,7 +28,8 @@ class Orders:
     ``run`` is the absolute path of the folder that receipts go to. ``packs`` are names of installed packs or absolute
     paths of ``.toml`` files, None for all installed. ``plan`` is the absolute path of a saved plan that must fit.
     ``prove`` says how much of an engine's model is proven. ``on_failure`` is "stop", or "keep" to go on with the model
-    as it was, saying so. ``target`` is what is built where packs decide; a plan says so itself.
+    as it was, saying so. ``target`` is what is built where packs decide; a plan says so itself. With ``audit``
+    nothing is operated on: an engine's blocks are held against their checkpoint.
     """
 
     run: str
@@ -37,6 +38,7 @@ class Orders:
     prove: Prove = "sample"
     on_failure: OnFailure = "stop"
     target: str = "auto"
+    audit: bool = False
 
     def to_env(self) -> str:
         """The value of the variable ``MOE_SURGERY_ORDERS``."""
@@ -70,6 +72,7 @@ class Orders:
             "prove": lambda value: value in get_args(Prove),
             "on_failure": lambda value: value in get_args(OnFailure),
             "target": lambda value: value in NAMES,
+            "audit": lambda value: isinstance(value, bool),
         }
         if fields.keys() != checks.keys():
             raise ValueError(f"the fields {', '.join(checks)} wanted, {', '.join(fields) or 'none'} found")
@@ -91,6 +94,11 @@ class Orders:
             raise UsageError(f"{self.plan}: not a plan: {error}") from error
 
     @property
+    def asked(self) -> str:
+        """What is asked for, in words."""
+        return "an audit" if self.audit else "surgery"
+
+    @property
     def for_engines(self) -> bool:
         """Whether an engine's models are meant."""
         return self.plan is None or self.plan_is_for_engines()
@@ -98,7 +106,7 @@ class Orders:
     @property
     def for_loading(self) -> bool:
         """Whether Hugging Face models, as ``from_pretrained`` loads them, are meant."""
-        return self.plan is None or not self.plan_is_for_engines()
+        return not self.audit and (self.plan is None or not self.plan_is_for_engines())
 
 
 def _is_text(value: object) -> bool:

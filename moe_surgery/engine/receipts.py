@@ -20,6 +20,9 @@ from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 _NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
 
 
+SURGERY = "surgery"
+
+
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "pid": int,
     "rank": int,
@@ -69,28 +72,29 @@ def write(run: str | Path, receipt: Receipt) -> Path:
 
 
 def read_all(run: str | Path) -> tuple[Receipt, ...]:
-    """The newest receipt of every rank for every load of a model, by model, load, rank and process.
+    """The newest receipt of every rank for every load of a model, and all of living processes, in order.
 
-    A process that was restarted has written again, so what the earlier one left is passed over; but a failure isn't, as
-    long as the process that tells of it lives. Raises :class:`UsageError` naming the folder, or the file that is no
-    receipt.
+    That is by model, load, rank and process. A process that was restarted has written again, so what the earlier one
+    left is passed over; but what a process tells isn't as long as it lives: two engines may share a run. Raises
+    :class:`UsageError` naming the folder, or the file that is no receipt.
     """
     told = sorted((_read(path) for path in _paths(Path(run))), key=lambda read: (read[1], read[0].pid))
     newest = {(receipt.model, receipt.load, receipt.rank): receipt for receipt, _ in told}
-    failing = [receipt for receipt, _ in told if receipt.outcome == "failed" and lives(receipt.pid)]
-    return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *failing)}.values(), key=_order))
+    living = [receipt for receipt, _ in told if lives(receipt.pid)]
+    return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *living)}.values(), key=_order))
 
 
-def check(receipts: Iterable[Receipt]) -> None:
+def check(receipts: Iterable[Receipt], asked: str = SURGERY) -> None:
     """Raise unless every rank of every model tells of the same operation.
 
     The first failure is raised with its own message and exit code. Otherwise :class:`ReceiptError` is raised if there
     is no receipt, if a rank has none, or if ranks of one model differ in outcome or plan within a pipeline stage:
-    stages hold different layers. Ledgers aren't compared: under tensor parallelism each rank has weights of its own.
+    stages hold different layers. Of several engines every rank tells as often. Ledgers aren't compared: under tensor
+    parallelism each rank has weights of its own. ``asked`` is what was asked for, in words.
     """
     told = sorted(receipts, key=_order)
     if not told:
-        raise ReceiptError("surgery was asked for, but no process loaded a model with it")
+        raise ReceiptError(f"{asked} was asked for, but no process loaded a model with it")
     failure = first_failure(told)
     if failure is not None:
         raise failure
@@ -104,8 +108,12 @@ def check(receipts: Iterable[Receipt]) -> None:
 
 
 def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:
-    """The error of the first receipt that tells of a failure, as :func:`check` raises it."""
-    failed = min((receipt for receipt in receipts if receipt.outcome == "failed"), key=_order, default=None)
+    """The error of the first receipt that tells of a failure, or of an audit that went on with a wrong layer.
+
+    :func:`check` raises it.
+    """
+    failing = (receipt for receipt in receipts if receipt.outcome == "failed" or receipt.exit_code)
+    failed = min(failing, key=_order, default=None)
     if failed is None:
         return None
     where = f"rank {failed.rank} of {failed.world}: " if failed.world > 1 else ""
@@ -131,9 +139,12 @@ def _check_ranks(model: str, ranks: Sequence[Receipt]) -> None:
 
 
 def _check_equal(model: str, what: str, ranks: Sequence[Receipt], values: Sequence[str]) -> None:
-    if len(set(values)) > 1:
-        told = ", ".join(f"rank {receipt.rank} {value}" for receipt, value in zip(ranks, values, strict=True))
-        raise ReceiptError(f"{model}: {what} differ between ranks: {told}")
+    told: dict[int, list[str]] = {}
+    for receipt, value in zip(ranks, values, strict=True):
+        told.setdefault(receipt.rank, []).append(value)
+    if len({tuple(sorted(mine)) for mine in told.values()}) > 1:
+        listed = ", ".join(f"rank {rank} {' and '.join(mine)}" for rank, mine in told.items())
+        raise ReceiptError(f"{model}: {what} differ between ranks: {listed}")
 
 
 def _read(path: Path) -> tuple[Receipt, int]:
@@ -157,14 +168,18 @@ def _read(path: Path) -> tuple[Receipt, int]:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process of this host is still there."""
+    """Whether a process of this host still runs; one that ended and wasn't waited for doesn't."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         return True
-    return True
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # ended by now, or a system without such files
+        return not Path("/proc/self/stat").exists()
+    return told.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def _order(receipt: Receipt) -> tuple[str, int, int, int]:

@@ -108,6 +108,12 @@ def checkpoint_headers(directory: str | Path, *, complete: bool = True) -> Heade
     return headers
 
 
+def files_of(directory: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a checkpoint. Raises :class:`ModelError` as :func:`checkpoint_headers`."""
+    named = shard_names(directory) or dict.fromkeys(_header(directory / SINGLE, complete=False), SINGLE)
+    return {name: directory / file for name, file in named.items()}
+
+
 @dataclass(frozen=True)
 class Digest:
     """What tells one checkpoint from another without reading a weight: digests of its config and its tensors' headers.

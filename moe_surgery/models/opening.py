@@ -65,10 +65,11 @@ class _Checkpoint:
     quantisation: Quantisation | None = None
 
 
-def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
-    """Build a model on the meta device from its config alone, in evaluation mode and in the checkpoint's dtype.
+def open_meta(model: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Opened:
+    """Build a model on the meta device from its config alone, in evaluation mode.
 
     ``model`` is a directory with at least ``config.json``, or a hub id. No weight is read, allocated or initialised.
+    ``dtype`` is None for the checkpoint's own.
     Raises :class:`ModelError` naming the file or the field that stands in the way.
     """
     with uncollected():
@@ -76,11 +77,11 @@ def open_meta(model: str, *, trust_remote_code: bool = False) -> Opened:
         from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     checkpoint = _find(model, trust_remote_code, weights=False)
-    dtype = _dtype(checkpoint)
+    wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
     with _model_errors(checkpoint.directory / CONFIG), uncollected():
         kind, config = _model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
-            module = kind._from_config(_unquantised(config), dtype=dtype)
+            module = kind._from_config(_unquantised(config), dtype=wanted)
     return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory, checkpoint.quantisation)
 
 
@@ -96,7 +97,7 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     place = _device(device)
     with _model_errors(checkpoint.directory / CONFIG):
         kind, config = _model_class(checkpoint)
-    with _model_errors(checkpoint.directory, headers), _progress_bars_only_on_a_terminal():
+    with _model_errors(checkpoint.directory, headers), quiet_bars():
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -317,7 +318,7 @@ def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bars_only_on_a_terminal() -> Iterator[None]:
+def quiet_bars() -> Iterator[None]:
     """Keep transformers' bars out of logs; its own setting is put back."""
     from transformers.utils import logging
 

@@ -158,7 +158,7 @@ def _block_path(
     """
     if not count or _scores(modules[path], count, without=bank):
         return path
-    block_like = certain and _takes_one(modules[path])
+    block_like = certain and takes_one(modules[path])
     if not (block_like and bank):
         for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
             inside = path[len(outer) :].lstrip(".")
@@ -170,10 +170,10 @@ def _block_path(
         return None
     parent = path.rpartition(".")[0]
     listed = not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict))
-    return path if bank or listed or _takes_one(modules[path]) else parent
+    return path if bank or listed or takes_one(modules[path]) else parent
 
 
-def _takes_one(module: nn.Module) -> bool:
+def takes_one(module: nn.Module) -> bool:
     """Whether ``module`` is called with one tensor, as a block is; a module of experts alone is told where to route."""
     if getattr(type(module), "forward", None) is nn.Module.forward:
         return False

@@ -93,6 +93,8 @@ class Operation:
         self.refused: dict[str, str] = {}
         self.whole: WholeModel | None = None
         self.started = time.perf_counter()
+        self.read = 0.0
+        self.proved = 0.0
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
@@ -120,6 +122,7 @@ class Operation:
             if new is not None:
                 blocks[path] = new if undoable else Double(new)
         self._check_counts("rolled back")
+        self.proved = time.perf_counter() - self.started
         transaction = self._exchanged(blocks)
         if not undoable:
             transaction.undo()
@@ -250,14 +253,18 @@ class Operation:
     def _report(self, done: Done, exit_code: int = 0, **rest: object) -> Report:
         steps = tuple(self._step(step, done) for step in self.plan.steps)
         seconds = time.perf_counter() - self.started
+        phases = {"read": self.read, "prove": self.proved or seconds}
+        if self.proved and done == "applied":
+            phases["exchange"] = seconds - self.proved
         return Report(
             self.plan.model,
             done,
             steps,
             self.plan.fingerprint,
             versions(),
-            seconds,
+            seconds + self.read,
             exit_code=exit_code,
+            phases=tuple(phases.items()),
             model_check=None if self.whole is None else self.whole.report(),
             **rest,  # type: ignore[arg-type]
         )

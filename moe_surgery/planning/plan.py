@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,6 +17,8 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.models.checkpoint import Digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pattern import Pattern
+from moe_surgery.planning.costs import Costs
+from moe_surgery.planning.trace import traced
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.outcomes import Outcome, Step
@@ -39,7 +41,8 @@ class Plan:
     """One step per site, in the order of the module tree. ``model`` is the directory, hub id or class planned for.
 
     A plan can be saved, reviewed, and applied unchanged later; applying it to a model that no longer fits is an error.
-    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known.
+    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known. ``costs`` is None in a
+    plan that was read from a file.
     """
 
     model: str
@@ -48,11 +51,13 @@ class Plan:
     checkpoint: Digest | None = None
     versions: dict[str, str] = field(default_factory=versions, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    costs: Costs | None = field(default=None, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of what the plan does and to what: not of the model's name or today's versions."""
-        data: list[Any] = [{**step.to_json(), "reason": None} for step in self.steps]
+        bare = [replace(step, trail=(), weights=()) for step in self.steps]
+        data: list[Any] = [{**step.to_json(), "reason": None} for step in bare]
         bound = [] if self.checkpoint is None else [asdict(self.checkpoint)]
         text = json.dumps([SCHEMA, self.target, data, *bound], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -143,7 +148,7 @@ def _step(site: dict[str, Any]) -> Step:
     for name in ("path", "kind", "reason"):
         _text(site[name])
     spec = None if site["spec"] is None else MoESpec.from_json(site["spec"])
-    return Step(site["path"], site["kind"], site["outcome"], site["reason"], site["rule"], site["target"], spec)
+    return Step.from_json(site, spec)
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ def make_plan(
     def choose(rule: str) -> Target:
         return named(wanted[rule])
 
-    steps = tuple(_decide(item, matches[item.site.path], choose, selection, obstacle(item)) for item in sites)
+    decided = (_decide(item, matches[item.site.path], choose, selection, obstacle(item)) for item in sites)
+    steps = tuple(traced(step, matches[step.path]) for step in decided)
     plan = Plan(name, target, steps)
     try:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]

@@ -160,12 +160,12 @@ class Surroundings:
         kind = type(site.module).__name__
         private = {part for name, _ in _inside(site.module) for part in name.split(".") if not part.isdigit()}
         private.discard(site.path.rpartition(".")[2])
-        for path in _around(site.path):
+        for path in around(site.path):
             module = self.model.get_submodule(path)
             where = path or "the model"
             if (moved := _moving(module)) is not None:
                 return f"{moved} on {where} may move or replace its weights around every call"
-            named, private = _reached(module), private - self._public(path)
+            named, private = reached(module), private - self._public(path)
             used = sorted(named & private)
             if used:
                 return f"the forward of {where} uses {', '.join(used[:3])}, which lies elsewhere in a swapped block"
@@ -194,7 +194,7 @@ def _inside(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from module.named_buffers()
 
 
-def _around(path: str) -> Iterator[str]:
+def around(path: str) -> Iterator[str]:
     """The paths of all modules around a path, innermost first."""
     while path:
         path = path.rpartition(".")[0]
@@ -214,7 +214,7 @@ def _moving(module: nn.Module) -> str | None:
     return None
 
 
-def _reached(module: nn.Module) -> frozenset[str]:
+def reached(module: nn.Module) -> frozenset[str]:
     """The names in the code of a module's forward and of the methods that it names in turn.
 
     Where that looks up names at run time, the texts among the module's attributes are names too.

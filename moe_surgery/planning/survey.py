@@ -17,6 +17,7 @@ from moe_surgery.read.reading import Broken, Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.weights.tensors import weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,13 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
 def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
     _check_place(site, shared)
     check_site(site.module)
-    return Surveyed(site, _read(site, known, read), None)
+    reading = _read(site, known, read)
+    if reading.above_zero is not None:
+        held = weight(site.module, reading.above_zero.path)
+        if held.is_meta or bool((held < 0).any()):
+            where = "has no values here" if held.is_meta else "ranks some inside of them lower"
+            raise Unreadable(f"experts outside its groups rank as 0, and its correction bias {where}")
+    return Surveyed(site, reading, None)
 
 
 def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_surgery.prove.asking import asked_alone
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
-from moe_surgery.prove.probe import LARGE, UNIT, Probes, make_probes
+from moe_surgery.prove.probe import FAMILIES, LARGE, UNIT, Probes, make_probes
 from moe_surgery.prove.probe_own_router import try_out
 from moe_surgery.prove.probe_unreached import reach, unreachable
 from moe_surgery.prove.routing import Routing, route
@@ -59,6 +59,20 @@ class Ground:
 def _floor(probes: Probes) -> float:
     """One rounding of the output in the block's dtype, or what float64 itself may be off by."""
     return max(torch.finfo(probes.x.dtype).eps / 2, 16 * torch.finfo(torch.float64).eps)
+
+
+def _logits_noise(spec: MoESpec, probes: Probes, routing: Routing) -> Tensor:
+    """What one rounding of a token's largest logit does to its weights, relative, the worst of each family.
+
+    The finest dtype is counted that a block of this one keeps logits in. Where logits are large this is most of the
+    noise, and plain torch may happen to round the few tokens that it is measured on better than that.
+    """
+    wide = torch.promote_types(probes.x.dtype, torch.float32)
+    largest = routing.logits.abs().amax(-1)
+    if spec.router.soft_cap is not None:
+        largest = largest.clamp(max=spec.router.soft_cap)
+    worst = largest.new_zeros(len(FAMILIES)).scatter_reduce(0, probes.family, largest, "amax")
+    return worst * torch.finfo(wide).eps / 2
 
 
 def survey(
@@ -113,7 +127,7 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
         probes=probes,
         routing=routing,
         truth=truth,
-        noise=noise.clamp_min(_floor(probes)).tolist(),
+        noise=noise.maximum(_logits_noise(spec, probes, routing)).clamp_min(_floor(probes)).tolist(),
         slack=_slack(spec, probes.x.dtype),
         twins=tuple(twins(parts, tensors, wanted, exact.visited, ranks)),
         overflowed=asked - undecided - len(probes.x),
@@ -139,6 +153,7 @@ def measured(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> tuple[Truth | N
         rounded = _evaluate(spec, tensors, probes, routing, None).rows
         noise = truth.distance_from(rounded, torch.arange(len(rounded), device=x.device))
         noise = noise.where(noise.isfinite(), 0.0).max().clamp_min(_floor(probes))
+        noise = noise.maximum(_logits_noise(spec, probes, routing)[UNIT])
         return truth, kept, float(noise) * _slack(spec, x.dtype)
 
 

@@ -4,8 +4,9 @@ Mutants are made by putting the truth's own parts together wrongly, so most cost
 new expert outputs ask for them beforehand (:func:`requests`) and get them for a few tokens only; a distance is the
 maximum over tokens, so that fewer tokens can only understate it.
 
-A mutant is left out only where the spec alone says that it computes the same function; each rule says why. A mutant
-that the *weights* make equal to the truth stays in, and fails the proof.
+A mutant is left out only where the spec alone says that it computes the same function, or where what it leaves out is
+all zero (biases that only other projections have); each rule says why. Any other mutant that the *weights* make equal
+to the truth stays in, and fails the proof.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ def few_tokens(probes: Probes) -> Tensor:
     return torch.cat([probes.of(UNIT)[:_FEW], large[:_FEW], large[_FEW:][-_FEW:]])
 
 
-def other_activation(activation: Activation) -> Activation:
-    """An activation that a check should tell from this one. (gelu and its tanh form are too alike for bfloat16.)"""
-    return "gelu" if activation == "silu" else "silu"
+def other_activation(mix: Mix) -> Activation:
+    """An activation that a check should tell from this one.
+
+    gelu and its tanh form are too alike for bfloat16, and so are gelu and a silu whose α of 1.702 makes it so.
+    """
+    if mix.activation != "silu":
+        return "silu"
+    return "gelu" if mix.alpha == 1.0 else "relu"
 
 
 def first_share(mix: Mixer, ranks: int) -> Mixer:
@@ -189,7 +195,7 @@ def twins(
 def mixed_otherwise(mix: Mix) -> dict[str, Mixer]:
     """What may wrongly stand between an MLP's matrices, by name."""
     plain, act = mixer(mix), mix.activation
-    other = other_activation(act)
+    other = other_activation(mix)
     found: dict[str, Mixer] = {f"{other} for {act}": mixer(replace(mix, activation=other, alpha=1.0))}
     if mix.gated:
         found["gate and up swapped"] = lambda gate, up: plain(up, gate)

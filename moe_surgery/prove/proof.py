@@ -86,7 +86,7 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         powerless=bool(faults) and not wrong,
         bound=ground.slack * ground.noise[UNIT],
     )
-    return verdict if faults else replace(verdict, reason=_account(verdict, margin))
+    return verdict if faults else replace(verdict, reason=_account(verdict, margin, who))
 
 
 def _examine(
@@ -202,7 +202,7 @@ def _power_faults(mutants: Sequence[tuple[Mutant, float]], ground: Ground, margi
     return faults
 
 
-def _account(verdict: Verdict, margin: float) -> str:
+def _account(verdict: Verdict, margin: float, who: str) -> str:
     """The sentence of a proof that holds."""
     nearest = verdict.nearest_mutant
     assert nearest is not None
@@ -211,7 +211,7 @@ def _account(verdict: Verdict, margin: float) -> str:
     ties = f"; {verdict.near_ties} near ties, {verdict.routing_flips} routed the other way" if verdict.near_ties else ""
     ties += f"; {verdict.left_out} probes say nothing in this dtype" if verdict.left_out else ""
     return (
-        f"{'old' if verdict.build_error is None else 'new'} block {error:.2g} from the reference{read} "
+        f"{who if verdict.build_error is None else 'new'} block {error:.2g} from the reference{read} "
         f"(noise {verdict.noise:.2g}, {verdict.tokens} tokens); nearest of {len(verdict.mutants)} mutants: "
         f"{nearest.name}, {nearest.distance:.2g}, {nearest.margin:.3g} × the error ({margin:g} needed){ties}"
     )

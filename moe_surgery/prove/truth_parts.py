@@ -138,7 +138,7 @@ def _without(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """Mutants that leave out a bias, or what stands for an expert."""
     spec, tensors, whole = parts.spec, parts.tensors, parts.routed + parts.shared_sum
     real = parts.ids < spec.experts.num_experts
-    if tensors.w2_bias is not None:
+    if tensors.w2_bias is not None and bool(tensors.w2_bias.any()):  # not all missing
         biases = tensors.w2_bias.to(F64)[parts.ids.clamp_max(spec.experts.num_experts - 1)]
         yield "down biases left out", whole - weighted_sum(biases, parts.weights * real, F64)
     if tensors.output_bias is not None:

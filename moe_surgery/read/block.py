@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -19,21 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Calling, Structure
+from moe_surgery.calling import Calling
+from moe_surgery.read.asking import Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
-from moe_surgery.read.meaning.interpreter import Interpreter
-from moe_surgery.read.meaning.normal_form import Terms
-from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.mlp import MLPRead
-from moe_surgery.read.parse.results import kept_by_both, met, parse_results
-from moe_surgery.read.parse.token_output import SharedRead, TokenParser, TokenRead
-from moe_surgery.read.parse.top_k import Ranking
+from moe_surgery.read.parse.results import kept_by_both, met
+from moe_surgery.read.parse.token_output import SharedRead, TokenRead
+from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
-from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
-from moe_surgery.read.record.flow import Choice, Flow, Route
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
@@ -41,16 +38,6 @@ from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
-
-
-@dataclass(frozen=True)
-class Record:
-    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes."""
-
-    tokens: tuple[TokenRead, ...]
-    ids: Tensor
-    results: Structure | None = None
-    kept: Attributes = field(default_factory=dict)
 
 
 def read(block: nn.Module) -> Reading:
@@ -65,17 +52,20 @@ def read(block: nn.Module) -> Reading:
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
-        tokens = max(_MANY, router.num_experts // router.top_k + 1)
+        more = crowded.record.ranked > router.top_k
+        tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            ask(_shape(batch, width, crowded.flat), torch.float32, spread),
-            ask(_shape((1, 1), width, crowded.flat), own, spread, plain=True),
+            ask(_shape(batch, width, crowded.flat), torch.float32, rolled if more else spread),
+            _of_one(ask, _shape((1, 1), width, crowded.flat), own, crowded.record),
         ]
         calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
         records += ask.if_it_takes(_shape((2, 3), width, crowded.flat), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
         records += ask.if_it_takes((few[0] * few[1], width), own)
+        if any(record_.lone for record_ in records) and not crowded.flat:
+            records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
     if any(expert.identity for expert in experts):
@@ -122,12 +112,23 @@ def read(block: nn.Module) -> Reading:
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
     )
-    check_complete(state, layout)
+    spare = frozenset(state).difference(*(record_.used for record_ in records))
+    check_complete({name: tensor for name, tensor in state.items() if name not in spare}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    above = layout.correction_bias if router.above_zero else None
     return Reading(
-        spec, layout, combine(spec, layout), children(spec, layout), "", calling, results, tuple(kept.items())
+        spec,
+        layout,
+        combine(spec, layout),
+        children(spec, layout),
+        "",
+        calling,
+        results,
+        tuple(kept.items()),
+        above,
+        spare,
     )
 
 
@@ -163,23 +164,16 @@ class _Crowded:
         return self.record.tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Asking:
-    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
-
-    block: nn.Module
-    calling: Calling
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
-        return parse_record(record(self.block, shape, dtype, route, plain=plain, calling=self.calling), dtype)
-
-    def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
-        """A record; none where the block's own forward doesn't take such an input."""
-        try:
-            flow = record(self.block, shape, dtype, _crowded, plain=plain, calling=self.calling)
-        except Unfollowed:
-            return []
-        return [parse_record(flow, dtype)]
+def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Record) -> Record:
+    """A record of one token, or one row or column of them, of a block that may do something else with many."""
+    try:
+        found = ask(shape, dtype, spread, plain=True)
+        if not many.lone or _but_slots(found.tokens[0]) == _but_slots(many.tokens[0]):
+            return found
+    except Unreadable:
+        if not many.lone:
+            raise
+    raise Unreadable(f"{DEPENDS} (asks whether it is one)")
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
@@ -206,11 +200,11 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
             break
         try:
             batch = odd_batch(state, 1)
-            found = ask(_shape(batch, width, flat), torch.bfloat16, _crowded)
+            found = ask(_shape(batch, width, flat), torch.bfloat16, crowded_together)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = ask(_shape(known, width, flat), torch.bfloat16, _crowded)
+                found = ask(_shape(known, width, flat), torch.bfloat16, crowded_together)
             return _Crowded(found, width, flat)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
@@ -220,51 +214,6 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
 def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:
     """The shape of a batch, or of its tokens alone for blocks that take nothing else."""
     return (batch[0] * batch[1], width) if flat else (*batch, width)
-
-
-def _crowded(rows: int, choices: int, k: int) -> Tensor:
-    """Every token on one of two sets of experts, in descending order."""
-    return (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
-
-
-def spread(rows: int, choices: int, k: int) -> Tensor:
-    """Sets of experts without a pattern, of which the first visit every expert."""
-    generator = torch.Generator().manual_seed(rows)
-    order = torch.randperm(choices, generator=generator)
-    first = [order[start : start + k] for start in range(0, choices - k, k)] + [order[choices - k :]]
-    others = torch.rand(max(rows - len(first), 0), choices, generator=generator).argsort(-1)[:, :k]
-    return torch.cat([torch.stack(first)[:rows], others])
-
-
-def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
-    """What a record says of every token."""
-    terms = Terms()
-    run = Interpreter(flow, terms)
-    output = vectors(run.rows(flow.output), terms)
-    size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    native = str(dtype).removeprefix("torch.")
-    if not flow.choices:
-        raise Unreadable("it has no top-k")
-    count = output.lead.size
-    rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
-    parsers = [
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
-        for number in range(count)
-    ]
-    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
-    ids = flow.choices[tokens[0].router.choice].ids.reshape(count, -1)
-    lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, results, flow.kept)
-
-
-def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
-    """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
-    scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
-    if len(scores) != count:
-        return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
-    ids = choice.ids.reshape(count, -1).tolist()
-    return [Ranking(number, scores[row], choice.k, tuple(ids[row]), choice.largest) for row in range(count)]
 
 
 def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:
@@ -294,13 +243,11 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
     for what, values in (
         ("width", {expert.width for expert in real}),
         ("activation", {str(expert.mix) for expert in real}),
-        ("biases", {(expert.biased, expert.pieces.down_bias is not None) for expert in real}),
+        ("biases", {tuple(bias is not None for bias in expert.pieces.biases()) for expert in real}),
     ):
         if len(values) > 1:
             raise Unreadable(f"its experts differ in {what}: {', '.join(sorted(map(str, values)))}")
     pieces, mix = real[0].pieces, real[0].mix
-    if (pieces.gate_bias is None) != (pieces.down_bias is None):
-        raise Unreadable("its experts have biases in some of their projections only")
     return ExpertsSpec(
         len(real),
         real[0].width,
@@ -310,7 +257,7 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
         mix.limit_after,
         mix.alpha,
         mix.offset,
-        biases=pieces.down_bias is not None,
+        biases=any(bias is not None for bias in pieces.biases()),
         weights_on="input" if first.on_input else "output",
         identities=len(experts) - len(real),
     )

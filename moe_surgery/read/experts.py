@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.block import Record, experts_spec, hidden_sizes, odd_batch, parse_record, same_experts, spread
+from moe_surgery.read.asking import spread
+from moe_surgery.read.block import experts_spec, hidden_sizes, odd_batch, same_experts
+from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first
+from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -142,7 +145,10 @@ def _record(
     *,
     plain: bool = False,
 ) -> Record:
-    return parse_record(record_experts(module, calling, width, ids, dtype, weights, plain=plain), dtype)
+    flow = record_experts(module, calling, width, ids, dtype, weights, plain=plain)
+    if flow.branches:
+        raise Unreadable(f"{DEPENDS} (compares it with {flow.branches[0].rpartition(' ')[2]})")
+    return parse_record(flow, dtype)
 
 
 def _beyond(module: nn.Module, calling: Calling, width: int, total: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moe_surgery.calling import PLAIN, Calling, Structure
 from moe_surgery.spec import MoESpec
-from moe_surgery.weights.layout import Layout
+from moe_surgery.weights.layout import Layout, Piece
 
 
 class Unreadable(Exception):
@@ -49,6 +49,8 @@ class Reading:
     ``experts + sigmoid(shared_expert_gate) * shared_expert``. ``children`` maps each child's name to its shape.
     ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone,
     and ``kept`` which attributes it writes, by module and name, with their values.
+    ``above_zero`` names weights of which none may be below zero, or the reading doesn't hold.
+    ``spare`` are weights that no call outside of training uses.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -60,3 +62,5 @@ class Reading:
     calling: Calling = PLAIN
     results: Structure | None = None
     kept: tuple[tuple[tuple[str, str], Any], ...] = ()
+    above_zero: Piece | None = None
+    spare: frozenset[str] = frozenset()

@@ -81,6 +81,8 @@ def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = rang
     used: dict[tuple[str, int | None], set[int]] = {}
     totals: Counter[str] = Counter()
     for piece in layout.pieces():
+        if piece.cols is not None:
+            raise Unreadable(f"{piece} is some columns of a weight")
         places, size = _places(piece, tuple(state[piece.path].shape))
         known = used.setdefault((piece.path, piece.index), set())
         if not known.isdisjoint(places):

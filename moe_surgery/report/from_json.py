@@ -32,6 +32,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             seconds=data["seconds"],
             memory=Memory(**data["memory"]),
             exit_code=data["exit"],
+            phases=tuple(data.get("phases", {}).items()),
             model_check=None if data.get("model_check") is None else ModelCheck.from_json(data["model_check"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -41,9 +42,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
 def _step(site: Mapping[str, Any]) -> Step:
     spec = None if site["spec"] is None else MoESpec.from_json(site["spec"])
     verdict = None if site["proof"] is None else _verdict(site["proof"])
-    return Step(
-        site["path"], site["kind"], site["outcome"], site["reason"], site["rule"], site["target"], spec, verdict
-    )
+    return Step.from_json(site, spec, verdict)
 
 
 def _verdict(proof: Mapping[str, Any]) -> Verdict:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
+from moe_surgery.packs.match import Clue
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
+from moe_surgery.weights.routes import Route
 
-Outcome = Literal["replaced", "kept", "missed", "refused"]
-Done = Literal["planned", "verified", "applied", "rolled back", "undone"]
+Outcome = Literal["replaced", "kept", "missed", "refused", "right", "wrong", "not comparable"]
+"""What became of a site; the last three are those of an audit."""
+Done = Literal["planned", "verified", "applied", "rolled back", "undone", "audited"]
 SCHEMA = "moe-surgery/report/1"
 
 
@@ -20,6 +23,7 @@ class Step:
 
     ``path`` is the site's path in the model, ``kind`` its class name, ``reason`` why it ended this way (one sentence,
     for every outcome). ``rule`` and ``target`` are None where none applies; ``verdict`` is None before the proof.
+    ``trail`` has the clauses of the nearest rule where none fits, ``weights`` where a matched block's tensors go.
     """
 
     path: str
@@ -30,6 +34,8 @@ class Step:
     target: str | None = None
     spec: MoESpec | None = None
     verdict: Verdict | None = None
+    trail: tuple[Clue, ...] = field(default=(), compare=False)
+    weights: tuple[Route, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,7 +47,25 @@ class Step:
             "target": self.target,
             "spec": self.spec.to_json() if self.spec else None,
             "proof": self.verdict.to_json() if self.verdict else None,
+            **self.trace(),
         }
+
+    def trace(self) -> dict[str, Any]:
+        """How it came about, as far as that is known."""
+        told = {
+            "trail": [asdict(clue) for clue in self.trail],
+            "weights": [route.to_json() for route in self.weights],
+        }
+        return {name: listed for name, listed in told.items() if listed}
+
+    @classmethod
+    def from_json(cls, site: Mapping[str, Any], spec: MoESpec | None, verdict: Verdict | None = None) -> Self:
+        """The step that :meth:`to_json` told, with its ``spec`` and ``verdict``."""
+        trail = tuple(Clue(**clue) for clue in site.get("trail", ()))
+        weights = tuple(Route(**route) for route in site.get("weights", ()))
+        path, kind, outcome = site["path"], site["kind"], site["outcome"]
+        reason, rule, target = site["reason"], site["rule"], site["target"]
+        return cls(path, kind, outcome, reason, rule, target, spec, verdict, trail, weights)
 
 
 @dataclass(frozen=True)
@@ -88,10 +112,12 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The outcome of ``plan``, ``verify`` or ``apply`` for a whole model.
+    """The outcome of ``plan``, ``verify``, ``apply`` or an audit for a whole model.
 
     ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
-    "rolled back" (a failure; model as it was) or "undone". ``model_check`` is None where none was made.
+    "rolled back" (a failure; model as it was), "undone" or "audited" (what an engine built was held against its
+    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as
+    far as they were told apart.
     """
 
     model: str
@@ -103,6 +129,7 @@ class Outcomes:
     memory: Memory = Memory()
     exit_code: int = 0
     model_check: ModelCheck | None = None
+    phases: tuple[tuple[str, float], ...] = ()
 
     def _with(self, outcome: Outcome) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.outcome == outcome)
@@ -120,6 +147,18 @@ class Outcomes:
         return self._with("missed")
 
     @property
+    def right(self) -> tuple[Step, ...]:
+        return self._with("right")
+
+    @property
+    def wrong(self) -> tuple[Step, ...]:
+        return self._with("wrong")
+
+    @property
+    def incomparable(self) -> tuple[Step, ...]:
+        return self._with("not comparable")
+
+    @property
     def refused(self) -> tuple[Step, ...]:
         return self._with("refused")
 
@@ -135,6 +174,7 @@ class Outcomes:
             "memory": {"moved": self.memory.moved, "new": self.memory.new, "kept": self.memory.kept},
             "model_check": self.model_check.to_json() if self.model_check else None,
             "seconds": round(self.seconds, 3),
+            "phases": {name: round(seconds, 3) for name, seconds in self.phases},
             "exit": self.exit_code,
         }
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 SCHEMA = "moe-surgery/receipt/1"
-Outcome = Literal["operated", "kept", "unpatched", "failed"]
+Outcome = Literal["operated", "kept", "unpatched", "failed", "audited"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Receipt:
     ``rank`` is the global one among the ``world`` ranks that hold the model together, ``stage`` the part of a pipeline
     that it holds, and ``model`` the architecture or class that was built, as the process's ``load``-th of that class: a
     draft model may be of the class of its target. "kept" is one in which nothing was replaced, "unpatched" one
-    that stays as it was although surgery was asked for. ``fingerprint`` is the plan's, ``ledger`` the digest of where
+    that stays as it was although surgery was asked for, "audited" one that was only asked. ``fingerprint`` is the
+    plan's, ``ledger`` the digest of where
     every weight went, ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error``
     and ``exit_code`` tell what went wrong.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from moe_surgery.report.receipt import Receipt
 
-STYLES = {"operated": "green", "kept": "green", "unpatched": "yellow", "failed": "red"}
+STYLES = {"operated": "green", "kept": "green", "unpatched": "yellow", "failed": "red", "audited": "green"}
 
 
 def run_data(run: str, receipts: Sequence[Receipt], error: str | None, exit_code: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_sentence(receipts: Sequence[Receipt]) -> str:
     """The run in one line: ``1 model in 2 processes: 2 operated, 0 unpatched, 0 failed``."""
     models = len({(receipt.model, receipt.load) for receipt in receipts})
     found = {outcome: sum(receipt.outcome == outcome for receipt in receipts) for outcome in STYLES}
-    counts = [f"{count} {outcome}" for outcome, count in found.items() if count or outcome != "kept"]
+    counts = [f"{count} {outcome}" for outcome, count in found.items() if count or outcome not in ("kept", "audited")]
     processes = len({receipt.pid for receipt in receipts})
     held = "process" if processes == 1 else "processes"
     return f"{plural(models, 'model')} in {processes} {held}: {', '.join(counts)}"
@@ -58,13 +58,18 @@ def _line(receipt: Receipt) -> str:
 
 def _reports(ranks: Sequence[Receipt], console: Console) -> None:
     reported = [receipt for receipt in ranks if receipt.report is not None]
-    alike = len({repr(_substance(receipt)) for receipt in reported}) <= 1
-    for receipt in reported[:1] if alike else reported:
+    same = alike(reported)
+    for receipt in reported[:1] if same else reported:
         assert receipt.report is not None
         alone = len(reported) == 1
-        whose = "measured on this rank; the other ranks did the same" if alike else "of this rank alone"
+        whose = "measured on this rank; the other ranks did the same" if same else "of this rank alone"
         notes: list[Note] = [] if alone else [(f"rank {receipt.rank}", whose)]
         render(report_from_json(receipt.report), console, notes)
+
+
+def alike(reported: Sequence[Receipt]) -> bool:
+    """Whether ranks that have a report did the same."""
+    return len({repr(_substance(receipt)) for receipt in reported}) <= 1
 
 
 def _substance(receipt: Receipt) -> Any:

@@ -19,19 +19,35 @@ from moe_surgery.report.outcomes import Memory, ModelCheck, Outcome, Outcomes
 from moe_surgery.report.rows import Row, rows
 from moe_surgery.report.words import duration, error, plural, ratio, size, writable
 
-SYMBOLS: dict[Outcome, str] = {"replaced": "~", "kept": "=", "missed": "?", "refused": "!"}
-STYLES: dict[Outcome, str] = {"replaced": "green", "kept": "cyan", "missed": "yellow", "refused": "red"}
+SYMBOLS: dict[Outcome, str] = {
+    "replaced": "~",
+    "kept": "=",
+    "missed": "?",
+    "refused": "!",
+    "right": "✓",
+    "wrong": "≠",
+    "not comparable": "?",
+}
+STYLES: dict[Outcome, str] = {
+    "replaced": "green",
+    "kept": "cyan",
+    "missed": "yellow",
+    "refused": "red",
+    "right": "green",
+    "wrong": "red",
+    "not comparable": "yellow",
+}
 Note = tuple[str, str]
 """A finding below the rows: its topic in one word of at most eight letters, and a sentence."""
 
 _GAP = "  "
 _TOPIC = 9
 _DONE = {
-    "planned": ("to replace", "nothing touched"),
-    "verified": ("proven", "the model is as it was"),
-    "applied": ("replaced", ""),
-    "rolled back": ("replaced", "rolled back: the model is as it was"),
-    "undone": ("replaced", "undone: the model is as it was"),
+    "planned": ("to replace", "to keep", "nothing touched"),
+    "verified": ("proven", "kept", "the model is as it was"),
+    "applied": ("replaced", "kept", ""),
+    "rolled back": ("replaced", "kept", "rolled back: the model is as it was"),
+    "undone": ("replaced", "kept", "undone: the model is as it was"),
 }
 
 
@@ -71,10 +87,17 @@ def header(report: Outcomes, console: Console) -> None:
 
 
 def sentence(report: Outcomes) -> str:
-    """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``."""
-    word, remark = _DONE[report.done]
-    counts = f"{len(report.replaced)} {word}, {len(report.kept)} kept, {len(report.missed)} missed"
+    """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``.
+
+    Of an audit: ``20 right, 0 wrong, 0 not comparable · 12.3 s``.
+    """
+    if report.done == "audited":
+        counts = f"{len(report.right)} right, {len(report.wrong)} wrong, {len(report.incomparable)} not comparable"
+        return f"{counts} · {duration(report.seconds)}"
+    word, kept, remark = _DONE[report.done]
+    counts = f"{len(report.replaced)} {word}, {len(report.kept)} {kept}, {len(report.missed)} missed"
     parts = [f"{counts}, {len(report.refused)} refused", remark, duration(report.seconds)]
+    parts.append(", ".join(f"{name} {duration(seconds)}" for name, seconds in report.phases))
     return " · ".join(part for part in parts if part)
 
 
@@ -130,7 +153,7 @@ class _Line:
             margin += f", {row.proven} of {len(row.sites)} proven"
         computes = " · ".join(part for part in (row.sentence, row.rule and f"rule {row.rule}") if part)
         below = [computes] if computes else []
-        if row.outcome != "replaced":
+        if row.outcome not in ("replaced", "right"):
             below.append(row.reason)
         return cls(
             symbol=SYMBOLS[row.outcome],

@@ -85,9 +85,12 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
     return model, _INPUTS[chosen.inputs](config, generator)
 
 
-def model_config(chosen: Family) -> Any:
-    """The transformers config that :func:`build` builds a family's model from."""
-    return _config(chosen, {})[1]
+def model_config(chosen: Family, fields: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config that :func:`build` builds a family's model from, with other values of some fields.
+
+    Fields that the config doesn't have are left out.
+    """
+    return _config(chosen, fields or {})[1]
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -17,8 +17,11 @@ from moe_surgery.testing.families import DEFAULT, families
 if TYPE_CHECKING:
     from moe_surgery.report.outcomes import Outcome
     from moe_surgery.testing.coverage import Coverage, Line
+    from moe_surgery.testing.on_cuda import OnCuda
 
-COMMAND = "moe-surgery packs test --setting all --markdown docs/coverage.md"
+COMMAND = (
+    "moe-surgery packs test --setting all --cuda benchmarks/results/h100-families.json --markdown docs/coverage.md"
+)
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,12 @@ def render(coverage: Coverage, console: Console) -> None:
     indented(console, sentence(coverage), 0, "bold" if coverage.exit_code == 0 else "bold red")
 
 
-def markdown(coverage: Coverage) -> str:
-    """The table as a page. It has no times, so that two runs can be compared."""
-    return "\n".join(_page(coverage)) + "\n"
+def markdown(coverage: Coverage, cuda: OnCuda | None = None) -> str:
+    """The table as a page, which has no times, so that two runs can be compared; with what ``cuda`` tells of a GPU."""
+    return "\n".join(_page(coverage, cuda)) + "\n"
 
 
-def _page(coverage: Coverage) -> Iterator[str]:
+def _page(coverage: Coverage, cuda: OnCuda | None) -> Iterator[str]:
     yield "# Coverage"
     yield ""
     yield "Every sparse-MoE family of transformers as a tiny random model in float32: what was read, what became of it,"
@@ -129,17 +132,21 @@ def _page(coverage: Coverage) -> Iterator[str]:
     yield f"    {COMMAND}"
     yield ""
     yield f"with {_versions(coverage)}. {_counts(coverage).replace(' · ', '; ')}."
+    if cuda is not None:
+        yield cuda.sentence()
     yield ""
     yield "A setting is another config of the family, such as top-1 routing, another activation, groups, or clamps that"
     yield "act; `moe_surgery/testing/families.toml` has them all. The margin is the least of all settings and sites:"
     yield "how many times nearer to the reference the new block is than the nearest wrong block."
-    yield "What became of the families on a GPU is in [gpu.md](gpu.md)."
+    yield "What runs on a GPU, and how fast, is in [gpu.md](gpu.md)."
     yield ""
-    yield "| family | block | computes | outcome | settings | margin | why not |"
-    yield "|---|---|---|---|---|---|---|"
+    more = "" if cuda is None else " on CUDA |"
+    yield f"| family | block | computes | outcome | settings | margin | why not |{more}"
+    yield "|---|---|---|---|---|---|---|" + ("---|" if more else "")
     for group in groups(coverage):
         margin = ratio(group.margin) if group.margin is not None else ""
         cells = [group.family, group.block, group.spec or "", group.outcome, group.where, margin, group.reason or ""]
+        cells += [] if cuda is None else [cuda.of(group.family)]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.report.words import plural, ratio
+from moe_surgery.timing.busy import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ ROUNDS = 30
 _WARM_UP = 3
 _FEWEST = 5
 _SECONDS = 2.0
+# With more than this share of the cores gone to others, or turns that far apart, a ratio says nothing of the blocks.
+_BUSY, _UNSTEADY = 0.2, 0.5
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Sample:
     """Median seconds of ``calls`` calls, of the original and of the replacement.
 
     A call has ``tokens`` tokens for each of ``sequences`` sequences. ``spread`` is that of the ratio where it is known,
-    as :func:`spread` says.
+    as :func:`spread` says. ``others`` is the share of the cores that other processes had meanwhile,
+    where that was watched.
     """
 
     tokens: int
@@ -35,6 +39,7 @@ class Sample:
     new: float
     sequences: int = 1
     spread: float | None = None
+    others: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -45,8 +50,19 @@ class Sample:
         """Whether the two can be told apart."""
         return self.spread is None or abs(self.ratio - 1) > self.spread
 
+    @property
+    def doubt(self) -> str | None:
+        """Why there is no ratio to speak of, if the machine didn't let it be measured."""
+        if self.others is not None and self.others > _BUSY:
+            return f"the machine was busy, other processes had {100 * self.others:.0f} % of its cores"
+        if self.spread is not None and self.spread > _UNSTEADY * self.ratio:
+            return f"the machine was busy or unsteady, single turns' ratios lie ± {self.spread:.2g} around"
+        return None
+
     def words(self) -> str:
-        """``1.9× faster ± 0.1``, or ``no difference``."""
+        """``1.9× faster ± 0.1``, ``no difference``, or ``no ratio`` and why."""
+        if self.doubt is not None:
+            return f"no ratio ({self.doubt})"
         if not self.differs:
             return f"no difference (± {self.spread:.2g})"
         # Below one the replacement is the slower of the two, and the sentence has to say so.
@@ -72,20 +88,28 @@ class Speed:
 
     def sentence(self) -> str:
         """``MoE block 1.9× faster at 1 token, 2.4× faster at 64 tokens (median of 30 calls in turns, NAME)``."""
+        doubts = [sample.doubt for sample in self.samples]
+        if all(doubts):
+            sizes = ", ".join(self.size(sample) for sample in self.samples)
+            return f"{self.what}: no ratio at {sizes}: {doubts[0]} ({self.name})"
         parts = []
         for sample in self.samples:
-            count = (
-                plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
-            )
-            parts.append(f"{sample.words()} at {count}")
+            parts.append(f"{sample.words()} at {self.size(sample)}")
         calls = min(sample.calls for sample in self.samples)
         return f"{self.what} {', '.join(parts)} (median of {plural(calls, 'call')} {self.how}, {self.name})"
 
+    def size(self, sample: Sample) -> str:
+        """``64 tokens``, or ``8 sequences`` of a step."""
+        return plural(sample.sequences, "sequence") if self.what == "decode step" else plural(sample.tokens, "token")
+
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready data; ``old`` and ``new`` in seconds."""
+        """JSON-ready data; ``old`` and ``new`` in seconds, ``ratio`` null where the machine was too busy for one."""
         key = "block" if self.what == "MoE block" else "part"
         named = {key: self.name} if key == "block" else {key: self.name, "what": self.what}
-        return {**named, "samples": [{**asdict(sample), "ratio": sample.ratio} for sample in self.samples]}
+        return {
+            **named,
+            "samples": [{**asdict(sample), "ratio": None if sample.doubt else sample.ratio} for sample in self.samples],
+        }
 
 
 class Turns:
@@ -100,6 +124,7 @@ class Turns:
         self.most = 2 * (warm_up + rounds)
         self._rounds, self._warm_up = rounds, 2 * warm_up
         self._calls, self._turn = 0, 0.0
+        self._watch = Watch()
 
     @property
     def which(self) -> int:
@@ -117,6 +142,7 @@ class Turns:
         self._calls += 1
         self._turn += seconds
         if self._calls == self._warm_up:
+            self._watch = Watch()
             fit = int(_SECONDS / self._turn)
             self.most = self._warm_up + 2 * min(self._rounds, max(fit, _FEWEST))
         elif self._calls % 2 == 0:
@@ -124,7 +150,8 @@ class Turns:
 
     def sample(self, *, tokens: int, sequences: int = 1) -> Sample:
         old, new = self.times
-        return Sample(tokens, len(old), statistics.median(old), statistics.median(new), sequences)
+        medians = statistics.median(old), statistics.median(new)
+        return Sample(tokens, len(old), *medians, sequences, spread(old, new), self._watch.others())
 
 
 def measure_blocks(

@@ -14,6 +14,9 @@ class Piece:
     piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only
     ``out = (start, stop, step)`` are meant, where given: a band of a transposed parameter, or every other row.
 
+    ``cols = (start, stop, all)`` is one of the parts that a sum is made of, and stands for no weight of a layout: some
+    columns of a matrix of so many.
+
     A bias is a piece too: of a parameter that is a vector, or row ``index`` of one that is a matrix.
     """
 
@@ -22,11 +25,13 @@ class Piece:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     out: tuple[int, int, int] | None = None
+    cols: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         text = self.path + (f"[{self.index}]" if self.index is not None else "")
         text += f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
         text += ".T" if self.transposed else ""
+        text += f"[:, {self.cols[0]}:{self.cols[1]}]" if self.cols else ""
         return text + (f"[{self.out[0]}:{self.out[1]}:{self.out[2]}]" if self.out else "")
 
     def outputs(self, start: int, stop: int, step: int = 1) -> Piece:
@@ -59,7 +64,11 @@ class MLPPieces:
         yield self.gate
         yield from (self.up,) if self.up != self.gate else ()
         yield self.down
-        yield from (piece for piece in (self.gate_bias, self.up_bias, self.down_bias) if piece is not None)
+        yield from (piece for piece in self.biases() if piece is not None)
+
+    def biases(self) -> tuple[Piece | None, Piece | None, Piece | None]:
+        """Those of gate, up and down projection; one that is missing where others are there is zero."""
+        return self.gate_bias, self.up_bias, self.down_bias
 
 
 @dataclass(frozen=True)

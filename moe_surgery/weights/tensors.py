@@ -78,9 +78,17 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
         return matrix(mlp.gate) if mlp.up == mlp.gate else torch.cat([matrix(mlp.gate), matrix(mlp.up)])
 
     def biases(*names: str) -> Tensor | None:
-        rows = [[vector(getattr(mlp, name)) for name in names] for mlp in layout.experts]
-        known = [[bias for bias in row if bias is not None] for row in rows]
-        return torch.stack([torch.cat(row) for row in known]) if all(known) else None
+        if not any(bias is not None for bias in layout.experts[0].biases()):
+            return None
+        return torch.stack([torch.cat([bias(mlp, name) for name in names if has(mlp, name)]) for mlp in layout.experts])
+
+    def has(mlp: MLPPieces, name: str) -> bool:
+        return name != "up" or mlp.up != mlp.gate
+
+    def bias(mlp: MLPPieces, name: str) -> Tensor:
+        held = vector(getattr(mlp, f"{name}_bias"))
+        projection = matrix(getattr(mlp, name))
+        return projection.new_zeros(projection.shape[0]) if held is None else held
 
     packed = layout.packed
     if packed is not None:
@@ -100,7 +108,7 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
         copied=packed is None,
         router_bias=vector(layout.router_bias),
         correction_bias=vector(layout.correction_bias),
-        w13_bias=biases("gate_bias", "up_bias"),
-        w2_bias=biases("down_bias"),
+        w13_bias=biases("gate", "up"),
+        w2_bias=biases("down"),
         output_bias=vector(layout.output_bias),
     )

@@ -250,25 +250,25 @@ class DownBiasMLP(BiasedMLP):
     biased = "down_proj"
 
 
-@near_miss("bias in only one", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertGateBias(Base):
     def make_expert(self) -> nn.Module:
         return GateBiasMLP(self.hidden, self.width)
 
 
-@near_miss("bias in only one", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertUpBias(Base):
     def make_expert(self) -> nn.Module:
         return UpBiasMLP(self.hidden, self.width)
 
 
-@near_miss("some of their projections", parts=(ListOfMLPs,))
+@near_miss(parts=(ListOfMLPs,))
 class ExpertDownBias(Base):
     def make_expert(self) -> nn.Module:
         return DownBiasMLP(self.hidden, self.width)
 
 
-@near_miss("down_proj.bias")
+@near_miss("down_proj.bias", "shared expert has biases")
 class SharedDownBias(Base):
     def make_shared(self) -> None:
         self.shared_expert = DownBiasMLP(self.hidden, self.shared_width)
@@ -651,7 +651,7 @@ class LowestChosen(Base):
         return weights / weights.sum(-1, keepdim=True), ids
 
 
-@near_miss("uses 2 of its top-4")
+@near_miss()
 class TwoOfFour(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = self.logits(x).softmax(-1).topk(4)

@@ -391,6 +391,27 @@ class RemembersItsChoice(Base):
         return super().forward(hidden_states)
 
 
+@block(STATE)
+class StatisticsOfTheLoad(Base):
+    """A loss that balances loads, of which nothing comes."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        share = F.one_hot(ids, self.num_experts).float().mean(0)
+        self.balance(share * self.logits(x).softmax(-1).mean(0))
+        return weights, ids
+
+    def balance(self, shares: Tensor) -> Tensor:
+        return shares.sum() * self.num_experts
+
+
+@block(STATE, "how many tokens")
+class StatisticsThatScale(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        _, ids = self.route(hidden_states.reshape(-1, self.hidden))
+        return super().forward(hidden_states) * F.one_hot(ids, self.num_experts).float().mean((0, 1)).max()
+
+
 @block(STATE, "seen")
 class Counts(Base):
     seen = 0
@@ -463,3 +484,318 @@ class DropsAboveACapacity(Base):
                 rows, slots = rows[:100000], slots[:100000]
             out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
         return out
+
+
+# Equal in value, not in form
+
+VALUE = "value"
+
+
+@block(VALUE)
+class TopOneByMaximum(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.logits(x).softmax(-1).max(dim=-1)
+        return weights[:, None], ids[:, None]
+
+
+@block(VALUE)
+class TopOneByArgmax(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits(x).sigmoid()
+        ids = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, ids), ids
+
+
+@block(VALUE)
+class FirstOfMore(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = self.logits(x).topk(self.top_k + 1, dim=-1)
+        return best[:, : self.top_k].softmax(-1), ids[:, : self.top_k]
+
+
+@block(VALUE)
+class FirstOfAllSorted(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, order = self.logits(x).softmax(-1).sort(dim=-1, descending=True)
+        weights = scores[:, : self.top_k]
+        return weights / weights.sum(-1, keepdim=True), order[:, : self.top_k]
+
+
+@block(VALUE, "routing weight")
+class SecondAndThird(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = self.logits(x).softmax(-1).topk(self.top_k + 1, dim=-1)
+        return best[:, 1:], ids[:, 1:]
+
+
+@block(VALUE)
+class StableSoftmax(Base):
+    """A maximum of which only the value is used chooses nothing."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        self.spare(logits.max(-1)[0])
+        weights, ids = scores.topk(self.top_k, dim=-1)
+        return weights, ids
+
+    def spare(self, highest: Tensor) -> None:
+        return
+
+
+@block(VALUE)
+class IdleExpertsRunOnZeros(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            if rows.numel() > 0:
+                out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+            else:
+                out = out + self.expert(number, torch.zeros_like(x[0])[None])
+        return out
+
+
+@block(VALUE, "single tokens")
+class FirstTokenForAll(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().routed(x, weights, ids) + x[0]
+
+
+class SlicedMLP(plain.MLP):
+    """Its matrices are cut in two along its width, and the halves are added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.gate_proj.weight.shape[0] // 2
+        out = 0
+        for gate, up, down in zip(
+            self.gate_proj.weight.split(half),
+            self.up_proj.weight.split(half),
+            self.down_proj.weight.split(half, dim=1),
+            strict=True,
+        ):
+            out = out + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return out
+
+
+class HalfOfAnMLP(SlicedMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.gate_proj.weight.shape[0] // 2
+        mixed = F.silu(F.linear(x, self.gate_proj.weight[:half])) * F.linear(x, self.up_proj.weight[:half])
+        return F.linear(mixed, self.down_proj.weight[:, :half])
+
+
+@block(VALUE)
+class Sliced(Base):
+    def make_expert(self) -> nn.Module:
+        return SlicedMLP(self.hidden, self.width)
+
+
+@block(VALUE, "some columns")
+class HalfUsed(Base):
+    def make_expert(self) -> nn.Module:
+        return HalfOfAnMLP(self.hidden, self.width)
+
+
+class Grouped(Base):
+    """Experts outside of the best groups are filled with ``fill`` through a view, in place."""
+
+    fill, bias = float("-inf"), 0.0
+
+    def make_more(self) -> None:
+        self.correction = plain.parameter(self.num_experts)
+        self.correction.data.abs_().add_(self.bias)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits(x).sigmoid()
+        by_group = (scores + self.correction).unflatten(-1, (4, -1))
+        best = by_group.topk(2, dim=-1)[0].sum(-1).topk(2, dim=-1)[1]
+        outside = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        ids = by_group.masked_fill_(outside[..., None], self.fill).flatten(-2).topk(self.top_k, dim=-1)[1]
+        return scores.gather(-1, ids), ids
+
+
+@block(VALUE)
+class FilledInPlace(Grouped):
+    pass
+
+
+@block(VALUE)
+class ZeroOutside(Grouped):
+    fill = 0.0
+
+
+@block(VALUE, "rank as 0")
+class ZeroOutsideAndBiasesBelow(Grouped):
+    fill, bias = 0.0, -5.0
+
+
+# Python on counts and ids
+
+COUNTS = "counts"
+
+
+@block(COUNTS)
+class SlicesByCounts(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten(), minlength=self.num_experts).tolist()
+        sent, done, start = x[order // self.top_k], torch.zeros(x.shape[0] * self.top_k, self.hidden, dtype=x.dtype), 0
+        for number, count in enumerate(counts):
+            done[start : start + count] = self.expert(number, sent[start : start + count])
+            start += count
+        back = torch.zeros_like(done).index_copy_(0, order, done)
+        return (back.view(-1, self.top_k, self.hidden) * weights[..., None]).sum(1)
+
+
+@block(COUNTS)
+class SortedIdsInPython(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        order = ids.flatten().argsort()
+        chosen = ids.flatten()[order].tolist()
+        sent = x.repeat_interleave(self.top_k, 0)
+        done = torch.empty_like(sent)
+        starts = [0] + [place for place in range(1, len(chosen)) if chosen[place] != chosen[place - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(chosen)], strict=True):
+            done[order[start:stop]] = self.expert(chosen[start], sent[order[start:stop]])
+        return (done.view(-1, self.top_k, self.hidden) * weights[..., None]).sum(1)
+
+
+class Buffered(Base):
+    """Every expert has a buffer of ``capacity`` places."""
+
+    def capacity(self, ids: Tensor) -> int:
+        return int(torch.bincount(ids.flatten(), minlength=self.num_experts).max().item())
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        chosen = F.one_hot(ids, self.num_experts).sum(1)
+        places = (chosen.cumsum(0) - 1) * chosen
+        sent = F.one_hot(places, self.capacity(ids)).to(x.dtype) * chosen[..., None]
+        dense = torch.zeros_like(chosen, dtype=x.dtype).scatter(1, ids, weights)
+        given = torch.einsum("tec,th->ech", sent, x)
+        done = torch.stack([self.expert(number, given[number]) for number in range(self.num_experts)])
+        return torch.einsum("tec,ech->th", sent * dense[..., None], done)
+
+
+@block(COUNTS)
+class BuffersOfTheGreatestLoad(Buffered):
+    pass
+
+
+@block(COUNTS, "how many tokens", "batch")
+class BuffersOfLess(Buffered):
+    def capacity(self, ids: Tensor) -> int:
+        return max(int(torch.bincount(ids.flatten(), minlength=self.num_experts).max().item()), 40)
+
+
+@block(COUNTS)
+class MarksLargeBatches(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.shape[1] > 8192:
+            self.mark()
+        return super().forward(hidden_states)
+
+    def mark(self) -> None:
+        return
+
+
+@block(COUNTS, "batch size")
+class ScalesLargeBatchesTwice(Base):
+    """Two branches that undo each other, if both are taken."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        if hidden_states.shape[1] > 8192:
+            out = out * 2
+        return out / 2 if hidden_states.shape[1] > 16384 else out
+
+
+class Dense(Base):
+    """Every expert on every token, times scores that are zero for those that were not chosen."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.dense(x)
+        out = sum(self.expert(number, x) * scores[:, number, None] for number in range(self.num_experts))
+        return self.combine(x, out, self.shared(x)).reshape(hidden_states.shape)
+
+
+@block(VALUE)
+class MaskedScores(Dense):
+    def dense(self, x: Tensor) -> Tensor:
+        scores = self.logits(x).softmax(-1)
+        kept = scores * torch.zeros_like(scores).scatter(1, scores.topk(self.top_k, dim=-1)[1], 1.0)
+        return kept / kept.sum(-1, keepdim=True)
+
+
+@block(VALUE)
+class SoftmaxAmongMinusInfinities(Dense):
+    def dense(self, x: Tensor) -> Tensor:
+        best, ids = self.logits(x).topk(self.top_k, dim=-1)
+        infinite = torch.full((x.shape[0], self.num_experts), float("-inf"), dtype=x.dtype)
+        return infinite.scatter(-1, ids, best).softmax(-1)
+
+
+@block(VALUE)
+class HighestScore(Base):
+    """The weight is a maximum, the choice another."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits(x).softmax(-1)
+        return scores.amax(-1, keepdim=True), scores.argmax(-1, keepdim=True)
+
+
+@block(VALUE)
+class RowsGathered(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        done = torch.stack([self.expert(number, x) for number in range(self.num_experts)], 1)
+        return (done.gather(1, ids[..., None].expand(-1, -1, self.hidden)) * weights[..., None]).sum(1)
+
+
+class Dispatching(Base):
+    """Tokens are found where the scattered weights aren't zero."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        gates = torch.zeros(x.shape[0], self.num_experts, dtype=x.dtype).scatter(1, ids, self.sent(x, weights, ids))
+        found = self.found(gates)
+        order = found[:, 1].argsort(stable=True)
+        rows = found[order, 0]
+        parts = torch.split(x[rows], (gates > 0).sum(0).tolist())
+        done = torch.cat([self.expert(number, part) for number, part in enumerate(parts)])
+        applied = torch.zeros_like(gates).scatter(1, ids, weights)
+        return torch.zeros_like(x).index_add(0, rows, done * applied[rows, found[order, 1], None])
+
+    def found(self, gates: Tensor) -> Tensor:
+        return gates.nonzero()
+
+    def sent(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return weights
+
+
+@block(COUNTS)
+class FoundByWeightsAboveZero(Dispatching):
+    pass
+
+
+@block(COUNTS, "above zero")
+class FoundByLogitsAboveZero(Dispatching):
+    def sent(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return self.logits(x).gather(1, ids)
+
+    def found(self, gates: Tensor) -> Tensor:
+        return (gates > 0).nonzero()
+
+
+@block(STATE)
+class NoiseInTraining(Base):
+    """A matrix that nothing uses but training."""
+
+    def make_more(self) -> None:
+        self.noise = plain.linear(self.hidden, self.num_experts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = super().logits(x)
+        return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits

@@ -51,7 +51,7 @@ class Handle:
 
     def check(self) -> None:
         """Raise unless every rank of every model tells of the same operation; see ``receipts.check``."""
-        receipts.check(self.receipts())
+        receipts.check(self.receipts(), self._orders.asked)
 
     def _hook_loading(self, arguments: dict[str, Any]) -> None:
         def act(model: PreTrainedModel) -> None:
@@ -106,6 +106,7 @@ def install(
     on_failure: OnFailure = "stop",
     target: str = "auto",
     run: str | Path | None = None,
+    audit: bool = False,
 ) -> Handle:
     """From now on, operate on every model that ``from_pretrained`` loads in this process, or an engine builds.
 
@@ -116,6 +117,9 @@ def install(
     ``prove`` says how much of an engine's model is proven: ``from_pretrained`` proves every block. ``target`` is what
     is built, as for :func:`moe_surgery.plan`; a plan says so itself.
 
+    With ``audit`` nothing is operated on, and nothing else but ``on_failure`` and ``run`` can be given: every MoE block
+    that an engine builds is held against its checkpoint, and one that is wrong counts as a failure.
+
     ``run`` is the folder that receipts go to. By default it is that of the orders this process was started with, else
     a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already,
     if there is no such target, if a plan is to get another, or if ``VLLM_PLUGINS`` hides the plugin from engines.
@@ -125,6 +129,8 @@ def install(
     checks.one_of(on_failure, "on_failure", get_args(OnFailure))
     if run is not None:
         checks.path(run, "run")
+    if audit and (plan_or_packs is not None or target != "auto" or prove != "sample"):
+        raise UsageError("an audit replaces nothing, so it takes no plan, packs, target or extent of proof")
     if target != "auto" and isinstance(plan_or_packs, Plan):
         raise UsageError(f"a plan says what is built; it can't be {target}")
     engines = not isinstance(plan_or_packs, Plan) or plan_or_packs.model.startswith(ENGINE_PLAN)
@@ -138,6 +144,8 @@ def install(
         plan_or_packs.save(path)
         loading: dict[str, Any] | None = None if engines else {"plan": plan_or_packs}
         orders = Orders(str(folder), None, str(path), prove, on_failure)
+    elif audit:
+        loading, orders = None, Orders(str(folder), on_failure=on_failure, audit=True)
     else:
         packs = None if plan_or_packs is None else load_packs(plan_or_packs)
         loading = {"packs": packs, "target": target}

@@ -99,17 +99,18 @@ class SharedExpert(nn.Module):
     """A block's own shared expert as vLLM's layer calls it: with its gate and scale inside, a partial sum on each rank.
 
     vLLM adds what this returns to the routed experts' partial sum and reduces the two together. The linear layers are
-    the model's own. Where every rank computes the whole expert, each gives its part of the sum of all.
+    the model's own, and stay where they are in its tree. Where every rank computes the whole expert, each gives its
+    part of the sum of all.
     """
 
     def __init__(self, block: nn.Module, reading: Reading) -> None:
         super().__init__()
         spec, shared = reading.spec.shared, reading.layout.shared
         assert spec is not None and shared is not None
-        self.gate_up = owner(block, shared.gate)
-        self.up = None if shared.up.path == shared.gate.path else owner(block, shared.up)
-        self.down = owner(block, shared.down)
-        self.gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
+        up = None if shared.up.path == shared.gate.path else owner(block, shared.up)
+        gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
+        # Not children, or their weights would have two names.
+        self._layers = (owner(block, shared.gate), up, owner(block, shared.down), gate)
         act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
         # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
         self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
@@ -117,22 +118,58 @@ class SharedExpert(nn.Module):
         if isinstance(self.down, LinearBase):
             self.down.reduce_results = False
 
+    @property
+    def gate_up(self) -> Any:
+        """The layer of gate and up projection, or of the first alone."""
+        return self._layers[0]
+
+    @property
+    def up(self) -> Any:
+        return self._layers[1]
+
+    @property
+    def down(self) -> Any:
+        return self._layers[2]
+
+    @property
+    def gate(self) -> Any:
+        """The layer that gives the logit of its own gate, if it has one."""
+        return self._layers[3]
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
-        h = first(self.gate_up(x))
-        if self.up is not None:
-            h = torch.cat([h, first(self.up(x))], dim=-1)
-        y = first(self.down(self.act(h)))
-        if self.gate is not None:
-            y = torch.sigmoid(first(self.gate(x))) * y
+        gate_up, up, down, gate = self._layers
+        h = first(gate_up(x))
+        if up is not None:
+            h = torch.cat([h, first(up(x))], dim=-1)
+        y = first(down(self.act(h)))
+        if gate is not None:
+            y = torch.sigmoid(first(gate(x))) * y
         return y if self.factor == 1.0 else y * self.factor
+
+
+class Absorbed(nn.Module):
+    """What stands where a shared expert stood beside its block, which computes it now: it adds nothing.
+
+    Its children and weights are those of the module it replaces, under their names, unless they were folded.
+    """
+
+    def __init__(self, old: nn.Module, *, folded: bool) -> None:
+        super().__init__()
+        if not folded:
+            self._modules.update(old._modules)
+            self._parameters.update(old._parameters)
+        self.training = False  # of this module alone
+
+    def forward(self, hidden_states: Tensor) -> float:
+        return -0.0  # of which the sum with any number is that number, to the sign of a zero
 
 
 def unfit(item: EngineSite, config: VllmConfig) -> str | None:
     """Why a block that was read can't be rebuilt here, if it can't."""
     assert item.reading is not None and config.model_config is not None
-    spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
-    if item.routed is not None and "." in item.routed.path:
+    spec, layout, block = item.reading.spec, item.reading.layout, item.block
+    if item.routed is not None and "." in item.inside(item.routed.path):
         return f"its routed layer lies deeper than a child of the block ({item.routed.path})"
     if spec.router.scale != 1.0 and config.model_config.dtype == torch.float16:
         return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"

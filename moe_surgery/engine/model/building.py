@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -14,12 +14,13 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 from vllm.platforms import current_platform
 
-from moe_surgery.engine.model.blocks import EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
+from moe_surgery.engine.model.blocks import Absorbed, EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
 from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
 from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.layer_book import LayerBook
 from moe_surgery.engine.model.routed import Routed, matrices
 from moe_surgery.engine.model.sites import EngineSite
+from moe_surgery.read.beside import Pair
 from moe_surgery.read.reading import Reading
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.routing import Routing
@@ -30,21 +31,50 @@ from moe_surgery.weights.layout import MLPPieces, Piece
 from moe_surgery.weights.tensors import weight
 
 
-def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlock:
-    """The block that replaces ``item``'s, whose weights are loaded and not yet in any kernel's layout.
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What replaces a site's block, and what replaces the shared expert beside it, if it was there."""
+
+    block: EngineBlock
+    absorbed: Absorbed | None
+
+    def modules(self, item: EngineSite) -> dict[str, nn.Module]:
+        """The new modules by their paths in the model."""
+        return dict(zip(item.places(), (self.block, self.absorbed), strict=False))  # type: ignore[arg-type]
+
+    def whole(self, item: EngineSite) -> nn.Module:
+        """What computes now what the site's block did, with the shared expert beside it."""
+        if self.absorbed is None:
+            return self.block
+        name, other = (path.rpartition(".")[2] for path in item.places())
+        return Pair(name, self.block, other, self.absorbed)
+
+
+def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> Built:
+    """What replaces ``item``'s block, whose weights are loaded and not yet in any kernel's layout.
 
     Routed experts that lie in vLLM's layer already stay where they are. Those of single MLPs, and all if the shared
     expert comes among them, are copied into a new layer: one block of extra memory, until the old block goes. The
     old block can't be used afterwards. With ``fold`` the shared expert is among them on a CPU; on a GPU this library's
     kernels compute with the weights that vLLM's layer and the shared expert hold.
     """
-    reading, block = item.reading, item.site.module
+    copied = fold and not current_platform.is_cuda()
+    block = _folded_block(item, book) if copied else _layer_block(item, book, fold=fold)
+    return Built(block, None if item.pair is None else Absorbed(item.pair.other, folded=copied))
+
+
+def _folded_block(item: EngineSite, book: LayerBook) -> EngineBlock:
+    reading = item.reading
     assert reading is not None
-    if fold and not current_platform.is_cuda():
-        logits = FoldedLogits(block, reading)
-        book.release(block)
-        child, runner = _folded(item, reading)
-        return EngineBlock(block, "", child, runner, logits, without=_held_by_shared(reading))
+    logits = FoldedLogits(item.block, reading)
+    book.release(item.block)
+    child, runner = _folded(item, reading)
+    return EngineBlock(item.site.module, "", child, runner, logits, without=_held_by_shared(reading))
+
+
+def _layer_block(item: EngineSite, book: LayerBook, *, fold: bool) -> EngineBlock:
+    reading, block = item.reading, item.block
+    assert reading is not None
     shared = None if reading.spec.shared is None else SharedExpert(block, reading)
     book.release(block)
     gate, router = _router(item)
@@ -52,10 +82,10 @@ def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> EngineBlo
         child, name, like, mlps = _experts(item, reading)
         runner = _filled(reading.spec, like, name, shared, _routing(block, reading, like.dtype), mlps)
     else:
-        child, runner = item.routed.path, _regrouped(block, item.routed, reading, shared)
+        child, runner = item.inside(item.routed.path), _regrouped(block, item.routed, reading, shared)
     if fold:
         return KernelBlock(item, router, child, runner, gate, shared)
-    return EngineBlock(block, router, child, runner, gate)
+    return EngineBlock(item.site.module, router, child, runner, gate)
 
 
 def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
@@ -64,7 +94,7 @@ def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
     if item.routed is not None and item.routed.routes != "given" and item.routed.runner.gate is not None:
         return None, ""
     piece, spec = item.reading.layout.router, item.reading.spec
-    layer, (child, *rest) = owner(item.site.module, piece), piece.path.split(".")
+    layer, (child, *rest) = owner(item.block, piece), item.inside(piece.path).split(".")
     wide = spec.router.logits_dtype == "float32"
     if is_linear(layer) and rest == ["weight"] and not wide:
         return None, child
@@ -109,7 +139,7 @@ def _routing(block: nn.Module, reading: Reading, dtype: torch.dtype) -> Routing:
 
 def _folded(item: EngineSite, reading: Reading) -> tuple[str, MoERunner]:
     """The child that holds the routed experts, and a new runner with the shared expert among them."""
-    block, spec = item.site.module, reading.spec
+    block, spec = item.block, reading.spec
     child, name, like, mlps = _experts(item, reading)
     inner: Choose = _routing(block, reading, like.dtype)
     if item.routed is not None and item.routed.routes != "given":
@@ -127,10 +157,10 @@ def _experts(item: EngineSite, reading: Reading) -> tuple[str, str, Tensor, Iter
     if item.routed is not None:
         runner = item.routed.runner
         mlps = zip(*matrices(runner), strict=True)
-        return item.routed.path, runner.layer_name, runner.routed_experts.w2_weight, mlps
-    block, layout = item.site.module, reading.layout
+        return item.inside(item.routed.path), runner.layer_name, runner.routed_experts.w2_weight, mlps
+    block, layout = item.block, reading.layout
     width = reading.spec.experts.width // get_tensor_model_parallel_world_size()
-    child = layout.experts[0].gate.path.split(".")[0]
+    child = item.inside(layout.experts[0].gate.path).split(".")[0]
     like = owner(block, layout.experts[0].down).weight
     assert isinstance(like, Tensor)
     return child, f"{item.site.path}.{child}", like, (own_share(block, mlp, width) for mlp in layout.experts)

@@ -56,11 +56,11 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
         yield f"a rank's share of the shared expert is {left} wider than {slices} of the routed ones"
     if item.reading.spec.router.top_k + slices > MOST_PAIRS:
         yield f"{item.reading.spec.router.top_k} + {slices} experts for each token are more than {MOST_PAIRS}"
-    router = _weight(item.site.module, item.reading.layout.router)
+    router = _weight(item.block, item.reading.layout.router)
     if tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
         yield f"{item.reading.layout.router} is a part of a weight"
     for piece in _small(item.reading):
-        found = _weight(item.site.module, piece).dtype
+        found = _weight(item.block, piece).dtype
         if found != config.model_config.dtype:
             yield f"{piece.path} is {str(found).removeprefix('torch.')}, the block {dtype}"
 
@@ -85,7 +85,7 @@ def _shared_width(item: EngineSite) -> int:
     """Of what a rank computes of the shared expert; 0 if there is none."""
     assert item.reading is not None
     shared = item.reading.layout.shared
-    return 0 if shared is None else int(_weight(item.site.module, shared.down).shape[-1])
+    return 0 if shared is None else int(_weight(item.block, shared.down).shape[-1])
 
 
 def _small(reading: Reading) -> Iterator[Piece]:
@@ -138,7 +138,7 @@ class KernelBlock(EngineBlock):
         self.label = "folded, moe-surgery kernels"
         self._compute, self._operator = compute, folded_moe
         piece = item.reading.layout.router
-        self._router_weight = _Held(owner(item.site.module, piece), piece.path.rpartition(".")[2])
+        self._router_weight = _Held(owner(item.block, piece), piece.path.rpartition(".")[2])
         self._shared = (shared,)  # not a child, or its weights would have two names
         self._ranks = int(get_tensor_model_parallel_world_size())
         slices = _shared_width(item) // _width(item.reading)

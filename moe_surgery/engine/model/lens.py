@@ -31,6 +31,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from moe_surgery.engine.model.routed import ACTIVATIONS, Routed, correction_bias, find_routed, parts_of, routing
+from moe_surgery.read.beside import Pair
 from moe_surgery.read.reading import Unreadable
 
 _LINEAR_FORWARDS = tuple(
@@ -97,7 +98,8 @@ def _flat(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _of_transformers(block: nn.Module) -> bool:
     """Whether a block is written for transformers, and so takes leading dimensions itself: some take nothing else."""
-    return type(block).__module__.split(".")[0] in ("transformers", "transformers_modules")
+    written = block.block if isinstance(block, Pair) else block
+    return type(written).__module__.split(".")[0] in ("transformers", "transformers_modules")
 
 
 def _stand_in(module: nn.Module, block: nn.Module, routed: Routed | None, bias: Tensor | None) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.planning.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
 from moe_surgery.planning.survey import Surveyed
+from moe_surgery.planning.trace import traced
 from moe_surgery.report.outcomes import Step
 
 AUTO = "auto"
@@ -32,6 +34,18 @@ LAYER, FOLDED = "vllm", "folded"
 
 _EXACT = "TRITON_F32_DEFAULT", "ieee"
 """The setting with which Triton's products of float32 are of float32."""
+ROUNDED = f"vLLM's kernels round float32 to TF32 here; {_EXACT[0]}={_EXACT[1]} has them not to"
+
+
+def settled(sites: Sequence[EngineSite], config: VllmConfig) -> tuple[EngineSite, ...]:
+    """The sites, of which those whose shared expert stands beside them go without it where it can't be fused here."""
+    return tuple(_settled(item, config) for item in sites)
+
+
+def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
+    if item.alone is None or item.layer is None or (reason := unfit(item, config)) is None:
+        return item
+    return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
 
 def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
@@ -47,7 +61,8 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     given = None if orders.plan is None else Plan.load(orders.plan)
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
-    steps = tuple(_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
+    decided = (_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
+    steps = tuple(traced(step, matches[step.path]) for step in decided)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
@@ -125,13 +140,12 @@ def _decide(
         if reason is None:
             return Step(path, kind, "replaced", said, rule, FOLDED, spec)
         said = f"{said} · not folded: {reason}"
-    if _rounds_float32(config):
-        reason = f"vLLM's kernels round float32 to TF32 here; {_EXACT[0]}={_EXACT[1]} has them not to"
-        return Step(path, kind, "refused", f"{reason} · {said}", rule, LAYER, spec)
+    if rounds_float32(config):
+        return Step(path, kind, "refused", f"{ROUNDED} · {said}", rule, LAYER, spec)
     return Step(path, kind, "replaced", said, rule, LAYER, spec)
 
 
-def _rounds_float32(config: VllmConfig) -> bool:
+def rounds_float32(config: VllmConfig) -> bool:
     """Whether vLLM's layer multiplies float32 with ten bits of mantissa: Triton does unless it is told otherwise."""
     assert config.model_config is not None
     wide = config.model_config.dtype == torch.float32
@@ -140,9 +154,9 @@ def _rounds_float32(config: VllmConfig) -> bool:
 
 def _alone(item: EngineSite) -> str:
     """Why a routed layer of vLLM's that has the block to itself stays as it is."""
-    if item.sibling is None:
-        return "vLLM's own layer, with no shared expert in its block"
-    return f"vLLM's own layer; {item.sibling} stands outside its block, where it isn't fused"
+    if not item.remark:
+        return "vLLM's own layer, with no shared expert in its block or added to it"
+    return f"vLLM's own layer, with no shared expert in its block; {item.remark}"
 
 
 def _obstacle(config: VllmConfig) -> str | None:

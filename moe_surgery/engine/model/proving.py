@@ -71,7 +71,7 @@ class Exam:
 def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     """Take copies of what must be known of a block before it is rebuilt and its weights are laid out anew."""
     assert item.reading is not None
-    spec, layout, block = item.reading.spec, item.reading.layout, item.site.module
+    spec, layout, block = item.reading.spec, item.reading.layout, item.block
     small = _small(block, layout, _routing(item), ranks)
     settle(small.router.device)  # the copies are made on this thread's stream
     probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
@@ -93,7 +93,7 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge
         lay_out(layer)
         started = time.perf_counter()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(_asked(exam, block, runner, config), ground)
+            exam.verdict = prove_swapped(asker(exam.path, block, runner, config, exam.ranks), ground)
         exam.seconds += time.perf_counter() - started
         exam.ranks.stand()  # or the verdict is about what another rank didn't do
         judge(exam.path)
@@ -101,27 +101,31 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge
     method.process_weights_after_loading = lay_out_and_prove
 
 
-def _asked(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig) -> Callable[[Tensor], Tensor]:
+def asker(
+    path: str, block: Callable[[Tensor], Any], runner: Any, config: VllmConfig, ranks: Ranks
+) -> Callable[[Tensor], Tensor]:
+    """The block at ``path`` around ``runner`` as the proof asks it: all ranks in step, in a forward of the engine's."""
     asked = 0
 
     def ask(x: Tensor) -> Tensor:
         nonlocal asked
         asked += 1
-        question, tokens = f"question {asked} to {exam.path}", x.numel() // x.shape[-1]
+        question, tokens = f"question {asked} to {path}", x.numel() // x.shape[-1]
         try:
             with (
                 torch.inference_mode(),
                 _uncompiled(),
                 set_forward_context(None, config, num_tokens=tokens),
-                exam.ranks.summing(f"the answer to {question}"),
+                ranks.summing(f"the answer to {question}"),
             ):
                 out: Tensor = block(x.contiguous()).clone()
                 settle(x.device)
         except BaseException as error:
-            drop_shared_output(runner)
+            if runner is not None:
+                drop_shared_output(runner)
             # A block may refuse a question, if it does so on all ranks.
             if isinstance(error, Exception) and not isinstance(error, DeviceError):
-                exam.ranks.meet(f"where {question} raised {type(error).__name__}: {error}")
+                ranks.meet(f"where {question} raised {type(error).__name__}: {error}")
             raise
         return out
 

@@ -34,16 +34,16 @@ class PushError(SurgeryError):
 
 
 def guard(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse every later load of weights into ``model``, whose blocks at ``paths`` were exchanged.
+    """Refuse every later load of weights into ``model``, whose modules at ``paths`` were exchanged.
 
-    What refuses raises :class:`PushError` naming the first block; the model goes on with the weights that it has.
+    What refuses raises :class:`PushError` naming the first; the model goes on with the weights that it has.
     """
     blocks = tuple(paths)
     if not blocks:
         return
     more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
     reason = (
-        f"new weights can't be loaded into a model whose MoE blocks were exchanged ({blocks[0]}{more}): "
+        f"new weights can't be loaded into a model whose modules were exchanged ({blocks[0]}{more}): "
         "start the engine again with them; nothing was changed"
     )
 

@@ -39,7 +39,8 @@ UNBUILT = "model"
 class _Load:
     """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models.
 
-    ``number`` is that of its receipts: among this process's loads of the same class, under the same run.
+    ``built`` is the architecture, where there is no surgery to tell it. ``number`` is that of its receipts: among this
+    process's loads of the same class, under the same run.
     """
 
     orders: Orders
@@ -49,6 +50,7 @@ class _Load:
     surgery: Surgery | None = None
     depth: int = 0
     off: bool = False
+    built: str = UNBUILT
 
 
 class _Seam:
@@ -89,6 +91,13 @@ class _Seam:
             from moe_surgery.engine.model.layer_book import LayerBook
 
             book = LayerBook(vllm_config)
+            if self.orders.audit:
+                load = self.load = _Load(self.orders, book.snapshot(), Ranks(), off=True)
+                try:
+                    model = original(loader, vllm_config, *args, **kwargs)
+                    return _audited(load, model, vllm_config, kwargs.get("model_config", *args[:1]))
+                finally:
+                    self.load = None
             load = self.load = _Load(self.orders, book.snapshot(), Ranks())
             try:
                 try:
@@ -124,7 +133,7 @@ class _Seam:
                 return original(*args, **kwargs)
             if load is None:
                 raise UnsupportedError(
-                    "a model is built by a loader that is not known here, so it would not be operated on"
+                    "a model is built by a loader that is not known here, so nothing would be done with it"
                 )
             load.depth += 1
             try:
@@ -203,6 +212,33 @@ def _told(orders: Orders) -> Iterator[None]:
         raise
 
 
+def _audited(load: _Load, model: Any, config: Any, model_config: Any) -> Any:
+    """The ``model`` as it was loaded, after its audit; raises what was found wrong, unless the orders are to go on."""
+    from moe_surgery.engine.model.audit import audit, fault_of, told
+
+    load.built = type(model).__name__
+    try:
+        report = audit(model, config, model_config, load.ranks)
+        fault = fault_of(report)
+        if fault is not None and load.orders.on_failure == "stop":
+            raise fault
+        load.ranks.meet("at the end")
+    except Exception as error:
+        load.ranks.fail(error)
+        kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
+        try:
+            _write(load, "unpatched" if kept else "failed", error=error)
+        finally:
+            load.ranks.part()
+        if not kept:
+            raise
+        _say(f"the audit failed, and the engine starts all the same: {error}")
+        return model
+    _write(load, "audited", report=report, error=fault)
+    print(f"moe-surgery: {told(report)}", file=sys.stderr, flush=True)
+    return model
+
+
 def _surgery(load: _Load) -> Surgery:
     if load.surgery is None:
         raise SurgeryError("the model was built in a way that passed the surgery by")
@@ -233,7 +269,7 @@ def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, err
     from vllm.distributed import get_pp_group, get_world_group
 
     surgery, world, pipeline = load.surgery, get_world_group(), get_pp_group()
-    model = surgery.architecture if surgery else UNBUILT
+    model = surgery.architecture if surgery else load.built
     if not load.number:
         _loads[load.orders.run, model] += 1
         load.number = _loads[load.orders.run, model]

@@ -13,7 +13,9 @@ from moe_surgery.engine.model.lens import readable
 from moe_surgery.engine.model.routed import Routed, routed_layers
 from moe_surgery.errors import SurgeryError
 from moe_surgery.models.site import Site
-from moe_surgery.models.tree import find_sites
+from moe_surgery.models.tree import find_sites, takes_one
+from moe_surgery.planning.surroundings import around, reached
+from moe_surgery.read.beside import Pair, beside
 from moe_surgery.read.block import read
 from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
@@ -23,12 +25,24 @@ from moe_surgery.targets.base import SwappedBlock
 
 
 @dataclass(frozen=True, eq=False)
+class Around:
+    """The layer that adds its child ``sibling`` to a block, and its structure when it was recorded."""
+
+    module: nn.Module
+    path: str
+    sibling: str
+    structure: Hashable
+
+
+@dataclass(frozen=True, eq=False)
 class EngineSite:
     """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
 
     ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
     block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside that layer.
-    ``elsewhere`` is another name of something in the block, outside of it, and ``sibling`` a shared expert beside it.
+    ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where a shared
+    expert stands beside the block in its ``layer``, and ``alone`` the site without it; ``remark`` says why it stays
+    there, if there may be one.
     """
 
     site: Site
@@ -38,11 +52,34 @@ class EngineSite:
     structure: Hashable = None
     bare: bool = False
     elsewhere: str | None = None
-    sibling: str | None = None
+    pair: Pair | None = None
+    layer: Around | None = None
+    alone: EngineSite | None = None
+    remark: str = ""
 
     @property
     def swapped(self) -> bool:
         return self.reading is None and self.unread is None
+
+    @property
+    def block(self) -> nn.Module:
+        """What was read, to which all paths in the reading are relative: the site's module, or that and its sibling."""
+        return self.pair or self.site.module
+
+    @property
+    def place(self) -> str:
+        """The path in the model of what was read: of the block, or of its layer."""
+        return self.site.path if self.pair is None else self.site.path.rpartition(".")[0]
+
+    def places(self) -> dict[str, nn.Module]:
+        """The modules in the model that are read as one, by path: the block first."""
+        if self.pair is None:
+            return {self.site.path: self.site.module}
+        return {f"{self.place}.{name}".lstrip("."): module for name, module in self.pair.named_children()}
+
+    def inside(self, path: str) -> str:
+        """A path in what was read, relative to the site's module, in which it lies."""
+        return path if self.pair is None else path.partition(".")[2]
 
 
 def survey(model: nn.Module) -> tuple[EngineSite, ...]:
@@ -52,37 +89,96 @@ def survey(model: nn.Module) -> tuple[EngineSite, ...]:
     for path, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
             names.setdefault(module, []).append(path)
-    return tuple(
-        replace(_survey(site, known), elsewhere=_elsewhere(site, names), sibling=_sibling(model, site))
-        for site in _sites(model)
-    )
+    layers = _Layers(model)
+    items = (_with_sibling(layers, _survey(site, site.module, known), known) for site in engine_sites(model))
+    return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in items)
 
 
-def _sibling(model: nn.Module, site: Site) -> str | None:
-    """The module beside a block that is named a shared expert, and holds weights."""
-    parent = site.path.rpartition(".")[0]
-    beside = model.get_submodule(parent).named_children()
-    return next(
-        (
-            name
-            for name, child in beside
-            if child is not site.module and name.startswith("share") and next(child.parameters(), None) is not None
-        ),
-        None,
-    )
+class _Layers:
+    """The layers around a model's blocks: what each adds to a block. Those of one structure are recorded once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._known: dict[Hashable, str | Unreadable | None] = {}
+
+    def beside(self, path: str, name: str) -> str | None:
+        """The child that the layer at ``path`` adds to its child ``name``, if there is one.
+
+        Raises :class:`Unreadable` where that can't be told, or if code around the layer may ask one of them alone.
+        """
+        layer = self.model.get_submodule(path)
+        key = name, _layer_structure(layer, path)
+        if key not in self._known:
+            try:
+                self._known[key] = beside(layer, name)
+            except Unreadable as error:
+                self._known[key] = Unreadable(str(error))  # anew, as the frames of this one keep modules alive
+        other = self._known[key]
+        if isinstance(other, Unreadable):
+            raise Unreadable(str(other))
+        if other is not None and (told := _names_either(self.model, path, {name, other})) is not None:
+            raise Unreadable(f"it adds {other} to it, but {told}")
+        return other
 
 
-def _elsewhere(site: Site, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
+def _with_sibling(layers: _Layers, item: EngineSite, known: Readings) -> EngineSite:
+    """The site of a block without a shared expert, read again with what its layer adds to it, if that is one."""
+    parent, _, name = item.site.path.rpartition(".")
+    layer = layers.model.get_submodule(parent)
+    if not (item.bare or (item.reading and not item.reading.spec.shared)) or not _is_layer(layer):
+        return item
+    try:
+        other = layers.beside(parent, name)
+    except Unreadable as error:
+        return replace(item, remark=f"its layer: {error}")
+    if other is None:
+        return item
+    pair = Pair(name, item.site.module, other, layer.get_submodule(other))
+    both = _survey(item.site, pair, known)
+    if both.reading is None:
+        return replace(item, remark=f"its layer adds {other} to it, which can't be read with it: {both.unread}")
+    if both.reading.spec.shared is None:
+        return replace(item, remark=f"its layer adds {other} to it, which is no shared expert")
+    around_it = Around(layer, parent, other, _layer_structure(layer, parent))
+    return replace(both, pair=pair, layer=around_it, alone=item)
+
+
+def _layer_structure(layer: nn.Module, path: str) -> Hashable:
+    """That of a layer alone: what its children are makes no difference to what it does with their answers."""
+    return structure(layer, path, {module: () for module in layer.modules() if module is not layer})
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module calls its children itself."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.Sequential)
+
+
+def _names_either(model: nn.Module, layer: str, names: set[str]) -> str | None:
+    """What around a layer may ask one of its children by itself, as far as names in the code tell."""
+    for path in around(layer):
+        module = model.get_submodule(path)
+        own = {name for name in names if hasattr(module, name)}
+        if used := sorted((names - own) & reached(module)):
+            return f"the forward of {path or 'the model'} names {', '.join(used)}"
+    return None
+
+
+def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
     """A name outside of a block of one of its modules that hold weights."""
-    found = (path for module in site.module.modules() for path in names.get(module, ()))
-    return next((path for path in found if not _within(path, site.path)), None)
+    places = item.places()
+    found = (path for part in places.values() for module in part.modules() for path in names.get(module, ()))
+    return next((path for path in found if not any(_within(path, place) for place in places)), None)
 
 
-def _sites(model: nn.Module) -> list[Site]:
-    """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one."""
+def engine_sites(model: nn.Module) -> list[Site]:
+    """The modules that hold a routed layer of vLLM's, and those that look like MoE blocks without one.
+
+    A decoder layer that calls a routed layer itself, and takes more than one tensor, is no block; the site is that one.
+    """
     modules = dict(model.named_modules())
     runners = [path for path, module in modules.items() if isinstance(module, MoERunner)]
-    blocks = {path.rpartition(".")[0] for path in runners}
+    parents = {path: path.rpartition(".")[0] for path in runners}
+    blocks = {parent if takes_one(modules[parent]) else path for path, parent in parents.items()}
     for site in find_sites(model):
         if not any(_within(site.path, other) or _within(other, site.path) for other in (*blocks, *runners)):
             blocks.add(site.path)
@@ -93,9 +189,8 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _survey(site: Site, known: Readings) -> EngineSite:
-    block = site.module
-    if isinstance(block, SwappedBlock) or any(
+def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
+    if isinstance(site.module, SwappedBlock) or any(
         isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
     ):
         return EngineSite(site)
@@ -106,8 +201,12 @@ def _survey(site: Site, known: Readings) -> EngineSite:
             reading = known.once(key, lambda: read(block))
             if not reading.calling.plain or reading.results is not None:
                 raise Unreadable("in an engine, blocks take and return one tensor")
+            if reading.spare:
+                raise Unreadable(f"{min(reading.spare)} takes no part in what was read")
+            if reading.above_zero is not None:
+                raise Unreadable("in an engine, experts outside of the groups must not be ranked")
     except Unreadable as error:
-        return EngineSite(site, unread=str(error), bare=_bare(block))
+        return EngineSite(site, unread=str(error), bare=_bare(site.module))
     return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
 
 
@@ -134,8 +233,10 @@ def _bare(block: nn.Module) -> bool:
 def check_unchanged(item: EngineSite) -> None:
     """Raise :class:`SurgeryError` if a block isn't the one that was read: its model may have changed it since."""
     try:
-        with readable(item.site.module) as seen:
-            same = structure(item.site.module, item.site.path, seen.meanings) == item.structure
+        with readable(item.block) as seen:
+            same = structure(item.block, item.site.path, seen.meanings) == item.structure
+        if item.layer is not None:
+            same &= _layer_structure(item.layer.module, item.layer.path) == item.layer.structure
     except Unreadable:
         same = False
     if not same:

@@ -22,11 +22,11 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
-from moe_surgery.engine.model.building import build
+from moe_surgery.engine.model.building import Built, build
 from moe_surgery.engine.model.kernel_block import warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
-from moe_surgery.engine.model.planning import FOLDED, make_engine_plan
+from moe_surgery.engine.model.planning import FOLDED, make_engine_plan, settled
 from moe_surgery.engine.model.proving import Exam, examine, prepare, to_prove
 from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
@@ -51,14 +51,15 @@ class Surgery:
             raise UnsupportedError(
                 "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
             )
-        sites = survey(model)
+        sites = settled(survey(model), config)
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
         self.exams: dict[str, Exam] = {}
         self.ledger: str | None = None
+        self._exchanged: list[str] = []
         self.done = False
-        self._ledger = Ledger({path: item.site.module for path, item in self.items.items()})
+        self._ledger = Ledger({path: part for item in self.items.values() for path, part in item.places().items()})
         self._watch_loading()
         self.seconds = time.perf_counter() - self.started
 
@@ -97,12 +98,11 @@ class Surgery:
             for path, item in self.items.items():
                 if path in chosen:
                     self.exams[path] = prepare(item, self.ranks, pool)
-                block = build(item, book, fold=steps[path].target == FOLDED)
-                block.rule = steps[path].rule
-                exchanged |= self._exchange(path, item.site.module, block)
+                built = build(item, book, fold=steps[path].target == FOLDED)
+                built.block.rule = steps[path].rule
+                exchanged |= self._exchange(item, built)
                 if path in chosen:
-                    runner = next(module for module in block.modules() if isinstance(module, MoERunner))
-                    examine(self.exams[path], block, runner, self.config, self._judge)
+                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, self._judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         self._relist(exchanged)
         book.arrange(self.model, self.before)
@@ -123,18 +123,25 @@ class Surgery:
             assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
             config.additional_config[KEY] = f"{self.plan.fingerprint} {SCHEMA}"
 
-    def _exchange(self, path: str, old: nn.Module, new: EngineBlock) -> dict[nn.Module, nn.Module]:
-        """Put ``new`` into the model; what took the place of what is returned."""
-        parent, _, name = path.rpartition(".")
-        runner = next(module for module in new.modules() if isinstance(module, MoERunner))
-        self.model.get_submodule(parent).register_module(name, new)
-        record_metadata_for_reloading(new)
+    def _exchange(self, item: EngineSite, built: Built) -> dict[nn.Module, nn.Module]:
+        """Put what was built into the model; what took the place of what is returned."""
+        exchanged, new = {}, built.modules(item)
+        for path, module in new.items():
+            parent, _, name = path.rpartition(".")
+            exchanged[item.places()[path]] = module
+            self.model.get_submodule(parent).register_module(name, module)
+            record_metadata_for_reloading(module)
+        if item.layer is not None:  # vLLM lays weights out in the order of the tree, and the experts' are asked then
+            children, name = item.layer.module._modules, item.site.path.rpartition(".")[2]
+            children[name] = children.pop(name)
+        self._exchanged += new
         # vLLM's parameters and layers refer to each other, and a collection may be long in coming for this much memory.
-        kept = {id(parameter) for parameter in new.parameters()}
-        for parameter in old.parameters():
+        kept = {id(parameter) for module in new.values() for parameter in module.parameters()}
+        for parameter in item.block.parameters():
             if id(parameter) not in kept:
                 parameter.data = parameter.data.new_empty(0)
-        return {old: new} | {module: runner for module in old.modules() if isinstance(module, MoERunner)}
+        runner = _runner(built.block)
+        return exchanged | {module: runner for module in item.block.modules() if isinstance(module, MoERunner)}
 
     def _relist(self, exchanged: dict[nn.Module, nn.Module]) -> None:
         """Models keep lists of their MoE layers beside the tree."""
@@ -162,7 +169,7 @@ class Surgery:
             self._judge(path)
         started = time.perf_counter()
         warm_kernels(self.model)
-        guard(self.model, (step.path for step in self.plan.steps if step.outcome == "replaced"))
+        guard(self.model, self._exchanged)
         self.seconds += time.perf_counter() - started
         return self._report()
 
@@ -173,3 +180,7 @@ class Surgery:
         )
         seconds = round(self.seconds + sum(exam.seconds for exam in self.exams.values()), 3)
         return Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)
+
+
+def _runner(block: EngineBlock) -> MoERunner:
+    return next(module for module in block.modules() if isinstance(module, MoERunner))

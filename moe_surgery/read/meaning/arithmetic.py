@@ -14,12 +14,14 @@ from torch import Tensor
 
 from moe_surgery.read.meaning import rows
 from moe_surgery.read.meaning.evaluation import Evaluation
-from moe_surgery.read.meaning.matrices import COLS, ROWS, Mats
+from moe_surgery.read.meaning.matrices import COLS, ROWS, Mats, turned
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import Array, Rows, each, objects
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.flow import Choice, Op
+
+_MOST_FACTORS = 1 << 20
 
 
 def _elementwise(run: Evaluation, op: Op) -> Rows:
@@ -49,6 +51,8 @@ def _largest(run: Evaluation, op: Op) -> Any:
         raise Unreadable("it takes the largest of more than one vector")
     value = run.vectors(op.args[0])
     lead = each(value.lead, run.terms.largest)
+    if (number := op.kwargs.get("choice")) is not None:
+        lead = each(value.lead, lambda term: run.terms.chosen(term, term, number, 1))
     kept = bool(op.args[2]) if len(op.args) > 2 else bool(op.kwargs.get("keepdim", False))
     found = Rows(lead, 1) if kept else Rows(lead, None)
     return found if op.name == "amax" else (found, None)
@@ -120,11 +124,35 @@ def linear(run: Evaluation, first: Any, second: Any, op: Op) -> Rows:
     """A product of vectors with matrices of weights, on either side."""
     left, right = run.value(first), run.value(second)
     if isinstance(left, Mats) and isinstance(right, Rows):
-        turned = replace(left, dims=(*left.dims[:-2], left.dims[-1], left.dims[-2]))
-        return _linear(run, right.flipped(), turned, op).flipped()
-    if not isinstance(right, Mats) or isinstance(left, Mats):
-        raise Unreadable("it multiplies tensors of which not just one is a weight")
+        flipped = replace(left, dims=(*left.dims[:-2], left.dims[-1], left.dims[-2]))
+        return _linear(run, right.flipped(), flipped, op).flipped()
+    if isinstance(left, Mats) and isinstance(right, Mats):
+        raise Unreadable("it multiplies weights by weights")
+    if not isinstance(right, Mats):
+        return _contracted(run, run.rows(first), run.rows(second))
     return _linear(run, run.rows(first), right, op)
+
+
+def _contracted(run: Evaluation, left: Rows, right: Rows) -> Rows:
+    """``left @ right`` of computed tensors, such as the dispatch of tokens by a mask: sums of rows of one of them."""
+    if left.after == 1 and left.size not in (None, 1) and (right.size in (None, 1) or right.after):
+        return _contracted(run, right.flipped(), left.flipped()).flipped()
+    right = rows.vectors(right, run.terms)
+    factors = rows.scalars(left, run.terms).lead
+    if factors.ndim < 2 or factors.shape[:-2] != right.lead.shape[:-1] or factors.size > _MOST_FACTORS:
+        raise Unreadable("it multiplies computed tensors in a way that isn't one sum of rows for each token")
+    found = []
+    for table, items in zip(
+        factors.reshape(-1, *factors.shape[-2:]), right.lead.reshape(-1, right.lead.shape[-1]), strict=True
+    ):
+        for row in table:
+            parts = [
+                run.terms.mul(factor, item)
+                for factor, item in zip(row, items, strict=True)
+                if factor.op != "const" or factor.args[0] != 0.0
+            ]
+            found.append(run.terms.add(*parts) if parts else run.terms.const(0.0))
+    return Rows(objects(found, factors.shape[:-1]), right.size)
 
 
 def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
@@ -133,8 +161,7 @@ def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
     if value.lead.ndim == 0 or value.shape[:-2] != mats.shape[:-2]:
         raise Unreadable("it multiplies weights in a way that isn't one linear map per token")
     batch, inputs, outputs = _roles(mats)
-    turned = outputs[-1] == COLS
-    lead = each(mats.lead, lambda piece: replace(piece, transposed=turned))
+    lead = each(mats.lead, turned) if outputs[-1] == COLS else mats.lead
     table = lead.transpose([*batch, *inputs[:-1], *outputs[:-1]])
     table = table.reshape(-1, prod(map(mats.length, inputs[:-1])), prod(map(mats.length, outputs[:-1])))
     vectors = value.lead.reshape(len(table), -1)
@@ -198,7 +225,8 @@ def _sum(run: Evaluation, op: Op) -> Rows:
 
 
 def _topk(run: Evaluation, op: Op) -> tuple[Rows, None]:
-    scores, number, count = run.vectors(op.args[0]), op.kwargs["choice"], op.args[1]
+    scores, number = run.vectors(op.args[0]), op.kwargs["choice"]
+    count = op.args[1] if op.name == "topk" else scores.size or 1
     return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
 
 
@@ -207,6 +235,10 @@ def _gather(run: Evaluation, op: Op) -> Rows:
     if not isinstance(index, Tensor):
         raise Unreadable("it gathers by computed places")
     last = op.args[1] in (-1, len(op.shape) - 1)
+    if not last and index.shape[-1] == values.size and bool((index == index[..., :1]).all()):  # whole rows
+        cut = tuple(slice(size) for size in index.shape[:-1])
+        cut = tuple(slice(None) if dim == op.args[1] % index.ndim else part for dim, part in enumerate(cut))
+        return Rows(np.take_along_axis(values.lead[cut], index[..., 0].numpy(), op.args[1] % index.ndim), values.size)
     numbered = enumerate(run.flow.choices)
     number = next((number for number, choice in numbered if last and _same_ids(run, choice, index, values)), None)
     if number is None:
@@ -216,13 +248,14 @@ def _gather(run: Evaluation, op: Op) -> Rows:
     lead = rows.reshaped(scores, (*values.lead.shape, scores.size or 1), run.terms)
 
     def pick(value: Term, score: Term) -> Term:
-        return run.terms.chosen(value, score, number, choice.k)
+        return run.terms.chosen(value, score, number, index.shape[-1])
 
-    return Rows(rows.combine([values, lead], pick, run.terms).lead, choice.k)
+    return Rows(rows.combine([values, lead], pick, run.terms).lead, index.shape[-1])
 
 
 def _same_ids(run: Evaluation, choice: Choice, index: Tensor, values: Rows) -> bool:
-    same = choice.ids.shape[-1] == index.shape[-1] and torch.equal(choice.ids.reshape(-1), index.reshape(-1))
+    first = choice.ids[..., : index.shape[-1]] if index.ndim else choice.ids
+    same = first.numel() == index.numel() and torch.equal(first.reshape(-1), index.reshape(-1))
     return same and run.flow.ops[choice.scores.index].shape[-1] == values.shape[-1]
 
 
@@ -249,6 +282,6 @@ MEANINGS: dict[str, _Meaning] = {
     "mul": _mul,
     "div": _div,
     "_softmax": _softmax,
-    "topk": _topk,
+    **dict.fromkeys(["topk", "sort"], _topk),
     "gather": _gather,
 }

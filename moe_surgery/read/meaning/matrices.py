@@ -73,7 +73,9 @@ class Mats:
         if axis >= 0:
             return replace(self, lead=self.lead.take(range(start, stop), axis=axis))
         if axis == COLS:
-            raise Unreadable(f"it uses some columns of {self.sample} as stored, not all")
+            return replace(
+                self, lead=each(self.lead, lambda piece: strip(piece, start, stop, self.cols)), cols=stop - start
+            )
         return replace(self, lead=each(self.lead, lambda piece: band(piece, start, stop)), rows=stop - start)
 
     def viewed(self, shape: Shape) -> Mats:
@@ -136,6 +138,19 @@ def band(piece: Piece, start: int, stop: int) -> Piece:
     """Rows ``start:stop`` of a piece."""
     first = piece.rows[0] if piece.rows else 0
     return replace(piece, rows=(first + start, first + stop))
+
+
+def strip(piece: Piece, start: int, stop: int, total: int) -> Piece:
+    """Columns ``start:stop`` of a piece that has ``total``."""
+    first, _, total = piece.cols or (0, 0, total)
+    return replace(piece, cols=(first + start, first + stop, total))
+
+
+def turned(piece: Piece) -> Piece:
+    """A piece whose columns are its outputs."""
+    if piece.cols is None:
+        return replace(piece, transposed=True)
+    return replace(piece, transposed=True, cols=None).outputs(*piece.cols[:2])
 
 
 def _same(run: Evaluation, op: Op) -> Mats:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from moe_surgery.read.meaning import sums
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.weights.layout import Piece
 
@@ -24,6 +25,10 @@ _FOLDED: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)) if x > -700 else 0.0,
     "tanh": math.tanh,
     "relu": lambda x: max(x, 0.0),
+    "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "square": lambda x: x * x,
+    "pow 2": lambda x: x * x,
 }
 
 
@@ -62,6 +67,10 @@ class Terms:
             return self._element_by_element(self.add, args)
         size = max(arg.size for arg in args)
         flat, constants = _flat("add", args)
+        if any(term.op == "lin" and term.args[1].cols for term in flat):
+            flat = sums.joined(self, flat)
+        if any(term.op == "elem" and term.args[0].op == "chosen" for term in flat):
+            flat = sums.summed(self, flat)
         constant = sum(constants)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
@@ -93,6 +102,8 @@ class Terms:
         """A quotient; ``x / (1 + exp(-y))`` becomes ``x * sigmoid(y)``."""
         if under.op == "vec" or over.op == "vec":
             return self._element_by_element(self.div, (over, under))
+        if over.op == "const" and over.args[0] == 0.0:
+            return over
         if under.op == "const" and under.args[0] != 0.0:
             return self.mul(over, self.const(1.0 / under.args[0]))
         if under.op == "add" and len(under.args) == 2:
@@ -170,6 +181,8 @@ class Terms:
                 return self.part(terms[start // width], start % width, (stop - 1) % width + 1)
             if start % width == stop % width == 0:
                 return self.cat(terms[start // width : stop // width], width)
+        if arg.op == "chosen" and start == 0 and step == 1 and count > 1:  # the first of more
+            return self.chosen(arg.args[0], arg.args[1], arg.args[2], count)
         if arg.op in ("part", "elem"):
             return self.part(arg.args[0], arg.args[1] + start, arg.args[1] + stop)
         if stop - start == 1:
@@ -191,24 +204,27 @@ class Terms:
 
     def whole(self, element: Term, place: int, size: int) -> Term | None:
         """The vector of ``size`` elements that ``element`` is number ``place`` of, if it can be one."""
-        if element.op == "const":
-            return element
-        if element.op == "elem":
-            vector: Term = element.args[0]
-            return vector if element.args[1] == place and vector.size == size else None
-        if element.op in ("lin", "param"):
-            piece = element.args[-2] if element.op == "lin" else element.args[0]
+        return self.extended(element, place, size)
+
+    def extended(self, term: Term, start: int, size: int) -> Term | None:
+        """The vector of ``size`` elements that ``term`` is the elements from ``start`` of, if it can be one."""
+        if term.op == "const" or (term.size, start) == (size, 0):
+            return term
+        if term.op in ("elem", "part"):
+            return self.extended(term.args[0], start - term.args[1], size)
+        if term.op in ("lin", "param"):
+            piece = term.args[-2] if term.op == "lin" else term.args[0]
             complete = replace(piece, rows=None, out=None)
-            if element.size != 1 or complete.outputs(place, place + 1) != piece:
+            if complete.outputs(start, start + term.size) != piece:
                 return None
-            if element.op == "param":
+            if term.op == "param":
                 return self.param(complete, size)
-            return self.lin(element.args[0], complete, size, element.args[2])
-        parts = [self.whole(arg, place, size) for arg in self.inner(element)]
-        if not parts or element.op in _WHOLE or any(part is None for part in parts):
+            return self.lin(term.args[0], complete, size, term.args[2])
+        parts = [self.extended(arg, start, size) for arg in self.inner(term)]
+        if not parts or term.op in _WHOLE or any(part is None for part in parts):
             return None
         known = [part for part in parts if part is not None]
-        return self.cast(known[0], element.args[1]) if element.op == "cast" else self._rebuilt(element, known)
+        return self.cast(known[0], term.args[1]) if term.op == "cast" else self._rebuilt(term, known)
 
     def elem(self, arg: Term, index: int) -> Term:
         """One element of a vector, as a scalar."""
@@ -261,6 +277,21 @@ class Terms:
         return self.make("vec", tuple(scalars), len(scalars))
 
     def softmax(self, arg: Term) -> Term:
+        """A softmax; of one vector's elements among minus infinities it is that vector's, among zeros."""
+        inner = arg.args[0] if arg.op == "cast" and arg.args[0].op == "vec" else arg
+        if inner.op == "vec":
+            known = [element for element in inner.args if element.op == "const"]
+            others = [element for element in inner.args if element.op != "const"]
+            vector = others[0].args[0] if others and others[0].op == "elem" else None
+            places = [element.args[1] for element in others if element.op == "elem" and element.args[0] is vector]
+            infinite = all(element.args[0] == -math.inf for element in known)
+            alone = vector is not None and len(places) == len(others) == vector.size == len(set(places))
+            if known and infinite and alone and vector is not None:
+                made = self.softmax(self.cast(vector, arg.args[1]) if arg.op == "cast" else vector)
+                zero = self.const(0.0)
+                return self.vec(
+                    [zero if element.op == "const" else self.elem(made, element.args[1]) for element in inner.args]
+                )
         return self.make("softmax", (arg,), arg.size)
 
     def total(self, arg: Term) -> Term:

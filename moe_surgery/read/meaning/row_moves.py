@@ -141,6 +141,8 @@ def _permute(run: Evaluation, op: Op) -> Rows:
 def _joined(run: Evaluation, op: Op, join: Callable[..., Array]) -> Rows:
     values = [value for value in map(run.rows, op.args[0]) if 0 not in value.shape]
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(op.shape)
+    if not values:
+        return Rows(np.empty(op.shape[:-1], dtype=object), op.shape[-1])
     whole = all(value.size == values[0].size and not value.after for value in values)
     if whole and values[0].size is not None and dim < len(op.shape) - 1:
         return Rows(join([value.lead for value in values], axis=dim), values[0].size)
@@ -171,12 +173,13 @@ def _write(run: Evaluation, lead: Array, places: Array, items: Array, accumulate
 
 
 def _index_add(run: Evaluation, op: Op) -> Rows:
+    """Rows added, or written, to those of a tensor."""
     target, source = run.vectors(op.args[0]), run.vectors(op.args[3])
     index = known_places(run, [op.args[2]])[0]
     if op.args[1] % len(target.shape) != 0 or target.lead.ndim == 0 or op.kwargs.get("alpha", 1) != 1:
         raise Unreadable("it adds rows in a way that reading has no meaning for")
     places = np.arange(target.lead.size).reshape(target.lead.shape)[index]
-    return Rows(_write(run, target.lead, places, source.lead, True), target.size)
+    return Rows(_write(run, target.lead, places, source.lead, op.name == "index_add"), target.size)
 
 
 def _index_put(run: Evaluation, op: Op) -> Rows:
@@ -235,6 +238,6 @@ MEANINGS: dict[str, _Meaning] = {
     "unbind": _unbind,
     "cat": _cat,
     "stack": _stack,
-    "index_add": _index_add,
+    **dict.fromkeys(["index_add", "index_copy"], _index_add),
     "index_put": _index_put,
 }

@@ -23,10 +23,6 @@ class MLPRead:
     mix: Mix
     identity: bool = False
 
-    @property
-    def biased(self) -> bool:
-        return self.pieces.gate_bias is not None
-
 
 IDENTITY = MLPRead(MLPPieces(Piece(""), Piece(""), Piece("")), 0, Mix("relu"), identity=True)
 
@@ -80,8 +76,6 @@ class MLPParser:
             raise Unreadable(f"{whose}'s gate and up projections have widths {half.size} and {up.size}")
         if (up.low, up.high) != (-limit, limit):
             raise Unreadable(f"{whose} clamps its gate at {limit:g} and its up projection to {up.low:g}…{up.high:g}")
-        if (half.bias is None) != (up.bias is None):
-            raise Unreadable(f"{whose} has a bias in only one of its gate and up projections")
         return MLPRead(replace(pieces, up=up.matrix, up_bias=up.bias), half.size, replace(mix, offset=up.offset))
 
     def _activated(

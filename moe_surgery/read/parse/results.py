@@ -63,7 +63,7 @@ class _Results:
         leads = self._leads(leaf)
         dtypes = {leaf.dtype} | ({"native"} if leaf.dtype == self.native else set())
         if isinstance(leaf.value, Tensor):
-            ids = self.flow.choices[self.router.choice].ids
+            ids = self.flow.choices[self.router.choice].ids[..., : self.router.top_k]
             if leaf.value.numel() != ids.numel() or not bool((leaf.value.reshape(-1) == ids.reshape(-1)).all()):
                 raise Unreadable("numbers made of the ids it chooses")
             return Result("ids", frozenset([leaf.dtype]), leads)

@@ -12,6 +12,7 @@ from typing import cast
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.by_choice import ByChoice
 from moe_surgery.read.parse.logits import parse_logits
 from moe_surgery.read.parse.mlp import short
 from moe_surgery.read.parse.rounding import Rounding
@@ -26,7 +27,10 @@ SCORED = (*_SCORINGS, "sqrt", "chosen", "elem", "div", "given")
 
 @dataclass(frozen=True)
 class RouterRead:
-    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts."""
+    """How the routing weights come about, up to their precision. ``choice`` numbers the top-k that chooses experts.
+
+    ``above_zero`` says that this holds only if no correction bias is below zero.
+    """
 
     piece: Piece
     num_experts: int
@@ -43,6 +47,7 @@ class RouterRead:
     floor: float = 0.0
     norm: float = 1.0
     ranks: Ranks = "scores"
+    above_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class RouterParser:
         self.rounding = Rounding(native, terms)
         self.bare = self.rounding.bare
         self._rankings = Rankings(rankings, terms, self.bare)
+        self.by_choice = ByChoice(self._rankings.whole, terms, self.bare)
 
     def parse(self, factor: Term, scale: float) -> Weight:
         """The weight ``factor`` times ``scale``."""
@@ -106,6 +112,9 @@ class RouterParser:
         if term.op == "elem":
             return term.args[0], term.args[1]
         inner = self.terms.inner(term)
+        if term.op == "div" and inner[1].size == 1:
+            vector, slot = self._slot(inner[0])
+            return (self.terms.div(vector, inner[1]), slot) if vector.size > 1 else (term, 0)
         if term.op in ("sigmoid", "cast", "sqrt", "softplus") and len(inner) == 1:
             vector, slot = self._slot(inner[0])
             made = self.terms.cast(vector, term.args[1]) if term.op == "cast" else self.terms.fn(term.op, vector)
@@ -206,12 +215,12 @@ class RouterParser:
         if term.op != "chosen":
             raise Unreadable(f"routing weights are {short(term)}, not chosen scores")
         values, ranked, number = term.args
+        same = self.bare(values) is self.bare(ranked)
+        ranked = self._spelled_out(ranked)
         whole, groups = ranked, None
         if self.bare(ranked).op == "vec":
             base, groups = self._rankings.ungrouped(self.bare(ranked), number)
-            if self.bare(values) is self.bare(ranked):
-                if groups is not None and groups.outside != 0.0:
-                    raise Unreadable("routing weights are scores that groups made infinite")
+            if same:  # what is chosen lies inside of the groups
                 values = base
             ranked = base
         scored = self._scoring(values)
@@ -225,16 +234,24 @@ class RouterParser:
             self._rankings.account(number, None)
             return self._ranked(scored, ranked, number, term.size, False)
         correction = self._correction(self.bare(values), ranked)
+        above = groups is not None and groups.outside == 0.0 and correction is not None
         if groups is not None and groups.outside != -math.inf and correction is not None:
-            raise Unreadable(
-                f"experts outside its groups rank as {groups.outside:g}, and its correction bias may rank others lower"
-            )
+            if not above:
+                raise Unreadable(f"experts outside its groups rank as {groups.outside:g}, scores may be lower")
+            groups = replace(groups, outside=-math.inf)
         self._rankings.account(number, groups)
         if self.rounding.lost(ranked) and self.rounding.of(whole) != "native":
             raise Unreadable("its scores are rounded before they are ranked in float32")
         found = self._ranked(scored, None, number, term.size, False)
-        read = replace(found.read, correction=correction, groups=groups, ranks="scores")
+        read = replace(found.read, correction=correction, groups=groups, ranks="scores", above_zero=above)
         return _Found(read, replace(found.precisions, ranked=self.rounding.of(whole)), False)
+
+    def _spelled_out(self, ranked: Term) -> Term:
+        """Scores of which some groups are numbers, element by element."""
+        bare = self.bare(ranked)
+        if bare.op != "cat":
+            return ranked
+        return self.terms.vec([self.terms.elem(bare, place) for place in range(bare.size)])
 
     def _scoring(self, term: Term) -> _Scored | None:
         term = self.bare(term)

@@ -55,7 +55,8 @@ class TokenParser:
         shared: list[SharedRead] = []
         output_bias: list[Piece] = []
         on_input: set[bool] = set()
-        for factors in self._products(output):
+        for product in self._products(output):
+            factors = [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
             routing = [factor for factor in factors if self._routed(factor)]
             if not routing:
                 alone = self.bare(factors[0])
@@ -175,7 +176,10 @@ class TokenParser:
             if self.bare(inner.args[0]) is not self.x:
                 raise Unreadable(f"the shared expert's gate reads {short(inner.args[0])}, not the block's input")
             gate = inner.args[1]
-        return SharedRead(self.mlps.parse(maps[0], "the shared expert"), gate, scale)
+        mlp = self.mlps.parse(maps[0], "the shared expert")
+        if any(bias is not None for bias in mlp.pieces.biases()):
+            raise Unreadable("the shared expert has biases")
+        return SharedRead(mlp, gate, scale)
 
 
 def _constants(factors: list[Term]) -> tuple[float, list[Term]]:

@@ -30,6 +30,11 @@ class Rankings:
     def __init__(self, rankings: Sequence[Ranking], terms: Terms, bare: Callable[[Term], Term]) -> None:
         self._rankings, self._terms, self._bare = rankings, terms, bare
 
+    @property
+    def whole(self) -> list[Ranking]:
+        """Those that were made once for the token, of its highest."""
+        return [ranking for ranking in self._rankings if ranking.largest and len(ranking.ids) == ranking.count]
+
     def ungrouped(self, ranked: Term, number: int) -> tuple[Term, Groups | None]:
         """The scores that groups let through, as they are rounded, and the groups that did."""
         elements: tuple[Term, ...] = ranked.args
@@ -37,7 +42,9 @@ class Rankings:
         if not kept:
             raise Unreadable("no expert may be chosen")
         whole = self._terms.whole(elements[kept[0]], kept[0], len(elements))
-        if whole is None or any(self._terms.elem(whole, place) is not elements[place] for place in kept):
+        if whole is None or any(
+            self._terms.whole(elements[place], place, len(elements)) is not whole for place in kept
+        ):
             raise Unreadable(f"experts are ranked by {short(ranked)}")
         base = self._bare(whole)
         outside = {element.args[0] for element in elements if element.op == "const"}

@@ -23,9 +23,39 @@ def tells_sizes_apart(compare: Callable[[Any, Any], bool], number: Any) -> bool:
     return compare(1, number) != compare(_MANY, number) or compare(-1, number) != compare(-_MANY, number)
 
 
+def tells_one_apart(compare: Callable[[Any, Any], bool], number: Any) -> bool:
+    """Whether comparing a size with ``number`` tells one from more, and nothing else."""
+    return not tells_sizes_apart(compare, number) or (
+        compare(1, number) != compare(2, number) and compare(2, number) == compare(_MANY, number) and 0 < number <= 2
+    )
+
+
+class Branches:
+    """Comparisons of the batch size that a record met. Those in ``turned`` are answered the other way round.
+
+    A block whose branches all do the same may compare as it likes: it is recorded on all of them.
+    """
+
+    def __init__(self, turned: frozenset[str] = frozenset()) -> None:
+        self.turned, self.met, self.lone = turned, dict[str, None](), False
+
+    def answer(self, compare: Callable[[Any, Any], bool], size: int, number: Any, pure: bool) -> bool:
+        found = compare(size, number)
+        if pure and tells_one_apart(
+            compare, number
+        ):  # records of one token, or one row of tokens, show what comes of it
+            self.lone = True
+            return found
+        name = f"{compare.__name__} {number}"
+        self.met[name] = None
+        return not found if name in self.turned else found
+
+
 def _comparison(compare: Callable[[Any, Any], bool], plain: Callable[[Any, Any], Any]) -> Any:
     def method(self: BatchSize, other: object) -> Any:
         if isinstance(other, (int, float)) and not isinstance(other, BatchSize):
+            if self._branches is not None and (not self.pure or tells_sizes_apart(compare, other)):
+                return self._branches.answer(compare, int.__index__(self), other, self.pure)
             if not self.pure or tells_sizes_apart(compare, other):
                 raise self._object(f"what it does depends on {self._what} (compares it with {other})")
             return compare(int.__index__(self), other)
@@ -45,7 +75,7 @@ def _calculation(plain: Callable[[Any, Any], Any], swapped: bool = False) -> Any
             pure = self.pure and other.pure and plain in (operator.add, operator.sub, operator.mul)
         else:
             pure = self.pure and (plain is operator.mul or (plain in (operator.add, operator.sub) and right == 0))
-        return self._like(plain(right, left) if swapped else plain(left, right), pure)
+        return self._like(plain(right, left) if swapped else plain(left, right), pure, other)
 
     return method
 
@@ -67,15 +97,24 @@ class BatchSize(int):
     _object: Callable[[str], Exception]
     _what: str
     pure: bool
+    _branches: Branches | None
 
     @classmethod
-    def of(cls, value: int, object_to: Callable[[str], Exception], what: str = BATCH, pure: bool = True) -> BatchSize:
+    def of(
+        cls,
+        value: int,
+        object_to: Callable[[str], Exception],
+        what: str = BATCH,
+        pure: bool = True,
+        branches: Branches | None = None,
+    ) -> BatchSize:
         size = cls(value)
-        size._object, size._what, size.pure = object_to, what, pure
+        size._object, size._what, size.pure, size._branches = object_to, what, pure, branches
         return size
 
-    def _like(self, value: int, pure: bool) -> BatchSize:
-        return BatchSize.of(value, self._object, self._what, pure)
+    def _like(self, value: int, pure: bool, other: object = None) -> BatchSize:
+        branches = self._branches if not isinstance(other, BatchSize) or other._branches is not None else None
+        return BatchSize.of(value, self._object, self._what, pure, branches)
 
     def __bool__(self) -> bool:
         return bool(self != 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.assembly import assembled, constant
 from moe_surgery.read.record.attributes import Written, kept
+from moe_surgery.read.record.choices import no_choice
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
-from moe_surgery.read.record.recorder import Recorder, no_choice
+from moe_surgery.read.record.recorder import Recorder
 
 
 def record(
@@ -28,16 +31,18 @@ def record(
     plain: bool = False,
     calling: Calling = PLAIN,
     more: Mapping[str, Any] | None = None,
+    turned: frozenset[str] = frozenset(),
 ) -> Flow:
     """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
 
     Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
     batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
     depends on its size; it is made with strided leading dimensions and with gradients enabled, to be held against one
-    made without. Raises :class:`Unreadable` for anything that a record can't hold, also if the block's own code caught
-    the first exception, and :class:`Unfollowed` if the block raises an error of its own.
+    made without. Of ``turned`` comparisons of the batch size the other branch is recorded. Raises :class:`Unreadable`
+    for anything that a record can't hold, also if the block's own code caught the first exception, and
+    :class:`Unfollowed` if the block raises an error of its own.
     """
-    recorder = Recorder(block, dtype, route)
+    recorder = Recorder(block, dtype, route, turned)
     return _recorded(recorder, block, shape, plain, lambda x: calling.placed({"hidden_states": x, **(more or {})}))
 
 
@@ -74,7 +79,7 @@ def _recorded(
             arguments = inputs(recorder.input(shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
-        flow = recorder.flow(output, shape)
+        flow = assembled(recorder, output, shape)
     except (Unfollowed, Broken):
         raise
     except Exception as error:
@@ -87,7 +92,7 @@ def _recorded(
         written.undo()
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
-    same = kept(block, wrote, recorder.constant)
+    same = kept(block, wrote, partial(constant, recorder))
     changed = changes(before, after)
     state = [name for name in changed if name not in {f"{path}.{name}".lstrip(".") for path, name in same}]
     if state:

@@ -63,6 +63,9 @@ class Flow:
     """The record: operations in order, as far as the results need them; the output; every top-k on the way.
 
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
+    ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one.
+    ``positive`` are operations whose results the record took to be above zero.
+    ``used`` are the weights that any operation took, whatever came of it.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call.
     """
 
@@ -71,3 +74,7 @@ class Flow:
     choices: tuple[Choice, ...]
     results: Structure | None = None
     kept: dict[tuple[str, str], Any] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
+    lone: bool = False
+    positive: tuple[Ref, ...] = ()
+    used: frozenset[str] = frozenset()

@@ -2,7 +2,7 @@
 
 The expert ids that a record's top-k returns are real numbers, and so is all that code calculates from them: masks,
 sorted orders, tokens per expert. In one record these numbers are right for one batch only. Each known tensor therefore
-has a :class:`Kind`, and calculations that tell one load or position from another are objected to.
+has a :class:`Kind`; what tells one load or position from another may be calculated, as statistics are, but not used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ class Kind(IntEnum):
     """Numbers of experts that some token chose."""
     CHOSEN = 2
     """Single tokens' choices of experts, or masks and such made of them one by one."""
-    COUNT = 3
+    PLACED = 3
+    """Masks made by comparing places of tokens, or numbers of them, with each other."""
+    COUNT = 4
     """Numbers or places of tokens, their sums, differences and multiples. Nothing but the sign may be told."""
-    DERIVED = 4
+    DERIVED = 5
     """Calculated from counts. Good for indexing only."""
+    LOAD = 6
+    """Tells one load or one place from another. Nothing may come of it."""
 
 
 _FAR = 1 << 40  # torch's own "to the end"
@@ -62,6 +66,12 @@ class Ledger:
 
     def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
         self.fixed, self.object_to = fixed, object_to
+        self._blank = False
+        self.reason = LOAD  # why the last result of kind LOAD is one
+
+    def before(self, name: str, args: Sequence[Any]) -> None:
+        """Look at what the next operation may write to."""
+        self._blank = name == "scatter" and uniform(args[0])
 
     def kinds(
         self,
@@ -80,6 +90,9 @@ class Ledger:
         top = max(map(kind_of, tensors), default=Kind.PLAIN)
         if name in _FRESH or not tensors:
             return [Kind.PLAIN] * len(results)
+        if top == Kind.LOAD:
+            self.reason = ""
+            return [top] * len(results)
         if name in _UNIQUE:
             first = Kind.VISITED if top <= Kind.CHOSEN else top
             return [first, *[Kind.COUNT] * (len(results) - 1)]
@@ -92,6 +105,8 @@ class Ledger:
     def _kind(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
         if name in _COMPARE:
             return self._compared(name, args, top, kind_of)
+        if name == "scatter" and self._blank and isinstance(args[3], (int, float)) and kind_of(args[0]) == Kind.PLAIN:
+            return min(top, Kind.PLACED)
         if name == "index_put" and len(args) > 3 and args[3]:
             return max(top, Kind.COUNT)
         if name in _PICKS and (kind_of(args[0]) > Kind.PLAIN or uniform(args[0])):
@@ -105,7 +120,7 @@ class Ledger:
             return self._divided(args, top)
         if name in _LIMITS:
             if top >= Kind.COUNT:
-                raise self.object_to(f"what it does depends on {LOAD} (aten.{name})")
+                return self._load(f"aten.{name}")
             return top
         if name in _TALLIES:
             return max(top, Kind.COUNT)
@@ -119,7 +134,7 @@ class Ledger:
             return top
         kinds = [kind_of(arg) if isinstance(arg, Tensor) else Kind.PLAIN for arg in args[:2]]
         if min(kinds) >= Kind.COUNT:
-            return Kind.DERIVED
+            return Kind.PLACED if name == "eq" else Kind.DERIVED
         number = args[kinds.index(min(kinds))]
         if isinstance(number, Tensor):
             alike = number.numel() > 0 and bool((number == number.reshape(-1)[0]).all())
@@ -128,7 +143,7 @@ class Ledger:
         if kinds[0] < kinds[1]:
             compare = _TURNED.get(name, compare)
         if top == Kind.DERIVED or isinstance(number, str) or tells_sizes_apart(compare, number):
-            raise self.object_to(f"what it does depends on {LOAD} (compares it with {number})")
+            return self._load(f"compares it with {number}")
         return Kind.CHOSEN
 
     def _divided(self, args: Sequence[Any], top: Kind) -> Kind:
@@ -136,7 +151,7 @@ class Ledger:
             return top
         by = args[1].item() if isinstance(args[1], Tensor) and args[1].numel() == 1 else args[1]
         if by not in self.fixed:
-            raise self.object_to(f"what it does depends on {LOAD} (divides it by {by})")
+            return self._load(f"divides it by {by}")
         return Kind.DERIVED
 
     def _reduced(self, name: str, args: Sequence[Any], top: Kind) -> Kind:
@@ -146,20 +161,32 @@ class Ledger:
             return Kind.CHOSEN if top <= Kind.CHOSEN else Kind.DERIVED
         if name in _COUNTS:
             return max(top, Kind.COUNT)
-        raise self.object_to(f"what it does depends on {LOAD} (aten.{name})")
+        return self._load(f"aten.{name}")
 
-    def check_values(self, name: str, operands: Sequence[Any], kind_of: Callable[[Tensor], Kind]) -> None:
-        """Object to counts that an operation on the input takes as values, not as places."""
-        for place, operand in enumerate(operands):
-            if place != _PLACES.get(name) and any(
-                kind_of(t) >= Kind.COUNT for t in _flat([operand]) if isinstance(t, Tensor)
-            ):
-                raise self.object_to(f"what it computes depends on {LOAD} ({name})")
+    def _load(self, how: str) -> Kind:
+        self.reason = f"what it does depends on {LOAD} ({how})"
+        return Kind.LOAD
+
+    def takes_values(self, name: str, operands: Sequence[Any], kind_of: Callable[[Tensor], Kind]) -> bool:
+        """Whether an operation on the input takes counts as values, not as places or masks."""
+        return any(
+            place != _PLACES.get(name) and kind_of(tensor) >= Kind.COUNT
+            for place, operand in enumerate(operands)
+            for tensor in _flat([operand])
+            if isinstance(tensor, Tensor)
+        )
+
+    def single(self, name: str, args: Sequence[Any]) -> bool:
+        """Whether an operation on the input takes single tokens out of the batch."""
+        if name not in ("select", "unbind"):
+            return False
+        shape = args[0].shape
+        return shape[args[1] if len(args) > 1 else 0] not in self.fixed
 
     def check_cut(self, name: str, args: Sequence[Any], symbolic: bool) -> None:
-        """Object to parts of a batch that begin or end at a fixed place beyond this one, and to single tokens of it."""
+        """Object to parts of a batch that begin or end at a fixed place beyond this one."""
         shape = args[0].shape
-        if name not in ("slice", "split", "select", "unbind", "squeeze"):
+        if name not in ("slice", "split", "squeeze"):
             return
         if name == "squeeze":
             dims = range(len(shape)) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
@@ -170,8 +197,6 @@ class Ledger:
         size = shape[args[place] if len(args) > place else 0] if shape else 1
         if size in self.fixed:
             return
-        if symbolic and name in ("select", "unbind"):
-            raise self.object_to("it takes single tokens out of the batch")
         ends = args[2:4] if name == "slice" else [args[1]] if name == "split" and isinstance(args[1], int) else []
         for end in ends:
             if end is not None and size < abs(end) < _FAR:

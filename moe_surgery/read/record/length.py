@@ -1,35 +1,75 @@
-"""``len`` of a tensor as a size that is marked: Python's own gives a plain number, whatever it is asked of."""
+"""``len`` and ``int`` that keep marks: Python's own give plain numbers, whatever they are asked of."""
 
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
+from moe_surgery.read.record.batch_size import BatchSize
 from moe_surgery.read.record.outside_state import functions
+
+
+class Choices(list[int]):
+    """Single tokens' choices of experts, in Python. How many there are is a size of the batch, wherever it is asked."""
+
+    def __init__(self, ids: list[int], mark: Callable[[int], int], object_to: Callable[[str], Exception]) -> None:
+        super().__init__(ids)
+        self.mark, self._object = mark, object_to
+
+    def __getitem__(self, place: Any) -> Any:
+        item = super().__getitem__(place)
+        return Choices(item, self.mark, self._object) if isinstance(place, slice) else item
+
+    def count(self, value: Any) -> int:
+        raise self._object("it counts tokens in Python")
+
+    def index(self, *given: Any) -> int:
+        raise self._object("it looks for tokens in Python")
+
+
+class _Whole(type):
+    def __call__(cls, *given: Any, **named: Any) -> int:
+        if given and isinstance(given[0], BatchSize):
+            return given[0]
+        return builtins.int(*given, **named)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, builtins.int)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, builtins.int)
+
+
+class _Int(metaclass=_Whole):
+    """What code of the block finds as ``int``."""
 
 
 @contextmanager
 def marked_lengths(block: nn.Module) -> Iterator[None]:
-    """While this lasts, code of ``block`` and what it calls by name finds a ``len`` that keeps marks.
+    """While this lasts, code of ``block`` and what it calls by name finds a ``len`` and an ``int`` that keep marks.
 
     Code that it finds otherwise gets Python's own, to which a size of the batch is an objection.
     """
-    spaces = {id(space): space for space in _spaces(block) if "len" not in space}
-    for space in spaces.values():
-        space["len"] = _length
+    spaces = list({id(space): space for space in _spaces(block)}.values())
+    kept = {"len": _length, "int": _Int}
+    placed = [(space, name) for space in spaces for name in kept if name not in space]
+    for space, name in placed:
+        space[name] = kept[name]
     try:
         yield
     finally:
-        for space in spaces.values():
-            space.pop("len", None)
+        for space, name in placed:
+            space.pop(name, None)
 
 
 def _length(value: Any) -> int:
+    if isinstance(value, Choices):
+        return value.mark(builtins.len(value))
     return value.shape[0] if isinstance(value, Tensor) and value.ndim else builtins.len(value)
 
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
 from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Sizes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder, name = self.recorder, getattr(func, "__name__", "")
+        if name == "new_tensor":  # its numbers have nothing to do with the tensor it is asked of
+            func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
             own = func(*args)
             return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
@@ -76,6 +79,10 @@ class Sizes(TorchFunctionMode):
         if name in _SIZES or func == _SHAPE:
             return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
         made = tensors(result) if sizes else []
+        if name == "__setitem__" and sizes:
+            if not any(map(recorder.symbolic, operands)):
+                recorder.raise_kind(args[0], Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED)
+            return result
         if sizes and not made:
             raise recorder.object_to(f"it gives the batch size to {name}")
         for tensor in made:
@@ -95,7 +102,11 @@ class Sizes(TorchFunctionMode):
             self.recorder.lenient = False
 
     def _mark(self, size: int) -> int:
-        return size if size in self.recorder.fixed else BatchSize.of(size, self.recorder.object_to)
+        return (
+            size
+            if size in self.recorder.fixed
+            else BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+        )
 
     def _from_batch(self, tensor: Tensor) -> bool:
         return any(size not in self.recorder.fixed for size in tensor.shape)
@@ -133,6 +144,8 @@ class Sizes(TorchFunctionMode):
                 return
         elif name in _SHAPERS:
             return
+        elif name == "one_hot":
+            kind = Kind.PLACED
         elif name not in _NUMBERS:
             kind = Kind.DERIVED
         self.recorder.raise_kind(result, kind)
@@ -141,10 +154,14 @@ class Sizes(TorchFunctionMode):
         """Known numbers on their way to Python."""
         recorder, tensor = self.recorder, args[0]
         kind = recorder.kind(tensor)
+        if kind == Kind.LOAD and name != "__len__":
+            raise recorder.object_to(str(recorder.reason(tensor)))
         if name == "__len__":
             if tensor.shape and tensor.shape[0] not in recorder.fixed:
                 raise recorder.object_to(f"it asks len() for {LOAD}")
-        elif kind in (Kind.PLAIN, Kind.CHOSEN) and self._from_batch(tensor):
+        elif kind in (Kind.PLAIN, Kind.CHOSEN, Kind.PLACED) and self._from_batch(tensor):
+            if kind == Kind.CHOSEN and name == "tolist" and tensor.ndim == 1:
+                return Choices(tensor.tolist(), self._mark, recorder.object_to)
             raise recorder.object_to("it takes single tokens' numbers to Python, as many as the batch size")
         elif kind >= Kind.COUNT:
             whole = not tensor.is_floating_point() and tensor.dtype is not torch.bool

@@ -16,7 +16,6 @@ recorded. Two things make control flow safe to follow:
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,24 +23,19 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.calling import Constant, structured
-from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
-from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref, Route
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.batch_size import Branches
+from moe_surgery.read.record.choices import Made, check_top_k, ranking
+from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, tensors, tensors_in, written
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
+from moe_surgery.read.record.views import bring_up_to_date
+from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
 
 _LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
 _READS_BACK = frozenset(
     ["_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal", "unique_dim", "_unique2"]
 )
-
-
-@dataclass(eq=False)
-class _Choice:
-    node: torch.fx.Node
-    k: int
-    ids: Tensor
-    largest: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -51,15 +45,21 @@ class Recorder(TorchDispatchMode):
     the code gives as plain numbers. ``batch`` are the input's own.
     """
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype, route: Route) -> None:
+    def __init__(
+        self, block: nn.Module, dtype: torch.dtype, route: Route, turned: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
+        self.branches = Branches(turned)
         self.dtype, self.route = dtype, route
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
-        self.choices: list[_Choice] = []
+        self.choices: list[Made] = []
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
-        self._paused = False
+        self.paused = False
+        self.positive: list[torch.fx.Node] = []
+        self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
+        self._unused: dict[int, Made] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
         entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
         self.entries.guarded[entry.storage] = "its ids"
         self.fixed.add(ids.shape[-1])
-        self.choices.append(_Choice(self._entry(weights).node, ids.shape[-1], ids, True))
+        self.choices.append(Made(self.entry(weights).node, ids.shape[-1], ids, True))
         return real, weights
 
     def symbolic(self, tensor: Tensor) -> bool:
@@ -98,48 +98,65 @@ class Recorder(TorchDispatchMode):
         return entry.node is not None if entry is not None else self.entries.owned(tensor) is not None
 
     def kind(self, tensor: Tensor) -> Kind:
-        return entry.kind if (entry := self.entries.get(tensor)) else Kind.PLAIN
+        """What the numbers stand for, of a tensor on its way to Python."""
+        return self.entry(tensor).kind if self.entries.get(tensor) else Kind.PLAIN
+
+    def reason(self, tensor: Tensor) -> str | None:
+        """Why nothing may come of a known tensor, if so."""
+        entry = self.entry(tensor)
+        return self._reasons[entry.storage] if entry.kind == Kind.LOAD else None
 
     def raise_kind(self, tensor: Tensor, kind: Kind) -> None:
-        self._entry(tensor).raise_kind(kind)
+        self.entry(tensor).raise_kind(kind)
 
     def uniform(self, tensor: Tensor) -> bool:
         """Whether all elements of a known tensor are the same; the question itself isn't recorded."""
-        self._paused = True
+        self.paused = True
         try:
             return uniform(tensor)
         finally:
-            self._paused = False
+            self.paused = False
 
     def _enter(self, tensor: Tensor, node: torch.fx.Node, meta: Tensor) -> Entry:
         node.meta["val"] = meta
         return self.entries.enter(tensor, node, meta, None)
 
-    def _entry(self, tensor: Tensor) -> Entry:
+    def entry(self, tensor: Tensor) -> Entry:
+        """What is known of a tensor, as it is now."""
         if tensor.is_meta and not self.entries.knows(tensor):
             raise self.object_to("it makes a tensor of numbers in a way that can't be followed")
         entry = self.entries.find(tensor, lambda name: self.graph.create_node("get_attr", name))
+        if (choice := self._unused.pop(entry.storage, None)) is not None:
+            choice.used = True
         if entry.node is not None:
             entry.node.meta.setdefault("val", entry.meta)
         if self.entries.stale(entry):
-            raise self.object_to("it writes to a tensor through a view of it, and then reads the tensor")
+            for writer in self.entries.missed(entry):
+                bring_up_to_date(self, entry, writer)
         return entry
 
-    def _node(self, entry: Entry) -> torch.fx.Node:
+    def known(self, places: Tensor) -> torch.fx.Node:
+        """Known numbers as part of the record."""
+        name = f"const_{len(self.consts)}"
+        self.consts[name] = places
+        node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = places
+        return node
+
+    def node(self, entry: Entry) -> torch.fx.Node:
+        """Where a tensor was made, or known numbers as part of the record."""
         if entry.node is not None:
             return entry.node
         assert entry.real is not None
-        name = f"const_{len(self.consts)}"
-        self.consts[name] = entry.real.clone()
-        node = self.graph.create_node("get_attr", name)
+        node = self.known(entry.real.clone())
         node.meta["val"] = self.entries.alias(entry)
         return node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if self._paused:
+        if self.paused:
             return func(*args, **kwargs)
-        entries = {id(leaf): self._entry(leaf) for leaf in tensors((args, kwargs))}
+        entries = {id(leaf): self.entry(leaf) for leaf in tensors((args, kwargs))}
         name = func._schema.name.split("::")[1].rstrip("_").replace("__", "")
         target = self._written(func, args, kwargs)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -148,6 +165,9 @@ class Recorder(TorchDispatchMode):
             raise self.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
             self._ledger.check_cut(name, args, self.symbolic(args[0]))
+        single = any(entry.single for entry in entries.values())
+        if single and name not in SHAPED and not name.endswith("_like") and not name.startswith("new_"):
+            raise self.object_to("it takes single tokens out of the batch")
         if any(entry.node is not None for entry in entries.values()):
             result = self._symbolic(func, name, args, kwargs, entries, target is not None)
         else:
@@ -164,7 +184,7 @@ class Recorder(TorchDispatchMode):
             return None
         if len(targets) != 1 or targets[0] is not args[0]:
             raise self.object_to(f"{func} writes to an argument")
-        guarded = self.entries.guarded.get(self._entry(args[0]).storage)
+        guarded = self.entries.guarded.get(self.entry(args[0]).storage)
         if guarded is not None:
             raise self.object_to(f"it writes to {guarded}")
         return args[0]
@@ -174,6 +194,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
+        self._ledger.before(name, args)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -181,7 +202,11 @@ class Recorder(TorchDispatchMode):
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
             found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+        dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
+        reason = (dead or [self._ledger.reason])[0]
         for leaf, kind in zip(made, found, strict=True):
+            if kind == Kind.LOAD:
+                self._reasons.setdefault(storage(leaf), reason)
             if self.entries.get(leaf) is None:
                 self.entries.enter(leaf, None, None, leaf, kind)
             else:
@@ -189,11 +214,13 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
+        if (known := asked_of_support(self, name, args, entries)) is not None:
+            return known
         if name in _READS_BACK:
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        self._ledger.check_values(name, [*args, *kwargs.values()], lambda tensor: entries[id(tensor)].kind)
+        objection = self._objection(name, [*args, *kwargs.values()], entries)
         if name in ("index", "index_put"):  # a mask has no meta result; the places it selects do
             args = (args[0], [_selected(entries.get(id(index)), index) for index in args[1]], *args[2:])
             args = (args[0], [index for group in args[1] for index in group], *args[2:])
@@ -202,7 +229,7 @@ class Recorder(TorchDispatchMode):
                     entries[id(index)] = self.entries.enter(index, None, None, index, Kind.COUNT)
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
         if name == "topk":
-            _check_top_k(*args[:3])
+            check_top_k(*args[:3])
         result = func(*metas[0], **metas[1])
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
@@ -210,137 +237,65 @@ class Recorder(TorchDispatchMode):
             real.fill_(_LIKE[key] if key in _LIKE else args[-1])
             self.entries.enter(real, None, None, real)
             return real
-        nodes = mapped(lambda tensor: self._node(entries[id(tensor)]), (args, kwargs))
+        nodes = mapped(lambda tensor: self.node(entries[id(tensor)]), (args, kwargs))
         record = self.graph.call_function(func, *nodes)
         record.meta["name"] = name
+        if objection:
+            record.meta["objection"] = objection
+        ranked = ranking(self, name, args, kwargs)
+        kept = support(func, name, args, kwargs, entries)
         if in_place:
             entry = entries[id(args[0])]
             entry.node, entry.meta, entry.real = record, result, None
             record.meta["val"] = result
+            entry.support, entry.positive = kept
             return args[0]
+        if name == "argmax" and ranked is not None:
+            return self._choose(record, result, ranked)
+        single = self._ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
-            return self._enter(result, record, result).tensor
+            entry = self._enter(result, record, result)
+            entry.single = single
+            entry.support, entry.positive = kept
+            return result
         parts = []
         for place, part in enumerate(result):
             item = self.graph.call_function(operator.getitem, (record, place))
-            self._enter(part, item, part)
+            self._enter(part, item, part).single = single
             parts.append(part)
-        if name == "topk":
-            record.meta["choice"] = len(self.choices)
-            parts[1] = self._choose(record, parts[1], args)
+        if ranked is not None:
+            parts[1] = self._choose(record, parts[1], ranked)
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
 
-    def _choose(self, record: torch.fx.Node, indices: Tensor, args: Any) -> Tensor:
-        k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
+    def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
+        """Why nothing may come of an operation on the input, if so."""
+        for entry in entries.values():
+            if entry.kind == Kind.LOAD:
+                return self._reasons[entry.storage]
+        values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
+        return f"what it computes depends on {LOAD} ({name})" if values else None
+
+    def made(self) -> list[Made]:
+        """The choices that anything came of."""
+        return [choice for choice in self.choices if choice.used]
+
+    def _choose(self, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
         scores: Any = record.args[0]
         shape = scores.meta["val"].shape
-        if dim not in (-1, len(shape) - 1):
-            raise self.object_to("it ranks along another dimension than the last")
+        k, largest = ranked
         # Not the same ids for two choices of one size, so that each is told by its own.
         ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
         self.fixed.update((k, shape[-1]))
-        self.choices.append(_Choice(scores, k, ids, largest))
+        choice = Made(scores, k, ids, largest, used=record.meta["name"] == "topk")
+        self.choices.append(choice)
+        record.meta["choice"] = choice
         real = ids.reshape(indices.shape).clone()
-        self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        self._unused[entry.storage] = choice
         return real
-
-    def flow(self, answer: Any, shape: tuple[int, ...]) -> Flow:
-        output = self._output(answer, shape)
-        entry = self._entry(output)
-        if entry.node is None:
-            raise self.object_to("its output doesn't depend on its input")
-        results = structured(answer, lambda value, where: self._result(value, where, output))
-        more = [leaf.value for leaf in results.leaves() if isinstance(leaf, Given)] if answer is not output else []
-        needed, waiting = set(), [entry.node, *(choice.node for choice in self.choices)]
-        waiting += [node for node in more if isinstance(node, torch.fx.Node)]
-        while waiting:
-            node = waiting.pop()
-            if node not in needed:
-                needed.add(node)
-                waiting += node.all_input_nodes
-        kept = [node for node in self.graph.nodes if node in needed]
-        index = {node: Ref(place) for place, node in enumerate(kept)}
-        ops = tuple(self._op(node, index) for node in kept)
-        choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in self.choices)
-        if answer is output:
-            return Flow(ops, index[entry.node], choices)
-
-        def placed(leaf: Any) -> Any:
-            known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
-            return replace(leaf, value=index[leaf.value]) if known else leaf
-
-        return Flow(ops, index[entry.node], choices, results.mapped(placed))
-
-    def _output(self, answer: Any, shape: tuple[int, ...]) -> Tensor:
-        """The first of the returned tensors that is like the input."""
-        found = tensors_in(answer)
-        if not found:
-            raise self.object_to(f"it returns a {type(answer).__name__}, not one tensor")
-        for output in found:
-            alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-            fits = tuple(output.shape) == shape or (alike and (self.route is no_choice or answer is not output))
-            if fits and output.dtype == self.dtype:
-                return output
-        first = found[0]
-        reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {self.dtype}"
-        raise Unfollowed(reason, len(self.graph.nodes), answered=True)
-
-    def constant(self, value: Tensor) -> Constant | None:
-        """What a tensor is that doesn't depend on the input and is the same in all of its elements."""
-        entry, shape = self._entry(value), tuple(value.shape)
-        known = entry.real if entry.kind == Kind.PLAIN and value.numel() else None
-        if known is None or not self.uniform(known) or not all(size in self.fixed for size in shape):
-            return None
-        dtypes = {str(value.dtype).removeprefix("torch."), *(["native"] if value.dtype == self.dtype else [])}
-        return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
-
-    def _result(self, value: Any, where: str, output: Tensor) -> Any:
-        """One leaf of what the block returns: its output, another tensor, or what is the same in every call."""
-        if value is output:
-            return Given(where, None, tuple(value.shape), "")
-        if isinstance(value, Tensor):
-            entry = self._entry(value)
-            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-            if (same := self.constant(value)) is not None:
-                return same
-            if entry.node is not None:
-                return Given(where, entry.node, shape, dtype)
-            if entry.kind == Kind.CHOSEN:
-                return Given(where, entry.real, shape, dtype)
-            raise self.object_to(f"it also returns ({where}) {LOAD}")
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        raise self.object_to(f"it also returns ({where}) a {type(value).__name__}")
-
-    def _op(self, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]) -> Op:
-        value = node.meta.get("val")
-        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
-        if node.op == "placeholder":
-            return Op("input", (node.target,), {}, shape, dtype)
-        if node.op == "get_attr":
-            const = self.consts.get(str(node.target))
-            if const is None:
-                return Op("param", (str(node.target),), {}, shape, dtype)
-            return Op("const", (const,), {}, shape, dtype)
-        operands: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: index[arg])  # type: ignore[arg-type, return-value]
-        name = "item" if node.target is operator.getitem else node.meta["name"]
-        chosen = {"choice": node.meta["choice"]} if "choice" in node.meta else {}
-        return Op(name, tuple(operands[0]), {**operands[1], **chosen}, shape, dtype)
 
 
 def _selected(entry: Entry | None, index: Any) -> list[Any]:
     if entry is None or entry.real is None or entry.real.dtype not in (torch.bool, torch.uint8):
         return [index]
     return list(entry.real.nonzero().unbind(1))
-
-
-def _check_top_k(scores: Tensor, k: int, dim: int = -1) -> None:
-    count = scores.shape[dim] if scores.ndim else 1
-    if not 1 <= k <= count:
-        raise Broken(f"it asks for the top {k} of {count}, so it can't run")
-
-
-def no_choice(rows: int, choices: int, k: int) -> Tensor:
-    """The route of a module of experts alone."""
-    raise Unreadable("its experts choose among themselves")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ class Entry:
     """One tensor object: ``node`` (where the record made it) if it depends on the input, ``real`` data if it doesn't.
 
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
-    ``kinds`` holds every storage's kind.
+    ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one
+    is one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
+    than zero, if it is known to be zero elsewhere: where positive numbers from the node ``positive`` were put.
     """
 
     tensor: Tensor
@@ -29,6 +31,10 @@ class Entry:
     storage: int
     version: int
     kinds: dict[int, Kind]
+    shift: int = 0
+    single: bool = False
+    support: Tensor | None = None
+    positive: Any = None
 
     @property
     def kind(self) -> Kind:
@@ -42,24 +48,37 @@ class Entry:
         """A meta tensor that stands for this one."""
         if self.meta is None:
             assert self.real is not None
-            self.meta = self.real.to("meta")
+            self.meta = torch.empty_strided(self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta")
         return self.meta
+
+    def starts(self, width: int) -> Tensor | None:
+        """Where in the storage each run of ``width`` elements along the last dimension begins; None if none do."""
+        held = self.tensor
+        if not held.ndim or held.stride(-1) != 1 or held.shape[-1] % width or not held.numel():
+            return None
+        places = torch.tensor([self.shift + int(held.storage_offset())])
+        for size, stride in zip(held.shape[:-1], held.stride()[:-1], strict=True):
+            places = (places[:, None] + torch.arange(size) * stride).reshape(-1)
+        return (places[:, None] + torch.arange(held.shape[-1] // width) * width).reshape(-1)
 
 
 class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
     Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
-    ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
+    ``used`` are the weights that were entered, ``guarded`` names the storages that must not be written to; ``device``
+    is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.own = own_dtype(dict(block.named_parameters()) | dict(block.named_buffers()))
         self.guarded: dict[int, str] = {}
+        self.used: set[str] = set()
         self._known: dict[int, Entry] = {}
         self._versions: dict[int, int] = {}
-        self._aliases: dict[int, int] = {}
+        self._aliases: dict[int, tuple[int, int]] = {}
+        self._writers: dict[int, list[tuple[int, Entry]]] = {}
         self._kinds: dict[int, Kind] = {}
         self._symbolic: set[int] = set()
         state = [*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False)]
@@ -88,8 +107,8 @@ class Entries:
         self, tensor: Tensor, node: Any, meta: Tensor | None, real: Tensor | None, kind: Kind = Kind.PLAIN
     ) -> Entry:
         place = storage(tensor)
-        place = self._aliases.get(place, place)
-        entry = Entry(tensor, node, meta, real, place, self._versions.setdefault(place, 0), self._kinds)
+        place, shift = self._aliases.get(place, (place, 0))
+        entry = Entry(tensor, node, meta, real, place, self._versions.setdefault(place, 0), self._kinds, shift)
         entry.raise_kind(kind)
         self._known[id(tensor)] = entry
         return entry
@@ -102,6 +121,7 @@ class Entries:
         name = self.owned(tensor)
         if name is None:  # a Python number, wrapped on its way here
             return self.enter(tensor, None, None, tensor)
+        self.used.add(name)
         meta = torch.empty(tensor.shape, dtype=self.seen_dtype(tensor.dtype), device="meta")
         entry = self.enter(tensor, weight(name), meta, None)
         self.guarded[entry.storage] = name
@@ -115,7 +135,9 @@ class Entries:
     def alias(self, entry: Entry) -> Tensor:
         """The tensor's stand-in; views made of it count as views of the tensor."""
         symbol = entry.symbol()
-        self._aliases[storage(symbol)] = entry.storage
+        if symbol is not entry.tensor:
+            begins = entry.shift + int(entry.tensor.storage_offset())
+            self._aliases.setdefault(storage(symbol), (entry.storage, begins - int(symbol.storage_offset())))
         return symbol
 
     def stale(self, entry: Entry) -> bool:
@@ -129,6 +151,14 @@ class Entries:
         if entry.storage in self._symbolic:
             self._versions[entry.storage] += 1
             entry.version = self._versions[entry.storage]
+            # A copy, as the tensor may be written to again.
+            self._writers.setdefault(entry.storage, []).append((entry.version, replace(entry)))
+
+    def missed(self, entry: Entry) -> list[Entry]:
+        """What was written to the tensor's storage through others since it was up to date, in order."""
+        writers = self._writers.get(entry.storage, [])
+        entry.version, since = self._versions[entry.storage], entry.version
+        return [writer for version, writer in writers if version > since]
 
 
 def own_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:

@@ -48,11 +48,12 @@ class FusedLayer(nn.Module):
                 )
             experts = self.runner.routed_experts
             w13, w13_bias, w2 = tensors.w13, tensors.w13_bias, tensors.w2
-            if kernel_activation(spec.experts) == _INTERLEAVED:
-                w13, w13_bias = interleaved(w13), None if w13_bias is None else interleaved(w13_bias)
             if fold:
                 more = cut(tensors, spec)
                 w13, w2 = torch.cat([w13, more[0]]), torch.cat([w2, more[1]])
+            if kernel_activation(spec.experts) == _INTERLEAVED:
+                w13, w13_bias = interleaved(w13), None if w13_bias is None else interleaved(w13_bias)
+            if fold:
                 chosen = experts.quant_method.experts_cls
                 experts.quant_method.experts_cls = type(f"{chosen.__name__}InPlace", (LaidOutInPlace, chosen), {})
             experts.w13_weight = nn.Parameter(w13, requires_grad=False)

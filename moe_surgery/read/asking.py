@@ -1,0 +1,77 @@
+"""Asking a block: recorded with inputs of many shapes, tokens sent to many sets of experts, on every branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.calling import Calling
+from moe_surgery.read.parsed import Record, parse_record
+from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.record.batch_size import DEPENDS
+from moe_surgery.read.record.block_run import record
+from moe_surgery.read.record.flow import Route
+
+_MOST_BRANCHES = 3  # each doubles the records
+
+
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
+
+    block: nn.Module
+    calling: Calling
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
+        how: dict[str, Any] = {"plain": plain, "calling": self.calling}
+        flow = record(self.block, shape, dtype, route, **how)
+        found = parse_record(flow, dtype)
+        for turned in _some(flow.branches):
+            number = min(turned).rpartition(" ")[2]
+            try:
+                other = record(self.block, shape, dtype, route, turned=turned, **how)
+                same = set(other.branches) <= set(flow.branches) and parse_record(other, dtype).says == found.says
+            except Unreadable:
+                same = False
+            if not same:
+                raise Unreadable(f"{DEPENDS} (compares it with {number})")
+        return found
+
+    def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
+        """A record; none where the block's own forward doesn't take such an input."""
+        try:
+            record(self.block, shape, dtype, crowded_together, plain=plain, calling=self.calling)
+        except Unfollowed:
+            return []
+        return [self(shape, dtype, crowded_together, plain=plain)]
+
+
+def _some(branches: tuple[str, ...]) -> list[frozenset[str]]:
+    """Which comparisons to answer the other way round, one after another."""
+    if len(branches) > _MOST_BRANCHES:
+        raise Unreadable(f"{DEPENDS} (compares it with {len(branches)} numbers)")
+    return [frozenset(some) for count in range(1, len(branches) + 1) for some in combinations(branches, count)]
+
+
+def crowded_together(rows: int, choices: int, k: int) -> Tensor:
+    """Every token on one of two sets of experts, in descending order."""
+    return (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
+
+
+def spread(rows: int, choices: int, k: int) -> Tensor:
+    """Sets of experts without a pattern, of which the first visit every expert."""
+    generator = torch.Generator().manual_seed(rows)
+    order = torch.randperm(choices, generator=generator)
+    first = [order[start : start + k] for start in range(0, choices - k, k)] + [order[choices - k :]]
+    others = torch.rand(max(rows - len(first), 0), choices, generator=generator).argsort(-1)[:, :k]
+    return torch.cat([torch.stack(first)[:rows], others])
+
+
+def rolled(rows: int, choices: int, k: int) -> Tensor:
+    """Sets of experts of which as many as there are experts visit every one first."""
+    order = torch.randperm(choices, generator=torch.Generator().manual_seed(rows))
+    return order[(torch.arange(rows)[:, None] + torch.arange(k)[None, :]) % choices]

@@ -1,0 +1,90 @@
+"""A record with a meaning: what it says of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_surgery.calling import Structure
+from moe_surgery.read.meaning.interpreter import Interpreter
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.rows import vectors
+from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.results import parse_results
+from moe_surgery.read.parse.token_output import TokenParser, TokenRead
+from moe_surgery.read.parse.top_k import Ranking
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.flow import Choice, Flow
+
+
+@dataclass(frozen=True)
+class Record:
+    """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes.
+
+    ``ranked`` is how many experts were ranked to find these k.
+    """
+
+    tokens: tuple[TokenRead, ...]
+    ids: Tensor
+    ranked: int
+    results: Structure | None = None
+    kept: Attributes = field(default_factory=dict)
+    lone: bool = False
+    used: frozenset[str] = frozenset()
+
+    @property
+    def says(self) -> tuple[object, ...]:
+        return self.tokens, self.results, self.kept
+
+
+def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
+    """What a record says of every token."""
+    terms = Terms()
+    run = Interpreter(flow, terms)
+    output = vectors(run.rows(flow.output), terms)
+    size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
+    native = str(dtype).removeprefix("torch.")
+    if not flow.choices:
+        raise Unreadable("it has no top-k")
+    count = output.lead.size
+    rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
+    parsers = [
+        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
+        for number in range(count)
+    ]
+    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
+    for ref in flow.positive:
+        _check_positive(run.vectors(ref).lead.reshape(-1), parsers)
+    choice = flow.choices[tokens[0].router.choice]
+    ids = choice.ids.reshape(count, -1)
+    if tokens[0].router.scoring != "own":
+        ids = ids[:, : tokens[0].router.top_k]
+    lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
+    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
+    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone, flow.used)
+
+
+def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
+    """Every token's weights must be scores, which are above zero, and be scaled by no less."""
+    for term, parser in zip(items, parsers, strict=True):
+        for slot in range(term.size):
+            try:
+                read = parser.routers.parse(parser.terms.elem(term, slot), 1.0).read
+                above = read.scoring != "own" and read.scale > 0
+            except Unreadable:
+                above = False
+            if not above:
+                raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+
+
+def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
+    """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
+    scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
+    if len(scores) != count:
+        return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
+    ids = choice.ids.reshape(count, -1).tolist()
+    return [Ranking(number, scores[row], choice.k, tuple(ids[row]), choice.largest) for row in range(count)]

@@ -1,0 +1,58 @@
+"""Operations whose indices choose: top-k, and maxima and sorts of which the indices are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.fx
+from torch import Tensor
+
+from moe_surgery.read.reading import Broken, Unreadable
+
+if TYPE_CHECKING:
+    from moe_surgery.read.record.recorder import Recorder
+
+
+@dataclass(eq=False)
+class Made:
+    """A choice while it is recorded; ``used`` if anything came of its indices."""
+
+    node: torch.fx.Node
+    k: int
+    ids: Tensor
+    largest: bool
+    used: bool = True
+
+
+def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
+    """How many an operation takes of the highest, and whether it is of the highest, if its indices are a choice.
+
+    That is a top-k; and a maximum or a descending sort, if anything comes of their indices.
+    """
+    if name == "topk":
+        k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
+        if dim not in (-1, args[0].ndim - 1):
+            raise recorder.object_to("it ranks along another dimension than the last")
+        return k, largest
+    if name not in ("max", "argmax", "sort") or recorder.route is no_choice or not args[0].ndim:
+        return None
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1 if name == "sort" else None)
+    size = args[0].shape[-1]
+    if dim not in (-1, args[0].ndim - 1) or size in recorder.batch or args[0].ndim < 2:
+        return None
+    if name == "sort":
+        descending = args[2] if len(args) > 2 else kwargs.get("descending", False)
+        return (size, True) if descending else None
+    return 1, True
+
+
+def check_top_k(scores: Tensor, k: int, dim: int = -1) -> None:
+    count = scores.shape[dim] if scores.ndim else 1
+    if not 1 <= k <= count:
+        raise Broken(f"it asks for the top {k} of {count}, so it can't run")
+
+
+def no_choice(rows: int, choices: int, k: int) -> Tensor:
+    """The route of a module of experts alone."""
+    raise Unreadable("its experts choose among themselves")
