@@ -21,8 +21,7 @@ by on so few tokens.
 """
 
 POWERLESS = {("gpt_oss", "bfloat16"), ("minimax_m3_vl", "bfloat16"), ("openai_privacy_filter", "bfloat16")}
-"""Where nothing is done since the check has no power: at this size a gelu in place of their silu is no further away than
-a few times the noise."""
+"""Where nothing is done since the check has no power: a gelu for their silu is only a few times the noise away."""
 
 
 def built(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
