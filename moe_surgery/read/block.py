@@ -28,6 +28,7 @@ from moe_surgery.read.parse.token_output import SharedRead, TokenRead
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
@@ -113,6 +114,8 @@ def read(block: nn.Module) -> Reading:
         output_bias=first.output_bias is not None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in records))
+    if "training" not in names_read(block):  # nothing says what else they could be for
+        spare = frozenset()
     check_complete({name: tensor for name, tensor in state.items() if name not in spare}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))

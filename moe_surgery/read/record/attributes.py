@@ -53,7 +53,7 @@ class Written:
 
 def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Constant | None]) -> Attributes:
     """Those of the attributes a call wrote that are the same after every call, and that no code of the block reads."""
-    read = frozenset(_read(block)) if changed else frozenset()
+    read = frozenset(names_read(block)) if changed else frozenset()
     found: Attributes = {}
     for (path, name), value in changed.items():
         if name in read:
@@ -65,7 +65,7 @@ def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Con
     return found
 
 
-def _read(block: nn.Module) -> Iterator[str]:
+def names_read(block: nn.Module) -> Iterator[str]:
     """The names of attributes that any code of a block reads, and the texts in it that may be such names."""
     seen: set[int] = set()
     for module in block.modules():
