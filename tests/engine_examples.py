@@ -265,6 +265,7 @@ def _push(llm: Any, folder: Path) -> dict[str, str]:
 
 
 def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -276,6 +277,7 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
         "kv_cache_memory_bytes": 1 << 26,
         "enforce_eager": True,
         "disable_log_stats": True,
+        **({"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}),
         **({} if own_process else {"distributed_executor_backend": "uni"}),
     }
     llm = None

@@ -201,3 +201,10 @@ def test_shapes_and_dtypes_without_a_table_take_the_defaults() -> None:
     assert choose(TERMS, 5, torch.float32) in table("default-32")
     assert TERMS.rows_dtype(WIDE_ROWS, torch.bfloat16) is torch.float32
     assert TERMS.rows_dtype(WIDE_ROWS + 1, torch.bfloat16) is torch.bfloat16
+
+
+def test_experts_that_return_their_input_are_scored_and_have_no_weights() -> None:
+    spec = ROUTED["identity experts"]
+    check_shapes(spec, weights(spec), "mlp")
+    with pytest.raises(SurgeryError, match=r"router has shape \(8, 64\), the spec wants \(10, 64\)"):
+        check_shapes(spec, replace(weights(spec), router=weights(SPEC).router), "mlp")

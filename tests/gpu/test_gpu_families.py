@@ -20,6 +20,9 @@ In float32, logits of a hundred are rounded by enough to move a softmax by more 
 by on so few tokens.
 """
 
+POWERLESS = {("gpt_oss", "bfloat16"), ("minimax_m3_vl", "bfloat16"), ("openai_privacy_filter", "bfloat16")}
+"""Where nothing is done since the check has no power: a gelu for their silu is only a few times the noise away."""
+
 
 def built(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
     """The tiny model of a family, and its inputs, on the GPU; skips those that the installed transformers can't run."""
@@ -50,6 +53,11 @@ def test_what_is_read_is_replaced(name: str, dtype: str) -> None:
         assert torch.equal(outputs(model, inputs), before)
         return
     report = moe_surgery.apply(model)
+    if (name, dtype) in POWERLESS:
+        assert {step.outcome for step in report.steps} == {"refused"}
+        assert all("the check has no power here" in step.reason for step in report.steps)
+        assert torch.equal(outputs(model, inputs), before)
+        return
     ends = {(step.outcome, step.target if step.outcome == "replaced" else None) for step in report.steps}
     assert ends <= {("replaced", "folded"), ("missed", None)}, [step.reason for step in report.steps]
     assert distance(outputs(model, inputs).float(), before.float()) < MOVED[dtype]
