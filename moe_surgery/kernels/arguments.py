@@ -88,13 +88,13 @@ class Terms:
     hidden: int
     width: int
     activation: str
-    sigmoid: bool
-    renormalize: bool
-    scale: float
-    shared_scale: float
-    gated: bool
-    native: bool
-    by_sigmoid: bool
+    sigmoid: bool = False
+    renormalize: bool = False
+    scale: float = 1.0
+    shared_scale: float = 1.0
+    gated: bool = False
+    native: bool = False
+    by_sigmoid: bool = False
     given: bool = False
     up: bool = True
     limit: float = 0.0

@@ -27,13 +27,6 @@ def terms_of(spec: MoESpec, *, given: bool = False, beside: bool = False) -> Ter
         width=experts.width,
         # The factor in a silu's sigmoid makes a silu of whatever it is in.
         activation="silu" if experts.alpha != 1.0 else experts.activation,
-        sigmoid=False,
-        renormalize=False,
-        scale=1.0,
-        shared_scale=1.0,
-        gated=False,
-        native=False,
-        by_sigmoid=False,
         given=given,
         up=experts.gated,
         limit=float(experts.limit or 0.0),
