@@ -34,7 +34,7 @@ def test_nothing_is_imported_that_an_engine_has_no_use_for() -> None:
 def test_the_proof_compiles_nothing_that_the_engines_graphs_will_hold() -> None:
     from vllm.forward_context import get_forward_context
 
-    from moe_surgery.engine.model.proving import _asked
+    from moe_surgery.engine.model.proving import asker
     from moe_surgery.targets.vllm.host import hosting
 
     graphs: list[fx.GraphModule] = []
@@ -53,9 +53,8 @@ def test_the_proof_compiles_nothing_that_the_engines_graphs_will_hold() -> None:
             return self.compiled(x)  # type: ignore[no-any-return]
 
     block, x = Block(), torch.ones(3, 2)
-    alone = SimpleNamespace(summing=lambda what: nullcontext(), meet=lambda place: None)
+    alone: Any = SimpleNamespace(summing=lambda what: nullcontext(), meet=lambda place: None)
     with hosting("cpu") as config:
-        exam: Any = SimpleNamespace(path="mlp", ranks=alone)
-        ask = _asked(exam, block, SimpleNamespace(shared_experts=None), config)
+        ask = asker("mlp", block, SimpleNamespace(shared_experts=None), config, alone)
         assert ask(x).equal(2 * x) and graphs == []
         assert block.compiled(x).equal(2 * x) and len(graphs) == 1  # afterwards, what is compiled is compiled

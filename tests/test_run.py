@@ -221,7 +221,12 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     """A run whose child is ready, as it has said."""
     line = arguments(command=python(code))
     process = subprocess.Popen(
-        line, env=variables(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        env=variables(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # tests under nohup would ignore it
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process

@@ -16,7 +16,7 @@ MEANINGS: tuple[tuple[int, str], ...] = (
     (USAGE, "wrong usage; input that can't be read, output that can't be written"),
     (CHANGES, "changes are pending (plan --check), or found (diff)"),
     (11, "expectation not met, or a site missed or refused under --strict"),
-    (UNPROVEN, "a proof failed, rolled back; tokens or outputs differ; an audited layer is wrong"),
+    (UNPROVEN, "a proof failed, rolled back; outputs differ; an audited layer is wrong"),
     (13, "weights not covered"),
     (UNSUPPORTED, "unsupported version, or no engine"),
     (15, "processes disagree, or none loaded a model"),
