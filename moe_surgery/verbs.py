@@ -44,7 +44,7 @@ class _Subject:
     quantisation: Quantisation | None = None
 
     @classmethod
-    def of(cls, model: Model, trust_remote_code: bool = False) -> _Subject:
+    def of(cls, model: Model, trust_remote_code: bool = False, dtype: str | None = None) -> _Subject:
         if not isinstance(model, nn.Module | str | Path):
             raise UsageError(f"a model is a module, a directory or a hub id, not {checks.shown(model)}")
         if isinstance(model, nn.Module):
@@ -54,7 +54,7 @@ class _Subject:
             return cls(name or type(model).__name__, model, config, directory)
         from moe_surgery.models.opening import open_meta
 
-        opened = open_meta(str(model), trust_remote_code=trust_remote_code)
+        opened = open_meta(str(model), trust_remote_code=trust_remote_code, dtype=dtype)
         return cls(opened.name, opened.module, opened.config, opened.directory, opened.quantisation)
 
     def obstacle(self, item: Surveyed) -> str | None:
@@ -99,26 +99,44 @@ def plan(
     skip: Sequence[str] = (),
     expect: int | None = None,
     strict: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What would be done with every MoE-looking site of ``model``, and why. Nothing is touched.
 
     ``model`` is a live module, a directory (config.json is enough) or a hub id. ``packs`` are names of installed packs
-    or paths of ``.toml`` files, None for all installed. ``only`` and ``skip`` are globs over paths. Raises
+    or paths of ``.toml`` files, None for all installed. ``only`` and ``skip`` are globs over paths. A model
+    that is named is planned for ``device``, which needn't be here (None: the CPU), in ``dtype`` (None: the checkpoint's
+    own); what is then loaded otherwise doesn't fit the plan. Raises
     :class:`~moe_surgery.errors.ExpectationError` if a rule or ``expect`` counts otherwise, or under ``strict`` if a
     site is missed or refused.
     """
     selection = Selection(checks.texts(only, "only"), checks.texts(skip, "skip"), expect, strict)
-    subject = _Subject.of(model, trust_remote_code)
-    return _plan(subject, survey(subject.module), packs, target, selection)
+    if isinstance(model, nn.Module) and (device is not None or dtype is not None):
+        raise UsageError("a module is planned for as it is; device and dtype are for a model that is named")
+    from moe_surgery.models.opening import device_type, dtype_name
+
+    kind, kept = None if device is None else device_type(device), None if dtype is None else dtype_name(dtype)
+    subject = _Subject.of(model, trust_remote_code, kept)
+    made = _plan(subject, survey(subject.module), packs, target, selection, kind or "cpu")
+    return replace(made, device=kind, dtype=kept)
 
 
-def _plan(subject: _Subject, sites: Sequence[Surveyed], packs: Packs, target: str, selection: Selection) -> Plan:
+def _plan(
+    subject: _Subject,
+    sites: Sequence[Surveyed],
+    packs: Packs,
+    target: str,
+    selection: Selection,
+    device: str = "cpu",
+) -> Plan:
+    """A plan; ``device`` is the type of device that a model on the meta device is planned for."""
     started = time.perf_counter()
-    made = make_plan(
-        subject.name, sites, subject.config, load_packs(packs), target, get_target, selection, subject.obstacle
-    )
-    costs = Costs.of(subject.module, [step.path for step in made.steps if step.outcome == "replaced"])
+    name, config, chosen = subject.name, subject.config, load_packs(packs)
+    made = make_plan(name, sites, config, chosen, target, get_target, selection, subject.obstacle, device)
+    real = next((parameter.device.type for parameter in subject.module.parameters() if not parameter.is_meta), device)
+    costs = Costs.of(subject.module, [step.path for step in made.steps if step.outcome == "replaced"], real)
     return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started, costs=costs)
 
 

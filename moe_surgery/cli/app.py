@@ -26,6 +26,7 @@ from moe_surgery.cli.options import (
     ModelOrPlan,
     OnFailure,
     Output,
+    Place,
     Proof,
     Prove,
     Svg,
@@ -72,6 +73,7 @@ def scan(model: Model, trust: Trust, output: Output) -> None:
 def plan(
     model: Model,
     choice: Choice,
+    place: Place,
     trust: Trust,
     output: Output,
     save: Annotated[
@@ -85,7 +87,9 @@ def plan(
     """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
     run(
         output,
-        lambda screen: scan_plan_explain.plan(screen, model, choice, trust, save=save, check=check, svg=svg, html=html),
+        lambda screen: scan_plan_explain.plan(
+            screen, model, choice, place, trust, save=save, check=check, svg=svg, html=html
+        ),
     )
 
 

@@ -194,12 +194,15 @@ def named(model: str) -> Iterator[None]:
 
 def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
     from moe_surgery.models.checkpoint import digest
-    from moe_surgery.models.opening import load_model
+    from moe_surgery.models.opening import device_type, load_model
 
-    if plan is not None and Path(model).is_dir():
-        plan.check_origin(digest(Path(model)), model)  # before minutes go into loading
-    progress.phase(f"loading {model}{_of_bytes(Path(model))}")
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
+    if plan is not None:  # before minutes go into loading
+        dtype = dtype or plan.dtype
+        plan.check_place(device_type(job.loading.device), dtype)
+        if Path(model).is_dir():
+            plan.check_origin(digest(Path(model)), model)
+    progress.phase(f"loading {model}{_of_bytes(Path(model))}")
     return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
 
 

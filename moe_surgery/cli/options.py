@@ -26,7 +26,7 @@ class Color(StrEnum):
 
 
 class DType(StrEnum):
-    """The dtype a model is loaded in; ``auto`` is the checkpoint's own."""
+    """The dtype a model is loaded in; ``auto`` is the plan's, else the checkpoint's own."""
 
     auto = "auto"
     float32 = "float32"
@@ -160,6 +160,25 @@ class Loading:
 
     dtype: Annotated[DType, typer.Option("--dtype", help="Load the weights in this dtype.")] = DType.auto
     device: Annotated[str, typer.Option("--device", metavar="D", help="Such as cpu, cuda, cuda:1.")] = "cpu"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a plan is made for."""
+
+    panel: ClassVar[str] = "Planned for"
+
+    dtype: Annotated[DType, typer.Option("--dtype", help="Plan for weights in this dtype.")] = DType.auto
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="D", help="Such as cpu or cuda; it needn't be on this machine.", show_default="cpu"
+        ),
+    ] = None
+
+    def as_plan(self) -> dict[str, Any]:
+        """The keyword arguments of ``plan``."""
+        return {"device": self.device, "dtype": None if self.dtype is DType.auto else self.dtype.value}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_surgery.cli import exits
-from moe_surgery.cli.options import Choice, Trust
+from moe_surgery.cli.options import Choice, Place, Trust
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import UsageError
 
@@ -32,6 +32,7 @@ def plan(
     screen: Screen,
     model: str,
     choice: Choice,
+    place: Place,
     trust: Trust,
     *,
     save: Path | None,
@@ -45,7 +46,8 @@ def plan(
     screen.will_write(save, svg, html=html)
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
-        planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **choice.as_plan())
+        wanted = {**choice.as_plan(), **place.as_plan()}
+        planned = moe_surgery.plan(model, trust_remote_code=trust.trust_remote_code, **wanted)
     # As it was given, so that apply finds it again.
     planned = replace(planned, model=model)
     report = planned.report()

@@ -261,15 +261,33 @@ def _torch_dtype(name: object) -> torch.dtype:
     return dtype
 
 
-def _device(name: str) -> torch.device:
+def dtype_name(name: object) -> str:
+    """What reports call a dtype, such as "float16" for "torch.half". Raises :class:`UsageError` if it is none."""
+    return str(_torch_dtype(name)).removeprefix("torch.")
+
+
+def device_type(name: object) -> str:
+    """The type of a device, which needn't be on this machine. Raises :class:`UsageError` if no model can be on it."""
     import torch
 
     try:
+        kind = torch.device(name).type if isinstance(name, str) else None
+    except RuntimeError:
+        kind = None
+    if kind is None:
+        raise UsageError(f"{name!r} is no device of torch, such as cpu or cuda")
+    if kind == "meta":
+        raise UsageError("device 'meta' holds no weights")
+    return kind
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    device_type(name)
+    try:
         torch.empty(0, device=name)
-        device = torch.device(name)
-        if device.type == "meta":
-            raise UsageError("device 'meta' holds no weights")
-        return device
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
 

@@ -23,6 +23,7 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
+from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
@@ -52,6 +53,7 @@ class Settings:
 
 def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
     """The readings of the sites a plan replaces. Raises :class:`PlanError` if the model isn't the one planned for."""
+    _check_place(plan, sites)
     found = {item.site.path: item for item in sites}
     planned = [step.path for step in plan.steps]
     if list(found) != planned:
@@ -71,6 +73,14 @@ def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
             raise PlanError(f"{step.path}: planned as {wanted}, but now {item.reading.spec.sentence()}")
         readings[step.path] = item.reading
     return readings
+
+
+def _check_place(plan: Plan, sites: Sequence[Surveyed]) -> None:
+    """Raise :class:`PlanError` if the sites are on another device or in another dtype than the plan was asked for."""
+    tensors = {f"{item.site.path}.{name}": one for item in sites for name, one in item.site.module.named_parameters()}
+    dtype = own_dtype(tensors)
+    for device in sorted({tensor.device.type for tensor in tensors.values()}):
+        plan.check_place(device, str(dtype).removeprefix("torch."))
 
 
 class Operation:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.words import duration, size
 
 _PROOF = 0.31
@@ -25,25 +26,30 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes: of the model, its ``count`` ``blocks`` to replace, the ``largest`` of these; and ``free`` ones here."""
+    """Bytes: of the model, its ``count`` ``blocks`` to replace, the ``largest`` of these; and ``free`` ones here.
+
+    ``device`` is the type of the device they are to be on. What is free on another than this machine's CPU isn't known.
+    """
 
     count: int
     model: int
     blocks: int
     largest: int
     free: int | None
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @classmethod
-    def of(cls, model: nn.Module, paths: Iterable[str]) -> Costs:
-        """Of replacing the blocks at ``paths``, on CPU, in the dtype that the model has."""
+    def of(cls, model: nn.Module, paths: Iterable[str], device: str = "cpu") -> Costs:
+        """Of replacing the blocks at ``paths`` on ``device``, in the dtype that the model has."""
         blocks = [_bytes(model.get_submodule(path)) for path in paths]
         meta = all(parameter.is_meta for parameter in model.parameters())
         # What a loaded model holds is taken already.
-        free = _free(_MEMINFO)
+        free = _free(_MEMINFO) if device == "cpu" else None
         held = 0 if meta else _bytes(model)
-        return cls(
-            len(blocks), _bytes(model), sum(blocks), max(blocks, default=0), None if free is None else free + held
-        )
+        dtype = str(own_dtype(dict(model.named_parameters()))).removeprefix("torch.")
+        available = None if free is None else free + held
+        return cls(len(blocks), _bytes(model), sum(blocks), max(blocks, default=0), available, device, dtype)
 
     @property
     def extra(self) -> int:
@@ -56,9 +62,14 @@ class Costs:
         return round((1 + _PROOF) * self.largest)
 
     @property
-    def seconds(self) -> float:
-        """What it takes beyond loading, about, on two cores of an AMD EPYC."""
-        return _EACH * self.count + self.blocks * _SECONDS
+    def seconds(self) -> float | None:
+        """What it takes beyond loading, about, on two cores of an AMD EPYC; None on other devices than a CPU."""
+        return _EACH * self.count + self.blocks * _SECONDS if self.device == "cpu" else None
+
+    @property
+    def seconds_without_undo(self) -> float | None:
+        """The same where originals are given up one by one."""
+        return _EACH * self.count + self.blocks * _SECONDS_WITHOUT_UNDO if self.device == "cpu" else None
 
     def fits(self, extra: int) -> bool | None:
         """Whether the model and ``extra`` fit into this machine's free memory; None where that isn't known."""
@@ -67,10 +78,11 @@ class Costs:
     def sentence(self) -> str:
         """All of it in a line."""
         parts = [
-            f"{size(self.blocks)} of blocks in a model of {size(self.model)}",
+            f"{size(self.blocks)} of blocks in a model of {size(self.model)} on {self.device} in {self.dtype}",
             f"apply needs up to {size(self.extra)} more, {size(self.extra_without_undo)} with --no-undo",
-            f"about {duration(self.seconds)} beyond loading, as two cores of an AMD EPYC took",
         ]
+        if self.seconds is not None:
+            parts.append(f"about {duration(self.seconds)} beyond loading, as two cores of an AMD EPYC took")
         if self.free is not None:
             parts.append(f"{self._fitting()} the memory that is free here")
         return " · ".join(parts)
@@ -86,8 +98,8 @@ class Costs:
             **asdict(self),
             "extra": self.extra,
             "extra_without_undo": self.extra_without_undo,
-            "seconds": round(self.seconds, 3),
-            "seconds_without_undo": round(_EACH * self.count + self.blocks * _SECONDS_WITHOUT_UNDO, 3),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+            "seconds_without_undo": None if self.seconds_without_undo is None else round(self.seconds_without_undo, 3),
             "fits": self.fits(self.extra),
             "fits_without_undo": self.fits(self.extra_without_undo),
         }

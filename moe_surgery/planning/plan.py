@@ -41,14 +41,17 @@ class Plan:
     """One step per site, in the order of the module tree. ``model`` is the directory, hub id or class planned for.
 
     A plan can be saved, reviewed, and applied unchanged later; applying it to a model that no longer fits is an error.
-    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known. ``costs`` is None in a
-    plan that was read from a file.
+    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known. ``device`` (its type)
+    and ``dtype`` are those that were asked for, None where none was; what is loaded otherwise doesn't fit the plan.
+    ``costs`` is None in a plan that was read from a file.
     """
 
     model: str
     target: str
     steps: tuple[Step, ...]
     checkpoint: Digest | None = None
+    device: str | None = None
+    dtype: str | None = None
     versions: dict[str, str] = field(default_factory=versions, compare=False)
     seconds: float = field(default=0.0, compare=False)
     costs: Costs | None = field(default=None, compare=False)
@@ -58,7 +61,8 @@ class Plan:
         """A digest of what the plan does and to what: not of the model's name or today's versions."""
         bare = [replace(step, trail=(), weights=()) for step in self.steps]
         data: list[Any] = [{**step.to_json(), "reason": None} for step in bare]
-        bound = [] if self.checkpoint is None else [asdict(self.checkpoint)]
+        bound: list[Any] = [] if self.checkpoint is None else [asdict(self.checkpoint)]
+        bound += [] if self.device is None and self.dtype is None else [[self.device, self.dtype]]
         text = json.dumps([SCHEMA, self.target, data, *bound], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -73,6 +77,8 @@ class Plan:
             "target": self.target,
             "fingerprint": self.fingerprint,
             "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
+            "device": self.device,
+            "dtype": self.dtype,
             "versions": self.versions,
             "sites": sites,
         }
@@ -86,7 +92,9 @@ class Plan:
         try:
             steps = tuple(_step(site) for site in data["sites"])
             checkpoint = None if data.get("checkpoint") is None else Digest(**data["checkpoint"])
-            plan = cls(_text(data["model"]), _text(data["target"]), steps, checkpoint, dict(data["versions"]))
+            device, dtype = (None if data.get(key) is None else _text(data[key]) for key in ("device", "dtype"))
+            model, target, made_with = _text(data["model"]), _text(data["target"]), dict(data["versions"])
+            plan = cls(model, target, steps, checkpoint, device, dtype, made_with)
         except KeyError as error:
             raise PlanError(f"the plan is incomplete: it has no {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -122,6 +130,13 @@ class Plan:
         differs = None if self.checkpoint is None or found is None else self.checkpoint.differs_in(found)
         if differs is not None:
             raise PlanError(f"the plan was made for another checkpoint than {where}: it differs in {differs}")
+
+    def check_place(self, device: str, dtype: str | None) -> None:
+        """Raise :class:`PlanError` if it was asked for on another device type or in another dtype (None: not known)."""
+        wanted = (self.device or device, self.dtype or dtype)
+        if wanted != (device, self.dtype if dtype is None else dtype):
+            was, now = (kind + ("" if kept is None else f" in {kept}") for kind, kept in (wanted, (device, dtype)))
+            raise PlanError(f"the plan was made for a model on {was}, this one is on {now}: load it so, or plan again")
 
     def warn_of_versions(self) -> None:
         """Warn if other versions are installed than the plan was made with: they may read or build otherwise."""
@@ -193,10 +208,12 @@ def make_plan(
     targets: Callable[[str], Target],
     selection: Selection,
     obstacle: Callable[[Surveyed], str | None] = lambda item: None,
+    device: str = "cpu",
 ) -> Plan:
     """Decide every site. ``targets`` gives a target by name; a rule's own wins where ``target`` is "auto".
 
-    ``obstacle`` says why a site can't be operated on whatever the target.
+    ``obstacle`` says why a site can't be operated on whatever the target. ``device`` is the type of device that a model
+    on the meta device is planned for.
 
     Raises :class:`ExpectationError` (with the report) if a rule or the caller expected more.
     """
@@ -207,7 +224,7 @@ def make_plan(
     def choose(rule: str) -> Target:
         return named(wanted[rule])
 
-    decided = (_decide(item, matches[item.site.path], choose, selection, obstacle(item)) for item in sites)
+    decided = (_decide(item, matches[item.site.path], choose, selection, obstacle(item), device) for item in sites)
     steps = tuple(traced(step, matches[step.path]) for step in decided)
     plan = Plan(name, target, steps)
     try:
@@ -250,6 +267,7 @@ def _decide(
     choose: Callable[[str], Target],
     selection: Selection,
     obstacle: str | None,
+    device: str,
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
@@ -271,7 +289,7 @@ def _decide(
         reason = "the model is in training mode, and the replacement has no backward pass; call model.eval()"
         return Step(path, kind, "refused", reason, rule, target.name, spec)
     dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
-    context = Context(tensors[0].device.type if live else "cpu", dtype, live)
+    context = Context(tensors[0].device.type if live else device, dtype, live)
     if isinstance(target, AutoTarget):
         target, note = target.pick(spec, context)
     else:
