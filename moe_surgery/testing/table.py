@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from moe_surgery.testing.coverage import Coverage, Line
     from moe_surgery.testing.on_cuda import OnCuda
 
-COMMAND = (
-    "moe-surgery packs test --setting all --cuda benchmarks/results/h100-families.json --markdown docs/coverage.md"
-)
+COMMAND = "moe-surgery packs test --setting all --markdown docs/coverage.md"
+ON_CUDA = " --cuda benchmarks/results/h100-families.json"
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _page(coverage: Coverage, cuda: OnCuda | None) -> Iterator[str]:
     yield "and by how much the proof held. In every setting the whole model's outputs were compared before and after,"
     yield "and after undo. Made by"
     yield ""
-    yield f"    {COMMAND}"
+    yield f"    {COMMAND}{'' if cuda is None else ON_CUDA}"
     yield ""
     yield f"with {_versions(coverage)}. {_counts(coverage).replace(' · ', '; ')}."
     if cuda is not None:
