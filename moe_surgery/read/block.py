@@ -219,16 +219,20 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
     problem = Unfollowed("it has no weights", -1)
-    for flat, width in product((False, True), widths):
+    # A block that rounds as it should in its own dtype alone is read in that.
+    dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
+    for dtype, flat, width in product(dtypes, (False, True), widths):
         if flat and problem.answered:  # it takes batches, and does something else with them
+            continue
+        if dtype != torch.bfloat16 and not problem.answered:
             break
         try:
             batch = odd_batch(state, 1)
-            found = ask(_shape(batch, width, flat), torch.bfloat16, crowded_together)
+            found = ask(_shape(batch, width, flat), dtype, crowded_together)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = ask(_shape(known, width, flat), torch.bfloat16, crowded_together)
+                found = ask(_shape(known, width, flat), dtype, crowded_together)
             return _Crowded(found, width, flat)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further

@@ -59,8 +59,7 @@ def _program(record: Record, shape: tuple[int, ...]) -> Program:
     builder = Builder(flow, shape)
     wanted: dict[str, Ref | Given] = {}
     if record.cut is not None:
-        made = flow.choices[record.cut.choice].made
-        assert made is not None
+        made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
         wanted = {"weights": Ref(record.cut.weights), "ids": builder.ids(made, record.cut.count)}
     wanted |= {name: given[name] for name in sorted(names)}
     return builder.program(wanted, router.num_experts)

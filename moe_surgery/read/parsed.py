@@ -24,9 +24,9 @@ from moe_surgery.read.record.flow import Choice, Flow, Given
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a record is split: at the first ``count`` ids of a choice, and the operation that gives their weights."""
+    """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights."""
 
-    choice: int
+    choices: tuple[int, ...]
     weights: int
     count: int
 

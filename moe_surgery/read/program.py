@@ -49,17 +49,19 @@ class Builder:
         last = max((number for name, number in outputs if name in ROUTING), default=-1)
         return Program(tuple(self.steps), tuple(outputs), len(self.shape) == 2, self._logits(experts, last))
 
-    def ids(self, choice: Made, count: int) -> Given:
-        """The first ``count`` ids [T, k] that a choice makes, as something to be wanted."""
+    def ids(self, choices: Sequence[Made], count: int) -> Given:
+        """The first ``count`` ids [T, k] that choices make, one after another, as something to be wanted."""
         tokens = torch.Size(self.shape[:-1]).numel()
-        ids = choice.ids.reshape(tokens, -1)
-        # However the operation shapes its indices, they are those of one token after another.
-        kept: Origin = Computed(
-            torch.ops.aten.reshape.default, (Chosen(choice, tuple(ids.shape)), [tokens, choice.k]), {}, None
-        )
-        if count != choice.k:
+        parts = [choice.ids.reshape(tokens, -1) for choice in choices]
+        # However an operation shapes its indices, they are those of one token after another.
+        kept: Any = [
+            Computed(torch.ops.aten.reshape.default, (Chosen(choice, tuple(part.shape)), [tokens, choice.k]), {}, None)
+            for choice, part in zip(choices, parts, strict=True)
+        ]
+        kept = kept[0] if len(kept) == 1 else Computed(torch.ops.aten.cat.default, (kept, 1), {}, None)
+        if count != sum(choice.k for choice in choices):
             kept = Computed(torch.ops.aten.slice.Tensor, (kept, 1, 0, count), {}, None)
-        return Given("ids", ids[:, :count], (), "", kept)
+        return Given("ids", torch.cat(parts, 1)[:, :count], (), "", kept)
 
     def _known(self, what: Given, value: Tensor) -> At:
         if what.origin is None:

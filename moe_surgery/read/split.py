@@ -29,10 +29,11 @@ def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
     problem = Unreadable("its router makes no weights for the experts that it chooses")
     if flow.positive:
         raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
-    for number, place in _places(flow):
-        choice, weights = flow.choices[number], flow.ops[place]
-        count, experts = weights.shape[-1] if choice.k > 1 else 1, flow.ops[choice.scores.index].shape[-1]
-        ids = choice.ids.reshape(-1, choice.k)[:, :count]
+    for numbers, place in _places(flow):
+        choices, weights = [flow.choices[number] for number in numbers], flow.ops[place]
+        ranked, experts = sum(choice.k for choice in choices), flow.ops[choices[0].scores.index].shape[-1]
+        count = weights.shape[-1] if ranked > 1 else 1
+        ids = torch.cat([choice.ids.reshape(-1, choice.k) for choice in choices], -1)[:, :count]
         given = Op("input", ("weights",), {}, (len(ids), count), weights.dtype)
         shaped = Op("view", (Ref(place), list(weights.shape)), {}, weights.shape, weights.dtype)
         split = _with(flow, place, given, shaped)
@@ -45,7 +46,7 @@ def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
         if any(len(token.slots) != count or None in token.slots for token in found.tokens):
             continue
         tokens = tuple(_of(token, count, experts) for token in found.tokens)
-        whole = replace(found, tokens=tokens, ids=ids, ranked=choice.k, cut=Cut(number, place, count))
+        whole = replace(found, tokens=tokens, ids=ids, ranked=ranked, cut=Cut(numbers, place, count))
         return whole.with_replayed(flow)
     raise problem
 
@@ -54,17 +55,24 @@ def _of(token: TokenRead, count: int, experts: int) -> TokenRead:
     return replace(token, router=replace(token.router, top_k=count, num_experts=experts))
 
 
-def _places(flow: Flow) -> Iterator[tuple[int, int]]:
-    """Choices, and operations that may give their weights, both latest first."""
+def _places(flow: Flow) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Choices, and operations that may give their weights, both latest first.
+
+    Some code chooses one expert after the other: then all choices of one are taken together.
+    """
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input")
     tokens = torch.Size(lead).numel()
-    for number, choice in reversed(list(enumerate(flow.choices))):
-        for place in range(len(flow.ops) - 1, choice.scores.index, -1):
+    single = [(number,) for number in reversed(range(len(flow.choices)))]
+    ones = tuple(number for number, choice in enumerate(flow.choices) if choice.k == 1)
+    alike = len({flow.ops[flow.choices[number].scores.index].shape for number in ones}) == 1
+    for numbers in [*single, *([ones] if len(ones) > 1 and alike else [])]:
+        ranked = sum(flow.choices[number].k for number in numbers)
+        for place in range(len(flow.ops) - 1, flow.choices[numbers[0]].scores.index, -1):
             op = flow.ops[place]
-            one = choice.k == 1 and torch.Size(op.shape).numel() == tokens
-            several = len(op.shape) > 1 and 1 < op.shape[-1] <= choice.k and op.shape[:-1] in ((tokens,), lead)
+            one = ranked == 1 and torch.Size(op.shape).numel() == tokens
+            several = len(op.shape) > 1 and 1 < op.shape[-1] <= ranked and op.shape[:-1] in ((tokens,), lead)
             if op.name not in _MADE and op.dtype.startswith(("float", "bfloat")) and (one or several):
-                yield number, place
+                yield numbers, place
 
 
 def _with(flow: Flow, place: int, given: Op, shaped: Op) -> Flow:
