@@ -65,6 +65,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
     ask = Asking(block, arguments_of(block), parse)
     with own_forward(block):
         crowded = _first(ask, hidden_sizes(state), state)
+        _check_identities(slot for token in crowded.tokens for slot in token.slots)
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
@@ -85,8 +86,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
-    if any(expert.identity for expert in experts):
-        raise Unreadable("some of what its router scores are experts that return their input")
+    _check_identities(experts)
     layout = Layout(
         router=router.piece,
         experts=tuple(expert.pieces for expert in experts),
@@ -151,6 +151,11 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         spare,
         program,
     )
+
+
+def _check_identities(slots: Iterable[MLPRead | None]) -> None:
+    if any(slot is not None and slot.identity for slot in slots):
+        raise Unreadable("some of what its router scores are experts that return their input")
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:

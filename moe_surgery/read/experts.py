@@ -64,7 +64,29 @@ def read_experts(module: nn.Module) -> Reading:
 
 
 def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Reading:
-    width, total, few = _first(module, calling, state)
+    """The reading with the sizes that fit: of the input's width, and of how many experts there are."""
+    problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
+    for width in hidden_sizes(state):
+        for total in _totals(module, state):
+            try:
+                _try_out(module, calling, width, total)
+                return _of_size(module, calling, state, width, total)
+            except Unreadable as error:
+                problem = error if _further(error) > _further(problem) else problem
+    raise problem
+
+
+def _try_out(module: nn.Module, calling: Calling, width: int, total: int) -> None:
+    """Raise :class:`Unreadable` if the last of so many experts is none: most wrong sizes show at once."""
+    few = min(2, total)
+    ids = torch.tensor([[total - 1, 0][:few]] * 3)
+    record = _record(module, calling, width, ids, torch.bfloat16, torch.bfloat16, plain=True)
+    if any(slot is not None and slot.identity for token in record.tokens for slot in token.slots):
+        raise Unreadable("some of its experts return their input")
+
+
+def _of_size(module: nn.Module, calling: Calling, state: dict[str, Tensor], width: int, total: int) -> Reading:
+    few = min(2, total)
     own = own_dtype(state) or torch.float32
     batch = odd_batch(state, max(_MANY, total // min(3, total) + 1), total, few)
     count = batch[0] * batch[1]
@@ -75,7 +97,7 @@ def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Read
         _record(module, calling, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
     ]
     with suppress(Unfollowed):  # some modules take no single choice
-        records.append(_record(module, calling, width, spread(count, total, 1), torch.bfloat16, torch.float32))
+        records.append(_record(module, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
     router = records[0].tokens[0].router
     identities = _beyond(module, calling, width, total, own)
     first = records[0].tokens[0]
@@ -99,27 +121,6 @@ def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Read
     )
     shape = ChildShape("experts", (total, found.width, width))
     return Reading(spec, layout, "experts", (("experts", shape),), calling=calling)
-
-
-def _first(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> tuple[int, int, int]:
-    """The input's width, the number of experts, and a number of choices they take."""
-    problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
-    for width in hidden_sizes(state):
-        for total in _totals(module, state):
-            few = min(2, total)
-            try:
-                batch = odd_batch(state, total // few + 1, total, few)  # enough to visit every expert
-                rows = batch[0] * batch[1]
-                record = _record(module, calling, width, spread(rows, total, few), torch.bfloat16, torch.bfloat16)
-                experts = same_experts([record], record.tokens[0], total)
-                if any(expert.identity for expert in experts):
-                    raise Unreadable("some of its experts return their input")
-                layout = Layout(Piece(""), tuple(expert.pieces for expert in experts))
-                check_complete(state, layout, range(total, 1 << 30))
-                return width, total, few
-            except Unreadable as error:
-                problem = error if _further(error) > _further(problem) else problem
-    raise problem
 
 
 def _further(problem: Unreadable) -> float:

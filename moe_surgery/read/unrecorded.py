@@ -78,16 +78,20 @@ def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = rang
 
     Matrices number ``spare`` of stacked ones may have none: those of experts that need no matrices.
     """
-    used: dict[tuple[str, int | None], set[int]] = {}
+    used: dict[tuple[str, int | None], range | set[int]] = {}
     totals: Counter[str] = Counter()
     for piece in layout.pieces():
         if piece.cols is not None:
             raise Unreadable(f"{piece} is some columns of a weight")
         places, size = _places(piece, tuple(state[piece.path].shape))
-        known = used.setdefault((piece.path, piece.index), set())
-        if not known.isdisjoint(places):
-            raise Unreadable(f"{piece} is used in two places")
-        known.update(places)
+        key = piece.path, piece.index
+        if key not in used:  # most matrices are one piece, whose places needn't be listed
+            used[key] = places
+        else:
+            known = set(used[key])
+            if not known.isdisjoint(places):
+                raise Unreadable(f"{piece} is used in two places")
+            used[key] = known.union(places)
         totals[piece.path] += len(places) * size
     for name, tensor in state.items():
         if name not in totals:

@@ -130,8 +130,10 @@ def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -
 
 def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:
     """The choices that were made, but for those that only other results than the output came of."""
+    if len(recorder.made()) < 2 or not leaves:
+        return recorder.made()
     beside = _chosen_for(_before([leaf.value for leaf in leaves if _recorded(leaf)]))
-    beside |= {choice for leaf in leaves if leaf.origin is not None for choice in chosen(leaf.origin)}
+    beside |= chosen(leaf.origin for leaf in leaves if leaf.origin is not None)
     beside -= _chosen_for(_before(output))
     return [choice for choice in recorder.made() if choice not in beside] or recorder.made()
 
@@ -139,7 +141,7 @@ def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given
 def _chosen_for(nodes: set[torch.fx.Node]) -> set[Made]:
     """The choices whose values or ids are among some operations."""
     found = {node.meta["choice"] for node in nodes if node.meta.get("choice") is not None}
-    return found | {choice for node in nodes if (origin := node.meta.get("origin")) for choice in chosen(origin)}
+    return found | chosen(node.meta["origin"] for node in nodes if node.meta.get("origin") is not None)
 
 
 def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref], made: list[Made]) -> Op:

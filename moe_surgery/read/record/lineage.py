@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +70,21 @@ class Lineage:
                 self._known[id(tensor)] = Computed(func, tuple(args), kwargs, place if several else None)
 
 
-def chosen(origin: Origin) -> set[Made]:
+def chosen(origins: Iterable[Origin]) -> set[Made]:
     """The choices that numbers come from."""
     found: set[Made] = set()
     seen: set[int] = set()
-    waiting: list[Any] = [origin]
+    waiting: list[Any] = list(origins)
     while waiting:
         item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Chosen):
-            found.add(item.choice)
-        elif isinstance(item, Computed):
-            waiting += [item.args, item.kwargs]
+        if isinstance(item, (Chosen, Computed)):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, Chosen):
+                found.add(item.choice)
+            else:
+                waiting += [item.args, item.kwargs]
         elif isinstance(item, dict):
             waiting += item.values()
         elif isinstance(item, (list, tuple)):

@@ -29,6 +29,7 @@ from moe_surgery.read.record.choices import Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage
+from moe_surgery.read.record.meta_results import MetaResults
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
 from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
@@ -66,6 +67,7 @@ class Recorder(TorchDispatchMode):
         self.batch: set[int] = set()
         self._ledger = Ledger(self.fixed, self.object_to)
         self.lineage = Lineage()
+        self._results = MetaResults()
 
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
@@ -236,7 +238,7 @@ class Recorder(TorchDispatchMode):
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
         if name == "topk":
             check_top_k(*args[:3])
-        result = func(*metas[0], **metas[1])
+        result = self._results.of(func, *metas)
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
             real = torch.empty(result.shape, dtype=result.dtype)

@@ -1,0 +1,50 @@
+"""What operations give on meta tensors. A loop over experts asks the same over and over, and torch answers slowly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MetaResults:
+    """Operations run on meta tensors; those that make one new tensor, once for each form of their operands."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
+
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of ``func``."""
+        if not _makes_one(func):
+            return func(*args, **kwargs)
+        key = func, _form(args), _form(kwargs)
+        if key not in self._known:
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor) or not result.is_meta:
+                return result
+            self._known[key] = tuple(result.shape), result.stride(), result.dtype
+            return result
+        shape, stride, dtype = self._known[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+@functools.cache
+def _makes_one(func: Any) -> bool:
+    """Whether an operation makes one new tensor, which shares nothing with its operands."""
+    schema = func._schema
+    alone = not any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
+    return alone and len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+
+
+def _form(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        # What is known of it may tell the result's size.
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else id(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_form, value))
+    if isinstance(value, dict):
+        return tuple((name, _form(item)) for name, item in value.items())
+    return type(value), value
