@@ -126,7 +126,7 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 
 
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
-    """Each expert's matrix times its own ``rows``, of which the first ``counts[0]`` are the first expert's, and so on."""
+    """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     parts = rows.split([count for count in counts if count])
     visited = [expert for expert, count in enumerate(counts) if count]
     found = [
