@@ -1,7 +1,8 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
 ``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``.
+served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. Where a
+row says what vLLM's experts take too, and that is less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ Tiles = dict[str, int]
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``."""
+    """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``.
+
+    ``slower`` says that vLLM's experts were measured to be faster there.
+    """
 
     tokens: int
     path: Literal["pairs", "grouped"]
     logits: Tiles
     gate_up: Tiles
     down: Tiles
+    slower: bool = False
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Choice:
-        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"])
+        slower = row.get("vllm_us") is not None and row["vllm_us"] < row["us"]
+        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"], slower)
 
 
 def shape_name(terms: Terms) -> str:

@@ -9,7 +9,7 @@ the same whole weights together and asks the same questions in the same order; w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -78,8 +78,18 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     return Exam(item.site.path, spec, small, ranks, probes)
 
 
-def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[str], None]) -> None:
-    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged."""
+def examine(
+    exam: Exam,
+    block: nn.Module,
+    runner: Any,
+    config: VllmConfig,
+    judge: Callable[[str], None],
+    sizes: Sequence[int] = (),
+) -> None:
+    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged.
+
+    ``sizes`` are the numbers of tokens from which it computes in another way.
+    """
     experts = runner.routed_experts
     method = experts.quant_method
     lay_out = method.process_weights_after_loading
@@ -93,7 +103,8 @@ def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge
         lay_out(layer)
         started = time.perf_counter()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(asker(exam.path, block, runner, config, exam.ranks), ground)
+            asked = asker(exam.path, block, runner, config, exam.ranks)
+            exam.verdict = prove_swapped(asked, ground, sizes=sizes)
         exam.seconds += time.perf_counter() - started
         exam.ranks.stand()  # or the verdict is about what another rank didn't do
         judge(exam.path)

@@ -23,7 +23,8 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
-from moe_surgery.engine.model.kernel_block import warm_kernels
+from moe_surgery.engine.model.crossover import SCHEMA
+from moe_surgery.engine.model.kernel_block import KernelBlock, warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.planning import FOLDED, make_engine_plan, settled
@@ -32,7 +33,6 @@ from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
-from moe_surgery.kernels.arguments import SCHEMA
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
@@ -102,7 +102,8 @@ class Surgery:
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
-                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, self._judge)
+                    sizes = built.block.sizes_to_ask if isinstance(built.block, KernelBlock) else ()
+                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, self._judge, sizes)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         self._relist(exchanged)
         book.arrange(self.model, self.before)
