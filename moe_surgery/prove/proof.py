@@ -8,7 +8,7 @@ this check tell?). What an error may be is measured too: the same plain torch ru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,8 @@ from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
 FEWEST_MUTANTS = 10
+_TOGETHER = 6
+"""Mutants that are measured at once; their outputs are copied for it."""
 
 
 def prove(
@@ -79,7 +81,7 @@ def _judge(
         judged = _examine(new, ground, excused, new=True)
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
-    mutants = sorted((_measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
+    mutants = sorted(_measure(ground, errors, margin), key=lambda m: m[0].margin)
     # An expert that isn't reached would fail here again, as would a wrong block.
     wrong, faults = bool(faults), _ground_faults(ground) + faults
     faults = faults or _power_faults(mutants, ground, margin)
@@ -141,24 +143,37 @@ def _families(ground: Ground, reading: list[float], build: list[float] | None) -
     ]
 
 
-def _measure(twin: Twin, ground: Ground, errors: Sequence[float], margin: float) -> tuple[Mutant, float]:
-    """A mutant's hardest case in the family that shows it best, and its distance over what is needed to tell it."""
-    distance, _ = ground.truth.distance(twin.y, twin.tokens)
-    case = torch.zeros_like(twin.tokens) if twin.case is None else twin.case
-    cases, families = int(case.max()) + 1, len(FAMILIES)
-    worst = distance.new_zeros(cases * families)
-    worst = worst.scatter_reduce(0, case * families + ground.truth.family[twin.tokens], distance, "amax")
-    worst = worst.view(cases, families)
+def _measure(ground: Ground, errors: Sequence[float], margin: float) -> Iterator[tuple[Mutant, float]]:
+    """Each mutant's hardest case in the family that shows it best, and its distance over what is needed to tell it."""
+    for start in range(0, len(ground.twins), _TOGETHER):
+        yield from _measured(ground.twins[start : start + _TOGETHER], ground, errors, margin)
+
+
+def _measured(
+    twins: Sequence[Twin], ground: Ground, errors: Sequence[float], margin: float
+) -> Iterator[tuple[Mutant, float]]:
+    """As :func:`_measure`, of some mutants at once: on a GPU one takes as long as all."""
+    families = len(FAMILIES)
+    cases = [twin.tokens.new_zeros(len(twin.tokens)) if twin.case is None else twin.case for twin in twins]
+    counts = [1 if twin.case is None else int(twin.case.max()) + 1 for twin in twins]
+    starts = [sum(counts[:at]) for at in range(len(counts))]
+    tokens = torch.cat([twin.tokens for twin in twins])
+    distance, _ = ground.truth.distance(torch.cat([twin.y for twin in twins]), tokens)
+    case = torch.cat([each + start for each, start in zip(cases, starts, strict=True)])
+    worst = distance.new_zeros(sum(counts) * families)
+    worst = worst.scatter_reduce(0, case * families + ground.truth.family[tokens], distance, "amax")
+    worst = worst.view(-1, families).cpu()
     worst[:, ZERO] = 0.0  # the zero token has no output to compare mutants by
     floor = worst.new_tensor([max(error, ground.floor) for error in errors])
-    needed = torch.maximum(margin * floor, ground.slack * worst.new_tensor(ground.noise))
-    power = worst / needed
+    power = worst / torch.maximum(margin * floor, ground.slack * worst.new_tensor(ground.noise))
     best = power.amax(1)
-    hardest = int(best.argmin())
-    family = int(power[hardest].argmax())
-    found = float(worst[hardest, family])
-    name = twin.name.format(case=hardest)
-    return Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[hardest])
+    for twin, start, count in zip(twins, starts, counts, strict=True):
+        hardest = int(best[start : start + count].argmin())
+        row = start + hardest
+        family = int(power[row].argmax())
+        found = float(worst[row, family])
+        name = twin.name.format(case=hardest)
+        yield Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[row])
 
 
 def _hopeless(reason: str, new: bool) -> Verdict:
