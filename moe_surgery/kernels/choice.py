@@ -1,8 +1,8 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
 ``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. Where a
-row says what vLLM's experts take too, and that is less, an engine uses those (``engine/model/crossover.py``).
+served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. Where
+vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from moe_surgery.kernels.arguments import Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
+NOISE = 1.02
+"""Times that differ by less are no reason to cross over."""
 
 Tiles = dict[str, int]
 
@@ -39,8 +41,7 @@ class Choice:
     slower: bool = False
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Choice:
-        slower = row.get("vllm_us") is not None and row["vllm_us"] < row["us"]
+    def of(cls, row: dict[str, Any], slower: bool = False) -> Choice:
         return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"], slower)
 
 
@@ -55,7 +56,12 @@ def table(name: str) -> tuple[Choice, ...]:
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         return ()
-    return tuple(Choice.of(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+    found, slower = [], False
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if "vllm_us" in row:  # a row that wasn't timed against vLLM is as the one before it
+            slower = row["vllm_us"] * NOISE < row["us"]
+        found.append(Choice.of(row, slower))
+    return tuple(found)
 
 
 @cache
