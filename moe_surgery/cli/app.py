@@ -29,8 +29,10 @@ from moe_surgery.cli.options import (
     Place,
     Proof,
     Prove,
+    RunFolder,
     Svg,
     Trust,
+    Words,
 )
 from moe_surgery.cli.packs_commands import packs
 
@@ -226,9 +228,7 @@ def bench(
 
 @command(app, "run", context_settings={"allow_interspersed_args": False})
 def run_command(
-    words: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
-    ],
+    words: Words,
     output: Output,
     pack: Annotated[
         list[str] | None,
@@ -248,10 +248,7 @@ def run_command(
     target: Annotated[
         str, typer.Option("--target", metavar="NAME", help="What to build; engines take auto, folded and vllm.")
     ] = "auto",
-    folder: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
-    ] = None,
+    folder: RunFolder = None,
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
@@ -261,18 +258,13 @@ def run_command(
 
 @command(app, "audit", context_settings={"allow_interspersed_args": False})
 def audit_command(
-    words: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
-    ],
+    words: Words,
     output: Output,
     on_failure: Annotated[
         OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
     ] = OnFailure.stop,
     html: Html = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
-    ] = None,
+    folder: RunFolder = None,
 ) -> None:
     """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
     job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)

@@ -60,12 +60,11 @@ def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
     body = [tag("h1", safe(f"run {run}")), paragraph(run_sentence(receipts), "q"), *_failure(error, exit_code)]
     body += [tag("h2", "Processes"), _processes(receipts)]
     number = 0
-    for (model, load), group in groupby(receipts, key=lambda receipt: (receipt.model, receipt.load)):
+    for name, group in groupby(receipts, key=lambda receipt: receipt.name):
         reported = [receipt for receipt in group if receipt.report is not None]
         same = alike(reported)
         for receipt in reported[:1] if same else reported:
             assert receipt.report is not None
-            name = model if load == 1 else f"{model}, load {load}"
             whose = "" if len(reported) == 1 else f", rank {receipt.rank}"
             notes: list[Note] = []
             if whose:
@@ -135,9 +134,8 @@ def _processes(receipts: Sequence[Receipt]) -> str:
     lines = []
     for receipt in receipts:
         outcome = chip(receipt.outcome, TONES[receipt.outcome])
-        name = receipt.model if receipt.load == 1 else f"{receipt.model}, load {receipt.load}"
         told = safe(receipt.error) if receipt.error is not None else ""
-        cells = [cell(outcome), cell(safe(name)), cell(f"{receipt.rank} of {receipt.world}", head="rank")]
+        cells = [cell(outcome), cell(safe(receipt.name)), cell(f"{receipt.rank} of {receipt.world}", head="rank")]
         cells += [cell(str(receipt.pid), head="pid"), cell(safe(receipt.fingerprint or "none"), "mono", "plan")]
         cells += [cell(safe(receipt.ledger or "none"), "mono", "ledger"), cell(told)]
         lines.append(cells)
