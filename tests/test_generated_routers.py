@@ -28,11 +28,20 @@ def tokens(case: Case) -> Tensor:
 
 
 def rounded(block: Block, x: Tensor) -> Tensor:
-    """How far the rounding of two logits, half a step each, may move a token's weights [T], relative."""
+    """How far rounding two logits, half a step each, and the largest score, a step, may move weights [T], relative.
+
+    A step of a score matters below the smallest normal number only, where the block's own arithmetic keeps a few bits.
+    """
     dtype = torch.float32 if block.case.wide_linear else x.dtype
     with torch.no_grad():
-        largest = block.logits(x).double().abs().amax(-1)
-    return torch.expm1(torch.finfo(dtype).eps * largest)
+        logits = block.logits(x)
+        ranks, scores = block.ranks(x)
+        largest = scores.gather(1, block.choose(ranks)).amax(-1).double()
+    if block.case.scoring == "sqrtsoftplus":
+        largest = largest**2
+    limits = torch.finfo(scores.dtype)
+    step = torch.where(largest < limits.tiny, limits.tiny * limits.eps / largest, 0.0)
+    return torch.expm1(torch.finfo(dtype).eps * logits.double().abs().amax(-1)) + step
 
 
 def outcome(case: Case, target: str) -> str:
