@@ -15,11 +15,13 @@ from moe_surgery.cli import (
     packs_doctor,
     run_report,
     scan_plan_explain,
+    tune,
 )
 from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import (
     Choice,
+    DType,
     Html,
     Loading,
     Model,
@@ -296,6 +298,34 @@ def diff(
     Margins differ by a factor of 2 or more, speeds by more than their spreads.
     """
     run(output, lambda screen: difference.diff(screen, old, new))
+
+
+@command(app, "tune")
+def tune_command(
+    model: Model,
+    trust: Trust,
+    output: Output,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens", metavar="N", min=1, help="For N tokens; repeatable.", show_default="powers of two to 8192"
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=1, help="How long to look, for each shape.")
+    ] = 300.0,
+    ranks: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="For what each of N ranks holds.")
+    ] = 1,
+    dtype: Annotated[DType, typer.Option("--dtype", help="For weights in this dtype.")] = DType.auto,
+) -> None:
+    """Find the fastest tile sizes for MODEL's blocks on this machine's GPU; they are used from then on.
+
+    Needs no weights. Tables are kept in the user's cache folder, one for each shape and GPU.
+    """
+    kept = None if dtype is DType.auto else dtype.value
+    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept)
+    run(output, lambda screen: tune.tune(screen, job, trust))
 
 
 @command(app, "doctor")
