@@ -12,7 +12,7 @@ from moe_surgery.cli import exits
 from moe_surgery.cli.options import Trust
 from moe_surgery.cli.screen import Screen
 from moe_surgery.errors import UnsupportedError, UsageError
-from moe_surgery.report.words import plural, ratio
+from moe_surgery.report.words import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ def _render(found: Sequence[tuple[Shape, Path, Sequence[Tuned]]], console: Conso
     for shape, path, rows in found:
         indented(console, f"{shape.name}  {plural(shape.count, 'block')}", 0, "bold")
         for row in rows:
-            gain = f"{ratio(row.before / row.us)} faster" if row.before / row.us > _DIFFERS else "as before"
+            gain = f"{row.before / row.us:.2f}× faster" if row.before / row.us > _DIFFERS else "as before"
             gain += ": the fastest tiles computed something else" if row.wrong else ""
             indented(console, f"{plural(row.tokens, 'token')}  {row.before:.1f} → {row.us:.1f} µs  {gain}", 4, "")
         indented(console, f"stored as {path}", 4, "")
