@@ -17,7 +17,7 @@ from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct,
 from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
 from moe_surgery.prove.mutants import Twin
-from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
+from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
@@ -26,16 +26,24 @@ FEWEST_MUTANTS = 10
 
 
 def prove(
-    old: Block, new: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0
+    old: Block,
+    new: Block,
+    spec: MoESpec,
+    tensors: BlockTensors,
+    *,
+    seed: int = 0,
+    margin: float = 5.0,
+    probes: Probes | None = None,
 ) -> Verdict:
     """Judge ``new`` as a replacement of ``old``.
 
     Both are called with inputs ``[B, S, H]``, ``new`` also with ``[T, H]``, in the tensors' dtype and on their device,
-    without gradients. A block that raises fails the proof; the error doesn't escape.
+    without gradients. A block that raises fails the proof; the error doesn't escape. ``probes`` are those that
+    :func:`~moe_surgery.prove.probe.make_probes` made of this block, where that was done before.
     """
     if spec.at == "experts":
         spec, tensors, (old, new) = behind_a_router(spec, tensors, seed, old, new)
-    ground = survey(spec, tensors, seed)
+    ground = survey(spec, tensors, seed, probes=probes)
     return _hopeless(ground, True) if isinstance(ground, str) else _judge(ground, margin, old, new)
 
 
