@@ -82,7 +82,7 @@ class Surgery:
         started = time.perf_counter()
         vars(self.model).pop("load_weights", None)
         if self._ledger.opened:
-            self.ledger = self._ledger.close()
+            self.ledger = self._ledger.close(self.ranks if self.config.parallel_config.enable_expert_parallel else None)
         elif self.items and self.config.load_config.load_format != "dummy":
             raise LedgerError(
                 "the weights were not loaded through the model's load_weights, so nothing is known of them"
