@@ -8,7 +8,7 @@ this check tell?). What an error may be is measured too: the same plain torch ru
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,15 +16,12 @@ import torch
 from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
 from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
-from moe_surgery.prove.mutants import Twin
-from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO, Probes
-from moe_surgery.prove.verdict import Family, Mutant, Verdict
+from moe_surgery.prove.judging import FEWEST_MUTANTS as FEWEST_MUTANTS
+from moe_surgery.prove.judging import beyond_noise, measure, power_faults
+from moe_surgery.prove.probe import FAMILIES, UNIT, Probes
+from moe_surgery.prove.verdict import Family, Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
-
-FEWEST_MUTANTS = 10
-_TOGETHER = 6
-"""Mutants that are measured at once; their outputs are copied for it."""
 
 
 def prove(
@@ -81,10 +78,10 @@ def _judge(
         judged = _examine(new, ground, excused, new=True)
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
-    mutants = sorted(_measure(ground, errors, margin), key=lambda m: m[0].margin)
+    mutants = sorted(measure(ground.twins, ground, errors, margin), key=lambda m: m[0].margin)
     # An expert that isn't reached would fail here again, as would a wrong block.
     wrong, faults = bool(faults), _ground_faults(ground) + faults
-    faults = faults or _power_faults(mutants, ground, margin)
+    faults = faults or power_faults(mutants, ground, margin)
     verdict = Verdict(
         passed=not faults,
         reason="; ".join(faults),
@@ -143,39 +140,6 @@ def _families(ground: Ground, reading: list[float], build: list[float] | None) -
     ]
 
 
-def _measure(ground: Ground, errors: Sequence[float], margin: float) -> Iterator[tuple[Mutant, float]]:
-    """Each mutant's hardest case in the family that shows it best, and its distance over what is needed to tell it."""
-    for start in range(0, len(ground.twins), _TOGETHER):
-        yield from _measured(ground.twins[start : start + _TOGETHER], ground, errors, margin)
-
-
-def _measured(
-    twins: Sequence[Twin], ground: Ground, errors: Sequence[float], margin: float
-) -> Iterator[tuple[Mutant, float]]:
-    """As :func:`_measure`, of some mutants at once: on a GPU one takes as long as all."""
-    families = len(FAMILIES)
-    cases = [twin.tokens.new_zeros(len(twin.tokens)) if twin.case is None else twin.case for twin in twins]
-    counts = [1 if twin.case is None else int(twin.case.max()) + 1 for twin in twins]
-    starts = [sum(counts[:at]) for at in range(len(counts))]
-    tokens = torch.cat([twin.tokens for twin in twins])
-    distance, _ = ground.truth.distance(torch.cat([twin.y for twin in twins]), tokens)
-    case = torch.cat([each + start for each, start in zip(cases, starts, strict=True)])
-    worst = distance.new_zeros(sum(counts) * families)
-    worst = worst.scatter_reduce(0, case * families + ground.truth.family[tokens], distance, "amax")
-    worst = worst.view(-1, families).cpu()
-    worst[:, ZERO] = 0.0  # the zero token has no output to compare mutants by
-    floor = worst.new_tensor([max(error, ground.floor) for error in errors])
-    power = worst / torch.maximum(margin * floor, ground.slack * worst.new_tensor(ground.noise))
-    best = power.amax(1)
-    for twin, start, count in zip(twins, starts, counts, strict=True):
-        hardest = int(best[start : start + count].argmin())
-        row = start + hardest
-        family = int(power[row].argmax())
-        found = float(worst[row, family])
-        name = twin.name.format(case=hardest)
-        yield Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[row])
-
-
 def _hopeless(reason: str, new: bool) -> Verdict:
     """The verdict where there is nothing to compare with."""
     return Verdict(
@@ -209,33 +173,8 @@ def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> 
     """What is wrong with a block: its conduct, or its numbers in the family where they are worst for their noise."""
     if isinstance(answers, Misconduct):
         return [f"the {which} block {answers}"]
-    beyond = [error / (ground.slack * noise) for error, noise in zip(answers.worst, ground.noise, strict=True)]
-    family = max(range(len(FAMILIES)), key=beyond.__getitem__)
-    if beyond[family] <= 1:
-        return []
-    error, noise, where = answers.worst[family], ground.noise[family], answers.where[family]
     what = "the old block is not what was read" if which == "old" else f"the {which} block is not what the spec says"
-    if math.isinf(error):
-        return [f"{what}: an output is not finite on {where}, where the reference is finite"]
-    return [
-        f"{what}: it is {error:.2g} from the reference at a {FAMILIES[family]} token ({where}), "
-        f"and {ground.slack:.2g} × the noise of the dtype is {ground.slack * noise:.2g}"
-    ]
-
-
-def _power_faults(mutants: Sequence[tuple[Mutant, float]], ground: Ground, margin: float) -> list[str]:
-    """Why the check proves nothing: mutants that it can't tell from the truth, or too few of them."""
-    faults = []
-    if weak := [mutant for mutant, power in mutants if not power >= 1]:
-        listed = ", ".join(f"“{mutant.name}” ({mutant.distance:.2g} away)" for mutant in weak[:3])
-        more = f" and {len(weak) - 3} more" if len(weak) > 3 else ""
-        faults.append(
-            f"the check has no power here: these weights and this dtype can't tell {listed}{more} from the truth "
-            f"(needed: {margin:g} × the block's error and {ground.slack:.2g} × the noise)"
-        )
-    if len(mutants) < FEWEST_MUTANTS:
-        faults.append(f"only {len(mutants)} mutants apply to this block, {FEWEST_MUTANTS} are needed")
-    return faults
+    return beyond_noise(what, answers.worst, answers.where, ground)
 
 
 def _account(verdict: Verdict, margin: float, who: str) -> str:
