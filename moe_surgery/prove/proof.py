@@ -16,6 +16,7 @@ import torch
 from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
 from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
+from moe_surgery.prove.limits import KERNELS, beyond, of_kernels
 from moe_surgery.prove.mutants import Twin
 from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
@@ -51,9 +52,11 @@ def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) ->
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
     It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
-    ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
+    It may be off as far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
-    return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
+    if isinstance(ground, str):
+        return _hopeless(ground, False)
+    return _judge(of_kernels(ground), margin, block, None, "swapped")
 
 
 def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
@@ -173,9 +176,9 @@ def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> 
     """What is wrong with a block: its conduct, or its numbers in the family where they are worst for their noise."""
     if isinstance(answers, Misconduct):
         return [f"the {which} block {answers}"]
-    beyond = [error / (ground.slack * noise) for error, noise in zip(answers.worst, ground.noise, strict=True)]
-    family = max(range(len(FAMILIES)), key=beyond.__getitem__)
-    if beyond[family] <= 1:
+    limits, allowed = beyond(answers.worst, ground), KERNELS if which == "swapped" else 1.0
+    family = max(range(len(FAMILIES)), key=limits.__getitem__)
+    if limits[family] <= allowed:
         return []
     error, noise, where = answers.worst[family], ground.noise[family], answers.where[family]
     what = "the old block is not what was read" if which == "old" else f"the {which} block is not what the spec says"
@@ -183,7 +186,7 @@ def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> 
         return [f"{what}: an output is not finite on {where}, where the reference is finite"]
     return [
         f"{what}: it is {error:.2g} from the reference at a {FAMILIES[family]} token ({where}), "
-        f"and {ground.slack:.2g} × the noise of the dtype is {ground.slack * noise:.2g}"
+        f"and {allowed * ground.slack:.2g} × the noise of the dtype is {allowed * ground.slack * noise:.2g}"
     ]
 
 
