@@ -87,11 +87,14 @@ def write(name: str, folder: Path, seed: int = 0) -> None:
         _write_step3(folder)
         return
     model = _aria() if name == ARIA else _model(families()[name], MORE.get(name, {}), seed)
-    for parameter in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        parameter.normal_()  # so that tokens differ
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if part is not None:
+            part.weight.normal_()  # so that tokens differ
+    model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
     file = folder / CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | PUBLISHED.get(name, {})), encoding="utf-8")
+    config = json.loads(file.read_text(encoding="utf-8")) | PUBLISHED.get(name, {})
+    file.write_text(json.dumps(config), encoding="utf-8")
     if name == "longcat_flash":
         _without_identities(folder / "model.safetensors", model.config.n_routed_experts)
 

@@ -52,7 +52,8 @@ def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) ->
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
     It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
-    It may be off as far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
+    It may be off as far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what
+    :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     if isinstance(ground, str):
         return _hopeless(ground, False)
