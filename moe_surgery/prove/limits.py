@@ -1,9 +1,9 @@
 """How far a right block may be from the reference: plain torch, and kernels that round at other places.
 
 The noise of the dtype, measured on plain torch that rounds where the spec does, times the slack is the limit of plain
-torch. vLLM's kernels round elsewhere: a right layer was seen at 1.06 of it, in float32. So an engine's layers are held to
-:data:`KERNELS` limits, in a swap and in an audit alike. No mutant gains by that: a proof holds only where each is several
-times as far off as the block is, and a block that does what a mutant does is just as far.
+torch. vLLM's kernels round elsewhere: a right layer was seen at 1.06 of it, in float32. So an engine's layers are held
+to :data:`KERNELS` limits, in a swap and in an audit alike. No mutant gains by that: a proof holds only where each is
+several times as far off as the block is, and a block that does what a mutant does is just as far.
 """
 
 from __future__ import annotations
