@@ -26,11 +26,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from command import command  # noqa: E402
 from cuda_timing import record, timed_replay  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
-from shapes import CASES, random_tensors  # noqa: E402
+from shapes import CASES  # noqa: E402
 
 from moe_surgery.spec import MoESpec  # noqa: E402
 from moe_surgery.targets import reference  # noqa: E402
 from moe_surgery.targets.folded.target import FoldedTarget  # noqa: E402
+from moe_surgery.tuning.bench import random_tensors  # noqa: E402
 from moe_surgery.weights.tensors import BlockTensors  # noqa: E402
 
 TOKENS = (1, 2, 8, 32, 128, 512, 2048, 8192, 16384)

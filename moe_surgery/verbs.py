@@ -115,7 +115,7 @@ def plan(
     selection = Selection(checks.texts(only, "only"), checks.texts(skip, "skip"), expect, strict)
     if isinstance(model, nn.Module) and (device is not None or dtype is not None):
         raise UsageError("a module is planned for as it is; device and dtype are for a model that is named")
-    from moe_surgery.models.opening import device_type, dtype_name
+    from moe_surgery.models.dtype_device import device_type, dtype_name
 
     kind, kept = None if device is None else device_type(device), None if dtype is None else dtype_name(dtype)
     subject = _Subject.of(model, trust_remote_code, kept)

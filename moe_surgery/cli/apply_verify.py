@@ -194,7 +194,8 @@ def named(model: str) -> Iterator[None]:
 
 def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
     from moe_surgery.models.checkpoint import digest
-    from moe_surgery.models.opening import device_type, load_model
+    from moe_surgery.models.dtype_device import device_type
+    from moe_surgery.models.opening import load_model
 
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     if plan is not None:  # before minutes go into loading

@@ -8,7 +8,6 @@ several times as far off as the block is, and a block that does what a mutant do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,8 +34,3 @@ def of_kernels(ground: Ground, logits_eps: float = 0.0) -> Ground:
         logit = float(largest[tokens].amax()) if logits_eps and len(tokens) else 0.0
         noise.append(max(measured, logit * logits_eps / ground.slack, _APPROXIMATE / ground.slack))
     return replace(ground, noise=noise)
-
-
-def beyond(errors: Sequence[float], ground: Ground) -> list[float]:
-    """``errors`` of each family, in limits of plain torch."""
-    return [error / (ground.slack * noise) for error, noise in zip(errors, ground.noise, strict=True)]

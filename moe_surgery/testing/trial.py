@@ -163,6 +163,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).double().norm() / wanted.double().norm())
 
 
+def typical_distance(found: Tensor, wanted: Tensor) -> float:
+    """The median over tokens [..., H] of the relative distance: one that is routed the other way moves no median."""
+    apart = (found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
+    return float(apart.median())
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Threads cost tiny models more than they save; on a busy machine, waiting for each other, ten times as much."""

@@ -33,7 +33,8 @@ from moe_surgery.models.site import Site
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove import ground as grounds
 from moe_surgery.prove.asking import Block, Misconduct
-from moe_surgery.prove.limits import KERNELS, SURELY, beyond, of_kernels
+from moe_surgery.prove.judging import beyond
+from moe_surgery.prove.limits import KERNELS, SURELY, of_kernels
 from moe_surgery.prove.naming import NEARER, answers_of, contrasts, named
 from moe_surgery.prove.proof import FEWEST_MUTANTS, prove_swapped
 from moe_surgery.report.outcomes import Outcomes, Step
