@@ -14,12 +14,14 @@ from torch import nn
 from moe_surgery.calling import output_of
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
+from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.own_tokens import disagreement
+from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
@@ -109,8 +111,9 @@ class Operation:
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
-        for path in self._paths():
-            self._proven(path)
+        with self._ahead() as ahead:
+            for path in self._paths():
+                self._proven(path, ahead)
         self._check_counts("verified")
         failed = any(not verdict.passed and not verdict.powerless for verdict in self.verdicts.values())
         return self._report("verified", exit_code=ProofError.exit_code if failed else 0)
@@ -128,10 +131,11 @@ class Operation:
             self.whole.before()
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
-        for path in self._paths():
-            new = self._accepted(path)
-            if new is not None:
-                blocks[path] = new if undoable else Double(new)
+        with self._ahead() as ahead:
+            for path in self._paths():
+                new = self._accepted(path, ahead)
+                if new is not None:
+                    blocks[path] = new if undoable else Double(new)
         self._check_counts("rolled back")
         self.proved = time.perf_counter() - self.started
         transaction = self._exchanged(blocks)
@@ -187,6 +191,18 @@ class Operation:
             transaction.commit()
         return transaction
 
+    def _ahead(self) -> ProbesAhead:
+        """Probes of blocks whose weights can be had without a copy, and whose router isn't made up for the proof."""
+
+        def make(path: str) -> Probes | None:
+            reading = self.readings[path]
+            if reading.layout.packed is None or reading.spec.at == "experts" or reading.spec.router.own:
+                return None
+            tensors = gathered(self.model.get_submodule(path), reading)
+            return make_probes(reading.spec, tensors.router, self.settings.seed, tensors)
+
+        return ProbesAhead(tuple(self.readings), make)
+
     def _paths(self) -> Iterable[str]:
         paths, progress = list(self.readings), self.settings.progress
         return paths if progress is None else _reported(paths, progress)
@@ -200,9 +216,9 @@ class Operation:
         new.rule = self.rules[path]
         return new
 
-    def _proven(self, path: str) -> StandingBlock | None:
+    def _proven(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
         """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
-        block = self.model.get_submodule(path)
+        block, probes = self.model.get_submodule(path), ahead.of(path)
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
             tensors = gathered(block, reading)
@@ -213,9 +229,10 @@ class Operation:
                 return None
             settings = self.settings
             convention = new.convention or Convention.of(reading.spec, reading.calling, reading.results, tensors)
+            seed, margin = settings.seed, settings.margin
             with unwritten(block):
                 verdict = prove_block(
-                    block, new, reading.spec, tensors, convention, seed=settings.seed, margin=settings.margin
+                    block, new, reading.spec, tensors, convention, seed=seed, margin=margin, probes=probes
                 )
             self.verdicts[path] = verdict
             if verdict.powerless:
@@ -240,8 +257,8 @@ class Operation:
                 raise self._failed(f"{path}: {fault}")
             whole.saw(apart)
 
-    def _accepted(self, path: str) -> StandingBlock | None:
-        new = self._proven(path)
+    def _accepted(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
+        new = self._proven(path, ahead)
         if new is not None and not self.verdicts[path].passed:
             raise self._failed(f"{path}: {self.verdicts[path].reason}")
         return new

@@ -16,26 +16,34 @@ import torch
 from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
 from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
-from moe_surgery.prove.mutants import Twin
-from moe_surgery.prove.probe import FAMILIES, UNIT, ZERO
-from moe_surgery.prove.verdict import Family, Mutant, Verdict
+from moe_surgery.prove.judging import FEWEST_MUTANTS as FEWEST_MUTANTS
+from moe_surgery.prove.judging import beyond_noise, measure, power_faults
+from moe_surgery.prove.limits import KERNELS, of_kernels
+from moe_surgery.prove.probe import FAMILIES, UNIT, Probes
+from moe_surgery.prove.verdict import Family, Verdict
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import BlockTensors
 
-FEWEST_MUTANTS = 10
-
 
 def prove(
-    old: Block, new: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0
+    old: Block,
+    new: Block,
+    spec: MoESpec,
+    tensors: BlockTensors,
+    *,
+    seed: int = 0,
+    margin: float = 5.0,
+    probes: Probes | None = None,
 ) -> Verdict:
     """Judge ``new`` as a replacement of ``old``.
 
     Both are called with inputs ``[B, S, H]``, ``new`` also with ``[T, H]``, in the tensors' dtype and on their device,
-    without gradients. A block that raises fails the proof; the error doesn't escape.
+    without gradients. A block that raises fails the proof; the error doesn't escape. ``probes`` are those that
+    :func:`~moe_surgery.prove.probe.make_probes` made of this block, where that was done before.
     """
     if spec.at == "experts":
         spec, tensors, (old, new) = behind_a_router(spec, tensors, seed, old, new)
-    ground = survey(spec, tensors, seed)
+    ground = survey(spec, tensors, seed, probes=probes)
     return _hopeless(ground, True) if isinstance(ground, str) else _judge(ground, margin, old, new)
 
 
@@ -47,17 +55,23 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
 
 
-def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
+def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0, sizes: Sequence[int] = ()) -> Verdict:
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
     It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
-    ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
+    It is asked about as many tokens as ``sizes`` say too: those from which it computes in another way. It may be off as
+    far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what
+    :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
-    return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, block, None, "swapped")
+    if isinstance(ground, str):
+        return _hopeless(ground, False)
+    return _judge(of_kernels(ground), margin, block, None, "swapped", sizes)
 
 
-def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
-    reading = _examine_old(old, ground, empty=who == "old")
+def _judge(
+    ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old", sizes: Sequence[int] = ()
+) -> Verdict:
+    reading = _examine_old(old, ground, empty=who == "old", sizes=sizes)
     faults = _error_faults(who, reading, ground)
     judged = reading
     if new is not None:
@@ -66,10 +80,10 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         judged = _examine(new, ground, excused, new=True)
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
-    mutants = sorted((_measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
+    mutants = sorted(measure(ground.twins, ground, errors, margin), key=lambda m: m[0].margin)
     # An expert that isn't reached would fail here again, as would a wrong block.
     wrong, faults = bool(faults), _ground_faults(ground) + faults
-    faults = faults or _power_faults(mutants, ground, margin)
+    faults = faults or power_faults(mutants, ground, margin)
     verdict = Verdict(
         passed=not faults,
         reason="; ".join(faults),
@@ -90,20 +104,28 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
 
 
 def _examine(
-    block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False, empty: bool = True
+    block: Block,
+    ground: Ground,
+    excused: frozenset[str],
+    *,
+    new: bool = False,
+    empty: bool = True,
+    sizes: Sequence[int] = (),
 ) -> Answers | Misconduct:
     try:
-        return exercise(block, calls(ground.probes, new=new, empty=empty), ground.truth, excused)
+        return exercise(block, calls(ground.probes, new=new, empty=empty, sizes=sizes), ground.truth, excused)
     except Misconduct as misconduct:
         return misconduct
 
 
-def _examine_old(old: Block, ground: Ground, *, empty: bool) -> Answers | Misconduct:
+def _examine_old(old: Block, ground: Ground, *, empty: bool, sizes: Sequence[int]) -> Answers | Misconduct:
     """Ask the old block, which takes ``[B, S, H]`` or, if it refuses that, only ``[T, H]``."""
     excused = frozenset({STRIDED, EMPTY})
-    answers = _examine(old, ground, excused, empty=empty)
+    answers = _examine(old, ground, excused, empty=empty, sizes=sizes)
     if isinstance(answers, Refused):
-        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty)
+        flat = _examine(
+            lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty, sizes=sizes
+        )
         return flat if isinstance(flat, Answers) else answers
     return answers
 
@@ -118,26 +140,6 @@ def _families(ground: Ground, reading: list[float], build: list[float] | None) -
         Family(name, tokens[number], reading[number], build[number] if build else None, ground.noise[number])
         for number, name in enumerate(FAMILIES)
     ]
-
-
-def _measure(twin: Twin, ground: Ground, errors: Sequence[float], margin: float) -> tuple[Mutant, float]:
-    """A mutant's hardest case in the family that shows it best, and its distance over what is needed to tell it."""
-    distance, _ = ground.truth.distance(twin.y, twin.tokens)
-    case = torch.zeros_like(twin.tokens) if twin.case is None else twin.case
-    cases, families = int(case.max()) + 1, len(FAMILIES)
-    worst = distance.new_zeros(cases * families)
-    worst = worst.scatter_reduce(0, case * families + ground.truth.family[twin.tokens], distance, "amax")
-    worst = worst.view(cases, families)
-    worst[:, ZERO] = 0.0  # the zero token has no output to compare mutants by
-    floor = worst.new_tensor([max(error, ground.floor) for error in errors])
-    needed = torch.maximum(margin * floor, ground.slack * worst.new_tensor(ground.noise))
-    power = worst / needed
-    best = power.amax(1)
-    hardest = int(best.argmin())
-    family = int(power[hardest].argmax())
-    found = float(worst[hardest, family])
-    name = twin.name.format(case=hardest)
-    return Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[hardest])
 
 
 def _hopeless(reason: str, new: bool) -> Verdict:
@@ -173,33 +175,8 @@ def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> 
     """What is wrong with a block: its conduct, or its numbers in the family where they are worst for their noise."""
     if isinstance(answers, Misconduct):
         return [f"the {which} block {answers}"]
-    beyond = [error / (ground.slack * noise) for error, noise in zip(answers.worst, ground.noise, strict=True)]
-    family = max(range(len(FAMILIES)), key=beyond.__getitem__)
-    if beyond[family] <= 1:
-        return []
-    error, noise, where = answers.worst[family], ground.noise[family], answers.where[family]
     what = "the old block is not what was read" if which == "old" else f"the {which} block is not what the spec says"
-    if math.isinf(error):
-        return [f"{what}: an output is not finite on {where}, where the reference is finite"]
-    return [
-        f"{what}: it is {error:.2g} from the reference at a {FAMILIES[family]} token ({where}), "
-        f"and {ground.slack:.2g} × the noise of the dtype is {ground.slack * noise:.2g}"
-    ]
-
-
-def _power_faults(mutants: Sequence[tuple[Mutant, float]], ground: Ground, margin: float) -> list[str]:
-    """Why the check proves nothing: mutants that it can't tell from the truth, or too few of them."""
-    faults = []
-    if weak := [mutant for mutant, power in mutants if not power >= 1]:
-        listed = ", ".join(f"“{mutant.name}” ({mutant.distance:.2g} away)" for mutant in weak[:3])
-        more = f" and {len(weak) - 3} more" if len(weak) > 3 else ""
-        faults.append(
-            f"the check has no power here: these weights and this dtype can't tell {listed}{more} from the truth "
-            f"(needed: {margin:g} × the block's error and {ground.slack:.2g} × the noise)"
-        )
-    if len(mutants) < FEWEST_MUTANTS:
-        faults.append(f"only {len(mutants)} mutants apply to this block, {FEWEST_MUTANTS} are needed")
-    return faults
+    return beyond_noise(what, answers.worst, answers.where, ground, KERNELS if which == "swapped" else 1.0)
 
 
 def _account(verdict: Verdict, margin: float, who: str) -> str:

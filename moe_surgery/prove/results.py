@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of, structured
-from moe_surgery.prove.probe import UNIT, make_probes
+from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import MoESpec
@@ -34,11 +34,12 @@ def prove_block(
     *,
     seed: int = 0,
     margin: float = 5.0,
+    probes: Probes | None = None,
 ) -> Verdict:
     """:func:`~moe_surgery.prove.proof.prove` of blocks that are called, and answer, as ``convention`` says."""
     calling, results = convention.calling, convention.results
     asked = [_asked(block, calling, results) for block in (old, new)]
-    verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin)
+    verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin, probes=probes)
     if not verdict.passed or (results is None and not convention.written):
         return verdict
     with torch.no_grad():

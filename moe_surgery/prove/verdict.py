@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Verdict:
     block. ``near_ties`` tokens are those whose choice of experts is within the noise of the router; ``routing_flips``
     of them took the other choice. ``left_out`` probes said nothing in this dtype and were not asked. ``powerless`` says
     that it didn't pass for want of power: no block was found wrong, but these weights let none be proven. ``bound`` is
-    how far a right block may be from the reference, on tokens of unit scale.
+    how far a right block may be from the reference, on tokens of unit scale. The reference is computed from the
+    ``weights``, or put together from the old block's own ``parts``, as it was seen to compute them.
     An error is infinite where a block returned something that isn't finite, or nothing at all.
     """
 
@@ -63,6 +64,7 @@ class Verdict:
     left_out: int = 0
     powerless: bool = False
     bound: float = 0.0
+    reference: Literal["weights", "parts"] = "weights"
 
     @property
     def nearest_mutant(self) -> Mutant | None:

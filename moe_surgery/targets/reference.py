@@ -117,27 +117,32 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     Only the experts that are visited are read, and each is converted to ``dtype`` once.
     """
     work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
+    sizes = [len(visit.experts) for visit in visits]
+    x = torch.cat([visit.x for visit in visits])
     # What no expert below fills in belongs to experts that return their input.
-    results = [visit.x.to(work).clone() for visit in visits]
-    orders = [visit.experts.argsort(stable=True) for visit in visits]
-    counts = torch.stack([torch.bincount(v.experts.clamp_max(total), minlength=total + 1) for v in visits]).tolist()
-    starts = [0] * len(visits)
-    gated_experts = tensors.w13.shape[1] != tensors.w2.shape[2]
-    for expert in range(total):
-        sizes = [count[expert] for count in counts]
-        if not any(sizes):
-            continue
-        picks = [order[start : start + size] for order, start, size in zip(orders, starts, sizes, strict=True)]
-        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
-        x = torch.cat([visit.x[pick] for visit, pick in zip(visits, picks, strict=True)]).to(work)
-        both = F.linear(x, tensors.w13[expert].to(work), _row(tensors.w13_bias, expert, work))
-        gate, up = both.chunk(2, -1) if gated_experts else (both, both)
-        parts = zip(visits, gate.split(sizes), up.split(sizes), strict=True)
-        mixed = torch.cat([visit.mix(g, u) for visit, g, u in parts])
-        y = F.linear(mixed, tensors.w2[expert].to(work), _row(tensors.w2_bias, expert, work))
-        for result, pick, rows in zip(results, picks, y.split(sizes), strict=True):
-            result[pick] = rows
-    return results
+    results = x.to(work)
+    experts = torch.cat([visit.experts for visit in visits]).clamp_max(total)
+    counts = torch.bincount(experts, minlength=total).tolist()[:total]
+    # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
+    order = experts.argsort(stable=True)[: sum(counts)]
+    products = _products(results[order], counts, tensors.w13, tensors.w13_bias)
+    both = products.new_zeros(len(x), products.shape[1]).index_copy(0, order, products)
+    gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
+    parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
+    mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
+    y = _products(mixed[order], counts, tensors.w2, tensors.w2_bias)
+    return list(results.index_copy(0, order, y).split(sizes))
+
+
+def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
+    parts = rows.split([count for count in counts if count])
+    visited = [expert for expert, count in enumerate(counts) if count]
+    found = [
+        F.linear(part, weights[expert].to(rows.dtype), _row(bias, expert, rows.dtype))
+        for expert, part in zip(visited, parts, strict=True)
+    ]
+    return torch.cat(found) if found else rows.new_empty(0, weights.shape[1])
 
 
 def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:

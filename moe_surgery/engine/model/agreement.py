@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from moe_surgery.errors import SurgeryError
+
+T = TypeVar("T")
 
 
 class ElsewhereError(SurgeryError):
@@ -76,6 +79,14 @@ class Ranks:
         self.meet(f"where tensors of shape {list(part.shape)} are put together")
         whole: Tensor = get_tp_group().all_gather(part.contiguous(), dim) if self.size > 1 else part
         return whole
+
+    def tell(self, place: str, value: T) -> list[T]:
+        """What each rank has for ``value``, in their order."""
+        self.meet(f"at {place}")
+        told: list[T] = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(told, value, group=get_tp_group().cpu_group)
+        return told
 
     @contextmanager
     def summing(self, what: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,24 @@ class EngineBlock(SwappedBlock):
         return out.view(hidden_states.shape)
 
 
+class Place:
+    """Where a layer is in a block: what stands there is looked up at every call, as adapters are put around layers."""
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self._path, _, self._name = path.rpartition(".")
+        self._holder = block.get_submodule(self._path)
+
+    def move(self, block: nn.Module) -> None:
+        """Look it up in ``block`` from now on, under the same path, if it is there."""
+        with suppress(AttributeError):
+            holder = block.get_submodule(self._path)
+            if getattr(holder, self._name) is self():
+                self._holder = holder
+
+    def __call__(self) -> Any:
+        return getattr(self._holder, self._name)
+
+
 class RouterLogits(nn.Module):
     """The logits of a router that computes more than them, or of a linear layer that lies deeper in the block.
 
@@ -80,16 +99,17 @@ class RouterLogits(nn.Module):
     keeps its place and name.
     """
 
-    def __init__(self, owner: nn.Module, name: str, wide: bool) -> None:
+    def __init__(self, owner: Place, name: str, wide: bool) -> None:
         super().__init__()
-        self._owner = (owner,)  # not a child, or the weight would have two names
+        self.places = (owner,)
         self._name, self._wide = name, wide
+        self._called = is_linear(owner())
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, E], in float32 if the router computes in it."""
-        owner = self._owner[0]
+        owner = self.places[0]()
         x = x.float() if self._wide else x
-        if is_linear(owner):
+        if self._called:
             return first(owner(x))
         weight: Tensor = getattr(owner, self._name)
         return F.linear(x, weight.float() if self._wide else weight)
@@ -105,12 +125,12 @@ class SharedExpert(nn.Module):
 
     def __init__(self, block: nn.Module, reading: Reading) -> None:
         super().__init__()
-        spec, shared = reading.spec.shared, reading.layout.shared
+        spec, shared, gate = reading.spec.shared, reading.layout.shared, reading.layout.shared_gate
         assert spec is not None and shared is not None
-        up = None if shared.up.path == shared.gate.path else owner(block, shared.up)
-        gate = None if reading.layout.shared_gate is None else owner(block, reading.layout.shared_gate)
-        # Not children, or their weights would have two names.
-        self._layers = (owner(block, shared.gate), up, owner(block, shared.down), gate)
+        up = None if shared.up.path == shared.gate.path else shared.up
+        pieces = (shared.gate, up, shared.down, gate)
+        self._layers = tuple(None if piece is None else Place(block, owner_path(piece)) for piece in pieces)
+        self.places = tuple(place for place in self._layers if place is not None)
         act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
         # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
         self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
@@ -121,29 +141,32 @@ class SharedExpert(nn.Module):
     @property
     def gate_up(self) -> Any:
         """The layer of gate and up projection, or of the first alone."""
-        return self._layers[0]
+        return self._layer(0)
 
     @property
     def up(self) -> Any:
-        return self._layers[1]
+        return self._layer(1)
 
     @property
     def down(self) -> Any:
-        return self._layers[2]
+        return self._layer(2)
 
     @property
     def gate(self) -> Any:
         """The layer that gives the logit of its own gate, if it has one."""
-        return self._layers[3]
+        return self._layer(3)
+
+    def _layer(self, number: int) -> Any:
+        place = self._layers[number]
+        return None if place is None else place()
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
-        gate_up, up, down, gate = self._layers
-        h = first(gate_up(x))
-        if up is not None:
+        h = first(self.gate_up(x))
+        if (up := self.up) is not None:
             h = torch.cat([h, first(up(x))], dim=-1)
-        y = first(down(self.act(h)))
-        if gate is not None:
+        y = first(self.down(self.act(h)))
+        if (gate := self.gate) is not None:
             y = torch.sigmoid(first(gate(x))) * y
         return y if self.factor == 1.0 else y * self.factor
 
@@ -218,7 +241,11 @@ def _misplaced(block: nn.Module, shared: MLPPieces, gate: Piece | None) -> str |
 
 def owner(block: nn.Module, piece: Piece) -> nn.Module:
     """The module that holds a weight."""
-    return block.get_submodule(piece.path.rpartition(".")[0])
+    return block.get_submodule(owner_path(piece))
+
+
+def owner_path(piece: Piece) -> str:
+    return piece.path.rpartition(".")[0]
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -14,11 +14,21 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 from vllm.platforms import current_platform
 
-from moe_surgery.engine.model.blocks import Absorbed, EngineBlock, RouterLogits, SharedExpert, copies, is_linear, owner
+from moe_surgery.engine.model.blocks import (
+    Absorbed,
+    EngineBlock,
+    Place,
+    RouterLogits,
+    SharedExpert,
+    copies,
+    is_linear,
+    owner,
+    owner_path,
+)
 from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
 from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.layer_book import LayerBook
-from moe_surgery.engine.model.routed import Routed, matrices
+from moe_surgery.engine.model.routed import Routed, matrices, stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.beside import Pair
 from moe_surgery.read.reading import Reading
@@ -60,7 +70,13 @@ def build(item: EngineSite, book: LayerBook, *, fold: bool = False) -> Built:
     """
     copied = fold and not current_platform.is_cuda()
     block = _folded_block(item, book) if copied else _layer_block(item, book, fold=fold)
-    return Built(block, None if item.pair is None else Absorbed(item.pair.other, folded=copied))
+    built = Built(block, None if item.pair is None else Absorbed(item.pair.other, folded=copied))
+    whole = built.whole(item)
+    for module in whole.modules():
+        if isinstance(module, (RouterLogits, SharedExpert)):
+            for place in module.places:
+                place.move(whole)
+    return built
 
 
 def _folded_block(item: EngineSite, book: LayerBook) -> EngineBlock:
@@ -99,13 +115,14 @@ def _router(item: EngineSite) -> tuple[nn.Module | None, str]:
     if is_linear(layer) and rest == ["weight"] and not wide:
         return None, child
     # The router does more than give logits, or lies deeper; its weight is all that is needed of it.
-    return RouterLogits(layer, piece.path.rpartition(".")[2], wide), ""
+    return RouterLogits(Place(item.block, owner_path(piece)), piece.path.rpartition(".")[2], wide), ""
 
 
 def _regrouped(block: nn.Module, routed: Routed, reading: Reading, shared: nn.Module | None) -> MoERunner:
     """vLLM's runner anew, around the experts that the old one had, with the shared expert inside."""
     old, spec = routed.runner, reading.spec.router
-    config = copy.copy(old.moe_config)
+    # Of quantised experts the layout may still change the sizes in it, and the kernel is made from it.
+    config = copy.copy(old.moe_config) if stored(old.routed_experts) is None else old.moe_config
     config.skip_final_all_reduce = False
     router, scale = old.router, spec.scale
     if routed.routes == "given":

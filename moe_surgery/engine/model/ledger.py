@@ -1,8 +1,9 @@
 """The ledger of a load: which tensor of the checkpoint went where in the blocks to be swapped, and whether all did.
 
-vLLM's own check asks whether a parameter was named; it doesn't see an expert that is missing from a stacked parameter,
-one that is loaded twice, or a tensor that nobody took. Here every call of a parameter's ``weight_loader`` is written
-down, and what isn't written to stays NaN. The model's own loader runs as it is, on the tree that it was written for.
+vLLM's own check asks whether a parameter was named, and nothing of quantised models; it doesn't see an expert that is
+missing from a stacked parameter, one that is loaded twice, or a tensor that nobody took. Here every call of a
+parameter's ``weight_loader`` is written down, and what isn't written to stays blank (``blanks.py``): weights, scales
+and zero points alike. The model's own loader runs as it is, on the tree that it was written for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from moe_surgery.engine.model.agreement import Ranks
+from moe_surgery.engine.model.blanks import blank, make_blank, zero
 from moe_surgery.errors import LedgerError
 
 _LISTED = 4
@@ -26,12 +29,17 @@ _LISTED = 4
 
 @dataclass(eq=False)
 class _Sink:
-    """One parameter of a block to be swapped, and the loads it has seen: what part of it, from which tensor."""
+    """One parameter of a block to be swapped, and the loads it has seen: what part of it, from which tensor.
+
+    ``blank``: whether it was made so. ``before`` is what stood in it before, where it may be left without a load.
+    """
 
     name: str
     parameter: nn.Parameter
     numel: int
     loads: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    blank: bool = False
+    before: Tensor | None = None
 
 
 class Ledger:
@@ -39,6 +47,8 @@ class Ledger:
 
     def __init__(self, blocks: dict[str, nn.Module]) -> None:
         self._sinks: list[_Sink] = []
+        self._idle: set[str] = set()
+        self._elsewhere: set[str] = set()
         self._problems: list[str] = []
         self._current = "?"
         self._sources = _Sources()
@@ -58,8 +68,7 @@ class Ledger:
 
         def weight_loader(*args: Any, **kwargs: Any) -> Any:
             result = load(*args, **kwargs)
-            if result is not False:  # an expert of another rank
-                self._note(path, sink, args, kwargs)
+            self._note(path, sink, args, kwargs, taken=result is not False)
             return result
 
         parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
@@ -72,12 +81,15 @@ class Ledger:
 
         self._restores.append(restore)
 
-    def _note(self, path: str, sink: _Sink, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, path: str, sink: _Sink, args: tuple[Any, ...], kwargs: dict[str, Any], *, taken: bool) -> None:
         given = dict(zip(("param", "loaded_weight"), args, strict=False)) | kwargs
         loaded = given.get("loaded_weight")
         source = self._current
         if isinstance(loaded, Tensor):
             source = self._sources.of(loaded) or source
+        if not taken:
+            self._elsewhere.add(source)  # an expert of another rank
+            return
         rest = [*args[2:], *(given[key] for key in sorted(kwargs) if key not in _NO_PART)]
         part = tuple(value for value in rest if isinstance(value, (int, str)) and not isinstance(value, bool))
         if len(args) > 2 and isinstance(args[2], str):  # (param, weight, name, shard, expert)
@@ -93,17 +105,28 @@ class Ledger:
         self.opened = True
         with torch.no_grad():
             for sink in self._sinks:
-                if sink.parameter.is_floating_point():
-                    sink.parameter.fill_(float("nan"))
+                if sink.name.endswith(_MAY_BE_LEFT):
+                    sink.before = sink.parameter.data.clone()
+                sink.blank = make_blank(sink.parameter.data)
         for name, tensor in weights:
             self._current = name
+            if _says_nothing(name, tensor):
+                self._idle.add(name)
             self._sources.add(name, tensor)
             self._seen[name] += 1
             yield name, tensor
 
-    def close(self) -> str:
-        """End the watch; the digest of all loads. Raises :class:`LedgerError` naming what isn't as it must be."""
+    def close(self, ranks: Ranks | None = None) -> str:
+        """End the watch; the digest of all loads. Raises :class:`LedgerError` naming what isn't as it must be.
+
+        ``ranks`` are asked whether each tensor of an expert that isn't here is on one of them, where experts are shared
+        out over them.
+        """
         self.remove()
+        if ranks is not None:
+            takers = Counter(name for names in ranks.tell("the ledger", set(self._used)) for name in names)
+            lost = {name: takers[name] for name in sorted(self._elsewhere) if takers[name] != 1}
+            self._problems += [f"{name} was taken by {count} ranks, not by one" for name, count in lost.items()]
         for sink in self._sinks:
             self._settle(sink)
         self._problems += [f"{name} is in the checkpoint twice" for name, times in self._seen.items() if times > 1]
@@ -123,7 +146,13 @@ class Ledger:
     def _settle(self, sink: _Sink) -> None:
         """Hold what was written to a parameter against its size; what only fills up a kernel's tile becomes zero."""
         data = sink.parameter.data
-        empty = data.isnan()
+        if not sink.loads and sink.before is not None:
+            data.copy_(sink.before)
+            return
+        if not sink.blank:
+            self._problems += [] if sink.loads or not data.numel() else [f"{sink.name}: never loaded"]
+            return
+        empty = blank(data)
         if not (count := int(empty.sum())):
             return
         missing = count - (data.numel() - sink.numel)
@@ -135,7 +164,7 @@ class Ledger:
                 where = f", in expert {', '.join(map(str, short[:_LISTED]))}" + (", …" if len(short) > _LISTED else "")
             what = "never loaded" if not sink.loads else f"{missing} of {sink.numel} elements missing or NaN{where}"
             self._problems.append(f"{sink.name}: {what}")
-        data.masked_fill_(empty, 0.0)
+        zero(data, empty)
 
     def _untaken(self) -> list[str]:
         """Tensors that lie in the checkpoint where a block's others lie, and reached none of its parameters."""
@@ -143,11 +172,26 @@ class Ledger:
         for name, path in self._used.items():
             taken.setdefault(path, []).append(name)
         folders = tuple(folder for names in taken.values() if (folder := _folder(names)))
-        return [name for name in self._seen if name not in self._used and name.startswith(folders)]
+        known = self._used.keys() | self._idle | self._elsewhere
+        return [name for name in self._seen if name not in known and name.startswith(folders)]
 
     def _digest(self) -> str:
         lines = sorted(f"{sink.name} {part} {source}" for sink in self._sinks for part, source in sink.loads.items())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+_MAY_BE_LEFT = ".w13_bias", ".w2_bias", "_weight_shape", ".weight_shape", ".g_idx"
+"""Parameters that vLLM makes for quantised layers and that a checkpoint may do without, or nobody reads."""
+
+
+def _says_nothing(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor may be taken by nobody: a bias of zeros, or an order of groups that is the plain one."""
+    if name.endswith(".bias"):
+        return not bool(tensor.any())
+    if not name.endswith(".g_idx") or tensor.ndim != 1 or len(tensor) == 0:
+        return False
+    size = int((tensor == tensor[0]).sum())
+    return bool((tensor == torch.arange(len(tensor), device=tensor.device) // size).all())
 
 
 _NO_PART = frozenset(["param", "loaded_weight", "weight_name", "return_success"])

@@ -16,21 +16,30 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.fused_moe import GateLinear, MoERunner
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 
-from moe_surgery.engine.model.routed import ACTIVATIONS, Routed, correction_bias, find_routed, parts_of, routing
+from moe_surgery.engine.model.routed import (
+    ACTIVATIONS,
+    Routed,
+    correction_bias,
+    find_routed,
+    parts_of,
+    routing,
+    stored,
+)
 from moe_surgery.read.beside import Pair
 from moe_surgery.read.reading import Unreadable
 
@@ -42,10 +51,14 @@ _LINEAR_FORWARDS = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A block under the lens: its routed layer, if it has one, and what each of vLLM's layers in it means now."""
+    """A block under the lens: its routed layer, if it has one, and what each of vLLM's layers in it means now.
+
+    ``stored`` are the methods by which layers in it hold quantised weights.
+    """
 
     routed: Routed | None
     meanings: dict[nn.Module, Hashable]
+    stored: tuple[str, ...]
 
 
 @contextmanager
@@ -57,6 +70,7 @@ def readable(block: nn.Module) -> Iterator[Seen]:
     """
     saved: list[tuple[nn.Module, dict[str, Any]]] = []
     meanings: dict[nn.Module, Hashable] = {}
+    forms: dict[str, None] = {}
     group = get_tp_group()
     try:
         routed = find_routed(block)
@@ -66,14 +80,18 @@ def readable(block: nn.Module) -> Iterator[Seen]:
         for module in list(block.modules()):
             stand_in = _stand_in(module, block, routed, bias)
             if stand_in is not None:
-                meanings[module] = (_meaning(module, stand_in), meaning)
+                holds_weights = isinstance(module, (LinearBase, RoutedExperts))
+                form = stored(module) if holds_weights else None
+                if form is not None:
+                    forms[form] = None
+                meanings[module] = (_meaning(module, stand_in), form, meaning)
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
         if (routed is None or routed.routes != "given") and not _of_transformers(block):
             saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
             vars(block)["forward"] = _flat(block.forward)
         vars(group)["all_reduce"] = lambda tensor: tensor if group.world_size == 1 else tensor * group.world_size
-        yield Seen(routed, meanings)
+        yield Seen(routed, meanings, tuple(forms))
     finally:
         vars(group).pop("all_reduce", None)
         for module, attributes in reversed(saved):
@@ -148,15 +166,19 @@ def _is_plain(value: Any) -> bool:
 def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
     if type(module).forward not in _LINEAR_FORWARDS:
         raise Unreadable(f"{type(module).__name__} is a linear layer with a forward of its own")
-    if type(module.quant_method) is not UnquantizedLinearMethod or "apply" in vars(module.quant_method):
-        raise Unreadable(f"its {type(module).__name__} is quantised ({type(module.quant_method).__name__})")
+    if "apply" in vars(module.quant_method):
+        raise Unreadable(f"its {type(module).__name__} computes in a way of its own")
     if module.skip_bias_add and module.has_bias:
         raise Unreadable(f"its {type(module).__name__} hands its bias to others")
-    own = {"weight": _full_size((module.output_size, module.input_size), module.weight)}
+    quantised = stored(module) is not None
+    like = _like(module) if quantised else module.weight
+    own = {"weight": _full_size((module.output_size, module.input_size), like)}
     if module.has_bias:
-        own["bias"] = _full_size((module.output_size,), module.weight)
-    # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
-    own |= {name: p for name, p in module._parameters.items() if p is not None and name not in own and p is not bias}
+        own["bias"] = _full_size((module.output_size,), like)
+    if not quantised:  # else the others say what the weight is
+        # A correction bias may lie in the gate's module; it is the router's, which reading takes as it is.
+        more = {name: p for name, p in module._parameters.items() if p is not None and p is not bias}
+        own = more | own
     dtype = getattr(module, "out_dtype", None)
     parts = module.tp_size if isinstance(module, RowParallelLinear) and not module.reduce_results else 1
 
@@ -173,7 +195,8 @@ def _linear(module: LinearBase, bias: Tensor | None) -> dict[str, Any]:
 
 def _experts(runner: MoERunner) -> dict[str, Any]:
     """Stacked weights of all experts in their full width, and nothing else: maps and masks are about placement."""
-    config, like = runner.moe_config, runner.routed_experts.w13_weight
+    config, experts_ = runner.moe_config, runner.routed_experts
+    like = experts_.w13_weight if stored(experts_) is None else _like(experts_)
     experts, hidden, width = config.num_logical_experts, config.hidden_dim_unpadded, config.intermediate_size
     weights = {"w13_weight": _full_size((experts, 2 * width, hidden), like)}
     weights["w2_weight"] = _full_size((experts, hidden, width), like)
@@ -225,6 +248,12 @@ def _beside(block: nn.Module, runner: nn.Module) -> Iterator[nn.Module]:
             if child is not runner:
                 yield child
                 waiting.append(child)
+
+
+def _like(module: Any) -> Tensor:
+    """A tensor on the device of a layer's quantised weights, in the dtype that it computes in."""
+    device = next(module.parameters(recurse=False)).device
+    return torch.empty(0, dtype=module.params_dtype, device=device)
 
 
 def _full_size(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:

@@ -14,8 +14,10 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import unfit
+from moe_surgery.engine.model.crossover import told
 from moe_surgery.engine.model.folded_router import not_folded
-from moe_surgery.engine.model.kernel_block import not_on_kernels
+from moe_surgery.engine.model.kernel_block import not_on_kernels, terms_in_engine
+from moe_surgery.engine.model.served import obstacle, unfolded, unserved
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.errors import ExpectationError, PlanError
@@ -43,7 +45,10 @@ def settled(sites: Sequence[EngineSite], config: VllmConfig) -> tuple[EngineSite
 
 
 def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
-    if item.alone is None or item.layer is None or (reason := unfit(item, config)) is None:
+    if item.alone is None or item.layer is None:
+        return item
+    reason = unserved(item, config) or unfit(item, config)
+    if reason is None:
         return item
     return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
@@ -57,11 +62,11 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     packs = load_packs(orders.packs)
     checkpoint = checkpoint_config(config)
     matches = {item.site.path: _match(item, packs, checkpoint) for item in sites}
-    obstacle = _obstacle(config)
+    hindrance = obstacle(config)
     given = None if orders.plan is None else Plan.load(orders.plan)
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
-    decided = (_decide(item, matches[item.site.path], targets, obstacle, config) for item in sites)
+    decided = (_decide(item, matches[item.site.path], targets, hindrance, config) for item in sites)
     steps = tuple(traced(step, matches[step.path]) for step in decided)
     plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
@@ -70,9 +75,9 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
         try:
             check_expectations(plan, matched, packs, checkpoint, Selection())
         except ExpectationError as error:
-            if obstacle is None:
+            if hindrance is None:
                 raise
-            raise ExpectationError(f"{error}: {obstacle}") from error
+            raise ExpectationError(f"{error}: {hindrance}") from error
     if given is not None and orders.plan is not None:
         _check_same(given, plan, orders.plan, whole=whole)
     return plan
@@ -114,7 +119,7 @@ def _decide(
     item: EngineSite,
     match: Match | Miss | None,
     targets: Mapping[str, str],
-    obstacle: str | None,
+    hindrance: str | None,
     config: VllmConfig,
 ) -> Step:
     path, kind = item.site.path, item.site.kind
@@ -131,19 +136,31 @@ def _decide(
     if wanted not in (AUTO, LAYER, FOLDED):
         return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
     elsewhere = None if item.elsewhere is None else f"a part of it is in the model as {item.elsewhere} too"
-    reason = obstacle or elsewhere or unfit(item, config)
+    reason = hindrance or elsewhere or unserved(item, config) or unfit(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
     said = spec.sentence()
+    if item.stored:
+        said = f"{said} · {', '.join(item.stored)}"
     # On a CPU vLLM's layer was measured to be slower than what stands beside its block without it.
     if wanted == FOLDED or (wanted == AUTO and (current_platform.is_cuda() or item.pair is not None)):
-        reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
+        reason = unfolded(item, config)
         if reason is None:
-            return Step(path, kind, "replaced", said, rule, FOLDED, spec)
+            reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
+        if reason is None:
+            return Step(path, kind, "replaced", _with_crossover(said, item, config), rule, FOLDED, spec)
         said = f"{said} · not folded: {reason}"
     if rounds_float32(config):
         return Step(path, kind, "refused", f"{ROUNDED} · {said}", rule, LAYER, spec)
     return Step(path, kind, "replaced", said, rule, LAYER, spec)
+
+
+def _with_crossover(said: str, item: EngineSite, config: VllmConfig) -> str:
+    if not current_platform.is_cuda():
+        return said
+    assert config.model_config is not None
+    more = told(terms_in_engine(item), config.model_config.dtype)
+    return said if more is None else f"{said} · {more}"
 
 
 def rounds_float32(config: VllmConfig) -> bool:
@@ -158,21 +175,6 @@ def _alone(item: EngineSite) -> str:
     if not item.remark:
         return "vLLM's own layer, with no shared expert in its block or added to it"
     return f"vLLM's own layer, with no shared expert in its block; {item.remark}"
-
-
-def _obstacle(config: VllmConfig) -> str | None:
-    """Why nothing can be operated on in an engine of this kind: what a swap was not proven right under."""
-    parallel = config.parallel_config
-    held = {
-        "expert parallelism": parallel.enable_expert_parallel,
-        "data parallelism": parallel.data_parallel_size > 1,
-        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "expert load balancing": parallel.enable_eplb,
-        "sequence parallelism of MoE layers": parallel.use_sequence_parallel_moe,
-        "LoRA": config.lora_config is not None,
-    }
-    found = [what for what, on in held.items() if on]
-    return f"the swap is not supported under {' and '.join(found)}" if found else None
 
 
 def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import copies, owner
+from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError
-from moe_surgery.prove.ground import survey
+from moe_surgery.prove.ground import Ground, survey
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.settling import settle
@@ -47,7 +48,7 @@ def to_prove(steps: Iterable[Step], *, everything: bool) -> tuple[str, ...]:
     kinds: dict[object, list[str]] = {}
     for step in steps:
         if step.outcome == "replaced":
-            kinds.setdefault((step.kind, step.spec), []).append(step.path)
+            kinds.setdefault((step.kind, step.spec, step.reason), []).append(step.path)
     chosen = [paths if everything else dict.fromkeys((paths[0], paths[-1])) for paths in kinds.values()]
     return tuple(path for paths in chosen for path in paths)
 
@@ -64,8 +65,20 @@ class Exam:
     small: BlockTensors
     ranks: Ranks
     probes: Future[Probes] | None
+    ground: Ground | str = "its experts were never laid out"
     verdict: Verdict | None = None
     seconds: float = 0.0
+
+    def ready(self, runner: Any) -> None:
+        """Compute from the loaded weights all that is to be known of them."""
+        probes = None if self.probes is None else self.probes.result()
+        self.ground = survey(self.spec, _with_experts(self, runner), SEED, self.ranks.size, probes)
+
+    def prove(self, block: nn.Module, runner: Any, config: VllmConfig) -> None:
+        """Ask ``block``, which is around ``runner``."""
+        ground, self.ground = self.ground, ""
+        sizes = next((module.sizes_to_ask for module in block.modules() if isinstance(module, KernelBlock)), ())
+        self.verdict = prove_swapped(asker(self.path, block, runner, config, self.ranks), ground, sizes=sizes)
 
 
 def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
@@ -78,25 +91,37 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     return Exam(item.site.path, spec, small, ranks, probes)
 
 
-def examine(exam: Exam, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[str], None]) -> None:
+class Proof(Protocol):
+    """The proof of one block: what it needs of the weights as they were loaded, and then what it asks.
+
+    ``ready`` is called before vLLM lays out the experts of the new block's ``runner``, ``prove`` after that.
+    """
+
+    ranks: Ranks
+    verdict: Verdict | None
+    seconds: float
+
+    def ready(self, runner: Any) -> None: ...
+    def prove(self, block: nn.Module, runner: Any, config: VllmConfig) -> None: ...
+
+
+def examine(proof: Proof, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[], None]) -> None:
     """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged."""
-    experts = runner.routed_experts
-    method = experts.quant_method
+    method = runner.routed_experts.quant_method
     lay_out = method.process_weights_after_loading
 
     def lay_out_and_prove(layer: nn.Module) -> None:
         del method.process_weights_after_loading  # the instance's, which is this function
         started = time.perf_counter()
-        probes = None if exam.probes is None else exam.probes.result()
-        ground = survey(exam.spec, _with_experts(exam, runner), SEED, exam.ranks.size, probes)
-        exam.seconds += time.perf_counter() - started
+        proof.ready(runner)
+        proof.seconds += time.perf_counter() - started
         lay_out(layer)
         started = time.perf_counter()
         with set_current_vllm_config(config):
-            exam.verdict = prove_swapped(asker(exam.path, block, runner, config, exam.ranks), ground)
-        exam.seconds += time.perf_counter() - started
-        exam.ranks.stand()  # or the verdict is about what another rank didn't do
-        judge(exam.path)
+            proof.prove(block, runner, config)
+        proof.seconds += time.perf_counter() - started
+        proof.ranks.stand()  # or the verdict is about what another rank didn't do
+        judge()
 
     method.process_weights_after_loading = lay_out_and_prove
 
@@ -174,7 +199,10 @@ def _with_experts(exam: Exam, runner: Any) -> BlockTensors:
     experts, count, ranks = runner.routed_experts, exam.spec.experts.num_experts, exam.ranks
     w13, w2 = experts.w13_weight.data[:count], experts.w2_weight.data[:count]
     gate, up, down = (part[:count] for part in matrices(runner))
-    if ranks.size > 1 or (2 * gate.shape[1], gate.shape[2]) != w13.shape[1:]:
+    if runner.moe_config.ep_size > 1:  # each rank has some of the experts, in their order
+        w13 = ranks.gather(torch.cat([gate, up], dim=1), 0)
+        w2 = ranks.gather(down, 0)
+    elif ranks.size > 1 or (2 * gate.shape[1], gate.shape[2]) != w13.shape[1:]:
         w13 = torch.cat([ranks.gather(gate, 1), ranks.gather(up, 1)], dim=1)
         w2 = ranks.gather(down, 2)
     return replace(exam.small, w13=w13, w2=w2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Activation
@@ -35,6 +36,13 @@ class Routed:
     routes: Routes
 
 
+def stored(layer: nn.Module) -> str | None:
+    """The method by which one of vLLM's layers holds quantised weights; None where it holds them as they are."""
+    method = type(layer.quant_method)
+    plain = (UnquantizedFusedMoEMethod, UnquantizedLinearMethod)
+    return None if method in plain else method.__name__
+
+
 def routed_layers(block: nn.Module) -> list[tuple[str, MoERunner]]:
     """Every routed layer of vLLM's in a block, by path."""
     return [(path, module) for path, module in block.named_modules() if isinstance(module, MoERunner)]
@@ -55,9 +63,6 @@ def find_routed(block: nn.Module) -> Routed | None:
 def _check_runner(runner: MoERunner) -> None:
     """Refuse what a routed layer may compute beyond its experts' weighted sum."""
     experts, config = runner.routed_experts, runner.moe_config
-    method = experts.quant_method
-    if type(method) is not UnquantizedFusedMoEMethod:
-        raise Unreadable(f"its experts are quantised ({type(method).__name__})")
     if experts.activation.value not in ACTIVATIONS:
         raise Unreadable(f"its experts' activation is {experts.activation.value}")
     held = {
@@ -68,7 +73,6 @@ def _check_runner(runner: MoERunner) -> None:
         "router weights on its experts' inputs": experts.apply_router_weight_on_input,
         "zero experts": isinstance(runner.router, ZeroExpertRouter),
         "hash routing": config.has_hash_routing,
-        "experts under LoRA": config.is_lora_enabled,
     }
     for what, value in held.items():
         if value:
@@ -120,5 +124,6 @@ def matrices(runner: MoERunner) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def parts_of(runner: MoERunner) -> int:
-    """Over how many ranks a routed layer leaves its sum to others."""
-    return int(runner.moe_config.tp_size) if runner.moe_config.skip_final_all_reduce else 1
+    """Over how many ranks a routed layer leaves its sum to others: each has a part of every expert, or some experts."""
+    config = runner.moe_config
+    return int(config.tp_size * config.ep_size) if config.skip_final_all_reduce else 1

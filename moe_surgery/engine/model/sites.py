@@ -38,17 +38,19 @@ class Around:
 class EngineSite:
     """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
 
-    ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``structure`` is that of the
-    block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside that layer.
-    ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where a shared
-    expert stands beside the block in its ``layer``, and ``alone`` the site without it; ``remark`` says why it stays
-    there, if there may be one.
+    ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``stored`` are the methods
+    by which layers in it hold quantised weights: what it computes is known of its parts alone then. ``structure`` is
+    that of the block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside
+    that layer. ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where
+    a shared expert stands beside the block in its ``layer``, and ``alone`` the site without it; ``remark`` says why it
+    stays there, if there may be one.
     """
 
     site: Site
     reading: Reading | None = None
     routed: Routed | None = None
     unread: str | None = None
+    stored: tuple[str, ...] = ()
     structure: Hashable = None
     bare: bool = False
     elsewhere: str | None = None
@@ -207,7 +209,7 @@ def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
                 raise Unreadable("in an engine, experts outside of the groups must not be ranked")
     except Unreadable as error:
         return EngineSite(site, unread=str(error), bare=_bare(site.module))
-    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, structure=key)
+    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, stored=seen.stored, structure=key)
 
 
 def _bare(block: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,17 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
+from moe_surgery.engine.model.crossover import SCHEMA
 from moe_surgery.engine.model.kernel_block import warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
+from moe_surgery.engine.model.observing import observe
 from moe_surgery.engine.model.planning import FOLDED, make_engine_plan, settled
-from moe_surgery.engine.model.proving import Exam, examine, prepare, to_prove
+from moe_surgery.engine.model.proving import Proof, examine, prepare, to_prove
 from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
-from moe_surgery.kernels.arguments import SCHEMA
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
@@ -55,7 +57,7 @@ class Surgery:
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
-        self.exams: dict[str, Exam] = {}
+        self.exams: dict[str, Proof] = {}
         self.ledger: str | None = None
         self._exchanged: list[str] = []
         self.done = False
@@ -80,7 +82,7 @@ class Surgery:
         started = time.perf_counter()
         vars(self.model).pop("load_weights", None)
         if self._ledger.opened:
-            self.ledger = self._ledger.close()
+            self.ledger = self._ledger.close(self.ranks if self.config.parallel_config.enable_expert_parallel else None)
         elif self.items and self.config.load_config.load_format != "dummy":
             raise LedgerError(
                 "the weights were not loaded through the model's load_weights, so nothing is known of them"
@@ -97,12 +99,13 @@ class Surgery:
                 check_unchanged(item)
             for path, item in self.items.items():
                 if path in chosen:
-                    self.exams[path] = prepare(item, self.ranks, pool)
+                    self.exams[path] = observe(item, self.ranks) if item.stored else prepare(item, self.ranks, pool)
                 built = build(item, book, fold=steps[path].target == FOLDED)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
-                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, self._judge)
+                    judge = partial(self._judge, path)
+                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         self._relist(exchanged)
         book.arrange(self.model, self.before)

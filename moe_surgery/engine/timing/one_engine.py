@@ -31,7 +31,7 @@ _LEAST_OF_THE_GPU = 0.05
 """Of its memory must be free at the start; how much is used depends on the model and the cache alone."""
 
 
-def start(job: Job) -> tuple[_Bench | None, dict[str, Any] | None]:
+def start(job: Job) -> tuple[Bench | None, dict[str, Any] | None]:
     """The engine, and the report of the surgery if there was any; no engine to measure if it replaced nothing.
 
     Raises :class:`UnsupportedError` if the engine doesn't start, and not because of surgery.
@@ -60,7 +60,7 @@ def start(job: Job) -> tuple[_Bench | None, dict[str, Any] | None]:
         if all(site["outcome"] != "replaced" for site in report["sites"]):
             return None, report
     _share_a_core()
-    return _Bench(engine), report
+    return Bench(engine), report
 
 
 def _share_a_core() -> None:
@@ -92,7 +92,7 @@ def _engine(vllm: Any, job: Job) -> Any:
     )
 
 
-class _Bench:
+class Bench:
     """Asks one engine, and collects the times of each forward of its model."""
 
     def __init__(self, engine: Any) -> None:

@@ -1,0 +1,105 @@
+"""How an engine serves a model, and what that leaves of an operation: quantised, with adapters, over several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
+
+from moe_surgery.engine.model.blocks import owner
+from moe_surgery.engine.model.routed import stored
+from moe_surgery.engine.model.sites import EngineSite
+
+
+def obstacle(config: VllmConfig) -> str | None:
+    """Why nothing can be operated on in an engine of this kind."""
+    parallel = config.parallel_config
+    held = {
+        "data parallelism: ranks that share out experts hold other tokens, and a proof asks all the same": (
+            parallel.data_parallel_size > 1
+        ),
+        "prefill context parallelism: ranks hold parts of a prompt, and a proof asks all the same": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "expert load balancing: experts move between ranks while the engine serves": parallel.enable_eplb,
+        "sequence parallelism of MoE layers: blocks cut tokens apart before their experts": (
+            parallel.use_sequence_parallel_moe
+        ),
+    }
+    found = next((what for what, on in held.items() if on), None)
+    return found and f"the swap is not supported under {found}"
+
+
+def unserved(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that was read can't be rebuilt as it is stored and served here, if it can't."""
+    reasons = chain(_of_storage(item), _of_adapters(item, config), _of_placement(item, config))
+    return next(reasons, None)
+
+
+def unfolded(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that can be rebuilt as it is stored and served can't have its shared expert folded."""
+    if item.stored:
+        return f"its weights are quantised ({_listed(item)}), and are left where they are"
+    if config.lora_config is not None:
+        return "adapters are put around vLLM's layers, which a folded block doesn't call"
+    if config.parallel_config.enable_expert_parallel:
+        return "each rank has some of the experts, and a shared expert among them would be on one rank"
+    return None
+
+
+def _listed(item: EngineSite) -> str:
+    return ", ".join(item.stored)
+
+
+def _of_storage(item: EngineSite) -> Iterator[str]:
+    if not item.stored:
+        return
+    assert item.reading is not None
+    told = f"its weights are quantised ({_listed(item)})"
+    if item.routed is None:
+        yield f"{told}, and its experts would have to be moved into vLLM's layer"
+    elif item.routed.routes == "given":
+        yield f"{told}, and its routing would have to be made anew, which its parts don't prove"
+    router = owner(item.block, item.reading.layout.router)
+    if isinstance(router, LinearBase) and stored(router) is not None:
+        yield f"its router is quantised ({stored(router)})"
+    if any(parameter.is_meta for parameter in item.block.parameters()):
+        yield f"{told} while they are loaded, so that no count of their tensors holds"
+
+
+def _of_adapters(item: EngineSite, config: VllmConfig) -> Iterator[str]:
+    lora = config.lora_config
+    if lora is None:
+        return
+    if item.routed is None:
+        yield "adapters name the layers of its single experts, which would be moved into vLLM's layer"
+    elif item.routed.routes == "given":
+        yield "its routing would be made anew, and adapters around it were not proven right"
+    if current_platform.is_cpu():
+        yield "vLLM's routed layers take no adapters on a CPU"
+    if lora.fully_sharded_loras and config.parallel_config.tensor_parallel_size > 1:
+        yield "adapters that are shared out over the ranks (fully_sharded_loras) were not proven right"
+
+
+def _of_placement(item: EngineSite, config: VllmConfig) -> Iterator[str]:
+    if not config.parallel_config.enable_expert_parallel:
+        return
+    if item.routed is None:
+        yield "its experts are a list of which each rank has a part, and under expert parallelism each has some experts"
+        return
+    runner: Any = item.routed.runner
+    experts, moe, parallel = runner.routed_experts, runner.moe_config, runner.moe_config.moe_parallel_config
+    if moe.ep_size == 1:
+        return
+    if current_platform.is_cpu():
+        yield "vLLM's CPU kernels end the process where experts are on other ranks"
+    if moe.num_logical_experts % moe.ep_size:
+        yield f"{moe.num_logical_experts} experts can't be shared out evenly over {moe.ep_size} ranks"
+    if parallel.use_all2all_kernels or parallel.all2all_backend == "passthrough":
+        yield f"tokens are sent between ranks ({parallel.all2all_backend}), and a proof asks all the same"
+    if experts.expert_placement_strategy != "linear":
+        yield f"experts are placed on ranks in an order of their own ({experts.expert_placement_strategy})"
