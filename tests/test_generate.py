@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_surgery.errors import UsageError
+from moe_surgery.errors import ModelError, UsageError
 from moe_surgery.models.greedy import greedy_tokens
 from moe_surgery.models.opening import load_model
 
@@ -70,3 +70,35 @@ def test_unusable_prompts(write_tiny: Callable[[str], Path]) -> None:
             greedy_tokens(model, prompt, count)
     with pytest.raises(UsageError, match="Linear has no part that generates"):
         greedy_tokens(nn.Linear(2, 2), [1], 1)
+
+
+class OwnGenerate(nn.Module):
+    """A model as people publish them with code of their own, whose ``generate`` samples."""
+
+    def __init__(self, ends: int | None = None) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.config = type("Config", (), {"eos_token_id": ends})()
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.head(self.embed(input_ids).cumsum(1)),)
+
+    def generate(self, *_: object, **__: object) -> None:
+        raise AssertionError("it may do anything")
+
+
+def test_a_generate_of_the_models_own_is_not_called() -> None:
+    torch.manual_seed(0)
+    model = OwnGenerate()
+    tokens = greedy_tokens(model, [1, 2, 3], 5)["model"]
+    wanted: list[int] = []
+    for _ in range(5):
+        wanted.append(int(model(torch.tensor([[1, 2, 3, *wanted]]))[0][0, -1].argmax()))
+    assert tokens == wanted
+    assert isinstance(tokens[1], int)
+    model.config.eos_token_id = [tokens[1]]
+    assert greedy_tokens(model, [1, 2, 3], 5)["model"] == tokens[: tokens.index(tokens[1]) + 1]
+    model.head.bias.data[:] = float("nan")
+    assert greedy_tokens(model, [1], 2)["model"] == [None, None]
+    with pytest.raises(ModelError, match="can't generate: IndexError"):
+        greedy_tokens(model, [20], 1)

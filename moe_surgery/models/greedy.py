@@ -66,7 +66,9 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     one feeds gets the prompt as embeddings of its own vocabulary, token ids taken modulo its size, and zeros as the
     other part's states: not what the model would say, but the same question before and after. A part stops early at
     the end-of-sequence token of its generation config. Logits with a NaN in them, or whose greatest is infinite, choose
-    no token. Raises :class:`UsageError` for a prompt that doesn't fit the vocabulary and for a model in which nothing
+    no token. A ``generate`` that isn't transformers' may do anything: its model is asked for one token after another.
+
+    Raises :class:`UsageError` for a prompt that doesn't fit the vocabulary and for a model in which nothing
     generates, :class:`ModelError` for one that can't be run.
     """
     import torch
@@ -77,7 +79,11 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
     for token in prompt:
         checks.whole(token, "a token id", 0, _MOST_ID)
     result: dict[str, Tokens] = {}
-    for name, part in generating_parts(model).items():
+    for name, part in _parts(model).items():
+        if has_its_own_generate(part):
+            with torch.no_grad(), without_a_trace(part):
+                result[name] = _by_steps(part, prompt, count, name)
+            continue
         arguments = generating(part, [prompt], count, name)
         arguments["generation_config"].output_logits = True
         try:
@@ -90,6 +96,39 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> dict[str, 
         chosen = zip(tokens, found.logits, strict=True)
         result[name] = [token if bool(logits[0].max().isfinite()) else None for token, logits in chosen]
     return result
+
+
+def has_its_own_generate(part: nn.Module) -> bool:
+    """Whether a model generates by code of its own, not by that of transformers."""
+    method = getattr(type(part), "generate", None)
+    return method is not None and method.__module__.split(".")[0] not in ("transformers", "torch")
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    return {"model": model} if has_its_own_generate(model) else generating_parts(model)
+
+
+def _by_steps(part: nn.Module, prompt: list[int], count: int, name: str) -> Tokens:
+    """The likeliest tokens that continue ``prompt``, each found by a call of its own with all before it."""
+    import torch
+
+    config = getattr(part, "generation_config", None) or getattr(part, "config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+    _check_positions(part, len(prompt) + count, name)
+    ids = torch.tensor([prompt], device=next(part.parameters()).device)
+    found: Tokens = []
+    while len(found) < count and (not found or found[-1] not in ends):
+        try:
+            answer = part(ids)
+            logits = answer if isinstance(answer, torch.Tensor) else getattr(answer, "logits", None)
+            last = (answer[0] if logits is None else logits)[0, -1]
+        except Exception as error:  # code of anybody's
+            raise ModelError(f"{name}: it can't generate: {type(error).__name__}: {error}") from error
+        token = int(last.argmax())
+        found.append(token if bool(last.max().isfinite()) else None)
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    return found
 
 
 def _check_positions(part: nn.Module, tokens: int, name: str) -> None:
