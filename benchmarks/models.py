@@ -44,8 +44,8 @@ NVIDIA GPU. Made by
 
 with {made}. Of {entries} models, every block of {replaced} is to be replaced on both.
 
-The sizes are in `benchmarks/models.toml`, as far as they differ from the defaults of the model's class. About half were
-taken from a published config.json, the others from memory of one and not compared with it since, so
+The sizes are in `benchmarks/models.toml`, as far as they differ from the defaults of the model's class. Two fifths were
+compared with the published config.json, field by field, the others are from memory of one, so
 `moe-surgery plan MODEL` is what tells of your own. These are plans: no weight was fetched, and `apply` proves each
 block before it is exchanged. A quantised checkpoint is read and refused in a plain model. What an engine does depends
 on what it builds itself: that column has how the tiny model of the same type ended in vLLM on CPU
