@@ -85,10 +85,15 @@ def _directory(config: VllmConfig, model_config: ModelConfig) -> str:
 
 
 def _surveyed(model: nn.Module) -> Iterator[Surveyed]:
-    """The sites of transformers' model; of one whose experts alone could be read, the whole with the reason."""
+    """The sites of transformers' model; of one whose experts alone could be read, the whole with the reason.
+
+    So of one that is split behind its router, which says nothing of what another's router should do.
+    """
     for item in survey(model):
         if item.reading is not None and item.reading.spec.at == "experts":
             path = item.site.path.rpartition(".")[0]
             yield Surveyed(Site(path, model.get_submodule(path)), None, item.reading.around)
+        elif item.reading is not None and item.reading.spec.router.own:
+            yield Surveyed(item.site, None, item.reading.around)
         else:
             yield item
