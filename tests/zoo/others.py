@@ -532,6 +532,37 @@ class InGroupsOfItsOwn(Base):
         return (scores * factor[..., None]).flatten(1).topk(self.top_k, dim=-1)
 
 
+@block(ROUTERS)
+class OneAfterTheOther(Base):
+    """The second expert is the best of the others; scores far below the best count as none."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, weights, ids = self.logits(x), [], []
+        for _ in range(self.top_k):
+            best, first = scores.max(-1, keepdim=True)
+            far = (best - scores) / scores.abs().clamp(min=best) > 0.5
+            weights.append(scores.masked_fill(far, -torch.inf).softmax(-1).gather(-1, first))
+            ids.append(first)
+            scores = scores.scatter(-1, first, -torch.inf)
+        return torch.cat(weights, -1), torch.cat(ids, -1)
+
+
+@block(ROUTERS)
+class RoundsInItsOwnDtypeOnly(Base):
+    """In half precision its weights would make its output float32."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.logits(x).float().softmax(-1).topk(self.top_k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape, dtype=weights.dtype)
+        for number in range(len(self.experts)):
+            rows, slots = torch.where(ids == number)
+            out = out.index_add(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+        return out
+
+
 @block(ROUTERS, "scored by", "other tokens")
 class Balanced(Base):
     """Sinkhorn's: every token's weights depend on those of all others."""
