@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,10 @@ class Numbers:
     values: Any
     dtype: torch.dtype
 
+    def made(self, device: torch.device) -> Tensor:
+        """The tensor, on ``device``."""
+        return torch.tensor(self.values, dtype=self.dtype, device=device)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -70,16 +75,29 @@ class Program:
     of_tokens: Program | None = None
 
     @property
+    def numbers(self) -> tuple[Numbers, ...]:
+        """The tensors of numbers that it brings along, each once."""
+        others = self.of_tokens.numbers if self.of_tokens is not None else ()
+        return tuple(dict.fromkeys([*(step.args[0] for step in self.steps if step.func == "numbers"), *others]))
+
+    @property
     def weights(self) -> tuple[str, ...]:
         """The names of the block's weights that it takes, each once."""
         return tuple(dict.fromkeys(step.args[0] for step in self.steps if step.func == "weight"))
 
     def run(
-        self, x: Tensor, weights: Mapping[str, Tensor], shaken: Callable[[Tensor], Tensor] = lambda logits: logits
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        shaken: Callable[[Tensor], Tensor] = lambda logits: logits,
+        numbers: Mapping[Numbers, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """What comes of ``x`` [B, S, H], or [T, H], by name. ``shaken`` changes the router's logits on the way."""
+        """What comes of ``x`` [B, S, H], or [T, H], by name. ``shaken`` changes the router's logits on the way.
+
+        ``numbers`` are tensors that are at hand already.
+        """
         if self.of_tokens is not None and x.ndim == 2:
-            return self.of_tokens.run(x, weights, shaken)
+            return self.of_tokens.run(x, weights, shaken, numbers)
         if self.flat:
             x = x.reshape(-1, x.shape[-1])
         elif x.ndim != 3:
@@ -101,7 +119,8 @@ class Program:
             elif step.func == "weight":
                 value = weights[step.args[0]]
             elif step.func == "numbers":
-                value = torch.tensor(step.args[0].values, dtype=step.args[0].dtype, device=x.device)
+                given = numbers.get(step.args[0])
+                value = step.args[0].made(x.device) if given is None else given
             else:
                 args, kwargs = [filled(arg) for arg in step.args], {name: filled(arg) for name, arg in step.kwargs}
                 if "device" in kwargs:
@@ -128,8 +147,14 @@ class Replay(nn.Module):
         self._held = {name: f"weight_{number}" for number, name in enumerate(program.weights)}
         for name, own in self._held.items():
             self.register_parameter(own, nn.Parameter(weights[name], requires_grad=False))
+        # Not made anew in every call: a CUDA graph can't hold a copy from the host.
+        self._numbers = {numbers: f"numbers_{place}" for place, numbers in enumerate(program.numbers)}
+        device = next((weight.device for weight in self.parameters()), torch.device("cpu"))
+        for numbers, own in self._numbers.items():
+            self.register_buffer(own, numbers.made(device), persistent=False)
         self.eval()
 
     def forward(self, x: Tensor, shaken: Callable[[Tensor], Tensor] = lambda logits: logits) -> dict[str, Tensor]:
         """See :meth:`Program.run`."""
-        return self.program.run(x, {name: getattr(self, own) for name, own in self._held.items()}, shaken)
+        weights = {name: getattr(self, own) for name, own in self._held.items()}
+        return self.program.run(x, weights, shaken, {key: getattr(self, own) for key, own in self._numbers.items()})
