@@ -109,20 +109,19 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     """
     work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
     sizes = [len(visit.experts) for visit in visits]
-    x = torch.cat([visit.x for visit in visits])
     # What no expert below fills in belongs to experts that return their input.
-    results = x.to(work)
+    rows = torch.cat([visit.x for visit in visits]).to(work)
     experts = torch.cat([visit.experts for visit in visits]).clamp_max(total)
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
-    products = _products(results[order], counts, tensors.w13, tensors.w13_bias)
-    both = products.new_zeros(len(x), products.shape[1]).index_copy(0, order, products)
+    products = _products(rows[order], counts, tensors.w13, tensors.w13_bias)
+    both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    y = _products(mixed[order], counts, tensors.w2, tensors.w2_bias)
-    return list(results.index_copy(0, order, y).split(sizes))
+    del products, both, gates, ups, parts  # together they are as large as what follows
+    return list(rows.index_copy_(0, order, _products(mixed[order], counts, tensors.w2, tensors.w2_bias)).split(sizes))
 
 
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
