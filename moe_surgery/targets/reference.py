@@ -120,19 +120,18 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    del products, both, gates, ups, parts  # together they are as large as what follows
     return list(rows.index_copy_(0, order, _products(mixed[order], counts, tensors.w2, tensors.w2_bias)).split(sizes))
 
 
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
-    parts = rows.split([count for count in counts if count])
-    visited = [expert for expert, count in enumerate(counts) if count]
-    found = [
-        F.linear(part, weights[expert].to(rows.dtype), _row(bias, expert, rows.dtype))
-        for expert, part in zip(visited, parts, strict=True)
-    ]
-    return torch.cat(found) if found else rows.new_empty(0, weights.shape[1])
+    out, start = rows.new_empty(len(rows), weights.shape[1]), 0
+    for expert, count in enumerate(counts):
+        if count:  # nothing is kept between two conversions, or memory would be cut to pieces
+            end, matrix = start + count, weights[expert].to(rows.dtype)
+            out[start:end] = F.linear(rows[start:end], matrix, _row(bias, expert, rows.dtype))
+            start = end
+    return out
 
 
 def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
