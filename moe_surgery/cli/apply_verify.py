@@ -204,7 +204,8 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
         if Path(model).is_dir():
             plan.check_origin(digest(Path(model)), model)
     progress.phase(f"loading {model}{_of_bytes(Path(model))}")
-    return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+    trusted = job.trust.trust_remote_code
+    return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=trusted, on_read=progress.read)
 
 
 def _of_bytes(directory: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from moe_surgery.models.checkpoint import (
 )
 from moe_surgery.models.classes import Checkpoint, model_class
 from moe_surgery.models.dtype_device import here, torch_dtype
+from moe_surgery.models.loading import Read, quiet_bars, told
 from moe_surgery.models.quantisation import FIELD, MODELOPT, Quantisation, quantisation_of
 from moe_surgery.models.text import TOKENIZER_FILES
 
@@ -76,8 +76,17 @@ def open_meta(model: str, *, trust_remote_code: bool = False, dtype: str | None 
     return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory, checkpoint.quantisation)
 
 
-def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
+def load_model(
+    model: str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_read: Read | None = None,
+) -> Opened:
     """Load a model with its weights, in evaluation mode. ``dtype`` is None for the checkpoint's own.
+
+    ``on_read`` is told the bytes that were read, those there are, and the parameter that comes next.
 
     Raises :class:`ModelError` if a weight is missing, left over or of the wrong shape: a model that lacks an expert
     would otherwise run on random numbers without a word.
@@ -88,7 +97,7 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     place = here(device)
     with _model_errors(checkpoint.directory / CONFIG):
         kind, config = model_class(checkpoint)
-    with _model_errors(checkpoint.directory, headers), quiet_bars():
+    with _model_errors(checkpoint.directory, headers), quiet_bars(), told(headers, on_read):
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -219,18 +228,3 @@ def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
         raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Keep transformers' bars out of logs; its own setting is put back."""
-    from transformers.utils import logging
-
-    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if silence:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silence:
-            logging.enable_progress_bar()

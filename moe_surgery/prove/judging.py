@@ -69,18 +69,28 @@ def _measured(
         yield Mutant(name, found, FAMILIES[family], found / float(floor[family])), float(best[row])
 
 
-def beyond_noise(what: str, errors: Sequence[float], where: Sequence[str], ground: Yardstick) -> list[str]:
-    """What is wrong with a block's numbers, in the family where they are worst for their noise."""
-    beyond = [error / (ground.slack * noise) for error, noise in zip(errors, ground.noise, strict=True)]
-    family = max(range(len(FAMILIES)), key=beyond.__getitem__)
-    if beyond[family] <= 1:
+def beyond(errors: Sequence[float], ground: Yardstick) -> list[float]:
+    """``errors`` of each family, in limits of plain torch."""
+    return [error / (ground.slack * noise) for error, noise in zip(errors, ground.noise, strict=True)]
+
+
+def beyond_noise(
+    what: str, errors: Sequence[float], where: Sequence[str], ground: Yardstick, allowed: float = 1.0
+) -> list[str]:
+    """What is wrong with a block's numbers, in the family where they are worst for their noise.
+
+    ``allowed`` is how many limits of plain torch a right block may be off.
+    """
+    limits = beyond(errors, ground)
+    family = max(range(len(FAMILIES)), key=limits.__getitem__)
+    if limits[family] <= allowed:
         return []
-    error, noise, place = errors[family], ground.noise[family], where[family]
+    error, noise, place, times = errors[family], ground.noise[family], where[family], allowed * ground.slack
     if math.isinf(error):
         return [f"{what}: an output is not finite on {place}, where the reference is finite"]
     return [
         f"{what}: it is {error:.2g} from the reference at a {FAMILIES[family]} token ({place}), "
-        f"and {ground.slack:.2g} × the noise of the dtype is {ground.slack * noise:.2g}"
+        f"and {times:.2g} × the noise of the dtype is {times * noise:.2g}"
     ]
 
 

@@ -18,6 +18,7 @@ from moe_surgery.prove.experts_alone import behind_a_router
 from moe_surgery.prove.ground import Ground, survey
 from moe_surgery.prove.judging import FEWEST_MUTANTS as FEWEST_MUTANTS
 from moe_surgery.prove.judging import beyond_noise, measure, power_faults
+from moe_surgery.prove.limits import KERNELS, of_kernels
 from moe_surgery.prove.probe import FAMILIES, UNIT, Probes
 from moe_surgery.prove.verdict import Family, Verdict
 from moe_surgery.spec import MoESpec
@@ -58,12 +59,13 @@ def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0, si
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
     It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
-    It is asked about as many tokens as ``sizes`` say too: those from which it computes in another way.
-    ``ground`` is what :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
+    It is asked about as many tokens as ``sizes`` say too: those from which it computes in another way. It may be off as
+    far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what
+    :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     if isinstance(ground, str):
         return _hopeless(ground, False)
-    return _judge(ground, margin, block, None, "swapped", sizes)
+    return _judge(of_kernels(ground), margin, block, None, "swapped", sizes)
 
 
 def _judge(
@@ -174,7 +176,7 @@ def _error_faults(which: str, answers: Answers | Misconduct, ground: Ground) -> 
     if isinstance(answers, Misconduct):
         return [f"the {which} block {answers}"]
     what = "the old block is not what was read" if which == "old" else f"the {which} block is not what the spec says"
-    return beyond_noise(what, answers.worst, answers.where, ground)
+    return beyond_noise(what, answers.worst, answers.where, ground, KERNELS if which == "swapped" else 1.0)
 
 
 def _account(verdict: Verdict, margin: float, who: str) -> str:
