@@ -149,11 +149,11 @@ def checkpoint(case: Case, small: bool, folder: Path) -> Path:
     return model
 
 
-def row(case: Case, pair: tuple[Child, Child], timed: bool, folder: Path) -> dict[str, Any]:
-    """What came of a case whose engines are being started."""
+def row(case: Case, pair: tuple[Child, Child], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What came of a case whose engines are being started; ``setting`` is what the row tells of them besides."""
     operated, plain = pair
     has, had = operated.told(), plain.told()
-    found: dict[str, Any] = {**case.key(), "tokens_equal": None, "apart": None, "decode_ratio": None}
+    found: dict[str, Any] = {**case.key(), **setting, "tokens_equal": None, "apart": None, "decode_ratio": None}
     if "error" in has or "error" in had:
         which = "with surgery" if "error" in has else "without surgery"
         error = (has if "error" in has else had)["error"]
@@ -191,8 +191,10 @@ def row(case: Case, pair: tuple[Child, Child], timed: bool, folder: Path) -> dic
                 first = next(i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y)
                 apart.append(b["gaps"][first])
     found["tokens_equal"], found["apart"] = all(equal), [round(gap, 4) for gap in apart] or None
-    found["adapters_heard"] = all(other != said[0] for other in said[1:]) if case.lora else None
-    if not timed:
+    if case.lora:
+        found["adapters"] = list(ADAPTERS)
+        found["adapters_heard"] = all(other != said[0] for other in said[1:])
+    if setting["eager"] != "no":
         return found
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS):
@@ -238,6 +240,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         paths = [plugin_path(folder / "plugins"), str(ROOT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        setting = {"dtype": arguments.dtype, "eager": arguments.eager, "small": arguments.small}
         wanted, begun, gpus = cases(arguments), time.monotonic(), torch.cuda.device_count()
         if arguments.write:
             for case in wanted:
@@ -248,7 +251,7 @@ def main() -> None:
             with ExitStack() as ends:
                 pairs = [started(case, arguments, folder, at % gpus, ends) for at, case in enumerate(some)]
                 for case, pair in zip(some, pairs, strict=True):
-                    found = row(case, pair, arguments.eager == "no", folder)
+                    found = row(case, pair, setting, folder)
                     print(f"{time.monotonic() - begun:4.0f} s {json.dumps(found, ensure_ascii=False)}", flush=True)
                     keep(arguments.out, found)
 
