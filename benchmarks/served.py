@@ -232,7 +232,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="cases whose engines are started together")
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs; kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--table", type=Path, help="print a result file as docs/engine.md has it, and start nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["rows"]))
+        return
     from engine_examples import plugin_path
 
     with tempfile.TemporaryDirectory() as name:
@@ -254,6 +258,22 @@ def main() -> None:
                     found = row(case, pair, setting, folder)
                     print(f"{time.monotonic() - begun:4.0f} s {json.dumps(found, ensure_ascii=False)}", flush=True)
                     keep(arguments.out, found)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown: one for each format, parallelism, adapters and target of a model."""
+    heads = ("format", "parallelism", "target", "model", "outcome", "proof", "tokens", "decode")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for found in sorted(rows, key=lambda each: (FORMATS.index(each["format"]), each["parallel"], each["lora"])):
+        form = found["format"] + (", LoRA on " + " and ".join(found["adapters"]) if found["lora"] else "")
+        proof = found.get("proof")
+        proven = f"{proof['reference']}, {proof['mutants']} mutants, {proof['margin']:g} ×" if proof else ""
+        same = {True: "equal", None: ""}.get(found["tokens_equal"], f"apart at gaps of {found['apart']}")
+        ratio = "" if found["decode_ratio"] is None else f"{found['decode_ratio']:.2f} ×"
+        parallel, target = {"1": "one GPU"}.get(found["parallel"], found["parallel"]), found["target"]
+        cells = (form, parallel, target, found["model"], found["outcome"], proven, same, ratio)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def keep(out: Path, found: dict[str, Any]) -> None:
