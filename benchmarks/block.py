@@ -33,11 +33,12 @@ import chart  # noqa: E402
 from command import command  # noqa: E402
 from cuda_timing import memory_rate, record, timed_eager, timed_replay  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
-from shapes import CASES, random_tensors  # noqa: E402
+from shapes import CASES  # noqa: E402
 
 from moe_surgery.spec import MoESpec  # noqa: E402
 from moe_surgery.targets import reference  # noqa: E402
 from moe_surgery.targets.folded.target import FoldedTarget  # noqa: E402
+from moe_surgery.tuning.bench import random_tensors  # noqa: E402
 from moe_surgery.weights.tensors import BlockTensors  # noqa: E402
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

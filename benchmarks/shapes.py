@@ -1,14 +1,10 @@
-"""The blocks that the GPU benchmarks time, and random weights for them."""
+"""The blocks that the GPU benchmarks time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
-from moe_surgery.weights.tensors import BlockTensors
 
 
 def _spec(hidden: int, experts: int, width: int, top_k: int, shared: int, gate: bool, renormalize: bool) -> MoESpec:
@@ -44,26 +40,3 @@ CASES = {
 }
 """Qwen3-Omni's talker and thinker (the size of Qwen3-30B-A3B), Qwen2-57B-A14B, DeepSeek-V2-Lite, and more: a rank's
 share where it says so. The sizes are the models' own; every router is a plain one here, and biases are left out."""
-
-
-def random_tensors(
-    spec: MoESpec, *, seed: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
-) -> BlockTensors:
-    """Weights of standard deviation ``fan_in ** -0.5``."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def matrix(*shape: int) -> Tensor:
-        made = torch.empty(*shape, device=device, dtype=dtype)
-        return made.normal_(std=shape[-1] ** -0.5, generator=generator)
-
-    hidden, experts, width, shared = spec.hidden, spec.experts.num_experts, spec.experts.width, spec.shared
-    return BlockTensors(
-        router=matrix(experts, hidden),
-        w13=matrix(experts, 2 * width, hidden),
-        w2=matrix(experts, hidden, width),
-        shared_gate_proj=matrix(shared.width, hidden) if shared else None,
-        shared_up_proj=matrix(shared.width, hidden) if shared else None,
-        shared_down_proj=matrix(hidden, shared.width) if shared else None,
-        shared_gate=matrix(1, hidden) if shared and shared.gate else None,
-        copied=False,
-    )

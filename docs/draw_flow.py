@@ -63,6 +63,7 @@ ROOMS = (
     Box(786, 270, 118, "report/", ("what became of", "every site")),
     Box(954, 278, 104, "Report", ("text, JSON, SVG",), "value", 50),
     Box(20, 270, 118, "cli/, verbs.py", ("what people call", "drives all this")),
+    Box(188, 368, 118, "tuning/", ("its tile sizes",), "room", 50),
     Box(326, 368, 118, "kernels/", ("our own, in Triton",), "room", 50),
     Box(464, 368, 256, "engine/", ("drives the same inside vLLM's processes",), "room", 50),
     Box(786, 368, 118, "timing/", ("old against new",), "room", 50),
@@ -71,7 +72,7 @@ ARROWS = (
     "M138 73 H188", "M306 73 H326", "M444 73 H464", "M582 73 H632", "M736 73 H786", "M904 73 H954",
     "M845 150 V106", "M138 303 H178", "M306 303 H326", "M444 303 H464", "M582 303 H602",
     "M720 303 H786", "M904 303 H954", "M1006 98 V240 H661 V270", "M684 98 V200 H523 V270", "M684 200 H385 V270",
-    "M385 368 V336", "M592 368 V348", "M845 368 V336",
+    "M306 393 H326", "M385 368 V336", "M592 368 V348", "M845 368 V336",
 )  # fmt: skip
 FRAMES = ((178, 22, 414, 104, "read/"), (178, 252, 552, 96, "one transaction"))
 

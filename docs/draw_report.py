@@ -27,7 +27,7 @@ def draw(report: Outcomes) -> dict[str, str]:
     assert step.spec is not None and step.verdict is not None and step.target is not None
     drawn = {
         "strip": strip(report, WIDTH),
-        "before": before(step.spec, step.weights, step.kind),
+        "before": before(step.spec, step.weights, f"before: {step.kind}"),
         "after": after(step.spec, step.weights, step.target),
         "ladder": ladder(step.verdict, WIDTH),
         "weights": weight_map(step.spec, step.weights, WIDTH),

@@ -1,4 +1,4 @@
-"""The errors of this library. Every one derives from :class:`SurgeryError` and carries its exit code."""
+"""The errors of this library. Every one derives from ``SurgeryError`` and carries its exit code."""
 
 from __future__ import annotations
 

@@ -74,7 +74,20 @@ class _Subject:
 def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
     """Every MoE-looking site and what is known of it. Nothing is planned, no weight is touched.
 
-    Sites that can be read are reported as kept, with their spec; the others as missed, with the reason.
+    Args:
+        model: A live module, a directory (config.json is enough) or a hub id.
+        trust_remote_code: Whether a checkpoint's own code may run.
+
+    Returns:
+        A report in which sites that can be read are kept, with their spec, and the others missed, with the reason.
+
+    Raises:
+        ModelError: The model can't be opened.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> [step.path for step in moe_surgery.scan(model).kept]
+        ['model.layers.0.mlp', 'model.layers.1.mlp']
     """
     started = time.perf_counter()
     subject = _Subject.of(model, trust_remote_code)
@@ -105,17 +118,38 @@ def plan(
 ) -> Plan:
     """What would be done with every MoE-looking site of ``model``, and why. Nothing is touched.
 
-    ``model`` is a live module, a directory (config.json is enough) or a hub id. ``packs`` are names of installed packs
-    or paths of ``.toml`` files, None for all installed. ``only`` and ``skip`` are globs over paths. A model
-    that is named is planned for ``device``, which needn't be here (None: the CPU), in ``dtype`` (None: the checkpoint's
-    own); what is then loaded otherwise doesn't fit the plan. Raises
-    :class:`~moe_surgery.errors.ExpectationError` if a rule or ``expect`` counts otherwise, or under ``strict`` if a
-    site is missed or refused.
+    Args:
+        model: A live module, a directory (config.json is enough) or a hub id.
+        packs: Names of installed packs, paths of ``.toml`` files or packs; None for all installed.
+        target: What blocks are replaced with: "auto", "folded", "vllm" or "reference".
+        only: Globs over paths: sites that none of them covers are kept.
+        skip: Globs over paths: sites that one of them covers are kept.
+        expect: How many sites must be replaced.
+        strict: Whether a site that is missed or refused is an error.
+        device: Where a model that is named will be, which needn't be here (None: the CPU).
+        dtype: What a model that is named will be loaded in (None: the checkpoint's own).
+        trust_remote_code: Whether a checkpoint's own code may run.
+
+    Returns:
+        A plan, which can be printed, saved, reviewed and given to ``apply``. What is then loaded on another device
+        or in another dtype doesn't fit it.
+
+    Raises:
+        ExpectationError: A rule or ``expect`` counts otherwise; or, under ``strict``, a site is missed or refused.
+        ModelError: The model can't be opened.
+        PackError: A pack can't be read.
+        UsageError: There is no such target, device or dtype.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> plan = moe_surgery.plan(model, skip=["*.layers.1.*"])
+        >>> [(step.path, step.outcome) for step in plan.steps]
+        [('model.layers.0.mlp', 'replaced'), ('model.layers.1.mlp', 'kept')]
     """
     selection = Selection(checks.texts(only, "only"), checks.texts(skip, "skip"), expect, strict)
     if isinstance(model, nn.Module) and (device is not None or dtype is not None):
         raise UsageError("a module is planned for as it is; device and dtype are for a model that is named")
-    from moe_surgery.models.opening import device_type, dtype_name
+    from moe_surgery.models.dtype_device import device_type, dtype_name
 
     kind, kept = None if device is None else device_type(device), None if dtype is None else dtype_name(dtype)
     subject = _Subject.of(model, trust_remote_code, kept)
@@ -153,14 +187,36 @@ def apply(
 ) -> Report:
     """Replace the blocks of a live model in place: all or nothing, every block proven before any is exchanged.
 
-    Without ``plan`` one is made with the arguments of :func:`plan`. ``undoable`` keeps the originals for
-    :func:`undo`; the report says what that costs. ``undoable=False`` needs at most one block of extra memory. With
-    ``model_check`` the whole model, or what parts of it take a few made-up token ids, runs before and after and must do
-    the same; arguments to call it with may be given instead. A block whose weights let no check tell it from a wrong
-    one is refused, and the others are replaced. Raises :class:`~moe_surgery.errors.ProofError` if a block or the model
-    with the new blocks is wrong, :class:`~moe_surgery.errors.ExpectationError` if ``expect`` or ``strict`` ask for more
-    than can be proven, and :class:`~moe_surgery.errors.PlanError` if ``plan`` doesn't fit the model; the model is then
-    as it was.
+    A block whose weights let no check tell it from a wrong one is refused, and the others are replaced. After an error
+    the model is as it was.
+
+    Args:
+        model: A loaded module, in evaluation mode. New blocks take ``[B, S, H]`` or ``[T, H]`` in its own dtype, and
+            give the same shape.
+        plan: What to do; None to make a plan with the other arguments of ``plan``.
+        undoable: Whether to keep the originals for ``undo``; the report says how many bytes that is. Without, at
+            most one block of extra memory is needed.
+        margin: How many times as far from the reference as the new block every mutant must be.
+        seed: Of the tokens that blocks are asked about.
+        on_progress: Called with the blocks done, those there are, and the path of the one at hand.
+        model_check: Whether the whole model, or what parts of it take a few made-up token ids, runs before and after
+            and must do the same; or the arguments to call it with.
+        **as_plan: ``packs``, ``target``, ``only``, ``skip``, ``expect`` and ``strict``, as for ``plan``.
+
+    Returns:
+        A report: what became of every site, with its proof.
+
+    Raises:
+        ProofError: A block, or the model with the new blocks, is wrong.
+        ExpectationError: ``expect`` or ``strict`` ask for more than can be proven.
+        PlanError: ``plan`` doesn't fit the model.
+        UsageError: An argument can't be used as given.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> report = moe_surgery.apply(model, target="reference")
+        >>> len(report.replaced), report.replaced[0].verdict.passed
+        (2, True)
     """
     checks.margin(margin), checks.seed(seed), checks.truth(undoable, "undoable")
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
@@ -179,8 +235,28 @@ def verify(
 ) -> Report:
     """The proof alone: every block is built and measured, the model is left as it was.
 
-    A directory or hub id is loaded with its weights. The report's ``exit_code`` is 12 if a block is wrong; a block that
-    these weights don't let be proven is refused.
+    Args:
+        model: A module, or a directory or hub id that is loaded with its weights.
+        plan: What to build; None to make a plan with the other arguments of ``plan``.
+        margin: How many times as far from the reference as the new block every mutant must be.
+        seed: Of the tokens that blocks are asked about.
+        on_progress: Called with the blocks done, those there are, and the path of the one at hand.
+        **as_plan: ``packs``, ``target``, ``only``, ``skip``, ``expect`` and ``strict``, as for ``plan``; with a
+            name, ``trust_remote_code`` too.
+
+    Returns:
+        A report, whose ``exit_code`` is 12 if a block is wrong. A block that these weights don't let be proven is
+        refused.
+
+    Raises:
+        ModelError: The model can't be loaded.
+        PlanError: ``plan`` doesn't fit the model.
+        UsageError: An argument can't be used as given.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> moe_surgery.verify(model, target="reference").exit_code
+        0
     """
     checks.margin(margin), checks.seed(seed)
     if isinstance(model, str | Path):
@@ -224,7 +300,23 @@ def _live(model: object) -> nn.Module:
 
 
 def undo(report: Report) -> None:
-    """Put the old blocks back: the model has the same module objects and storages as before ``apply``."""
+    """Put the old blocks back: the model has the same module objects and storages as before ``apply``.
+
+    Args:
+        report: What ``apply`` returned.
+
+    Raises:
+        UsageError: There is nothing to undo in the report.
+        SurgeryError: It was undone already, the originals were given up (``undoable=False``), or somebody else has
+            exchanged a block since.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> block = model.model.layers[0].mlp
+        >>> moe_surgery.undo(moe_surgery.apply(model, target="reference"))
+        >>> model.model.layers[0].mlp is block
+        True
+    """
     if not isinstance(report, Report):
         raise UsageError(f"undo takes the report that apply returned, not {checks.shown(report)}")
     if report.transaction is None:
@@ -233,7 +325,26 @@ def undo(report: Report) -> None:
 
 
 def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: bool = False) -> Explanation:
-    """What is known of the site at ``path``. Raises :class:`UsageError`, naming the sites, if there is none."""
+    """What is known of one site: how it was read, and which clause of which rule holds or fails there.
+
+    Args:
+        model: A live module, a directory (config.json is enough) or a hub id.
+        path: The site's, as ``scan`` has it.
+        packs: Names of installed packs, paths of ``.toml`` files or packs; None for all installed.
+        trust_remote_code: Whether a checkpoint's own code may run.
+
+    Returns:
+        An explanation, which prints like ``moe-surgery explain``.
+
+    Raises:
+        UsageError: There is no such site; the message names those there are.
+        ModelError: The model can't be opened.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> moe_surgery.explain(model, "model.layers.0.mlp").spec.sentence()
+        'softmax top-2 of 8 renormalised · experts 64→32 silu · shared 64 silu, sigmoid gate'
+    """
     from moe_surgery.report.explanation import Explanation
 
     if not isinstance(path, str):

@@ -21,32 +21,8 @@ from typing import Any
 
 from engine_examples import environment
 from hanging import HANG
+from own_models import ARIA, write
 
-ARIA = "aria"
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-    "deepseek_v2": {"topk_method": "greedy", "norm_topk_prob": False},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "glm4_moe": {"head_dim": 16},
-    "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc"},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 32, "route_norm": True, "qk_norm": True},
-    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
-    "mimo_v2_flash": {
-        "hybrid_layer_pattern": [0, 1],
-        "moe_layer_freq": [0, 1],
-        "layernorm_epsilon": 1e-5,
-        "routed_scaling_factor": None,
-        "sliding_window_size": 32,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 16,
-        "swa_v_head_dim": 16,
-        "swa_rope_theta": 10000,
-        "v_head_dim": 16,
-    },
-    "olmoe": {"norm_topk_prob": False},
-}
-"""What published checkpoints have in their configs, vLLM reads, and transformers doesn't write."""
 FAMILIES = (
     *("afmoe", ARIA, "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe"),
     *("exaone_moe", "flex_olmo", "gemma4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa"),
@@ -81,42 +57,6 @@ class Audited:
         assert self.receipt is not None, self.error
         found: list[dict[str, Any]] = (self.receipt["report"] or {"sites": []})["sites"]
         return found
-
-
-def save(family: str, folder: Path) -> Path:
-    """The family's tiny checkpoint, as it would be published, in a new folder of ``folder``."""
-    from moe_surgery.testing.families import build
-
-    path = folder / family
-    if family == ARIA:
-        model = _aria()
-    else:
-        model, _ = build(family)
-    model.config.architectures = [type(model).__name__]
-    model.save_pretrained(path)
-    config = path / "config.json"
-    data = json.loads(config.read_text(encoding="utf-8")) | PUBLISHED.get(family, {})
-    config.write_text(json.dumps(data), encoding="utf-8")
-    return path
-
-
-def _aria() -> Any:
-    """The one model of the family that vLLM has: with an encoder for pictures."""
-    import torch
-    from transformers import AriaConfig, AriaForConditionalGeneration, AriaTextConfig, Idefics3VisionConfig
-
-    from moe_surgery.testing.families import family, model_config
-    from moe_surgery.testing.filling import fill
-
-    text = AriaTextConfig(**model_config(family(ARIA)).to_dict())
-    vision = Idefics3VisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    config = AriaConfig(text_config=text, vision_config=vision, projector_patch_to_query_dict={16: 8})
-    torch.manual_seed(0)
-    model = AriaForConditionalGeneration(config).float().eval().requires_grad_(False)
-    fill(model.model.language_model, torch.Generator().manual_seed(1), {})
-    return model
 
 
 Fault = Callable[[Any], None]
@@ -309,7 +249,9 @@ def main() -> None:
     given = parser.parse_args()
     names = given.families or FAMILIES
     with tempfile.TemporaryDirectory() as folder:
-        cases = [Case(name, str(save(name, Path(folder))), dtype=given.dtype) for name in names]
+        for name in names:
+            write(name, Path(folder) / name)
+        cases = [Case(name, str(Path(folder) / name), dtype=given.dtype) for name in names]
         found = audits(cases, Path(folder), given.ranks)
     for name, ranks in zip(names, found, strict=True):
         for line in lines(name, ranks[0]):

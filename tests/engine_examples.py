@@ -8,13 +8,16 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -154,7 +157,7 @@ def _result(run: Run) -> Result:
         except Exception as failure:
             if not run.guarded:
                 raise
-            return Result([], [], f"{type(failure).__name__}: {failure}")
+            return Result([], [], _deciding(failure))
     from engine_faults import VARIABLE, faulty
 
     import moe_surgery
@@ -171,10 +174,23 @@ def _result(run: Run) -> Result:
                 _outputs(replace(run, folder=folder), {})
             outputs, error = _outputs(run, pushes), None
         except Exception as failure:
-            outputs, error = [], f"{type(failure).__name__}: {failure}"
+            outputs, error = [], _deciding(failure)
         if error is None:
             handle.check()
         return Result(outputs, [receipt.to_json() for receipt in read_all(handle.run)], error, pushes)
+
+
+def _deciding(failure: BaseException) -> str:
+    """What kept an engine from starting; of a class that can't be imported, why not."""
+    if architecture := re.search(r"architectures \['(\w+)'\] failed to be inspected", str(failure)):
+        from vllm import ModelRegistry
+
+        try:
+            ModelRegistry.models[architecture[1]].load_model_cls()
+        except Exception as error:
+            failure = error
+    line = str(failure) or traceback.extract_tb(failure.__traceback__)[-1].line
+    return f"{type(failure).__name__}: {line}"
 
 
 def _ask(llm: Any, prompts: list[list[int]]) -> list[Output]:
@@ -270,6 +286,7 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
     import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor import model_loader
 
     own_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
     defaults: dict[str, Any] = {
@@ -283,7 +300,10 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
         **({} if own_process else {"distributed_executor_backend": "uni"}),
     }
     llm = None
+    fill = model_loader.dummy_loader.initialize_single_dummy_weight
     try:
+        # vLLM's own random weights are so small that no part of a model does anything.
+        model_loader.dummy_loader.initialize_single_dummy_weight = partial(fill, low=-0.3, high=0.3)
         llm = LLM(run.folder, **{**defaults, **run.options})
         prompts = PROMPTS if run.ask else []
         if run.wrapped:
@@ -297,6 +317,7 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
             outputs += _ask(llm, prompts)
         return outputs
     finally:
+        model_loader.dummy_loader.initialize_single_dummy_weight = fill
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
         llm = None

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bare_models
+import own_models
 from engine_examples import Output, Result, Run, run_all
-from own_models import names, write
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,27 @@ class Row:
         return self.alike if self.error else self.tokens
 
 
+def names() -> list[str]:
+    """Every architecture that there is a checkpoint of, or a config."""
+    return sorted([*own_models.names(), *bare_models.CONFIGS])
+
+
+def write(name: str, folder: Path) -> None:
+    """What an engine is started on."""
+    (bare_models if name in bare_models.CONFIGS else own_models).write(name, folder)
+
+
 def compare(name: str, folder: Path, tmp: Path, options: dict[str, Any] | None = None, **env: str) -> Row:
     """Of one checkpoint."""
-    run = Run(str(folder), options or {}, {"run": str(tmp / "run"), "prove": "all"})
-    operated, plain = run_all([run, Run(str(folder), options or {}, guarded=True)], tmp, **env)
+    own = bare_models.OPTIONS if name in bare_models.CONFIGS else own_models.OPTIONS.get(name, {})
+    options = {**own, **(options or {})}
+    run = Run(str(folder), options, {"run": str(tmp / "run"), "prove": "all"})
+    env = own_models.ENVIRONMENT.get(name, {}) | env
+    operated, plain = run_all([run, Run(str(folder), options, guarded=True)], tmp, **env)
+    if operated.error and plain.error:
+        return Row(name, error=plain.error, alike=True)
     if operated.error or plain.error:
-        return Row(name, error=operated.error or f"without surgery: {plain.error}", alike=bool(plain.error))
+        return Row(name, error=operated.error or f"without surgery: {plain.error}")
     [receipt] = [receipt for receipt in operated.receipts if receipt["rank"] == 0]
     sites = receipt["report"]["sites"]
     outcomes = Counter(site["outcome"] for site in sites)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -154,19 +155,44 @@ class Block(nn.Module):
             ranks, scores = self.ranks(x)
             ids = self.choose(ranks)
             weights = scores.gather(1, ids)
+        return self.scaled(weights, x), ids
+
+    def scaled(self, weights: Tensor, x: Tensor) -> Tensor:
+        """The scores [T, k] that were chosen as weights."""
+        case = self.case
         if case.norm:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights * case.scale
-        return (weights.to(x.dtype) if case.narrow_weights else weights), ids
+        return weights.to(x.dtype) if case.narrow_weights else weights
+
+    def truth(self, x: Tensor, ids: Tensor) -> Tensor:
+        """The weights [T, k] of the experts ``ids``, in float64 throughout."""
+        case = self.case
+        plain = replace(case, wide_linear=False, wide_logits=False, wide_cap=False, wide_scores=False)
+        twin, x = copy.deepcopy(self).double(), x.double()
+        twin.case = replace(plain, narrow_weights=False, order="scores" if case.order == "gathered" else case.order)
+        logits = twin.logits(x)
+        if case.order == "logits":
+            return twin.scaled(score(case.scoring, logits.gather(1, ids)), x)
+        return twin.scaled(score(case.scoring, logits).gather(1, ids), x)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, HIDDEN)
         weights, ids = self.route(x)
+        return self.experts_of(x, weights, ids).reshape(hidden_states.shape)
+
+    def experts_of(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The sum of the experts ``ids``, weighted, of tokens [T, H]."""
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             rows, slot = torch.where(ids == number)
             out.index_add_(0, rows, (expert(x[rows]) * weights[rows, slot, None]).to(x.dtype))
-        return out.reshape(hidden_states.shape)
+        return out
+
+    def double_sum(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The same of experts as they are, added up in float64."""
+        experts = torch.stack([expert(x).double() for expert in self.experts], dim=1)
+        return (experts.gather(1, ids[..., None].expand(-1, -1, HIDDEN)) * weights[..., None]).sum(1)
 
 
 def near_ties(block: Block, x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from audit_families import ARIA, FAULTS, Audited, Case, audits, save
+from audit_families import FAULTS, Audited, Case, audits
 from engine_examples import Run, environment, run_all
 from hanging import HANG
+from own_models import ARIA, write
 
 import moe_surgery
 from moe_surgery.errors import UsageError
@@ -23,7 +24,9 @@ STOPPED = "stopped"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     tmp = tmp_path_factory.mktemp("checkpoints")
-    return {family: save(family, tmp) for family in (*RIGHT, "ernie4_5_moe")}
+    for family in (*RIGHT, "ernie4_5_moe"):
+        write(family, tmp / family)
+    return {family: tmp / family for family in (*RIGHT, "ernie4_5_moe")}
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,11 @@ from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import Format, Output
 from moe_surgery.cli.progress import Lines, progress
 from moe_surgery.cli.screen import Screen
+from moe_surgery.models.opening import load_model
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
+from moe_surgery.report.words import size
+from moe_surgery.testing.families import build
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from moe_surgery.cli import main; main()"
@@ -328,6 +331,22 @@ def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:
     lines.phase("again")
     lines.step(1, 2, "b")
     assert page.getvalue().splitlines()[-2:] == ["again", "50% (1 of 2, about 0.0 s left) b"]
+
+
+@pytest.mark.parametrize("kept", [{}, {"max_shard_size": "200KB"}], ids=["one file", "shards"])
+def test_loading_tells_the_bytes_that_were_read(tmp_path: Path, kept: dict[str, str]) -> None:
+    model, _ = build("qwen2_moe")
+    model.config.architectures = ["Qwen2MoeForCausalLM"]
+    model.save_pretrained(tmp_path, **kept)
+    page = io.StringIO()
+    lines = Lines(page)
+    lines.phase("loading")
+    load_model(str(tmp_path), on_read=lines.read)
+    found = page.getvalue().splitlines()[1:]
+    held = size(sum(parameter.nbytes for parameter in model.parameters()))
+    assert found[-1] == f"100% ({held} of {held})"
+    assert 5 <= len(found) <= 10
+    assert all(re.match(rf"\d+0% \(.* of {held}, about .* left\) (model|lm_head)\.", line) for line in found[:-1])
 
 
 @pytest.mark.parametrize("output", [Output(no_progress=True), Output(quiet=True)], ids=["no-progress", "quiet"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import build_site
 import pytest
@@ -81,3 +82,80 @@ def test_the_pack_that_is_printed_can_be_read() -> None:
 def test_the_exit_codes_that_are_printed_are_those_of_the_command_line() -> None:
     table = re.findall(r"^\| (\d+) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(code) for code in table] == [code for code, _ in exits.MEANINGS]
+
+
+CODE = re.compile(r"`([^`\n]+)`")
+OF_VLLM = {"--enable-expert-parallel"}
+
+
+def spans() -> Iterator[tuple[str, str]]:
+    """Every piece of code within a line of a page."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for code in CODE.findall(text):
+            yield page.name, code
+
+
+def commands(group: Any = TOP, name: str = "") -> dict[str, set[str]]:
+    """The flags of every command and group, by its whole name."""
+    flags = {f"{name}": {flag for parameter in group.params for flag in (*parameter.opts, *parameter.secondary_opts)}}
+    for each, command in getattr(group, "commands", {}).items():
+        flags |= commands(command, f"{name} {each}".strip())
+    return flags
+
+
+def test_every_flag_and_command_that_is_mentioned_exists() -> None:
+    known = commands()
+    scripts = [file for name in ("benchmarks", "examples", "tests") for file in (ROOT / name).rglob("*.py")]
+    of_scripts = {flag for file in scripts for flag in re.findall(r'add_argument\("(--[\w-]+)"', file.read_text())}
+    everywhere = set().union(*known.values()) | of_scripts | OF_VLLM | {"--help"}
+    wrong = []
+    for page, code in spans():
+        words = code.split()
+        if words[0] == "moe-surgery":
+            words = words[1:]
+            name = ""
+            while words and f"{name} {words[0]}".strip() in known:
+                name = f"{name} {words.pop(0)}".strip()
+            if words and name == "" and not words[0].startswith("-"):
+                wrong.append(f"{page}: {code}")
+            flags = known[name] | {"--help"} if name else everywhere
+            words = words[: words.index("--")] if "--" in words else words
+        elif words[0].startswith("-") or words[0] in known:
+            flags = everywhere
+        else:
+            continue
+        given = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
+        wrong += [f"{page}: {flag} in {code}" for flag in sorted(given - flags)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_exit_code_that_is_mentioned_exists() -> None:
+    known = {str(code) for code, _ in exits.MEANINGS}
+    told = [
+        (page.name, code)
+        for page in PAGES
+        for group in re.findall(r"\bexit codes? ((?:\d+(?:, | and | or )?)+)", page.read_text(encoding="utf-8"))
+        for code in re.findall(r"\d+", group)
+    ]
+    assert len(told) > 5
+    assert [entry for entry in told if entry[1] not in known] == []
+
+
+def _literals() -> str:
+    """Every string of the library's code, those in several pieces put together."""
+    code = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "moe_surgery").rglob("*.py")))
+    return re.sub(r'"\s*\n\s*f?"', "", code)
+
+
+def messages() -> list[str]:
+    """What the page on troubles has in its first column, without what stands for something else."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.+?`[^|]*) \|", page, re.MULTILINE)
+    told = [code for cell in cells for code in CODE.findall(cell)]
+    return [part.strip() for code in told for part in code.split("…") if len(part.strip()) > 1]
+
+
+@pytest.mark.parametrize("message", messages())
+def test_every_message_on_the_page_of_troubles_is_one_of_the_librarys(message: str) -> None:
+    assert message in _literals()

@@ -131,11 +131,11 @@ def test_refuses_other_devices_and_dtypes() -> None:
 
 def test_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "find_spec", lambda name: None)
-    fitness._missing.cache_clear()
+    fitness.missing.cache_clear()
     try:
         refusal = FoldedTarget().accepts(SPEC, Context("cuda", "bfloat16"))
     finally:
-        fitness._missing.cache_clear()
+        fitness.missing.cache_clear()
     assert refusal == Refusal("the folded kernels need Triton, which isn't installed")
 
 

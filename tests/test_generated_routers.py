@@ -28,11 +28,23 @@ def tokens(case: Case) -> Tensor:
 
 
 def rounded(block: Block, x: Tensor) -> Tensor:
-    """How far the rounding of two logits, half a step each, may move a token's weights [T], relative."""
+    """How far a token's output [T] may be off by rounding in its router, relative.
+
+    That of two logits, half a step each; and twice what the block's own weights make it be off, which below the
+    smallest normal number are of a few bits, or nothing.
+    """
     dtype = torch.float32 if block.case.wide_linear else x.dtype
     with torch.no_grad():
         largest = block.logits(x).double().abs().amax(-1)
-    return torch.expm1(torch.finfo(dtype).eps * largest)
+        weights, ids = block.route(x)
+        off = block.double_sum(x, weights.double() - block.truth(x, ids), ids).norm(dim=-1)
+        size = block.double_sum(x, weights.double(), ids).norm(dim=-1)
+    return torch.expm1(torch.finfo(dtype).eps * largest) + 2 * off / size.clamp_min(_least(x.dtype))
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The norm of an output below which rounding is no longer relative: of the smallest normal numbers."""
+    return float(HIDDEN**0.5 * torch.finfo(dtype).tiny)
 
 
 def outcome(case: Case, target: str) -> str:
@@ -51,9 +63,8 @@ def outcome(case: Case, target: str) -> str:
     if step.outcome != "replaced":
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
         return f"{step.outcome}: {step.reason[:60]}"
-    # Below the smallest normal number, rounding is no longer relative.
-    least = HIDDEN**0.5 * torch.finfo(case.dtype).tiny
-    error = (after.double() - before.double()).norm(dim=-1) / before.double().norm(dim=-1).clamp_min(least)
+    size = before.double().norm(dim=-1).clamp_min(_least(case.dtype))
+    error = (after.double() - before.double()).norm(dim=-1) / size
     wrong = (
         (~(error < TOLERANCE[case.dtype] + rounded(block, x)) & before.isfinite().all(-1) & ~ties).nonzero().flatten()
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,18 @@ def test_a_conversion_is_refused_before_anything_is_converted(name: str, operate
     moe_surgery.undo(report)
     assert not any("_apply" in vars(module) or module._load_state_dict_pre_hooks for module in model.modules())
     assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())]
+)
+def test_a_copy_is_refused_with_the_reason(copied: Callable[[Any], Any], operated: tuple[Any, Any]) -> None:
+    model, report = operated
+    for whole in (model, model.model.layers):
+        with pytest.raises(SurgeryError, match="can't be copied or pickled; undo first"):
+            copied(whole)
+    moe_surgery.undo(report)
+    copied(model)
 
 
 def test_what_converts_nothing_passes(operated: tuple[Any, Any]) -> None:

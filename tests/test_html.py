@@ -150,7 +150,8 @@ def test_an_audit_has_its_own_outcomes() -> None:
     words = Read(page(report(steps, done="audited", exit_code=12))).words
     assert "1 right, 1 wrong, 1 not comparable" in words and "gate and up swapped" in words
     assert not {"missed", "refused"} & set(words.split("\n"))
-    assert "after: fused" not in words
+    assert "after: fused" not in words and "before:" not in words and "swapped block" not in words
+    assert "as the checkpoint has it: " in words
 
 
 def test_zero_and_infinity_have_places_on_the_ladder() -> None:

@@ -15,11 +15,13 @@ from moe_surgery.cli import (
     packs_doctor,
     run_report,
     scan_plan_explain,
+    tune,
 )
 from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import (
     Choice,
+    DType,
     Html,
     Loading,
     Model,
@@ -29,8 +31,10 @@ from moe_surgery.cli.options import (
     Place,
     Proof,
     Prove,
+    RunFolder,
     Svg,
     Trust,
+    Words,
 )
 from moe_surgery.cli.packs_commands import packs
 
@@ -226,9 +230,7 @@ def bench(
 
 @command(app, "run", context_settings={"allow_interspersed_args": False})
 def run_command(
-    words: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
-    ],
+    words: Words,
     output: Output,
     pack: Annotated[
         list[str] | None,
@@ -248,10 +250,7 @@ def run_command(
     target: Annotated[
         str, typer.Option("--target", metavar="NAME", help="What to build; engines take auto, folded and vllm.")
     ] = "auto",
-    folder: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
-    ] = None,
+    folder: RunFolder = None,
 ) -> None:
     """Start COMMAND, operate on every model that its processes load or build, and report on stderr."""
     packs = tuple(pack) if pack else None
@@ -261,18 +260,13 @@ def run_command(
 
 @command(app, "audit", context_settings={"allow_interspersed_args": False})
 def audit_command(
-    words: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
-    ],
+    words: Words,
     output: Output,
     on_failure: Annotated[
         OnFailure, typer.Option("--on-failure", help="Stop where a layer is wrong, or keep going and say so.")
     ] = OnFailure.stop,
     html: Html = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder"),
-    ] = None,
+    folder: RunFolder = None,
 ) -> None:
     """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
     job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)
@@ -304,6 +298,34 @@ def diff(
     Margins differ by a factor of 2 or more, speeds by more than their spreads.
     """
     run(output, lambda screen: difference.diff(screen, old, new))
+
+
+@command(app, "tune")
+def tune_command(
+    model: Model,
+    trust: Trust,
+    output: Output,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens", metavar="N", min=1, help="For N tokens; repeatable.", show_default="powers of two to 8192"
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=1, help="How long to look, for each shape.")
+    ] = 300.0,
+    ranks: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="For what each of N ranks holds.")
+    ] = 1,
+    dtype: Annotated[DType, typer.Option("--dtype", help="For weights in this dtype.")] = DType.auto,
+) -> None:
+    """Find the fastest tile sizes for MODEL's blocks on this machine's GPU; they are used from then on.
+
+    Needs no weights. Tables are kept in the user's cache folder, one for each shape and GPU.
+    """
+    kept = None if dtype is DType.auto else dtype.value
+    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept)
+    run(output, lambda screen: tune.tune(screen, job, trust))
 
 
 @command(app, "doctor")

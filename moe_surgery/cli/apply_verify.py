@@ -194,7 +194,8 @@ def named(model: str) -> Iterator[None]:
 
 def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
     from moe_surgery.models.checkpoint import digest
-    from moe_surgery.models.opening import device_type, load_model
+    from moe_surgery.models.dtype_device import device_type
+    from moe_surgery.models.opening import load_model
 
     dtype = None if job.loading.dtype is DType.auto else job.loading.dtype.value
     if plan is not None:  # before minutes go into loading
@@ -203,7 +204,8 @@ def load(job: Job, plan: Plan | None, model: str, progress: Progress) -> Opened:
         if Path(model).is_dir():
             plan.check_origin(digest(Path(model)), model)
     progress.phase(f"loading {model}{_of_bytes(Path(model))}")
-    return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=job.trust.trust_remote_code)
+    trusted = job.trust.trust_remote_code
+    return load_model(model, dtype=dtype, device=job.loading.device, trust_remote_code=trusted, on_read=progress.read)
 
 
 def _of_bytes(directory: Path) -> str:

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "audit": ("audit -- vllm serve model", "audit --run receipts -- python script.py"),
     "report": ("report receipts", "report receipts --html run.html"),
     "diff": ("diff before.json after.json", "diff receipts-monday receipts-today --format json"),
+    "tune": ("tune model", "tune model --tensor-parallel 2 --tokens 1 --tokens 64"),
     "doctor": ("doctor",),
     "packs list": ("packs list",),
     "packs show": ("packs show qwen3-omni",),

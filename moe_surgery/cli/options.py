@@ -61,6 +61,12 @@ Svg = Annotated[
 Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a page.", show_default=False)
 ]
+Words = Annotated[
+    list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder")
+]
 
 
 @dataclass(frozen=True)

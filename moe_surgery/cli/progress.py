@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moe_surgery.report.words import duration
+from moe_surgery.report.words import duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -25,6 +25,9 @@ class Progress(Protocol):
     def step(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` units of this part are finished, ``what`` is the one at hand."""
 
+    def read(self, done: int, total: int, what: str) -> None:
+        """The same in bytes."""
+
 
 class Silent:
     """No progress at all."""
@@ -33,6 +36,9 @@ class Silent:
         pass
 
     def step(self, done: int, total: int, what: str) -> None:
+        pass
+
+    def read(self, done: int, total: int, what: str) -> None:
         pass
 
 
@@ -50,12 +56,18 @@ class Lines:
         self._write(text)
 
     def step(self, done: int, total: int, what: str) -> None:
+        self._tell(done, total, f"{done} of {total}", what)
+
+    def read(self, done: int, total: int, what: str) -> None:
+        self._tell(done, total, f"{size(done)} of {size(total)}", what)
+
+    def _tell(self, done: int, total: int, amount: str, what: str) -> None:
         tenth = 10 * done // total if total else 10
         if tenth > self._tenth:
             self._tenth = tenth
             left = (monotonic() - self._started) / done * (total - done) if done else 0.0
             rest = f", about {duration(left)} left" if done < total else ""
-            self._write(f"{10 * tenth}% ({done} of {total}{rest}) {what}")
+            self._write(f"{10 * tenth}% ({amount}{rest}) {what}")
 
     def _write(self, text: str) -> None:
         self._stream.write(text.rstrip() + "\n")
@@ -67,13 +79,17 @@ class Terminal:
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=None)
+        self._task = bar.add_task("", total=None, amount="")
 
     def phase(self, text: str) -> None:
-        self._bar.reset(self._task, total=None, description=text)
+        self._bar.reset(self._task, total=None, description=text, amount="")
 
     def step(self, done: int, total: int, what: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=what)
+        self._bar.update(self._task, completed=done, total=total, description=what, amount=f"{done}/{total}")
+
+    def read(self, done: int, total: int, what: str) -> None:
+        amount = f"{size(done)} of {size(total)}"
+        self._bar.update(self._task, completed=done, total=total, description=what, amount=amount)
 
 
 @contextmanager
@@ -87,7 +103,6 @@ def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progre
         from rich.console import Console
         from rich.progress import (
             BarColumn,
-            MofNCompleteColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
@@ -99,7 +114,7 @@ def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progre
         columns = (
             SpinnerColumn(),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

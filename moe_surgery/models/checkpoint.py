@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections import defaultdict
@@ -28,6 +29,11 @@ _ITEM_SIZES = {
 _LONGEST_HEADER = 100_000_000
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """How much a tensor of a safetensors dtype takes in its file; 0 of a dtype that isn't known."""
+    return _ITEM_SIZES.get(dtype, 0) * math.prod(shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,8 +201,6 @@ def _header(path: Path, complete: bool) -> Header:
 def _check_extent(path: Path, name: str, dtype: str, shape: tuple[int, ...], extent: tuple[int, int]) -> None:
     if dtype not in _ITEM_SIZES:
         return
-    size = _ITEM_SIZES[dtype]
-    for dim in shape:
-        size *= dim
+    size = tensor_bytes(dtype, shape)
     if extent[1] - extent[0] != size or extent[0] < 0:
         raise ModelError(f"{path}: {name} {list(shape)} {dtype} takes {size} bytes, not {extent[1] - extent[0]}")

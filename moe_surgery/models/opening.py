@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,9 @@ from moe_surgery.models.checkpoint import (
     read_config,
     refuse_pickles,
 )
+from moe_surgery.models.classes import Checkpoint, model_class
+from moe_surgery.models.dtype_device import here, torch_dtype
+from moe_surgery.models.loading import Read, quiet_bars, told
 from moe_surgery.models.quantisation import FIELD, MODELOPT, Quantisation, quantisation_of
 from moe_surgery.models.text import TOKENIZER_FILES
 
@@ -54,17 +56,6 @@ class Opened:
     quantisation: Quantisation | None = None
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint's directory on this machine and its raw config."""
-
-    name: str
-    directory: Path
-    config: dict[str, Any]
-    trust_remote_code: bool
-    quantisation: Quantisation | None = None
-
-
 def open_meta(model: str, *, trust_remote_code: bool = False, dtype: str | None = None) -> Opened:
     """Build a model on the meta device from its config alone, in evaluation mode.
 
@@ -77,27 +68,36 @@ def open_meta(model: str, *, trust_remote_code: bool = False, dtype: str | None 
         from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     checkpoint = _find(model, trust_remote_code, weights=False)
-    wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
+    wanted = _dtype(checkpoint) if dtype is None else torch_dtype(dtype)
     with _model_errors(checkpoint.directory / CONFIG), uncollected():
-        kind, config = _model_class(checkpoint)
+        kind, config = model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             module = kind._from_config(_unquantised(config), dtype=wanted)
     return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory, checkpoint.quantisation)
 
 
-def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Opened:
+def load_model(
+    model: str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_read: Read | None = None,
+) -> Opened:
     """Load a model with its weights, in evaluation mode. ``dtype`` is None for the checkpoint's own.
+
+    ``on_read`` is told the bytes that were read, those there are, and the parameter that comes next.
 
     Raises :class:`ModelError` if a weight is missing, left over or of the wrong shape: a model that lacks an expert
     would otherwise run on random numbers without a word.
     """
     checkpoint = _find(model, trust_remote_code, weights=True)
     headers = checkpoint_headers(checkpoint.directory)
-    wanted = _dtype(checkpoint) if dtype is None else _torch_dtype(dtype)
-    place = _device(device)
+    wanted = _dtype(checkpoint) if dtype is None else torch_dtype(dtype)
+    place = here(device)
     with _model_errors(checkpoint.directory / CONFIG):
-        kind, config = _model_class(checkpoint)
-    with _model_errors(checkpoint.directory, headers), quiet_bars():
+        kind, config = model_class(checkpoint)
+    with _model_errors(checkpoint.directory, headers), quiet_bars(), told(headers, on_read):
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -114,7 +114,7 @@ def load_model(model: str, *, dtype: str | None = None, device: str = "cpu", tru
     return Opened(checkpoint.name, module.eval(), checkpoint.config, checkpoint.directory)
 
 
-def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
+def _find(model: str, trust_remote_code: bool, *, weights: bool) -> Checkpoint:
     directory = Path(model)
     if not model:
         raise ModelError("no model is named")
@@ -131,7 +131,7 @@ def _find(model: str, trust_remote_code: bool, *, weights: bool) -> _Checkpoint:
     found = quantisation_of(directory, config)
     if found is not None and weights:
         raise ModelError(f"{directory}/{found.where}: its weights are {found.scheme}; {found.advice}")
-    return _Checkpoint(name, directory, config, trust_remote_code, found)
+    return Checkpoint(name, directory, config, trust_remote_code, found)
 
 
 def _unquantised(config: Any) -> Any:
@@ -159,71 +159,6 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(f"{model}: no such directory, and not to be had from the hub: {reason}") from error
 
 
-def _model_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
-    """The class that the checkpoint's config names, and the config as transformers' object.
-
-    Where a checkpoint's own code is trusted, it is that code that runs, also where transformers knows the name. A name
-    that transformers doesn't know is found by the model's type, as its Auto classes do; but of code that comes along
-    only where it is the same name, spelled otherwise.
-    """
-    import transformers
-    from transformers import AutoConfig, PreTrainedModel
-
-    path, raw, trust = checkpoint.directory / CONFIG, checkpoint.config, checkpoint.trust_remote_code
-    own = raw.get("auto_map")
-    if trust and isinstance(own, dict) and any("AutoModel" in key for key in own):
-        return _remote_class(checkpoint)
-    names, model_type = raw.get("architectures") or [], raw.get("model_type")
-    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
-    known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if not known and (not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING):
-        if own:
-            raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
-        if names:
-            version = transformers.__version__
-            raise ModelError(f"{path}: architectures: transformers {version} has no class {names[0]!r}")
-        if model_type is None:
-            raise ModelError(f"{path}: neither architectures nor model_type says what the model is")
-    if model_type is not None:
-        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-    else:
-        config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)  # type: ignore[union-attr]
-    found = kind if known else _class_by_type(config, names[0] if names else "")
-    if not known and own and found is not None and found.__name__.lower() != str(*names[:1]).lower():
-        raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
-    if found is None:
-        missing = f"transformers has no class {names[0]!r}" if names else "architectures is missing"
-        raise ModelError(f"{path}: {missing}, and model_type {model_type!r} names no language model")
-    return found, config
-
-
-def _class_by_type(config: Any, name: str) -> Any:
-    """The class that an Auto class has for a config; the one that does what a class called ``name`` is to do."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM]
-    if name.endswith("ForConditionalGeneration"):
-        kinds.sort(key=lambda kind: kind is AutoModelForCausalLM)
-    if name.endswith("Model"):
-        kinds.insert(0, AutoModel)
-    return next((kind._model_mapping[type(config)] for kind in kinds if type(config) in kind._model_mapping), None)
-
-
-def _remote_class(checkpoint: _Checkpoint) -> tuple[Any, Any]:
-    """The class that ``auto_map`` points at, in code that lies with the checkpoint."""
-    from transformers import AutoConfig
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    places = checkpoint.config["auto_map"]
-    models = [key for key in sorted(places, key=lambda key: key != "AutoModelForCausalLM") if "AutoModel" in key]
-    kind: Any = get_class_from_dynamic_module(places[models[0]], str(checkpoint.directory), local_files_only=True)
-    if "AutoConfig" in places:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True, local_files_only=True)
-    else:
-        config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)
-    return kind, config
-
-
 def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every ``key`` that isn't null in a config and in the configs inside it, outermost first, with its path."""
     if config.get(key) is not None:
@@ -233,7 +168,7 @@ def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tup
             yield from _fields(value, key, f"{path}{name}.")
 
 
-def _dtype(checkpoint: _Checkpoint) -> torch.dtype:
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config states, else the one of the weights, else float32 as in transformers.
 
     The outermost statement counts; it may be called ``dtype`` or, in older checkpoints, ``torch_dtype``.
@@ -241,7 +176,7 @@ def _dtype(checkpoint: _Checkpoint) -> torch.dtype:
     for key in ("dtype", "torch_dtype"):
         for path, value in _fields(checkpoint.config, key):
             try:
-                return _torch_dtype(value)
+                return torch_dtype(value)
             except UsageError as error:
                 raise ModelError(f"{checkpoint.directory / CONFIG}: {path}: {error}") from None
     try:
@@ -249,50 +184,10 @@ def _dtype(checkpoint: _Checkpoint) -> torch.dtype:
     except ModelError:
         headers = {}
     stated = [_SAFETENSORS_DTYPES[dtype] for dtype, _ in headers.values() if dtype in _SAFETENSORS_DTYPES]
-    return _torch_dtype(stated[0] if stated else "float32")
+    return torch_dtype(stated[0] if stated else "float32")
 
 
-def _torch_dtype(name: object) -> torch.dtype:
-    import torch
-
-    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"{name!r} is not a floating-point dtype of torch")
-    return dtype
-
-
-def dtype_name(name: object) -> str:
-    """What reports call a dtype, such as "float16" for "torch.half". Raises :class:`UsageError` if it is none."""
-    return str(_torch_dtype(name)).removeprefix("torch.")
-
-
-def device_type(name: object) -> str:
-    """The type of a device, which needn't be on this machine. Raises :class:`UsageError` if no model can be on it."""
-    import torch
-
-    try:
-        kind = torch.device(name).type if isinstance(name, str) else None
-    except RuntimeError:
-        kind = None
-    if kind is None:
-        raise UsageError(f"{name!r} is no device of torch, such as cpu or cuda")
-    if kind == "meta":
-        raise UsageError("device 'meta' holds no weights")
-    return kind
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    device_type(name)
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-
-
-def _check_loaded(checkpoint: _Checkpoint, info: Mapping[str, Any]) -> None:
+def _check_loaded(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     """Raise unless every parameter got a tensor of its shape, and every tensor a parameter."""
     found = []
     for key, words in (
@@ -333,18 +228,3 @@ def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
         raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Keep transformers' bars out of logs; its own setting is put back."""
-    from transformers.utils import logging
-
-    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if silence:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silence:
-            logging.enable_progress_bar()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import ModelError
 from moe_surgery.models.checkpoint import checkpoint_headers, files_of
-from moe_surgery.models.opening import Opened, quiet_bars
+from moe_surgery.models.loading import quiet_bars
+from moe_surgery.models.opening import Opened
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,21 +14,24 @@ from torch import nn
 from moe_surgery.calling import output_of
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
-from moe_surgery.operate.building import Double, Unanswerable, built
+from moe_surgery.operate.ahead import ProbesAhead
+from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.own_tokens import disagreement
+from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
+from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
-from moe_surgery.weights.tensors import BlockTensors, gather
+from moe_surgery.weights.tensors import BlockTensors
 
 Progress = Callable[[int, int, str], None]
 """``(done, total, what)``: sites proven so far, sites in all, and the path being worked on."""
@@ -108,8 +111,9 @@ class Operation:
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
-        for path in self._paths():
-            self._proven(path)
+        with self._ahead() as ahead:
+            for path in self._paths():
+                self._proven(path, ahead)
         self._check_counts("verified")
         failed = any(not verdict.passed and not verdict.powerless for verdict in self.verdicts.values())
         return self._report("verified", exit_code=ProofError.exit_code if failed else 0)
@@ -127,16 +131,20 @@ class Operation:
             self.whole.before()
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
-        for path in self._paths():
-            new = self._accepted(path)
-            if new is not None:
-                blocks[path] = new if undoable else Double(new)
+        with self._ahead() as ahead:
+            for path in self._paths():
+                new = self._accepted(path, ahead)
+                if new is not None:
+                    blocks[path] = new if undoable else Double(new)
         self._check_counts("rolled back")
         self.proved = time.perf_counter() - self.started
         transaction = self._exchanged(blocks)
         if not undoable:
             transaction.undo()
             transaction = self._exchange_one_by_one(tuple(blocks))
+        for swap in transaction.swaps:
+            if swap.old is not None:  # whatever the new block wrote while it was tried
+                take_over(swap.new, swap.old, self.readings[swap.path])
         memory = Memory(
             moved=sum(swap.new.moved_bytes for swap in transaction.swaps),
             new=sum(swap.new.new_bytes for swap in transaction.swaps),
@@ -183,6 +191,18 @@ class Operation:
             transaction.commit()
         return transaction
 
+    def _ahead(self) -> ProbesAhead:
+        """Probes of blocks whose weights can be had without a copy, and whose router isn't made up for the proof."""
+
+        def make(path: str) -> Probes | None:
+            reading = self.readings[path]
+            if reading.layout.packed is None or reading.spec.at == "experts" or reading.spec.router.own:
+                return None
+            tensors = gathered(self.model.get_submodule(path), reading)
+            return make_probes(reading.spec, tensors.router, self.settings.seed, tensors)
+
+        return ProbesAhead(tuple(self.readings), make)
+
     def _paths(self) -> Iterable[str]:
         paths, progress = list(self.readings), self.settings.progress
         return paths if progress is None else _reported(paths, progress)
@@ -191,27 +211,29 @@ class Operation:
         """The block for a site, which answers for the old one. Raises :class:`Unanswerable` if it can't."""
         block, reading = self.model.get_submodule(path), self.readings[path]
         if tensors is None:
-            tensors = gather(block, reading.layout)
+            tensors = gathered(block, reading)
         new = built(block, reading, tensors, self.targets[path], path)
         new.rule = self.rules[path]
         return new
 
-    def _proven(self, path: str) -> StandingBlock | None:
+    def _proven(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
         """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
-        block = self.model.get_submodule(path)
+        block, probes = self.model.get_submodule(path), ahead.of(path)
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
-            tensors = gather(block, reading.layout)
+            tensors = gathered(block, reading)
             try:
                 new = self._build(path, tensors)
             except Unanswerable as error:
                 self.refused[path] = str(error)
                 return None
             settings = self.settings
-            convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
-            verdict = prove_block(
-                block, new, reading.spec, tensors, convention, seed=settings.seed, margin=settings.margin
-            )
+            convention = new.convention or Convention.of(reading.spec, reading.calling, reading.results, tensors)
+            seed, margin = settings.seed, settings.margin
+            with unwritten(block):
+                verdict = prove_block(
+                    block, new, reading.spec, tensors, convention, seed=seed, margin=margin, probes=probes
+                )
             self.verdicts[path] = verdict
             if verdict.powerless:
                 self.refused[path] = f"can't be proven: {verdict.reason}"
@@ -235,8 +257,8 @@ class Operation:
                 raise self._failed(f"{path}: {fault}")
             whole.saw(apart)
 
-    def _accepted(self, path: str) -> StandingBlock | None:
-        new = self._proven(path)
+    def _accepted(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
+        new = self._proven(path, ahead)
         if new is not None and not self.verdicts[path].passed:
             raise self._failed(f"{path}: {self.verdicts[path].reason}")
         return new

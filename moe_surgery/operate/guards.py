@@ -1,8 +1,8 @@
 """Check first, then act: what a user may call on a model with swapped blocks in it is refused before it has begun.
 
-``Module.to``, ``load_state_dict`` and ``save_pretrained`` go through a model module by module, or write one file after
-another; an error from a block half-way through would leave half of it done. So every module around a block asks the
-blocks first. Undoing takes the guards away.
+``Module.to``, ``load_state_dict``, ``save_pretrained`` and pickling go through a model module by module, or write one
+file after another; an error from a block half-way through would leave half of it done. So every module around a block
+asks the blocks first. Undoing takes the guards away.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ class Guards:
                 )
             return inner(*args, **kwargs)
 
+        def reduce(inner: Callable[..., Any], protocol: Any) -> Any:
+            below[0][1].__reduce_ex__(protocol)  # which raises, while what else a pickle may fail with is yet to come
+            return inner(protocol)
+
         self._replace(module, "_apply", convert)
+        self._replace(module, "__reduce_ex__", reduce)
         self._undo.append(module.register_load_state_dict_pre_hook(load).remove)
         if not self.kept and _pretrained(module):
             self._replace(module, "save_pretrained", save)

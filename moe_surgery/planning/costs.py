@@ -2,7 +2,7 @@
 
 The factors were measured by ``benchmarks/apply_memory.py`` (``benchmarks/results/epyc-2core-apply_memory.json``), in
 units of a block's bytes and with the proof included. Targets that move weights by reference need less. What a block
-takes however small it is was seen in ``make demo``.
+takes however small it is was seen once, in ``make demo``.
 """
 
 from __future__ import annotations

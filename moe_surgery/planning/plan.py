@@ -38,12 +38,26 @@ logger = logging.getLogger("moe_surgery")
 
 @dataclass(frozen=True)
 class Plan:
-    """One step per site, in the order of the module tree. ``model`` is the directory, hub id or class planned for.
+    """What is to be done with every site. It can be saved, reviewed, and applied unchanged later.
 
-    A plan can be saved, reviewed, and applied unchanged later; applying it to a model that no longer fits is an error.
-    ``checkpoint`` tells the checkpoint it was made for from others, None where that isn't known. ``device`` (its type)
-    and ``dtype`` are those that were asked for, None where none was; what is loaded otherwise doesn't fit the plan.
-    ``costs`` is None in a plan that was read from a file.
+    Applying it to a model that no longer fits is an error.
+
+    Attributes:
+        model: The directory, hub id or class planned for.
+        target: What blocks are to be replaced with.
+        steps: One for each site, in the order of the module tree.
+        checkpoint: Tells the checkpoint it was made for from others; None where that isn't known.
+        device: The type of device that was asked for, None where none was.
+        dtype: The dtype that was asked for, None where none was.
+        versions: Name → version of what it was made with.
+        seconds: How long it took to make.
+        costs: What carrying it out takes, in bytes and seconds; None in a plan that was read from a file.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> moe_surgery.plan(model, target="reference").save("plan.json")
+        >>> len(moe_surgery.apply(model, moe_surgery.Plan.load("plan.json")).replaced)
+        2
     """
 
     model: str
@@ -85,7 +99,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
-        """Raises :class:`PlanError` if ``data`` isn't a plan, or was changed after it was made."""
+        """Raises ``PlanError`` if ``data`` isn't a plan, or was changed after it was made."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"not a plan of schema {SCHEMA} (found {found})")
@@ -110,12 +124,26 @@ class Plan:
         return json.dumps(self.to_json(), indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all. Raises :class:`UsageError` if it can't be written."""
+        """Write the plan as JSON, whole or not at all.
+
+        Args:
+            path: The file, which may be there already.
+
+        Raises:
+            UsageError: It can't be written.
+        """
         write_whole(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a saved plan. Raises :class:`PlanError` naming the file."""
+        """Read a saved plan.
+
+        Args:
+            path: The file.
+
+        Raises:
+            PlanError: It isn't a plan, or was changed after it was made; the message names the file.
+        """
         try:
             return cls.from_json(json.loads(checks.path(path, "a plan").read_text(encoding="utf-8")))
         except OSError as error:
@@ -126,13 +154,13 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
     def check_origin(self, found: Digest | None, where: str) -> None:
-        """Raise :class:`PlanError` if ``found``, the checkpoint at ``where``, is another than the plan was made for."""
+        """Raise ``PlanError`` if ``found``, the checkpoint at ``where``, is another than the plan was made for."""
         differs = None if self.checkpoint is None or found is None else self.checkpoint.differs_in(found)
         if differs is not None:
             raise PlanError(f"the plan was made for another checkpoint than {where}: it differs in {differs}")
 
     def check_place(self, device: str, dtype: str | None) -> None:
-        """Raise :class:`PlanError` if it was asked for on another device type or in another dtype (None: not known)."""
+        """Raise ``PlanError`` if it was asked for on another device type or in another dtype (None: not known)."""
         wanted = (self.device or device, self.dtype or dtype)
         if wanted != (device, self.dtype if dtype is None else dtype):
             was, now = (kind + ("" if kept is None else f" in {kept}") for kind, kept in (wanted, (device, dtype)))
@@ -176,7 +204,7 @@ class Selection:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Raises :class:`UsageError` for what is of the wrong type."""
+        """Raises ``UsageError`` for what is of the wrong type."""
         checks.texts(self.only, "only")
         checks.texts(self.skip, "skip")
         checks.truth(self.strict, "strict")
@@ -193,7 +221,7 @@ class Selection:
         return None
 
     def check(self, sites: Sequence[Surveyed]) -> None:
-        """Raises :class:`ExpectationError` for a glob that no site fits: it was meant to do something."""
+        """Raises ``ExpectationError`` for a glob that no site fits: it was meant to do something."""
         for glob in (*self.only, *self.skip):
             if not any(Pattern(glob).matches(item.site.path) for item in sites):
                 raise ExpectationError(f"no MoE-looking site fits {glob} (** stands for any number of path segments)")
@@ -215,7 +243,7 @@ def make_plan(
     ``obstacle`` says why a site can't be operated on whatever the target. ``device`` is the type of device that a model
     on the meta device is planned for.
 
-    Raises :class:`ExpectationError` (with the report) if a rule or the caller expected more.
+    Raises ``ExpectationError`` (with the report) if a rule or the caller expected more.
     """
     selection.check(sites)
     matches = {item.site.path: match_rules(item, packs, config) for item in sites}
@@ -291,10 +319,10 @@ def _decide(
     dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else device, dtype, live)
     if isinstance(target, AutoTarget):
-        target, note = target.pick(spec, context)
+        target, note = target.pick(spec.built, context)
     else:
-        note = target.remark(spec, context)
-    refusal = target.accepts(spec, context)
+        note = target.remark(spec.built, context)
+    refusal = target.accepts(spec.built, context)
     if refusal is not None:
         reason = f"{refusal.reason}; {note}" if note else refusal.reason
         return Step(path, kind, "refused", reason, rule, target.name, spec)
@@ -305,7 +333,7 @@ def _decide(
 def check_expectations(
     plan: Plan, matched: list[str | None], packs: Sequence[Pack], config: object, selection: Selection
 ) -> None:
-    """Raises :class:`ExpectationError` if a rule or the caller wanted other counts; ``matched``: each match's rule."""
+    """Raises ``ExpectationError`` if a rule or the caller wanted other counts; ``matched``: each match's rule."""
     for pack in packs:
         for rule in pack.rules:
             wanted, found = rule.expected(config), matched.count(rule.full_name)

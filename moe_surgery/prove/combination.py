@@ -238,7 +238,7 @@ def _judge(found: _Answers, margin: float, tokens: int) -> Verdict:
     errors, built_at = found.worst(found.new)
     faults = beyond_noise("the old block is not what was read", reading, read_at, found)
     faults += beyond_noise("the new block is not what the spec says", errors, built_at, found)
-    mutants = sorted((measure(twin, found, errors, margin) for twin in found.twins), key=lambda m: m[0].margin)
+    mutants = sorted(measure(found.twins, found, errors, margin), key=lambda m: m[0].margin)
     wrong = bool(faults)
     faults = faults or power_faults(mutants, found, margin)
     counts = torch.bincount(found.truth.family, minlength=len(FAMILIES)).tolist()

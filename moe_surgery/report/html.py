@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from moe_surgery.report.from_json import report_from_json
-from moe_surgery.report.html_kinds import kinds
+from moe_surgery.report.html_kinds import AUDITED, kinds
 from moe_surgery.report.html_parts import (
     NARROW,
     WIDE,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _ALWAYS = ("replaced", "kept", "missed", "refused")
 _WORDS = {("planned", "replaced"): "to replace", ("planned", "kept"): "to keep", ("verified", "replaced"): "proven"}
-_AUDITED = ("right", "wrong", "not comparable")
 
 
 def page(
@@ -60,12 +59,11 @@ def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
     body = [tag("h1", safe(f"run {run}")), paragraph(run_sentence(receipts), "q"), *_failure(error, exit_code)]
     body += [tag("h2", "Processes"), _processes(receipts)]
     number = 0
-    for (model, load), group in groupby(receipts, key=lambda receipt: (receipt.model, receipt.load)):
+    for name, group in groupby(receipts, key=lambda receipt: receipt.name):
         reported = [receipt for receipt in group if receipt.report is not None]
         same = alike(reported)
         for receipt in reported[:1] if same else reported:
             assert receipt.report is not None
-            name = model if load == 1 else f"{model}, load {load}"
             whose = "" if len(reported) == 1 else f", rank {receipt.rank}"
             notes: list[Note] = []
             if whose:
@@ -106,7 +104,7 @@ def _body(report: Outcomes, notes: Sequence[Note], speeds: Sequence[Speed], mark
 def _figures(report: Outcomes) -> str:
     """How many sites ended how, large."""
     found = counts(report)
-    names = _AUDITED if found.keys() & set(_AUDITED) else _ALWAYS
+    names = AUDITED if found.keys() & set(AUDITED) else _ALWAYS
     shown = []
     for name in names:
         word = _WORDS.get((report.done, name), name)
@@ -134,14 +132,14 @@ def _processes(receipts: Sequence[Receipt]) -> str:
         return paragraph("no process of this run loaded a model")
     lines = []
     for receipt in receipts:
-        outcome = chip(receipt.outcome, TONES[receipt.outcome])
-        name = receipt.model if receipt.load == 1 else f"{receipt.model}, load {receipt.load}"
-        told = safe(receipt.error) if receipt.error is not None else ""
-        cells = [cell(outcome), cell(safe(name)), cell(f"{receipt.rank} of {receipt.world}", head="rank")]
-        cells += [cell(str(receipt.pid), head="pid"), cell(safe(receipt.fingerprint or "none"), "mono", "plan")]
-        cells += [cell(safe(receipt.ledger or "none"), "mono", "ledger"), cell(told)]
+        outcome = chip(receipt.outcome, "bad" if receipt.exit_code else TONES[receipt.outcome])
+        cells = [cell(outcome), cell(safe(receipt.name)), cell(f"{receipt.rank} of {receipt.world}", "f", "rank")]
+        cells += [cell(str(receipt.pid), "f", "pid"), cell(safe(receipt.fingerprint or "none"), "mono", "plan")]
+        cells.append(cell(safe(receipt.ledger or "none"), "mono", "ledger"))
         lines.append(cells)
-    return table(("", "model", "rank", "pid", "plan", "ledger", ""), lines)
+        if receipt.error is not None:
+            lines.append([cell(safe(receipt.error), "q", span=len(cells))])
+    return table(("", "model", "rank", "pid", "plan", "ledger"), lines)
 
 
 def _document(title: str, body: Sequence[str]) -> str:

@@ -16,6 +16,9 @@ from moe_surgery.report.pictures.weight_map import weight_map
 from moe_surgery.report.rows import Row, rows
 from moe_surgery.report.words import error, plural, ratio
 
+AUDITED = ("right", "wrong", "not comparable")
+"""Outcomes of layers that are only asked."""
+
 
 def kinds(report: Outcomes, mark: str) -> Iterator[str]:
     """A table with a line for each kind of site, then a part for each. ``mark`` keeps their links apart in a page."""
@@ -74,7 +77,8 @@ def _kind(row: Row, steps: Sequence[Step], report: Outcomes, name: str) -> str:
 def _anatomy(row: Row, step: Step, report: Outcomes) -> Iterator[str]:
     if step.spec is None:
         return
-    figures = [tag("figure", before(step.spec, step.weights, row.kind))]
+    when = "as the checkpoint has it" if row.outcome in AUDITED else "before"
+    figures = [tag("figure", before(step.spec, step.weights, f"{when}: {row.kind}"))]
     if row.outcome == "replaced" and row.target:
         said = {
             "planned": "As apply would build it.",
@@ -94,7 +98,8 @@ def _proof(step: Step, proven: int) -> Iterator[str]:
     yield tag("h4", safe(f"How far from the reference {whose}".strip()))
     if verdict.mutants or math.isfinite(verdict.reading_error):
         yield both(ladder(verdict, WIDE), ladder(verdict, NARROW))
-    said = f"{verdict.reason}."
+    # An audit's reasons speak of a layer; nothing was swapped.
+    said = f"{step.reason if step.outcome in AUDITED and step.outcome != 'right' else verdict.reason}."
     if verdict.bound > 0:
         said += f" The band is what a right block may be off, {error(verdict.bound)} on tokens of unit scale."
     if any(mutant.family != "unit" for mutant in verdict.mutants):

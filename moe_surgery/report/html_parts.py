@@ -60,9 +60,9 @@ def alarm(topic: str, text: str) -> str:
     return tag("div", tag("b", safe(topic)) + " " + safe(text), class_="alarm", role="alert")
 
 
-def cell(inside: str, kind: str = "", head: str = "") -> str:
-    """A table's cell; ``head`` is said beside it where columns have no room for heads."""
-    return tag("td", inside, class_=kind, **{"data-h": head})
+def cell(inside: str, kind: str = "", head: str = "", *, span: int = 1) -> str:
+    """A table's cell over ``span`` columns; ``head`` is said beside it where columns have no room for heads."""
+    return tag("td", inside, class_=kind, colspan=str(span) if span > 1 else "", **{"data-h": head})
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

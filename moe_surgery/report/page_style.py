@@ -28,10 +28,10 @@ table{{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}}
 th{{text-align:left;font-weight:600;font-size:13px;color:var(--muted);padding:4px 16px 4px 0}}
 th{{border-bottom:1px solid var(--rule)}}
 td{{padding:7px 16px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}}
-td.n,th.n{{text-align:right;white-space:nowrap}}
+td.n,th.n{{text-align:right;white-space:nowrap}} td.f{{white-space:nowrap}}
 th:last-child,td:last-child{{padding-right:0}}
 .chip{{display:inline-block;min-width:20px;height:20px;line-height:20px;border-radius:3px;text-align:center;font-size:12px;
-font-weight:600;color:var(--paper);padding:0 4px;margin-right:8px;vertical-align:1px}}
+font-weight:600;color:var(--paper);padding:0 4px;white-space:nowrap;margin-right:8px;vertical-align:1px}}
 .key{{display:flex;flex-wrap:wrap;gap:6px 22px;margin:14px 0 0;color:var(--muted);font-size:13px}}
 article{{border-top:1px solid var(--rule);padding-top:20px;margin-top:28px}}
 article>header{{display:flex;gap:4px;align-items:baseline}}

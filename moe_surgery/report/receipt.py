@@ -17,9 +17,8 @@ class Receipt:
     that it holds, and ``model`` the architecture or class that was built, as the process's ``load``-th of that class: a
     draft model may be of the class of its target. "kept" is one in which nothing was replaced, "unpatched" one
     that stays as it was although surgery was asked for, "audited" one that was only asked. ``fingerprint`` is the
-    plan's, ``ledger`` the digest of where
-    every weight went, ``report`` what ``Report.to_json`` gives; each is None where it didn't come to that. ``error``
-    and ``exit_code`` tell what went wrong.
+    plan's, ``ledger`` the digest of where every weight went, ``report`` what ``Report.to_json`` gives; each is None
+    where it didn't come to that. ``error`` and ``exit_code`` tell what went wrong.
     """
 
     pid: int
@@ -34,6 +33,11 @@ class Receipt:
     exit_code: int = 0
     stage: int = 0
     load: int = 1
+
+    @property
+    def name(self) -> str:
+        """The model, and which of its class where that needs saying."""
+        return self.model if self.load == 1 else f"{self.model}, load {self.load}"
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data of the versioned schema ``moe-surgery/receipt/1``."""

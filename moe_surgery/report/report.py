@@ -15,7 +15,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Report(Outcomes):
-    """The outcomes for a whole model; ``transaction`` is the operation behind them, where there is one to undo."""
+    """What became of every site of a model. It prints as on a terminal, and shows as a table in notebooks.
+
+    Attributes:
+        model: The model's name or class.
+        done: "planned", "verified", "applied", "rolled back" or "undone".
+        steps: One for each site, with its ``path``, ``kind``, ``outcome``, ``reason``, ``spec`` and ``verdict``.
+        replaced: Those that are replaced; and so ``kept``, ``missed`` and ``refused``.
+        fingerprint: The plan's.
+        versions: Name → version of what it was made with.
+        seconds: How long it took; ``phases`` tells the parts of it.
+        memory: Bytes that were moved, made anew and kept for ``undo``.
+        exit_code: What the command line ends with.
+        model_check: How the whole model did; None where that wasn't asked.
+        transaction: The operation behind it, where there is one to undo.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> report = moe_surgery.apply(model, target="reference")
+        >>> report.done, report.exit_code, report.to_json()["schema"]
+        ('applied', 0, 'moe-surgery/report/1')
+    """
 
     transaction: Transaction | None = field(default=None, repr=False, compare=False)
 
@@ -32,7 +52,11 @@ class Report(Outcomes):
         return page(self)
 
     def render(self, console: Console) -> None:
-        """Print the report: one row per kind of site, indices folded, the sentence to quote last."""
+        """Print the report: one row per kind of site, indices folded, the sentence to quote last.
+
+        Args:
+            console: One of rich's.
+        """
         from moe_surgery.report.terminal import render
 
         render(self, console)

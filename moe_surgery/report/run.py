@@ -27,7 +27,7 @@ def run_data(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
 
 def run_sentence(receipts: Sequence[Receipt]) -> str:
     """The run in one line: ``1 model in 2 processes: 2 operated, 0 unpatched, 0 failed``."""
-    models = len({(receipt.model, receipt.load) for receipt in receipts})
+    models = len({receipt.name for receipt in receipts})
     found = {outcome: sum(receipt.outcome == outcome for receipt in receipts) for outcome in STYLES}
     counts = [f"{count} {outcome}" for outcome, count in found.items() if count or outcome not in ("kept", "audited")]
     processes = len({receipt.pid for receipt in receipts})
@@ -38,9 +38,9 @@ def run_sentence(receipts: Sequence[Receipt]) -> str:
 def render_run(run: str, receipts: Sequence[Receipt], console: Console) -> None:
     """Print one line per process, and below them the report of each model: once, if all ranks have the same."""
     indented(console, f"run {run}", 0, "bold")
-    for (model, load), group in groupby(receipts, key=lambda receipt: (receipt.model, receipt.load)):
+    for name, group in groupby(receipts, key=lambda receipt: receipt.name):
         ranks = list(group)
-        indented(console, model if load == 1 else f"{model}, load {load}", 0, "bold")
+        indented(console, name, 0, "bold")
         for receipt in ranks:
             indented(console, _line(receipt), 4, STYLES[receipt.outcome])
             if receipt.error is not None:

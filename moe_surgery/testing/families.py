@@ -38,7 +38,7 @@ class Family:
         return self.name.partition("#")[0]
 
     def setting(self, name: str) -> Mapping[str, Any]:
-        """The config fields of a setting. Raises :class:`UsageError` naming those there are."""
+        """The config fields of a setting. Raises ``UsageError`` naming those there are."""
         if name == DEFAULT:
             return {}
         if name not in self.settings:
@@ -49,7 +49,15 @@ class Family:
 
 @cache
 def families() -> Mapping[str, Family]:
-    """All families, by name, in alphabetical order."""
+    """All families, by name, in alphabetical order.
+
+    Returns:
+        Name → family, with the ``settings`` that ``build`` takes.
+
+    Examples:
+        >>> "top4" in moe_surgery.testing.families()["qwen2_moe"].settings
+        True
+    """
     data = _without_none(_data())
     common = data.pop("common")
     del data["tiny"]
@@ -57,7 +65,7 @@ def families() -> Mapping[str, Family]:
 
 
 def family(name: str) -> Family:
-    """The family called ``name``. Raises :class:`UsageError` if there is none."""
+    """The family called ``name``. Raises ``UsageError`` if there is none."""
     if name not in families():
         raise UsageError(f"no family is called {name!r}; there are {', '.join(families())}")
     return families()[name]
@@ -67,7 +75,23 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
     """A tiny model of a family, in float32 and evaluation mode, and the keyword arguments of one call of it.
 
     Weights, biases, correction biases and scales of its MoE blocks are random and large enough for each of them to
-    be seen in the outputs. The same arguments give the same model. Raises :class:`UsageError` for an unknown name.
+    be seen in the outputs. The same arguments give the same model.
+
+    Args:
+        name: Of a family, as ``families`` has it.
+        setting: Other values of some fields of its config; "default" for none.
+        seed: Of the weights and inputs.
+
+    Returns:
+        The model, and inputs such as ``{"input_ids": [B, S] int64}``.
+
+    Raises:
+        UsageError: There is no such family or setting.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe", "top4")
+        >>> moe_surgery.scan(model).kept[0].spec.router.top_k
+        4
     """
     import torch
 
@@ -86,7 +110,7 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
 
 
 def model_config(chosen: Family, fields: Mapping[str, Any] | None = None) -> Any:
-    """The transformers config that :func:`build` builds a family's model from, with other values of some fields.
+    """The transformers config that ``build`` builds a family's model from, with other values of some fields.
 
     Fields that the config doesn't have are left out.
     """
@@ -94,10 +118,19 @@ def model_config(chosen: Family, fields: Mapping[str, Any] | None = None) -> Any
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """What a model computes for ``inputs``: the tensor it returns, or else logits, last hidden state or feature maps.
+    """What a model computes: the tensor it returns, or else logits, last hidden state or feature maps.
 
-    Of the models of families: float, of shape (batch, sequence, vocabulary or hidden size); feature maps (batch,
-    patches, hidden size).
+    Args:
+        model: A module, in evaluation mode.
+        inputs: The keyword arguments of one call of it.
+
+    Returns:
+        Of the models of families: float, of shape [B, S, V or H]; feature maps [B, patches, H].
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> moe_surgery.testing.outputs(model, inputs).shape
+        torch.Size([2, 12, 96])
     """
     import torch
 

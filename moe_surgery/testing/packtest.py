@@ -35,7 +35,7 @@ class PackTest:
     """Two pictures of a model, before and after, and what must be the same in them.
 
     Subclasses give ``pack``, the file or the installed pack under test; ``replaced``, the rule that must match at
-    every path that a glob covers; and :meth:`build`. They may give ``left``, a part of the reason for every MoE-looking
+    every path that a glob covers; and ``build``. They may give ``left``, a part of the reason for every MoE-looking
     path that is not replaced; ``mutations``, changes of the model that must not be silently wrong; and ``target``.
 
     Every weight of the model should matter. A bias that is zero, as a model initialises it, can be lost unseen.

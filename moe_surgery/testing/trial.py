@@ -91,9 +91,26 @@ def attempt(
     target: str = "auto",
     compile: bool = False,
 ) -> Trial:
-    """Operate on ``model``, compare, and undo. ``packs`` and ``target`` are those of :func:`moe_surgery.apply`.
+    """Operate on ``model``, compare, and undo.
 
-    With ``compile`` the outputs after the operation are those of the model under ``torch.compile``.
+    Args:
+        model: A module, in evaluation mode.
+        inputs: The keyword arguments of one call of it.
+        outputs: What the model computes for them, as one tensor: ``outputs`` or a function of your own.
+        packs: As for ``plan``.
+        target: As for ``plan``.
+        compile: Whether the outputs after the operation are those of the model under ``torch.compile``.
+
+    Returns:
+        A trial: the ``report``, and how far the outputs were apart, or what went wrong.
+
+    Examples:
+        >>> model, inputs = moe_surgery.testing.build("qwen2_moe")
+        >>> trial = moe_surgery.testing.attempt(
+        ...     model, inputs, outputs=moe_surgery.testing.outputs, target="reference"
+        ... )
+        >>> len(trial.report.replaced)
+        2
     """
     with _one_thread():
         return _attempt(model, inputs, outputs, packs, target, compile)
@@ -149,7 +166,7 @@ def _watched(
 def attempt_family(
     family: Family, setting: str, seed: int = 0, *, packs: Sequence[str | Path | Pack] | None = None, **how: Any
 ) -> Trial:
-    """:func:`attempt` with the tiny model of a family; ``how`` are its other arguments."""
+    """``attempt`` with the tiny model of a family; ``how`` are its other arguments."""
     from moe_surgery.testing.families import build, outputs
 
     model, inputs = build(family.name, setting, seed)
@@ -161,6 +178,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape or not found.isfinite().all():
         return float("inf")
     return float((found - wanted).double().norm() / wanted.double().norm())
+
+
+def typical_distance(found: Tensor, wanted: Tensor) -> float:
+    """The median over tokens [..., H] of the relative distance: one that is routed the other way moves no median."""
+    apart = (found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
+    return float(apart.median())
 
 
 @contextmanager

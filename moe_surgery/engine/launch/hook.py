@@ -31,10 +31,17 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """An installed hook. ``run`` is the folder that receipts go to; ``remove`` takes the hook out again.
+    """An installed hook, which ``install`` returns. As a context manager it lasts as long as the block.
 
-    ``reports`` grows by one per Hugging Face model loaded in this process. It is a context manager too: the hook lasts
-    as long as the block.
+    Attributes:
+        run: The folder that receipts go to.
+        reports: One for each Hugging Face model that was loaded in this process.
+
+    Examples:
+        >>> with moe_surgery.install(target="reference") as handle:
+        ...     again = type(model).from_pretrained(saved)
+        >>> handle.reports[0].replaced[0].path
+        'model.layers.0.mlp'
     """
 
     def __init__(self, orders: Orders) -> None:
@@ -46,11 +53,20 @@ class Handle:
         self._ours: str | None = None
 
     def receipts(self) -> tuple[Receipt, ...]:
-        """What each process did with each model so far: the newest receipt of every rank."""
+        """What each process did with each model so far: the newest receipt of every rank.
+
+        Returns:
+            A receipt for each load of a model in each process; for engines, and with ``install`` in scripts.
+        """
         return receipts.read_all(self.run)
 
     def check(self) -> None:
-        """Raise unless every rank of every model tells of the same operation; see ``receipts.check``."""
+        """See that every rank of every model tells of the same operation.
+
+        Raises:
+            ReceiptError: Ranks disagree, or one of them, or all, told nothing.
+            SurgeryError: What a process failed with, an audited layer that is wrong among them.
+        """
         receipts.check(self.receipts(), self._orders.asked)
 
     def _hook_loading(self, arguments: dict[str, Any]) -> None:
@@ -69,7 +85,8 @@ class Handle:
     def remove(self) -> None:
         """Take the hook out. Models already operated on stay as they are; removing twice does nothing.
 
-        Raises :class:`SurgeryError` if ``from_pretrained`` or the orders were changed by somebody else since.
+        Raises:
+            SurgeryError: ``from_pretrained`` or the orders were changed by somebody else since.
         """
         if self._hook is not None and not self._hook.removable:
             raise SurgeryError("can't remove the hook: from_pretrained was patched by somebody else since")
@@ -110,19 +127,33 @@ def install(
 ) -> Handle:
     """From now on, operate on every model that ``from_pretrained`` loads in this process, or an engine builds.
 
-    Takes packs as :func:`moe_surgery.plan` does, or a plan, which every model must fit: one made in an engine holds for
-    engines alone, any other for ``from_pretrained`` alone. Engines started from here are reached in all their
-    processes. A failure raises from ``from_pretrained`` and ends an engine's process, so that no half-operated model is
-    handed out; with ``on_failure="keep"`` the model stays as it was, which is said on stderr and in the receipt.
-    ``prove`` says how much of an engine's model is proven: ``from_pretrained`` proves every block. ``target`` is what
-    is built, as for :func:`moe_surgery.plan`; a plan says so itself.
+    Engines started from here are reached in all their processes. A failure raises from ``from_pretrained`` and ends an
+    engine's process, so that no half-operated model is handed out.
 
-    With ``audit`` nothing is operated on, and nothing else but ``on_failure`` and ``run`` can be given: every MoE block
-    that an engine builds is held against its checkpoint, and one that is wrong counts as a failure.
+    Args:
+        plan_or_packs: Packs, as for ``plan``, or a plan, which every model must fit: one made in an
+            engine holds for engines alone, any other for ``from_pretrained`` alone.
+        prove: How much of an engine's model is proven: the first and last block of each kind ("sample"), or "all".
+            ``from_pretrained`` proves every block.
+        on_failure: "stop", or "keep": the model stays as it was, which is said on stderr and in the receipt.
+        target: What is built, as for ``plan``; a plan says so itself.
+        run: The folder that receipts go to. By default it is that of the orders this process was started with, else a
+            temporary one that is deleted when this process ends.
+        audit: Operate on nothing; hold every MoE block that an engine builds against its checkpoint, and count a wrong
+            one as a failure. Nothing else but ``on_failure`` and ``run`` can then be given.
 
-    ``run`` is the folder that receipts go to. By default it is that of the orders this process was started with, else
-    a temporary one that is deleted when this process ends. Raises :class:`UsageError` if receipts are there already,
-    if there is no such target, if a plan is to get another, or if ``VLLM_PLUGINS`` hides the plugin from engines.
+    Returns:
+        A handle, which is a context manager too.
+
+    Raises:
+        UsageError: Receipts are in the folder already, there is no such target, a plan is to get another, or
+            ``VLLM_PLUGINS`` hides the plugin from engines.
+
+    Examples:
+        >>> with moe_surgery.install(target="reference") as handle:
+        ...     again = type(model).from_pretrained(saved)
+        >>> len(handle.reports)
+        1
     """
     check_name(target)
     checks.one_of(prove, "prove", get_args(Prove))

@@ -33,6 +33,8 @@ from moe_surgery.models.site import Site
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove import ground as grounds
 from moe_surgery.prove.asking import Block, Misconduct
+from moe_surgery.prove.judging import beyond
+from moe_surgery.prove.limits import KERNELS, SURELY, of_kernels
 from moe_surgery.prove.naming import NEARER, answers_of, contrasts, named
 from moe_surgery.prove.proof import FEWEST_MUTANTS, prove_swapped
 from moe_surgery.report.outcomes import Outcomes, Step
@@ -41,13 +43,6 @@ from moe_surgery.spec import MoESpec
 from moe_surgery.weights.tensors import gather
 
 _PLAIN = (UnquantizedFusedMoEMethod, UnquantizedLinearMethod)
-_APPROXIMATE = 32 * torch.finfo(torch.float32).eps
-"""How far a right layer may be off in any dtype: kernels take exponentials that are good to 20 units of float32."""
-_AT_MOST, _SURELY = 2.0, 4.0
-"""A layer that is off by more than the one times its limit isn't right, and beyond the other it is wrong.
-
-The limit is what plain torch, rounding where the spec does, is held to. Kernels that round elsewhere were seen at 1.1.
-"""
 
 
 def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks: Ranks) -> Outcomes:
@@ -118,7 +113,7 @@ def _step(site: Site, truth: Truth, counterparts: Mapping[str, str], config: Vll
     with truth.weights.loaded(theirs.site.path, str(device)) as loaded:
         tensors = gather(loaded, theirs.reading.layout)
         spec = _rounded_anyhow(spec)
-        ground = _as_engines_round(grounds.survey(spec, tensors, SEED, ranks.size))
+        ground = grounds.survey(spec, tensors, SEED, ranks.size)
     del loaded
     with set_current_vllm_config(config):
         ask = asker(site.path, block, runner, config, ranks)
@@ -130,18 +125,20 @@ def _step(site: Site, truth: Truth, counterparts: Mapping[str, str], config: Vll
 def _judged(site: Site, ask: Block, spec: MoESpec, ground: grounds.Ground | str) -> Step:
     if isinstance(ground, str):
         return Step(site.path, site.kind, "not comparable", ground, spec=spec)
+    ground = of_kernels(ground, torch.finfo(ground.probes.x.dtype).eps)
     try:
         found = contrasts(answers_of(ask, ground), ground)
     except Misconduct as fault:
         raise Incomparable(f"vLLM's block {fault}, asked by itself") from fault
     verdict = prove_swapped(ask, ground)
-    beyond = max(family.reading_error / (ground.slack * family.noise) for family in verdict.families)
+    off = max(beyond([family.reading_error for family in verdict.families], ground))
     told = all(contrast.ratio >= NEARER for contrast in found) and len(found) >= FEWEST_MUTANTS
     reason = verdict.reason.replace("the swapped block is not what the spec says: it is", "it is")
-    if verdict.passed or (beyond <= _AT_MOST and told and not ground.unvisited):
+    # A proof must surely have noticed each mutant; here the answers are known, and must only be unlike each.
+    if verdict.passed or (off <= KERNELS and told and not ground.unvisited):
         verdict = replace(verdict, passed=True, powerless=False)
         return Step(site.path, site.kind, "right", spec.sentence(), spec=spec, verdict=verdict)
-    if beyond > 1 and (beyond > _SURELY or any(contrast.same for contrast in found)):
+    if off > 1 and (off > SURELY or any(contrast.same for contrast in found)):
         name = named(found)
         return Step(site.path, site.kind, "wrong", f"{name}: {reason}" if name else reason, spec=spec, verdict=verdict)
     return Step(site.path, site.kind, "not comparable", reason, spec=spec, verdict=verdict)
@@ -215,19 +212,6 @@ def _has_shared(block: nn.Module) -> bool:
 
 def _beside(parent: nn.Module, block: nn.Module) -> bool:
     return any(name.startswith("share") for name, child in parent.named_children() if child is not block)
-
-
-def _as_engines_round(ground: grounds.Ground | str) -> grounds.Ground | str:
-    """The ground with the noise of kernels that may round logits to the block's dtype, and approximate exponentials."""
-    if isinstance(ground, str):
-        return ground
-    largest = ground.routing.logits.abs().amax(-1)
-    eps = torch.finfo(ground.probes.x.dtype).eps
-    noise = []
-    for family, measured in enumerate(ground.noise):
-        logit = float(largest[ground.probes.of(family)].amax()) if len(ground.probes.of(family)) else 0.0
-        noise.append(max(measured, logit * eps / ground.slack, _APPROXIMATE / ground.slack))
-    return replace(ground, noise=noise)
 
 
 def _rounded_anyhow(spec: MoESpec) -> MoESpec:

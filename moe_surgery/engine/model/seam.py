@@ -105,13 +105,7 @@ class _Seam:
                     report = _surgery(load).finish()
                     load.ranks.meet("at the end")
                 except Exception as error:
-                    load.ranks.fail(error)
-                    kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
-                    try:
-                        _write(load, "unpatched" if kept else "failed", error=error)
-                    finally:
-                        load.ranks.part()
-                    if not kept:
+                    if not _goes_on(load, error):
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
                 else:
@@ -224,19 +218,24 @@ def _audited(load: _Load, model: Any, config: Any, model_config: Any) -> Any:
             raise fault
         load.ranks.meet("at the end")
     except Exception as error:
-        load.ranks.fail(error)
-        kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
-        try:
-            _write(load, "unpatched" if kept else "failed", error=error)
-        finally:
-            load.ranks.part()
-        if not kept:
+        if not _goes_on(load, error):
             raise
         _say(f"the audit failed, and the engine starts all the same: {error}")
         return model
     _write(load, "audited", report=report, error=fault)
     print(f"moe-surgery: {told(report)}", file=sys.stderr, flush=True)
     return model
+
+
+def _goes_on(load: _Load, error: Exception) -> bool:
+    """Tell the other ranks and a receipt of the failure. Whether the orders are to start the engine all the same."""
+    load.ranks.fail(error)
+    kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
+    try:
+        _write(load, "unpatched" if kept else "failed", error=error)
+    finally:
+        load.ranks.part()
+    return kept
 
 
 def _surgery(load: _Load) -> Surgery:

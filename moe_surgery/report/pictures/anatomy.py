@@ -32,9 +32,9 @@ class _Part:
         return 24 + _LINE * (len(self.lines) + bool(self.weights)) + (16 if self.chosen else 0)
 
 
-def before(spec: MoESpec, weights: Sequence[Route], kind: str) -> str:
-    """The block as the model has it."""
-    return _drawn(f"before: {kind}", _parts(spec, weights, None), framed=False)
+def before(spec: MoESpec, weights: Sequence[Route], name: str) -> str:
+    """The block as the model has it, under ``name``."""
+    return _drawn(name, _parts(spec, weights, None), framed=False)
 
 
 def after(spec: MoESpec, weights: Sequence[Route], target: str) -> str:

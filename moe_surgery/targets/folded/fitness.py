@@ -68,7 +68,7 @@ def objections(spec: MoESpec, context: Context) -> Iterator[str]:
     if router.top_k > MOST_PAIRS:
         yield f"{router.top_k} experts for each token are more than {MOST_PAIRS}"
     if context.live and context.device == "cuda":
-        yield from _missing()
+        yield from missing()
 
 
 def outside(spec: MoESpec, dtype: str) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _unknown_fields(spec: MoESpec, known_fields: dict[str, set[str]]) -> Iterato
 
 
 @cache
-def _missing() -> tuple[str, ...]:
+def missing() -> tuple[str, ...]:
     """What this machine lacks."""
     if find_spec("triton") is None:
         return ("the folded kernels need Triton, which isn't installed",)

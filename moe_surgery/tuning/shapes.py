@@ -1,0 +1,58 @@
+"""What of a model is to be tuned: the shapes of its blocks, or of a rank's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.choice import shape_name
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folded.fitness import beside, outside
+from moe_surgery.targets.folded.fold import terms_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape by the name of its table, a block that has it, and how many of the model's blocks do."""
+
+    name: str
+    spec: MoESpec
+    count: int
+
+
+def shapes(specs: Iterable[MoESpec], dtype: str, ranks: int = 1) -> list[Shape]:
+    """The shapes of blocks in ``dtype``, each once; of what each of ``ranks`` holds under tensor parallelism.
+
+    Raises :class:`UsageError` where a width can't be shared by so many.
+    """
+    found: dict[str, Shape] = {}
+    for spec in specs:
+        part = share(spec, ranks)
+        name = shape_name(folded_terms(part, dtype))
+        known = found.get(name, Shape(name, part, 0))
+        found[name] = replace(known, count=known.count + 1)
+    return list(found.values())
+
+
+def share(spec: MoESpec, ranks: int) -> MoESpec:
+    """One of ``ranks`` equal parts of the experts' widths."""
+    shared = spec.shared
+    for width in (spec.experts.width, *([shared.width] if shared else [])):
+        if width % ranks:
+            raise UsageError(f"experts of width {width} can't be shared by {ranks} ranks")
+    part = replace(spec, experts=replace(spec.experts, width=spec.experts.width // ranks))
+    return part if shared is None else replace(part, shared=replace(shared, width=shared.width // ranks))
+
+
+def folded_terms(spec: MoESpec, dtype: str) -> Terms:
+    """The numbers that the folded target's block of ``spec`` gives the kernels in a model of ``dtype``."""
+    given, apart = is_given(spec, dtype)
+    return terms_of(spec, given=given, beside=apart)
+
+
+def is_given(spec: MoESpec, dtype: str) -> tuple[bool, bool]:
+    """Whether experts are chosen outside of the experts' kernels, and whether the shared expert is computed beside."""
+    given = spec.at == "experts" or next(outside(spec, dtype), None) is not None
+    return given, given and spec.shared is not None and next(beside(spec), None) is not None

@@ -1,0 +1,79 @@
+"""Tables of one's own: which shapes are tuned, and that a user's table comes before those that are shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from folded_blocks import ROUTED, SPEC
+
+from moe_surgery.errors import UsageError
+from moe_surgery.kernels import choice
+from moe_surgery.targets.folded.fold import terms_of
+from moe_surgery.tuning.candidates import candidates
+from moe_surgery.tuning.shapes import shapes, share
+
+GPU = "Some GPU (80 GB)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the user's tables of a GPU are, on a machine that says it has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    found = choice.own_folder(GPU)
+    found.mkdir(parents=True)
+    choice.table.cache_clear()
+    yield found
+    choice.table.cache_clear()
+
+
+def test_a_users_table_comes_before_the_librarys(folder: Path) -> None:
+    assert folder.name == "Some-GPU-80-GB-"
+    name = "H1024-E128-I384-K6-M2"
+    own = choice.read_table(choice.FOLDER / f"{name}.json")
+    (folder / f"{name}.json").write_text(json.dumps({"rows": [vars(own[0])]}))
+    found = choice.table(name)
+    assert [row.tokens for row in found] == [1] and vars(found[0]) == vars(own[0])
+    choice.table.cache_clear()
+    (folder / f"{name}.json").unlink()
+    assert len(choice.table(name)) == len(own) > 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"rows": [{"tokens": 1}]}', "missing the first"])
+def test_a_table_that_is_none_is_named(folder: Path, text: str) -> None:
+    path = folder / "H1.json"
+    if text.startswith("missing"):
+        rows = choice.read_table(choice.FOLDER / "default-16.json")
+        text = json.dumps({"rows": [vars(row) for row in rows[1:]]})
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"H1\.json is no table of tiles .*; remove it, or run moe-surgery tune again"):
+        choice.table("H1")
+
+
+def test_equal_shapes_are_tuned_once_and_ranks_hold_their_share() -> None:
+    other = replace(SPEC, router=replace(SPEC.router, renormalize=not SPEC.router.renormalize))
+    (found,) = shapes([SPEC, other], "bfloat16")
+    assert found.count == 2 and found.name == choice.shape_name(terms_of(SPEC))
+    assert SPEC.shared is not None
+    half = share(SPEC, 2)
+    assert half.shared is not None
+    assert (half.experts.width, half.shared.width) == (SPEC.experts.width // 2, SPEC.shared.width // 2)
+    assert shapes([SPEC], "bfloat16", 2)[0].name == choice.shape_name(terms_of(half))
+    with pytest.raises(UsageError, match="can't be shared by 5 ranks"):
+        shapes([SPEC], "bfloat16", 5)
+
+
+def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own() -> None:
+    spec = ROUTED["correction bias and groups"]
+    (shape,) = shapes([spec], "bfloat16")
+    assert shape.name.startswith(f"H{spec.hidden}-E{spec.experts.num_experts}-")
+    for tokens, paths in ((1, ["pairs"]), (8, ["pairs", "grouped"]), (64, ["grouped"])):
+        found = dict(candidates(terms_of(spec, given=True), tokens))
+        assert list(found) == paths
+        assert all(products.keys() == {"logits", "gate_up", "down"} for products in found.values())
