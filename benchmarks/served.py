@@ -149,11 +149,11 @@ def checkpoint(case: Case, small: bool, folder: Path) -> Path:
     return model
 
 
-def row(case: Case, pair: tuple[Child, Child], timed: bool, folder: Path) -> dict[str, Any]:
-    """What came of a case whose engines are being started."""
+def row(case: Case, pair: tuple[Child, Child], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What came of a case whose engines are being started; ``setting`` is what the row tells of them besides."""
     operated, plain = pair
     has, had = operated.told(), plain.told()
-    found: dict[str, Any] = {**case.key(), "tokens_equal": None, "apart": None, "decode_ratio": None}
+    found: dict[str, Any] = {**case.key(), **setting, "tokens_equal": None, "apart": None, "decode_ratio": None}
     if "error" in has or "error" in had:
         which = "with surgery" if "error" in has else "without surgery"
         error = (has if "error" in has else had)["error"]
@@ -191,8 +191,10 @@ def row(case: Case, pair: tuple[Child, Child], timed: bool, folder: Path) -> dic
                 first = next(i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y)
                 apart.append(b["gaps"][first])
     found["tokens_equal"], found["apart"] = all(equal), [round(gap, 4) for gap in apart] or None
-    found["adapters_heard"] = all(other != said[0] for other in said[1:]) if case.lora else None
-    if not timed:
+    if case.lora:
+        found["adapters"] = list(ADAPTERS)
+        found["adapters_heard"] = all(other != said[0] for other in said[1:])
+    if setting["eager"] != "no":
         return found
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS):
@@ -230,7 +232,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="cases whose engines are started together")
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs; kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--table", type=Path, help="print a result file as docs/engine.md has it, and start nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["rows"]))
+        return
     from engine_examples import plugin_path
 
     with tempfile.TemporaryDirectory() as name:
@@ -238,6 +244,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         paths = [plugin_path(folder / "plugins"), str(ROOT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        setting = {"dtype": arguments.dtype, "eager": arguments.eager, "small": arguments.small}
         wanted, begun, gpus = cases(arguments), time.monotonic(), torch.cuda.device_count()
         if arguments.write:
             for case in wanted:
@@ -248,9 +255,25 @@ def main() -> None:
             with ExitStack() as ends:
                 pairs = [started(case, arguments, folder, at % gpus, ends) for at, case in enumerate(some)]
                 for case, pair in zip(some, pairs, strict=True):
-                    found = row(case, pair, arguments.eager == "no", folder)
+                    found = row(case, pair, setting, folder)
                     print(f"{time.monotonic() - begun:4.0f} s {json.dumps(found, ensure_ascii=False)}", flush=True)
                     keep(arguments.out, found)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown: one for each format, parallelism, adapters and target of a model."""
+    heads = ("format", "parallelism", "target", "model", "outcome", "proof", "tokens", "decode")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for found in sorted(rows, key=lambda each: (FORMATS.index(each["format"]), each["parallel"], each["lora"])):
+        form = found["format"] + (", LoRA on " + " and ".join(found["adapters"]) if found["lora"] else "")
+        proof = found.get("proof")
+        proven = f"{proof['reference']}, {proof['mutants']} mutants, {proof['margin']:g} ×" if proof else ""
+        same = {True: "equal", None: ""}.get(found["tokens_equal"], f"apart at gaps of {found['apart']}")
+        ratio = "" if found["decode_ratio"] is None else f"{found['decode_ratio']:.2f} ×"
+        parallel, target = {"1": "one GPU"}.get(found["parallel"], found["parallel"]), found["target"]
+        cells = (form, parallel, target, found["model"], found["outcome"], proven, same, ratio)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def keep(out: Path, found: dict[str, Any]) -> None:

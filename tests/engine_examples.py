@@ -82,6 +82,7 @@ class Run:
     ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
     every way of :data:`PUSHES` between two times that it is asked. ``guarded`` is a run without surgery whose error is
     a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one that is told of.
+    ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see ``engine_wrapped``).
     """
 
     folder: str
@@ -92,6 +93,7 @@ class Run:
     push: str | None = None
     guarded: bool = False
     before: tuple[str, ...] = ()
+    wrapped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,11 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
         model_loader.dummy_loader.initialize_single_dummy_weight = partial(fill, low=-0.3, high=0.3)
         llm = LLM(run.folder, **{**defaults, **run.options})
         prompts = PROMPTS if run.ask else []
+        if run.wrapped:
+            from engine_wrapped import wrap
+
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            assert wrap(worker.get_model(), tuple(run.wrapped)) > 0
         outputs = _ask(llm, prompts)
         if run.push is not None:
             pushes |= _push(llm, Path(run.push))

@@ -1,7 +1,7 @@
 """What stands in a parameter until it is loaded, so that what was never written to can be told afterwards.
 
 Floats start as NaN, which no sound weight is. Packed integers have no such value: they start as one word of 32 bits,
-again and again, and a word counts as blank only beside another one, which by chance is so once in 2^64.
+again and again. By chance a word is that one once in 2^32, so a few that stand alone count as written.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _WORD = 0x5B1D93C6
+_BY_CHANCE = 3
+"""How many words alone, of few, are taken for weights; of many there may be 16 times as many as are to be expected."""
 _BYTES = torch.float8_e4m3fn, torch.float8_e8m0fnu
 _MAGNITUDE = 0x7F
 """The bits of NaN in e4m3, but for its sign; in e8m0 the eighth bit is part of it."""
@@ -43,7 +45,9 @@ def blank(data: Tensor) -> Tensor:
         beside = torch.zeros_like(words)
         beside[1:] |= words[:-1]
         beside[:-1] |= words[1:]
-        words = words & beside
+        alone = words & ~beside
+        if int(alone.sum()) <= _BY_CHANCE + (len(words) >> 28):
+            words = words & beside
     if data.element_size() == 8:
         return words.view(-1, 2).all(-1).view(data.shape)
     return words.repeat_interleave(4 // data.element_size()).view(data.shape)

@@ -14,6 +14,21 @@ from moe_surgery.engine.model.blocks import owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 
+TRIED = frozenset(
+    {
+        "Fp8MoEMethod",
+        "Fp8LinearMethod",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "CompressedTensorsWNA16MoEMethod",
+        "CompressedTensorsLinearMethod",
+        "AutoAWQMoEMethod",
+        "AutoAWQMarlinLinearMethod",
+        "ModelOptFp8MoEMethod",
+        "ModelOptLinearMethod",
+    }
+)
+"""vLLM's methods for quantised layers that engines were operated with; the others are refused until they were."""
+
 
 def obstacle(config: VllmConfig) -> str | None:
     """Why nothing can be operated on in an engine of this kind."""
@@ -60,6 +75,8 @@ def _of_storage(item: EngineSite) -> Iterator[str]:
         return
     assert item.reading is not None
     told = f"its weights are quantised ({_listed(item)})"
+    if untried := [name for name in item.stored if name not in TRIED]:
+        yield f"{told}, and {', '.join(untried)} was not tried here"
     if item.routed is None:
         yield f"{told}, and its experts would have to be moved into vLLM's layer"
     elif item.routed.routes == "given":

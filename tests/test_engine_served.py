@@ -1,0 +1,126 @@
+"""Engines as they are served: blocks with quantised layers, adapters around layers, what is refused and why.
+
+On x86 vLLM runs quantised linear layers, but no quantised routed experts: benchmarks/served.py has those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine.make_checkpoint import make
+from engine_examples import Output, Run, run_all
+from quantised_checkpoint import write
+from safetensors.torch import load_file, save_file
+
+SHARED = "model.layers.1.mlp.shared_expert"
+HALF = {"dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    tmp = tmp_path_factory.mktemp("models")
+    for kind in ("naive_talker", "unfused_deepseek", "list_moe"):
+        make(kind, tmp / kind, layers=2)
+    for kind, form in (("naive_talker", "ct_int4"), ("unfused_deepseek", "ct_fp8_channel"), ("list_moe", "ct_int4")):
+        write(tmp / kind, tmp / f"{kind}-{form}", form, ["shared"])
+    return {path.name: path for path in tmp.iterdir()}
+
+
+def operated(folder: Path, tmp: Path, name: str, **more: object) -> Run:
+    surgery = {"run": str(tmp / name), "prove": "all"}
+    return Run(str(folder), HALF, surgery, **more)  # type: ignore[arg-type]
+
+
+def same(outputs: list[Output], expected: list[Output]) -> None:
+    assert len(outputs) == len(expected) > 0
+    for output, other in zip(outputs, expected, strict=True):
+        assert output.tokens == other.tokens
+        # Logits are in bfloat16: one rounding of a number below 8.
+        torch.testing.assert_close(
+            torch.tensor(output.prompt_logprobs), torch.tensor(other.prompt_logprobs), rtol=0, atol=8 * 2**-8
+        )
+
+
+@pytest.mark.slow
+def test_blocks_with_a_quantised_shared_expert(folders: dict[str, Path], tmp_path: Path) -> None:
+    names = ("naive_talker-ct_int4", "unfused_deepseek-ct_fp8_channel")
+    runs = [operated(folders[name], tmp_path, name) for name in names]
+    wrong = operated(folders[names[0]], tmp_path, "wrong", fault="shared expert doubled")
+    found = run_all([*runs, wrong, *(Run(str(folders[name]), HALF) for name in names)], tmp_path)
+    for name, result, plain in zip(names, found, found[3:], strict=False):
+        assert result.error is None, result.error
+        for site in result.receipts[0]["report"]["sites"]:
+            assert (site["outcome"], site["target"]) == ("replaced", "vllm"), (name, site)
+            assert "CompressedTensorsLinearMethod" in site["reason"]
+            proof = site["proof"]
+            assert proof["passed"] and proof["reference"] == "parts" and proof["margin"] > 5, (name, proof)
+            assert len(proof["mutants"]) >= 10
+        same(result.outputs, plain.outputs)
+    [receipt] = found[2].receipts
+    assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 12)
+    assert "the new block is not what the spec says" in receipt["error"]
+
+
+def without(folder: Path, name: str, out: Path) -> Path:
+    """The checkpoint without one of its tensors."""
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            tensors.pop(name, None)
+            save_file(tensors, out / file.name, metadata={"format": "pt"})
+        elif "index" not in file.name:
+            (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+@pytest.mark.slow
+def test_quantised_tensors_are_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    cases = {
+        ("naive_talker-ct_int4", f"{SHARED}.up_proj.weight_packed"): "gate_up_proj.weight_packed: 1024 of 2048",
+        ("naive_talker-ct_int4", f"{SHARED}.down_proj.weight_scale"): "down_proj.weight_scale: never loaded",
+    }
+    runs = []
+    for number, (name, tensor) in enumerate(cases):
+        folder = without(folders[name], tensor, tmp_path / str(number))
+        runs.append(operated(folder, tmp_path, f"run-{number}", ask=False))
+    for words, result in zip(cases.values(), run_all(runs, tmp_path), strict=True):
+        [receipt] = result.receipts
+        assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 13)
+        assert words in receipt["error"], receipt["error"]
+
+
+@pytest.mark.slow
+def test_what_would_have_to_move_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    [result] = run_all([operated(folders["list_moe-ct_int4"], tmp_path, "run", ask=False)], tmp_path)
+    assert result.error is None
+    for site in result.receipts[0]["report"]["sites"]:
+        assert site["outcome"] == "refused"
+        assert "its weights are quantised (CompressedTensorsLinearMethod), and its experts would have" in site["reason"]
+
+
+@pytest.mark.slow
+def test_layers_that_are_wrapped_later_are_called(folders: dict[str, Path], tmp_path: Path) -> None:
+    # The talker's router is called by vLLM's layer, which doesn't see what stands around it, with surgery or without.
+    names = ("shared_expert.gate_up_proj", "shared_expert.down_proj", "mlp.shared_expert_gate")
+    folder, deepseek = folders["naive_talker"], folders["unfused_deepseek"]
+    asked = [(folder, (name,)) for name in names] + [(deepseek, ("mlp.gate",))]
+    surgery = {"prove": "all", "target": "vllm"}
+    runs = [
+        Run(str(path), {}, {**surgery, "run": str(tmp_path / str(number))}, wrapped=wrapped)
+        for number, (path, wrapped) in enumerate(asked)
+    ]
+    plain = [Run(str(path), {}, wrapped=wrapped) for path, wrapped in asked]
+    *found, untouched = run_all([*runs, *plain, Run(str(folder))], tmp_path)
+    for mine, theirs, (_, wrapped) in zip(found[: len(asked)], found[len(asked) :], asked, strict=True):
+        assert mine.error is None, (wrapped, mine.error)
+        assert {outcome for _, outcome in mine.steps} == {"replaced"}
+        for output, expected in zip(mine.outputs, theirs.outputs, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(output.prompt_logprobs), torch.tensor(expected.prompt_logprobs), rtol=0, atol=1e-4
+            )
+        # Each wrapper shows, or the comparison would tell nothing.
+        apart = torch.tensor(mine.outputs[0].prompt_logprobs) - torch.tensor(untouched.outputs[0].prompt_logprobs)
+        assert float(apart.abs().max()) > 1e-3, wrapped
