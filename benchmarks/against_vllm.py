@@ -1,11 +1,14 @@
 """One block's kernels against those of the installed vLLM, in CUDA graphs, at any number of tokens.
 
-    python benchmarks/against_vllm.py [--cases talker ...] [--tokens 1 8 ...]
+    python benchmarks/against_vllm.py [--cases talker ...] [--tokens 1 8 ...] [--tables]
 
 "vllm" is what vLLM's layer launches for such a block: the router's product, its top-k, its two grouped products with
-the tiles that it ships for the card, and the shared expert beside them. "folded" is this library's block. Both over the
-same weights, several layers of them, in graphs that are replayed in turns; the medians, and before that the greatest
-distance of either from a reference in float64. Writes results/<machine>-against_vllm.json after each case.
+the tiles that it ships for the card, and the shared expert beside them. "folded" is this library's block, and "crossed"
+what a block in an engine does where vLLM's experts are the faster ones: this library's router, then those. All over
+the same weights, several layers of them, in graphs that are replayed in turns; the medians, and before that the
+greatest distance of each from a reference in float64. The ratio is that of "vllm" to what an engine takes, the better
+of the other two. Writes results/<machine>-against_vllm.json after each case, in which other cases' rows are kept. With
+--tables the times go into moe_surgery/kernels/configs/ too, where they are what decides.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,15 @@ from cuda_timing import record, timed_replay  # noqa: E402
 from gpu_machine import describe, machine_name  # noqa: E402
 from shapes import CASES  # noqa: E402
 
+from moe_surgery.kernels.choice import DEFAULT, FOLDER, shape_name  # noqa: E402
 from moe_surgery.spec import MoESpec  # noqa: E402
 from moe_surgery.targets import reference  # noqa: E402
+from moe_surgery.targets.folded.fold import fold, terms_of  # noqa: E402
 from moe_surgery.targets.folded.target import FoldedTarget  # noqa: E402
 from moe_surgery.tuning.bench import random_tensors  # noqa: E402
 from moe_surgery.weights.tensors import BlockTensors  # noqa: E402
 
-TOKENS = (1, 2, 8, 32, 128, 512, 2048, 8192, 16384)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROUNDS, WARM_UP = 20, 3
 
 
@@ -62,6 +68,37 @@ class VllmKernels:
         return out
 
 
+class Crossed:
+    """Calls what a block in an engine calls on the far side of the crossover."""
+
+    def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
+        from moe_surgery.engine.model.crossing_op import with_vllms_experts
+
+        self.call, self.terms, weights = with_vllms_experts, terms_of(spec), fold(tensors)
+        if weights.shared_gate is not None and weights.shared_up is not None:  # one matrix, as engines have them
+            both = torch.cat([weights.shared_gate, weights.shared_up])
+            weights = replace(weights, shared_gate=both, shared_up=None)
+        self.weights = weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weights, self.terms)
+
+
+def write_table(case: str, found: list[dict[str, Any]]) -> None:
+    """The times of a case into its shape's table; numbers of tokens that it has no row for get the tiles that serve."""
+    terms = terms_of(CASES[case].spec)
+    path = FOLDER / f"{shape_name(terms)}.json"
+    name = path if path.is_file() else FOLDER / f"{DEFAULT}-16.json"
+    known = {row["tokens"]: row for row in json.loads(name.read_text(encoding="utf-8"))["rows"]}
+    for row in found:
+        tiles = known[max(tokens for tokens in known if tokens <= row["tokens"])]
+        times = {"us": row["folded_us"], "vllm_us": row["crossed_us"]}
+        known[row["tokens"]] = {**tiles, "tokens": row["tokens"], **times}
+    rows_ = [known[tokens] for tokens in sorted(known)]
+    table = {"case": case, "device": torch.cuda.get_device_name(), "dtype": "bfloat16", "rows": rows_}
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
 def distance(spec: MoESpec, tensors: BlockTensors, block: Any, tokens: int = 32) -> float:
     """The median over tokens of the distance from the reference, by its length: single ones may be routed otherwise."""
     x = torch.randn(tokens, spec.hidden, device="cuda", dtype=torch.bfloat16)
@@ -71,11 +108,12 @@ def distance(spec: MoESpec, tensors: BlockTensors, block: Any, tokens: int = 32)
 
 def rows(case: str, numbers: list[int]) -> list[dict[str, Any]]:
     spec, layers = CASES[case].spec, CASES[case].layers
-    blocks: dict[str, list[Any]] = {"vllm": [], "folded": []}
+    blocks: dict[str, list[Any]] = {"vllm": [], "folded": [], "crossed": []}
     for seed in range(layers):
         tensors = random_tensors(spec, seed=seed)
         blocks["vllm"].append(VllmKernels(spec, tensors))
         blocks["folded"].append(FoldedTarget().build(spec, tensors, prefix=case))
+        blocks["crossed"].append(Crossed(spec, tensors))
     errors = {impl: distance(spec, tensors, each[-1]) for impl, each in blocks.items()}
     assert max(errors.values()) < 0.02, errors
     found = []
@@ -90,9 +128,11 @@ def rows(case: str, numbers: list[int]) -> list[dict[str, Any]]:
             for impl, graph in graphs.items():
                 times[impl].append(timed_replay(graph) / layers)
         us = {impl: round(statistics.median(each[WARM_UP:]), 2) for impl, each in times.items()}
-        ratio = round(us["vllm"] / us["folded"], 3)
-        found.append({"case": case, "tokens": tokens, "vllm_us": us["vllm"], "folded_us": us["folded"], "ratio": ratio})
-        print(f"{case:18} {tokens:6}  vllm {us['vllm']:9} us  folded {us['folded']:9} us  {ratio:.2f}x", flush=True)
+        ratio = round(us["vllm"] / min(us["folded"], us["crossed"]), 3)
+        times_ = {f"{impl}_us": time for impl, time in us.items()}
+        found.append({"case": case, "tokens": tokens, **times_, "ratio": ratio})
+        said = "  ".join(f"{impl} {time:9} us" for impl, time in us.items())
+        print(f"{case:18} {tokens:6}  {said}  {ratio:.2f}x", flush=True)
         del graphs
     return found
 
@@ -101,16 +141,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--tables", action="store_true", help="write the times into the kernels' tables too")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
     path = arguments.out / f"{machine_name()}-against_vllm.json"
     arguments.out.mkdir(exist_ok=True)
-    found: list[dict[str, Any]] = []
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.is_file():
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            found.setdefault(row["case"], []).append(row)
     with torch.no_grad():
         for case in arguments.cases:
-            found += rows(case, arguments.tokens)
+            found[case] = rows(case, arguments.tokens)
+            if arguments.tables:
+                write_table(case, found[case])
             torch.cuda.empty_cache()
-            result = {**describe(), "command": command(), "rows": found}
+            every = [row for rows_ in found.values() for row in rows_]
+            result = {**describe(), "command": command(), "rows": every}
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -1,12 +1,12 @@
 """Engines as people serve them: quantised, with adapters, over two ranks; each with surgery and without.
 
-    python benchmarks/served.py [--kinds naive_talker unfused_deepseek gpt_oss] [--formats …] [--ranks 2] [--lora]
+    python benchmarks/served.py [--kinds naive_talker …] [--formats fp8_block …] [--parallel 1 tp2 "tp2 ep"] [--lora]
 
 The models are those of served_checkpoint.py, quantised by tests/quantised_checkpoint.py. Of every case an engine with
 surgery and one without stand at the same time, both of all their blocks proven. Both continue the same prompts
 greedily, with each adapter where there are any, and are then timed in turns, one decoding step of one sequence: by CUDA
-events around the model's forward on one rank, and by the clock on two. Adds its rows to results/<machine>-served.json,
-in place of those of the same case.
+events around the model's forward on one rank, and by the clock on two. With --eager there are no
+graphs, and nothing is timed. Adds its rows to results/<machine>-served.json, in place of those of the same case.
 
 ``tokens_equal`` says that all tokens are the same. Where they aren't, ``apart`` has, of the first that differs, how far
 its likeliest two were apart without surgery, in nats: a tie that rounding decides is near zero.
@@ -26,6 +26,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
@@ -53,7 +55,14 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_parallel_size": 2, "disable_custom_all_reduce": True},
     "tp2 ep": {"tensor_parallel_size": 2, "disable_custom_all_reduce": True, "enable_expert_parallel": True},
 }
+EAGER: dict[str, dict[str, Any]] = {
+    "no": {},
+    "yes": {"enforce_eager": True},
+    # Without graphs, and with the operators that graphs would be made of.
+    "native": {"compilation_config": {"mode": 0, "cudagraph_mode": "NONE", "custom_ops": ["none"]}},
+}
 LAYERS = {"naive_talker": 6, "unfused_deepseek": 4, "gpt_oss": 2}
+EXPERTS = {"naive_talker": 128, "unfused_deepseek": 64, "gpt_oss": 8}
 GROUP = 128
 _TURNS = 5
 
@@ -75,9 +84,11 @@ class Case:
 class Child:
     """An engine in a process of its own; see served_engine.py."""
 
-    def __init__(self, job: dict[str, Any], log: Path) -> None:
+    def __init__(self, job: dict[str, Any], log: Path, gpu: int) -> None:
         environ = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
         one = job["options"].get("tensor_parallel_size", 1) == 1
+        if one:
+            environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if one else "1"
         self.log = log
         self._child = subprocess.Popen(
@@ -105,29 +116,31 @@ class Child:
         self._child.wait()
 
 
-def started(case: Case, folder: Path, ends: ExitStack) -> tuple[Child, Child]:
+def started(case: Case, arguments: argparse.Namespace, folder: Path, gpu: int, ends: ExitStack) -> tuple[Child, Child]:
     """The engine with surgery and the one without, neither of which stands yet."""
-    options = dict(PARALLEL[case.parallel])
+    options = {**PARALLEL[case.parallel], **EAGER[arguments.eager]}
     if case.lora:
         options |= {"enable_lora": True, "max_lora_rank": 16, "max_loras": 1}
-    model = checkpoint(case, folder)
+    model = checkpoint(case, arguments.small, folder)
     name = "-".join(str(value).replace(" ", "_") for value in case.key().values())
     children = []
     for which in ("with", "without"):
         run = str(folder / f"{name}-run") if which == "with" else None
         job = {"folder": str(model), "options": options, "run": run, "target": case.target}
-        children.append(Child(job, folder / f"{name}-{which}.log"))
+        job |= {"dtype": arguments.dtype, "timed": arguments.eager == "no"}
+        children.append(Child(job, folder / f"{name}-{which}.log", gpu))
         ends.callback(children[-1].end)
     return children[0], children[1]
 
 
-def checkpoint(case: Case, folder: Path) -> Path:
+def checkpoint(case: Case, small: bool, folder: Path) -> Path:
     """The case's checkpoint, written unless it is there."""
     from quantised_checkpoint import write as quantised
 
     source = folder / f"{case.kind}-source"
     if not source.exists():
-        write(case.kind, source, LAYERS[case.kind])
+        layers, experts = (2, 16) if small else (LAYERS[case.kind], EXPERTS[case.kind])
+        write(case.kind, source, layers, experts)
     if case.format in (PLAIN, MXFP4):
         return source
     model = folder / f"{case.kind}-{case.format}"
@@ -136,7 +149,7 @@ def checkpoint(case: Case, folder: Path) -> Path:
     return model
 
 
-def row(case: Case, pair: tuple[Child, Child], folder: Path) -> dict[str, Any]:
+def row(case: Case, pair: tuple[Child, Child], timed: bool, folder: Path) -> dict[str, Any]:
     """What came of a case whose engines are being started."""
     operated, plain = pair
     has, had = operated.told(), plain.told()
@@ -179,6 +192,8 @@ def row(case: Case, pair: tuple[Child, Child], folder: Path) -> dict[str, Any]:
                 apart.append(b["gaps"][first])
     found["tokens_equal"], found["apart"] = all(equal), [round(gap, 4) for gap in apart] or None
     found["adapters_heard"] = all(other != said[0] for other in said[1:]) if case.lora else None
+    if not timed:
+        return found
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS):
         for child, mine_ in zip(pair, times, strict=True):
@@ -197,8 +212,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
         for form in arguments.formats:
             if (form == MXFP4) != (kind == "gpt_oss"):
                 continue
-            parallels = ["1"] if arguments.ranks == 1 else arguments.parallel
-            found += [Case(kind, form, parallel, arguments.lora, arguments.target) for parallel in parallels]
+            found += [Case(kind, form, parallel, arguments.lora, arguments.target) for parallel in arguments.parallel]
     return found
 
 
@@ -206,10 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--parallel", nargs="+", choices=("tp2", "tp2 ep"), default=["tp2", "tp2 ep"])
+    parser.add_argument("--parallel", nargs="+", choices=PARALLEL, default=["1"])
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--target", default="vllm", choices=("vllm", "auto", "folded"))
+    parser.add_argument("--eager", default="no", choices=EAGER)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--small", action="store_true", help="two layers of 16 experts, of the same width")
+    parser.add_argument("--write", action="store_true", help="write the checkpoints and start nothing")
     parser.add_argument("--at-once", type=int, default=2, help="cases whose engines are started together")
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs; kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -221,13 +238,17 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         paths = [plugin_path(folder / "plugins"), str(ROOT), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        wanted, begun = cases(arguments), time.monotonic()
+        wanted, begun, gpus = cases(arguments), time.monotonic(), torch.cuda.device_count()
+        if arguments.write:
+            for case in wanted:
+                checkpoint(case, arguments.small, folder)
+            return
         for first in range(0, len(wanted), arguments.at_once):
             some = wanted[first : first + arguments.at_once]
             with ExitStack() as ends:
-                pairs = [started(case, folder, ends) for case in some]
+                pairs = [started(case, arguments, folder, at % gpus, ends) for at, case in enumerate(some)]
                 for case, pair in zip(some, pairs, strict=True):
-                    found = row(case, pair, folder)
+                    found = row(case, pair, arguments.eager == "no", folder)
                     print(f"{time.monotonic() - begun:4.0f} s {json.dumps(found, ensure_ascii=False)}", flush=True)
                     keep(arguments.out, found)
 

@@ -102,16 +102,16 @@ class _Draw:
         return drawn.to("cpu", torch.uint8)
 
 
-def write(kind: str, folder: Path, layers: int) -> None:
+def write(kind: str, folder: Path, layers: int, experts: int) -> None:
     """Write a model of ``kind`` (naive_talker, unfused_deepseek or gpt_oss) into ``folder``, which is made."""
     if kind == "naive_talker":
-        talker.write(folder, layers)
+        talker.write(folder, layers, experts=experts)
         return
     folder.mkdir(parents=True)
     config = {**(DEEPSEEK if kind == "unfused_deepseek" else GPT_OSS)}
-    tensors = _gpt_oss() if kind == "gpt_oss" else _deepseek(layers)
+    tensors = _gpt_oss() if kind == "gpt_oss" else _deepseek(layers, experts)
     if kind != "gpt_oss":
-        config["num_hidden_layers"] = layers
+        config |= {"num_hidden_layers": layers, "n_routed_experts": experts}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -136,7 +136,7 @@ def _around(draw: _Draw, config: dict[str, Any], layers: int) -> dict[str, Tenso
     return out
 
 
-def _deepseek(layers: int) -> dict[str, Tensor]:
+def _deepseek(layers: int, experts: int) -> dict[str, Tensor]:
     draw, c = _Draw(1), DEEPSEEK
     hidden, width = c["hidden_size"], c["moe_intermediate_size"]
 
@@ -147,9 +147,9 @@ def _deepseek(layers: int) -> dict[str, Tensor]:
     out = _around(draw, c, layers)
     for index in range(layers):
         at = f"model.layers.{index}.mlp"
-        out[f"{at}.gate.weight"] = draw(c["n_routed_experts"], hidden)
-        out[f"{at}.gate.e_score_correction_bias"] = draw(c["n_routed_experts"], std=0.2).float()
-        for expert in range(c["n_routed_experts"]):
+        out[f"{at}.gate.weight"] = draw(experts, hidden)
+        out[f"{at}.gate.e_score_correction_bias"] = draw(experts, std=0.2).float()
+        for expert in range(experts):
             out |= mlp(f"{at}.experts.{expert}", width)
         out |= mlp(f"{at}.shared_experts", c["n_shared_experts"] * width)
     return out

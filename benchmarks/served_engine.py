@@ -26,7 +26,7 @@ def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     handle = None if job["run"] is None else moe_surgery.install(target=job["target"], run=job["run"], prove="all")
     options: dict[str, Any] = {
         "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
+        "dtype": job["dtype"],
         "max_model_len": 512,
         "max_num_seqs": 4,
         "kv_cache_memory_bytes": 1 << 28,
@@ -80,7 +80,7 @@ def main(line: str) -> None:
         bench = None
         try:
             llm, told = start(job)
-            if job["options"].get("tensor_parallel_size", 1) == 1:
+            if job["timed"] and job["options"].get("tensor_parallel_size", 1) == 1:
                 from moe_surgery.engine.timing.one_engine import Bench
 
                 bench = Bench(llm)

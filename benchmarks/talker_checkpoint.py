@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write(folder: Path, layers: int, *, seed: int = 0) -> None:
+def write(folder: Path, layers: int, *, seed: int = 0, experts: int = EXPERTS) -> None:
     """Random weights that about keep the scale of their input, one file for each layer; 300 MB each."""
     folder.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,8 +69,8 @@ def write(folder: Path, layers: int, *, seed: int = 0) -> None:
             tensors[f"{at}.self_attn.{name}_proj.weight"] = draw(heads * HEAD, HIDDEN)
         tensors[f"{at}.self_attn.o_proj.weight"] = draw(HIDDEN, HEADS * HEAD)
         tensors |= {f"{at}.self_attn.{name}_norm.weight": norm(HEAD) for name in ("q", "k")}
-        tensors[f"{at}.mlp.gate.weight"] = draw(EXPERTS, HIDDEN)
-        for expert in range(EXPERTS):
+        tensors[f"{at}.mlp.gate.weight"] = draw(experts, HIDDEN)
+        for expert in range(experts):
             tensors |= mlp(f"{at}.mlp.experts.{expert}", WIDTH)
         tensors |= mlp(f"{at}.mlp.shared_expert", SHARED)
         tensors[f"{at}.mlp.shared_expert_gate.weight"] = draw(1, HIDDEN)
@@ -80,4 +80,6 @@ def write(folder: Path, layers: int, *, seed: int = 0) -> None:
         save_file(tensors, folder / f"model-{name}.safetensors", metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, f"model-{name}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}, indent=1) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**CONFIG, "num_experts": experts, "num_hidden_layers": layers}, indent=1) + "\n"
+    )

@@ -150,6 +150,16 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """A tensor that the block's own operations go on computing; ``where`` is its place among the results."""
+
+    where: str
+
+    def __str__(self) -> str:
+        return "its own"
+
+
+@dataclass(frozen=True)
 class Structure:
     """Results in a tuple, list, dict or dataclass of ``kind``; ``keys`` where they are named."""
 

@@ -210,6 +210,13 @@ class MoESpec:
     output_bias: bool = False
     results: str = ""
 
+    @property
+    def built(self) -> MoESpec:
+        """What a target builds of it: the experts alone, where the block's own router runs as it is."""
+        if self.at == "experts" or not self.router.own:
+            return self
+        return replace(self, at="experts", shared=None, output_bias=False, results="")
+
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
         e, s = self.experts, self.shared

@@ -2,7 +2,8 @@
 
 ``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
 served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. What
-``moe-surgery tune`` found on the GPU that is used comes before all of them.
+``moe-surgery tune`` found on the GPU that is used comes before all of them. Where vLLM's experts were timed too
+(``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,23 +24,29 @@ from moe_surgery.kernels.arguments import Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
+NOISE = 1.02
+"""Times that differ by less are no reason to cross over."""
 
 Tiles = dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``."""
+    """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``.
+
+    ``slower`` says that vLLM's experts were measured to be faster there.
+    """
 
     tokens: int
     path: Literal["pairs", "grouped"]
     logits: Tiles
     gate_up: Tiles
     down: Tiles
+    slower: bool = False
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Choice:
-        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"])
+    def of(cls, row: dict[str, Any], slower: bool = False) -> Choice:
+        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"], slower)
 
 
 def shape_name(terms: Terms) -> str:
@@ -70,7 +77,7 @@ def table(name: str) -> tuple[Choice, ...]:
 def read_table(path: Path) -> tuple[Choice, ...]:
     """The rows of a file. Raises :class:`UsageError` if they serve not every number of tokens from 1."""
     try:
-        rows = tuple(Choice.of(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
+        rows = tuple(_choices(json.loads(path.read_text(encoding="utf-8"))["rows"]))
         numbers = [row.tokens for row in rows]
         if numbers[:1] != [1] or numbers != sorted(numbers):
             raise ValueError(f"rows for {numbers} tokens")
@@ -78,6 +85,14 @@ def read_table(path: Path) -> tuple[Choice, ...]:
         advice = "remove it, or run moe-surgery tune again"
         raise UsageError(f"{path} is no table of tiles ({error!r}); {advice}") from error
     return rows
+
+
+def _choices(rows: Sequence[dict[str, Any]]) -> Iterator[Choice]:
+    slower = False
+    for row in rows:
+        if "vllm_us" in row:  # a row that wasn't timed against vLLM is as the one before it
+            slower = row["vllm_us"] * NOISE < row["us"]
+        yield Choice.of(row, slower)
 
 
 @cache

@@ -65,18 +65,32 @@ def _router_terms(*numbers: Any) -> RouterTerms:
     return RouterTerms(*numbers)
 
 
-def _folded_moe(
-    x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
+def gathered(
+    router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
     shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
     renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
-) -> Tensor:  # fmt: skip
+) -> tuple[Weights, Terms]:  # fmt: skip
+    """Weights and terms of the operator's arguments, which :func:`spread` made of them."""
     experts, hidden, width = w2.shape
     slices = 0 if shared_down is None else shared_down.shape[1] // width
     terms = _terms(
         experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
         native, by_sigmoid,
     )  # fmt: skip
-    return compute(x, Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms)
+    return Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms
+
+
+def spread(weights: Weights, terms: Terms) -> tuple[Any, ...]:
+    """The arguments of an operator of the schema ``SCHEMA``, but for its input."""
+    return (
+        weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
+        weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
+        terms.shared_scale, terms.native, terms.by_sigmoid,
+    )  # fmt: skip
+
+
+def _folded_moe(x: Tensor, *rest: Any) -> Tensor:
+    return compute(x, *gathered(*rest))
 
 
 def _routed_moe(
@@ -127,11 +141,7 @@ for _name in ("folded_moe", "routed_moe"):
 
 def folded_moe(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     """:func:`compute` as an operator, for where a graph is being traced; eagerly its dispatch can be saved."""
-    result: Tensor = torch.ops.moe_surgery.folded_moe(
-        x, weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
-        weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
-        terms.shared_scale, terms.native, terms.by_sigmoid,
-    )  # fmt: skip
+    result: Tensor = torch.ops.moe_surgery.folded_moe(x, *spread(weights, terms))
     return result
 
 

@@ -15,7 +15,7 @@ from moe_surgery.calling import output_of
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
-from moe_surgery.operate.building import Double, Unanswerable, built
+from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
@@ -25,12 +25,13 @@ from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.read.reading import Reading
+from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
-from moe_surgery.weights.tensors import BlockTensors, gather
+from moe_surgery.weights.tensors import BlockTensors
 
 Progress = Callable[[int, int, str], None]
 """``(done, total, what)``: sites proven so far, sites in all, and the path being worked on."""
@@ -141,6 +142,9 @@ class Operation:
         if not undoable:
             transaction.undo()
             transaction = self._exchange_one_by_one(tuple(blocks))
+        for swap in transaction.swaps:
+            if swap.old is not None:  # whatever the new block wrote while it was tried
+                take_over(swap.new, swap.old, self.readings[swap.path])
         memory = Memory(
             moved=sum(swap.new.moved_bytes for swap in transaction.swaps),
             new=sum(swap.new.new_bytes for swap in transaction.swaps),
@@ -192,9 +196,9 @@ class Operation:
 
         def make(path: str) -> Probes | None:
             reading = self.readings[path]
-            if reading.layout.packed is None or reading.spec.at == "experts":
+            if reading.layout.packed is None or reading.spec.at == "experts" or reading.spec.router.own:
                 return None
-            tensors = gather(self.model.get_submodule(path), reading.layout)
+            tensors = gathered(self.model.get_submodule(path), reading)
             return make_probes(reading.spec, tensors.router, self.settings.seed, tensors)
 
         return ProbesAhead(tuple(self.readings), make)
@@ -207,7 +211,7 @@ class Operation:
         """The block for a site, which answers for the old one. Raises :class:`Unanswerable` if it can't."""
         block, reading = self.model.get_submodule(path), self.readings[path]
         if tensors is None:
-            tensors = gather(block, reading.layout)
+            tensors = gathered(block, reading)
         new = built(block, reading, tensors, self.targets[path], path)
         new.rule = self.rules[path]
         return new
@@ -217,17 +221,19 @@ class Operation:
         block, probes = self.model.get_submodule(path), ahead.of(path)
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
-            tensors = gather(block, reading.layout)
+            tensors = gathered(block, reading)
             try:
                 new = self._build(path, tensors)
             except Unanswerable as error:
                 self.refused[path] = str(error)
                 return None
             settings = self.settings
-            convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
-            verdict = prove_block(
-                block, new, reading.spec, tensors, convention, seed=settings.seed, margin=settings.margin, probes=probes
-            )
+            convention = new.convention or Convention.of(reading.spec, reading.calling, reading.results, tensors)
+            seed, margin = settings.seed, settings.margin
+            with unwritten(block):
+                verdict = prove_block(
+                    block, new, reading.spec, tensors, convention, seed=seed, margin=margin, probes=probes
+                )
             self.verdicts[path] = verdict
             if verdict.powerless:
                 self.refused[path] = f"can't be proven: {verdict.reason}"

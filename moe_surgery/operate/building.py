@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from moe_surgery.calling import Replayed
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
+from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.replay import Replay
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Likeness
 from moe_surgery.targets.observed import ObservedRouter
-from moe_surgery.weights.tensors import BlockTensors
+from moe_surgery.targets.own_part import OwnPart
+from moe_surgery.weights.own_router import asking_its_own
+from moe_surgery.weights.tensors import BlockTensors, gather, weight
 
 
 class Unanswerable(Exception):
@@ -22,21 +28,62 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
 
     Raises :class:`Unanswerable` if it can't, and what the target raises.
     """
-    new = target.build(reading.spec, tensors, prefix=path)
+    spec, own = reading.spec, own_part(block, reading, tensors)
+    new = target.build(spec.built, tensors if spec.built == spec else tensors.of_experts(), prefix=path)
+    if own is not None:
+        new.add_module("own_part", own)
     likeness = Likeness.of(block, path)
     if overlap := new.overlap(likeness):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
-    if reading.spec.at == "experts" or not (reading.calling.plain and reading.results is None):
-        new.convention = Convention.of(reading.spec, reading.calling, reading.results, tensors)
-    for (inside, name), value in reading.kept:
-        if not inside and not hasattr(new, name):
-            setattr(new, name, made(value, tensors.w13.device, tensors.w13.dtype))
+    if spec.at == "experts" or own is not None or not (reading.calling.plain and reading.results is None):
+        new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
     owner, _, _ = reading.layout.router.path.rpartition(".")
     if owner and "." not in owner:
         router = block.get_submodule(owner)
         new.observe(owner, ObservedRouter(router, Likeness.of(router, f"{path}.{owner}")))
     new.stand_for(likeness)
+    take_over(new, block, reading)
     return new
+
+
+def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
+    """Give ``new`` the attributes that the block writes when it is called, as the block has them now.
+
+    Those that are the same after every call are there at once.
+    """
+    weights = dict(block.named_parameters())
+    device, dtype = next(iter(weights.values())).device, own_dtype(weights)
+    for (inside, name), value in reading.kept:
+        held = vars(block.get_submodule(inside))
+        for attributes in new.attributes(inside):
+            if not isinstance(value, Replayed):
+                attributes[name] = made(value, device, dtype or torch.float32)
+            elif name in held:
+                attributes[name] = held[name]
+            else:
+                attributes.pop(name, None)
+
+
+def own_part(block: nn.Module, reading: Reading, tensors: BlockTensors) -> OwnPart | None:
+    """The part of ``block`` that its own operations go on computing, if there is any."""
+    if reading.program is None:
+        return None
+    weights = {name: weight(block, name) for name in reading.program.weights}
+    return OwnPart(Replay(reading.program, weights), reading.spec, tensors)
+
+
+def gathered(block: nn.Module, reading: Reading) -> BlockTensors:
+    """The weights of a block that was read so; for a router of its own, with something to ask about it.
+
+    Such a router has no matrix that tells which tokens it sends where. One of its weights that looks like a router's,
+    or else random numbers, stands for it where tokens are made up.
+    """
+    tensors = gather(block, reading.layout)
+    spec, program = reading.spec, reading.program
+    if not spec.router.own or spec.at == "experts" or program is None:
+        return tensors
+    weights = {name: weight(block, name) for name in program.weights}
+    return asking_its_own(tensors, program, weights, spec.router.num_experts, spec.hidden)
 
 
 class Double(StandingBlock):

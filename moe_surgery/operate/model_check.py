@@ -21,6 +21,7 @@ from moe_surgery.calling import Structure, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.prove.own_tokens import Heard
+from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.report.outcomes import ModelCheck
 
 
@@ -129,7 +130,7 @@ class WholeModel:
 
         try:
             sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
-            with _watched(self.model, run.path, sites, called, returned):
+            with unwritten(*sites.values()), _watched(self.model, run.path, sites, called, returned):
                 result = kept(run())
         except Exception as error:
             return error
@@ -179,7 +180,8 @@ class WholeModel:
 
         sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
         try:
-            with _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
+            old = [module for path, module in sites.items() if path not in placed]
+            with unwritten(*old), _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
                 result = kept(played.run())
         except Exception as error:
             if differences:

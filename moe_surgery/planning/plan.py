@@ -319,10 +319,10 @@ def _decide(
     dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else device, dtype, live)
     if isinstance(target, AutoTarget):
-        target, note = target.pick(spec, context)
+        target, note = target.pick(spec.built, context)
     else:
-        note = target.remark(spec, context)
-    refusal = target.accepts(spec, context)
+        note = target.remark(spec.built, context)
+    refusal = target.accepts(spec.built, context)
     if refusal is not None:
         reason = f"{refusal.reason}; {note}" if note else refusal.reason
         return Step(path, kind, "refused", reason, rule, target.name, spec)

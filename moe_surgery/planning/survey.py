@@ -11,7 +11,7 @@ from moe_surgery.installed.imports import uncollected
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
 from moe_surgery.planning.surroundings import Surroundings
-from moe_surgery.read.block import read
+from moe_surgery.read.block import read, read_around
 from moe_surgery.read.experts import experts_modules, read_experts
 from moe_surgery.read.reading import Broken, Reading, Unreadable
 from moe_surgery.read.sameness import Readings, structure
@@ -56,7 +56,17 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
     except Broken as error:
         return Surveyed(site, None, str(error))
     except Unreadable as error:
-        return _inside(site, known, shared, str(error))
+        inside = _inside(site, known, shared, str(error))
+        return inside if inside.reading is not None else _around(site, known, shared, inside)
+
+
+def _around(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
+    """A block whose router can't be read, as one that is split behind it; ``unread`` if that can't be either."""
+    try:
+        _check_place(site, shared)
+        return Surveyed(site, replace(_read(site, known, read_around), around=unread.unread or ""), None)
+    except Unreadable:
+        return unread
 
 
 def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:

@@ -38,11 +38,11 @@ class Call:
     tokens: Tensor
 
 
-def calls(probes: Probes, *, new: bool, empty: bool = True) -> Iterator[Call]:
+def calls(probes: Probes, *, new: bool, empty: bool = True, sizes: Iterable[int] = ()) -> Iterator[Call]:
     """The calls that ask a block about every probe, alone and in company; ``empty``: about no token at all too.
 
     A new block is asked with inputs [T, H] too, and with a long sequence. An old block gets [B, S, H] only, and no
-    more than 72 tokens at once: some copy an expert's weights for each token.
+    more than 72 tokens at once: some copy an expert's weights for each token. ``sizes`` are further numbers of tokens.
     """
     x, count = probes.x, len(probes.x)
     device = x.device
@@ -66,6 +66,8 @@ def calls(probes: Probes, *, new: bool, empty: bool = True) -> Iterator[Call]:
         yield _sequence(x, token)
     crowd = probes.of(UNIT)[-1:].repeat(_BEYOND)
     yield Call("72 times the same token", x[crowd][None], crowd)
+    for size in sizes:
+        yield _sequence(x, everyone.repeat(-(-size // count))[:size])
     if empty:
         yield Call(EMPTY, x[:0][None], everyone[:0])
 

@@ -3,15 +3,19 @@
 What the routed experts and the shared expert compute is not on trial: they are the same modules with the same weights,
 however these are stored. So the reference is made of what the old block was seen to compute, its routed output, its
 shared expert's and the gate's logit, combined in float64 as the spec says. It is made for every call anew: kernels that
-quantise activations may give a token other values in other company. The noise is that of combining these parts in the
-block's own dtype, and what asking the old block twice differs by. Mutants are of the combination.
+quantise activations may give a token other values in other company.
+
+The noise is that of combining these parts in the block's own dtype, and of asking the old block again with the shared
+expert's inner values rounded otherwise: what stands between its matrices is computed anew, and a layer that quantises
+its input makes much of a last bit. Mutants are of the combination.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +46,20 @@ class Parts:
     gate: Tensor | None
 
 
-Observed = Callable[[Tensor], Parts]
-"""An old block, asked about tokens ``[..., H]``. Raises :class:`Misconduct` if it didn't do what was read."""
+class Observed(Protocol):
+    """An old block, asked about tokens ``[..., H]``. Raises :class:`Misconduct` if it didn't do what was read.
+
+    ``shaken``: with every input of the shared expert's last matrix off by about one rounding.
+    """
+
+    def __call__(self, x: Tensor, *, shaken: bool) -> Parts: ...
+
+
+def shake(x: Tensor) -> Tensor:
+    """``x`` with every element off by about one rounding of its dtype, this way or that; the same at every call."""
+    generator = torch.Generator("cpu").manual_seed(x.shape[-1])
+    signs = torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x.device) * 2 - 1
+    return (x.float() * (1 + signs * (torch.finfo(x.dtype).eps / 2))).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +131,7 @@ def _ask(old: Observed, new: Block, spec: MoESpec, probes: Probes, inside: float
     places: dict[str, list[Tensor]] = {}
     where: list[str] = []
     for call in calls(probes, new=True, empty=False):
-        parts = old(call.x.clone())
-        again = old(call.x.clone())
+        parts, again = old(call.x.clone(), shaken=False), old(call.x.clone(), shaken=True)
         y = ask(new, call)
         finite = parts.output.isfinite().all(-1)
         if not bool(finite.any()):
@@ -223,7 +238,7 @@ def _judge(found: _Answers, margin: float, tokens: int) -> Verdict:
     errors, built_at = found.worst(found.new)
     faults = beyond_noise("the old block is not what was read", reading, read_at, found)
     faults += beyond_noise("the new block is not what the spec says", errors, built_at, found)
-    mutants = sorted((measure(twin, found, errors, margin) for twin in found.twins), key=lambda m: m[0].margin)
+    mutants = sorted(measure(found.twins, found, errors, margin), key=lambda m: m[0].margin)
     wrong = bool(faults)
     faults = faults or power_faults(mutants, found, margin)
     counts = torch.bincount(found.truth.family, minlength=len(FAMILIES)).tolist()

@@ -23,10 +23,9 @@ from moe_surgery.targets.reference import (
     expert_outputs,
     routed_sum,
     router_scores,
-    shared_output,
-    shared_parts,
     visited,
 )
+from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.tensors import BlockTensors
 
 

@@ -28,11 +28,10 @@ from moe_surgery.targets.reference import (
     Visits,
     applied_weights,
     routing_weights,
-    shared_output,
-    shared_parts,
     visited,
     weighted_sum,
 )
+from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.tensors import BlockTensors
 
 # Tokens per family for mutants that need new matrix products.
@@ -127,7 +126,7 @@ def requests(
         full = weights.new_zeros(len(unit), experts).scatter(1, ids[unit], weights[unit])[:, :real]
         count = min(_EXCHANGES, len(unit))
         # For each expert those unit tokens that choose it where exchanging it moves the most weight.
-        moved = (full - full[:, others]).abs().where(full > 0, -1.0)
+        moved = (full - full[:, others]).abs().where(full != 0, -1.0)
         chosen = moved.topk(count, 0).indices
         given = probes.x[unit[chosen.flatten()]].to(F64)
         if spec.experts.weights_on == "input":
@@ -236,7 +235,7 @@ def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twi
     own = weighted_sum(outputs, mine.to(F64), F64)
     mine_weight = (weights * mine).sum(-1, keepdim=True)
     theirs_weight = (weights * theirs).sum(-1, keepdim=True)
-    moved = (mine_weight - theirs_weight).where(mine_weight > 0, 0.0)
+    moved = (mine_weight - theirs_weight).where(mine_weight != 0, 0.0)
     y = (parts.routed + parts.shared_sum)[tokens] + moved * (out - own)
     return Twin("expert {case} exchanged with its nearest", y, tokens, experts)
 

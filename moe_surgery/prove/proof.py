@@ -8,6 +8,7 @@ this check tell?). What an error may be is measured too: the same plain torch ru
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -54,20 +55,23 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
     return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
 
 
-def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0) -> Verdict:
+def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0, sizes: Sequence[int] = ()) -> Verdict:
     """Judge a block that was swapped in where the old one can't be asked any more: does it compute what it should?
 
     It is asked what an engine may ask, so never about no token: kernels of vLLM's can't be launched for none on a GPU.
-    It may be off as far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what
+    It is asked about as many tokens as ``sizes`` say too: those from which it computes in another way. It may be off as
+    far as kernels may (:mod:`~moe_surgery.prove.limits`). ``ground`` is what
     :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     if isinstance(ground, str):
         return _hopeless(ground, False)
-    return _judge(of_kernels(ground), margin, block, None, "swapped")
+    return _judge(of_kernels(ground), margin, block, None, "swapped", sizes)
 
 
-def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old") -> Verdict:
-    reading = _examine_old(old, ground, empty=who == "old")
+def _judge(
+    ground: Ground, margin: float, old: Block, new: Block | None, who: str = "old", sizes: Sequence[int] = ()
+) -> Verdict:
+    reading = _examine_old(old, ground, empty=who == "old", sizes=sizes)
     faults = _error_faults(who, reading, ground)
     judged = reading
     if new is not None:
@@ -76,7 +80,7 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
         judged = _examine(new, ground, excused, new=True)
         faults += _error_faults("new", judged, ground)
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
-    mutants = sorted((measure(twin, ground, errors, margin) for twin in ground.twins), key=lambda m: m[0].margin)
+    mutants = sorted(measure(ground.twins, ground, errors, margin), key=lambda m: m[0].margin)
     # An expert that isn't reached would fail here again, as would a wrong block.
     wrong, faults = bool(faults), _ground_faults(ground) + faults
     faults = faults or power_faults(mutants, ground, margin)
@@ -100,20 +104,28 @@ def _judge(ground: Ground, margin: float, old: Block, new: Block | None, who: st
 
 
 def _examine(
-    block: Block, ground: Ground, excused: frozenset[str], *, new: bool = False, empty: bool = True
+    block: Block,
+    ground: Ground,
+    excused: frozenset[str],
+    *,
+    new: bool = False,
+    empty: bool = True,
+    sizes: Sequence[int] = (),
 ) -> Answers | Misconduct:
     try:
-        return exercise(block, calls(ground.probes, new=new, empty=empty), ground.truth, excused)
+        return exercise(block, calls(ground.probes, new=new, empty=empty, sizes=sizes), ground.truth, excused)
     except Misconduct as misconduct:
         return misconduct
 
 
-def _examine_old(old: Block, ground: Ground, *, empty: bool) -> Answers | Misconduct:
+def _examine_old(old: Block, ground: Ground, *, empty: bool, sizes: Sequence[int]) -> Answers | Misconduct:
     """Ask the old block, which takes ``[B, S, H]`` or, if it refuses that, only ``[T, H]``."""
     excused = frozenset({STRIDED, EMPTY})
-    answers = _examine(old, ground, excused, empty=empty)
+    answers = _examine(old, ground, excused, empty=empty, sizes=sizes)
     if isinstance(answers, Refused):
-        flat = _examine(lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty)
+        flat = _examine(
+            lambda x: old(x.reshape(-1, x.shape[-1])).view(x.shape), ground, excused, empty=empty, sizes=sizes
+        )
         return flat if isinstance(flat, Answers) else answers
     return answers
 

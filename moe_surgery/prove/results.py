@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Calling, Result, Structure, output_of, structured
+from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of, structured
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
@@ -40,7 +40,7 @@ def prove_block(
     calling, results = convention.calling, convention.results
     asked = [_asked(block, calling, results) for block in (old, new)]
     verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin, probes=probes)
-    if not verdict.passed or results is None:
+    if not verdict.passed or (results is None and not convention.written):
         return verdict
     with torch.no_grad():
         fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
@@ -71,8 +71,10 @@ def _faults(
     probes = make_probes(spec, tensors.router, seed, tensors)
     x = probes.x[probes.of(UNIT)]
     x = x[: len(x) // 2 * 2]
-    exact, rounded = convention.routed(x, torch.float64), convention.routed(x)
-    sure = _sure(spec, exact, rounded)
+    wanted, exact, rounded, sure = convention.results, {}, {}, torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if wanted is not None and any(isinstance(leaf, Result) and leaf.value != "output" for leaf in wanted.leaves()):
+        exact, rounded = convention.routed(x, torch.float64), convention.routed(x)
+        sure = _sure(spec, exact, rounded)
     if not bool(sure.any()):
         yield "its results can't be proven: every probe is within the router's noise"
     most = torch.finfo(x.dtype).eps * spec.hidden**0.5
@@ -81,16 +83,41 @@ def _faults(
         if _form(answers[0]) != _form(answers[1]):
             yield f"the new block returns {_form(answers[1])}, the old one {_form(answers[0])}"
             return
-        wanted = convention.results
-        assert wanted is not None
+        for (path, name), _ in convention.written:
+            yield from _apart(f"{path}.{name}".lstrip("."), *(_attribute(block, path, name) for block in (old, new)))
         found = [_leaves(answer) for answer in answers]
-        for number, leaf in enumerate(wanted.leaves()):
-            if not isinstance(leaf, Result):
+        for number, leaf in enumerate(wanted.leaves() if wanted is not None else ()):
+            if isinstance(leaf, Replayed):
+                yield from _apart(f"result {leaf.where}", *(values[number] for values in found))
+            elif not isinstance(leaf, Result):
                 if any(not _equal(values[number], found[0][number]) for values in found):
                     yield f"the new block returns {found[1][number]} where the old one returns {found[0][number]}"
             elif leaf.value != "output":
                 given = [values[number].reshape(len(x), -1) for values in found]
                 yield from _unlike(leaf, given, exact, rounded, sure, margin, most)
+
+
+def _attribute(block: nn.Module, path: str, name: str) -> Any:
+    owner: Any = block
+    for part in path.split(".") if path else ():
+        owner = getattr(owner, part)
+    return getattr(owner, name, None)
+
+
+def _apart(what: str, old: Any, new: Any) -> Iterator[str]:
+    """Why what the same operations made of the same input differs in two blocks, if it does."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):
+        yield f"the new block's {what} is not of the old one's form"
+    elif not old.dtype.is_floating_point:
+        if not torch.equal(old, new):
+            yield f"the new block's {what} is another than the old one's"
+    elif not torch.equal(old.isfinite(), new.isfinite()):
+        yield f"the new block's {what} is not finite where the old one's is, or the other way round"
+    else:
+        finite = old.isfinite()
+        apart, size = float((old - new)[finite].double().norm()), float(old[finite].double().norm())
+        if apart > (bound := _SLACK * torch.finfo(old.dtype).eps) * size:
+            yield f"the new block's {what} is {apart / size:.2g} from the old one's; {bound:.2g} are allowed"
 
 
 def _unlike(

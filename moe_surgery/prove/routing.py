@@ -125,7 +125,7 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
     decidable = (scores != 0).sum(-1) == k if spec.router.own else torch.ones_like(chosen[:, 0])
     for _ in range(_SHAKES if k < spec.router.num_experts else 0):
         signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
-        decidable &= (_chosen(_shaken(spec, tensors, x, logits + signs * noise / 2, signs), k) == chosen).all(-1)
+        decidable &= (_chosen(_shaken(spec, tensors, x, logits, signs * noise / 2, signs), k) == chosen).all(-1)
     everyone = torch.arange(len(x), device=logits.device)
     zero = (probes.family == ZERO) & (not spec.experts.biases)
     return Routing(
@@ -139,10 +139,11 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
     )
 
 
-def _shaken(spec: MoESpec, tensors: BlockTensors, x: Tensor, logits: Tensor, signs: Tensor) -> Tensor:
-    """The ranking [T, E] of logits that rounding has moved, itself rounded."""
+def _shaken(spec: MoESpec, tensors: BlockTensors, x: Tensor, logits: Tensor, moved: Tensor, signs: Tensor) -> Tensor:
+    """The ranking [T, E] of logits that rounding has ``moved``, itself rounded."""
+    logits = logits + moved
     if spec.router.own:
-        return own_scores(tensors.routing, x, logits, torch.float64)
+        return own_scores(tensors.routing, x, logits, torch.float64, moved).abs()
     scores = scores_of(spec, logits, EXACT)
     if spec.router.groups is not None:  # which are scored before anything is ranked
         scores = scores + signs * _rounding(spec, logits, scores, x.dtype)

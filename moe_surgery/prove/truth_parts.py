@@ -13,7 +13,8 @@ from moe_surgery.prove.probe import Probes
 from moe_surgery.prove.routing import Routing
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets.formula import EXACT
-from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, shared_output, weighted_sum
+from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, weighted_sum
+from moe_surgery.targets.shared_expert import shared_output
 from moe_surgery.weights.tensors import BlockTensors
 
 F64 = torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -14,27 +15,28 @@ from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Unfollowed, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
-from moe_surgery.read.record.flow import Route
+from moe_surgery.read.record.flow import Flow, Route
 
 _MOST_BRANCHES = 3  # each doubles the records
 
 
 @dataclass(frozen=True, eq=False)
 class Asking:
-    """A block that is asked with inputs of many shapes, and ``calling``, how it is called."""
+    """A block that is asked with inputs of many shapes: ``calling`` is how, ``parse`` what its records are read by."""
 
     block: nn.Module
     calling: Calling
+    parse: Callable[[Flow, torch.dtype], Record] = parse_record
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
         how: dict[str, Any] = {"plain": plain, "calling": self.calling}
         flow = record(self.block, shape, dtype, route, **how)
-        found = parse_record(flow, dtype)
+        found = self.parse(flow, dtype)
         for turned in _some(flow.branches):
             number = min(turned).rpartition(" ")[2]
             try:
                 other = record(self.block, shape, dtype, route, turned=turned, **how)
-                same = set(other.branches) <= set(flow.branches) and parse_record(other, dtype).says == found.says
+                same = set(other.branches) <= set(flow.branches) and self.parse(other, dtype).says == found.says
             except Unreadable:
                 same = False
             if not same:
@@ -43,11 +45,17 @@ class Asking:
 
     def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
         """A record; none where the block's own forward doesn't take such an input."""
+        if not self.takes(shape, dtype, plain=plain):
+            return []
+        return [self(shape, dtype, crowded_together, plain=plain)]
+
+    def takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> bool:
+        """Whether the block's own forward takes such an input."""
         try:
             record(self.block, shape, dtype, crowded_together, plain=plain, calling=self.calling)
         except Unfollowed:
-            return []
-        return [self(shape, dtype, crowded_together, plain=plain)]
+            return False
+        return True
 
 
 def _some(branches: tuple[str, ...]) -> list[frozenset[str]]:

@@ -9,7 +9,7 @@ dtype that one record can't show is seen as a difference between two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_surgery.calling import Calling
 from moe_surgery.read.asking import Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
+from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met
 from moe_surgery.read.parse.token_output import SharedRead, TokenRead
@@ -32,7 +33,9 @@ from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
+from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.split import parse_split
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
@@ -46,8 +49,20 @@ def read(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
+    return _read(block, parse_record)
+
+
+def read_around(block: nn.Module) -> Reading:
+    """What ``block`` computes, of which the router is left as it is: its own operations find ids and weights.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
+    """
+    return _read(block, parse_split)
+
+
+def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Reading:
     state = check_site(block)
-    ask = Asking(block, arguments_of(block))
+    ask = Asking(block, arguments_of(block), parse)
     with own_forward(block):
         crowded = _first(ask, hidden_sizes(state), state)
         router = crowded.tokens[0].router
@@ -58,15 +73,16 @@ def read(block: nn.Module) -> Reading:
         batch = odd_batch(state, tokens, router.num_experts, router.top_k)
         records = [
             crowded.record,
-            ask(_shape(batch, width, crowded.flat), torch.float32, rolled if more else spread),
-            _of_one(ask, _shape((1, 1), width, crowded.flat), own, crowded.record),
+            ask(crowded.shape(batch), torch.float32, rolled if more else spread),
+            _of_one(ask, crowded.shape((1, 1)), own, crowded.record),
         ]
-        calling = _without_effect(ask, _shape((1, 1), width, crowded.flat), own, records[-1])
-        records += ask.if_it_takes(_shape((2, 3), width, crowded.flat), own, plain=True)
+        calling = _without_effect(ask, crowded.shape((1, 1)), own, records[-1])
+        records += ask.if_it_takes(crowded.shape((2, 3)), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k)
         records += ask.if_it_takes((few[0] * few[1], width), own)
         if any(record_.lone for record_ in records) and not crowded.flat:
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
+        program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
     first = crowded.tokens[0]
     experts = same_experts(records, first, router.num_experts)
     if any(expert.identity for expert in experts):
@@ -116,7 +132,8 @@ def read(block: nn.Module) -> Reading:
     spare = frozenset(state).difference(*(record_.used for record_ in records))
     if "training" not in names_read(block):  # nothing says what else they could be for
         spare = frozenset()
-    check_complete({name: tensor for name, tensor in state.items() if name not in spare}, layout)
+    own_code = own_weights(program, layout, state, width)
+    check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
@@ -132,6 +149,7 @@ def read(block: nn.Module) -> Reading:
         tuple(kept.items()),
         above,
         spare,
+        program,
     )
 
 
@@ -162,6 +180,9 @@ class _Crowded:
     width: int
     flat: bool
 
+    def shape(self, batch: tuple[int, int]) -> tuple[int, ...]:
+        return _shape(batch, self.width, self.flat)
+
     @property
     def tokens(self) -> tuple[TokenRead, ...]:
         return self.record.tokens
@@ -186,7 +207,7 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
         value = Untouched()
         how: dict[str, Any] = {"plain": True, "calling": calling, "more": {argument.name: value}}
         with suppress(Unreadable):
-            found = parse_record(record(ask.block, shape, dtype, spread, **how), dtype)
+            found = ask.parse(record(ask.block, shape, dtype, spread, **how), dtype)
             if not was_touched(value) and (found.tokens, found.results) == (like.tokens, like.results):
                 calling = unused(calling, argument)
     return calling
@@ -198,16 +219,20 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
     problem = Unfollowed("it has no weights", -1)
-    for flat, width in product((False, True), widths):
+    # A block that rounds as it should in its own dtype alone is read in that.
+    dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
+    for dtype, flat, width in product(dtypes, (False, True), widths):
         if flat and problem.answered:  # it takes batches, and does something else with them
+            continue
+        if dtype != torch.bfloat16 and not problem.answered:
             break
         try:
             batch = odd_batch(state, 1)
-            found = ask(_shape(batch, width, flat), torch.bfloat16, crowded_together)
+            found = ask(_shape(batch, width, flat), dtype, crowded_together)
             router = found.tokens[0].router
             known = odd_batch(state, 1, router.top_k, router.num_experts)
             if known != batch:  # the batch could have been mistaken for top-k
-                found = ask(_shape(known, width, flat), torch.bfloat16, crowded_together)
+                found = ask(_shape(known, width, flat), dtype, crowded_together)
             return _Crowded(found, width, flat)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further

@@ -23,8 +23,10 @@ def combine(spec: MoESpec, layout: Layout) -> str:
 def children(spec: MoESpec, layout: Layout) -> tuple[tuple[str, ChildShape], ...]:
     """The shapes of the children that hold the router, the experts, the shared expert and its gate, by name."""
     experts, shared, gate = _names(layout)
-    router = _owner((layout.router,), "router")
-    found = [(router, ChildShape("matrix", (spec.router.num_experts, spec.hidden)))]
+    found = []
+    if layout.router.path:  # else the router is no matrix
+        router = _owner((layout.router,), "router")
+        found.append((router, ChildShape("matrix", (spec.router.num_experts, spec.hidden))))
     found.append((experts, ChildShape("experts", (spec.experts.num_experts, spec.experts.width, spec.hidden))))
     if spec.shared:
         found.append((shared, ChildShape("mlp", (spec.shared.width, spec.hidden))))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_surgery.calling import Structure
+from moe_surgery.calling import Replayed, Result, Structure
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
@@ -18,14 +19,24 @@ from moe_surgery.read.parse.token_output import TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.attributes import Attributes
-from moe_surgery.read.record.flow import Choice, Flow
+from moe_surgery.read.record.flow import Choice, Flow, Given
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights."""
+
+    choices: tuple[int, ...]
+    weights: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Record:
     """A parsed record: every token's output, the experts it was sent to, ``ids`` [T, k], results, and attributes.
 
-    ``ranked`` is how many experts were ranked to find these k.
+    ``ranked`` is how many experts were ranked to find these k. ``cut`` is where a block with a router of its own is
+    split, and ``flow`` the record itself.
     """
 
     tokens: tuple[TokenRead, ...]
@@ -35,6 +46,22 @@ class Record:
     kept: Attributes = field(default_factory=dict)
     lone: bool = False
     used: frozenset[str] = frozenset()
+    flow: Flow | None = None
+    cut: Cut | None = None
+
+    def with_replayed(self, flow: Flow) -> Record:
+        """The same with the results and attributes of ``flow``, all of which its own operations go on computing."""
+        lead = next(op.shape[:-1] for op in flow.ops if op.name == "input")
+        known = {"flat": (torch.Size(lead).numel(),), "batch": lead}
+
+        def leaf(leaf: Any) -> Any:
+            if not isinstance(leaf, Given) or leaf.value is not None:
+                return Replayed(leaf.where) if isinstance(leaf, Given) else leaf
+            leads = frozenset(name for name, shape in known.items() if leaf.shape[:-1] == shape)
+            return Result("output", frozenset(["native"]), leads)
+
+        results = None if flow.results is None else flow.results.mapped(leaf)
+        return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
     def says(self) -> tuple[object, ...]:
@@ -65,7 +92,17 @@ def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
-    return Record(tokens, ids, choice.k, results, flow.kept, flow.lone, flow.used)
+    return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
+
+
+def replayed(kept: Attributes) -> Attributes:
+    """Attributes, with what came of the input named."""
+    return {key: Replayed(attribute(*key)) if isinstance(value, Given) else value for key, value in kept.items()}
+
+
+def attribute(path: str, name: str) -> str:
+    """What an attribute of a module in the block is called."""
+    return f"self.{path}.{name}" if path else f"self.{name}"
 
 
 def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:

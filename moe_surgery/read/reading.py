@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_surgery.calling import PLAIN, Calling, Structure
+from moe_surgery.replay import Program
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -51,6 +52,7 @@ class Reading:
     and ``kept`` which attributes it writes, by module and name, with their values.
     ``above_zero`` names weights of which none may be below zero, or the reading doesn't hold.
     ``spare`` are weights that no call outside of training uses.
+    ``program`` is the part of it that its own operations go on computing: a router that no spec says, and results.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """
 
@@ -64,3 +66,4 @@ class Reading:
     kept: tuple[tuple[tuple[str, str], Any], ...] = ()
     above_zero: Piece | None = None
     spare: frozenset[str] = frozenset()
+    program: Program | None = None

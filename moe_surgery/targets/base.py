@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -35,6 +35,19 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What routed experts are called with: tokens [..., H], ids and weights [..., k].
+
+    ``replayed`` is what else the block's own operations made of the tokens, by name.
+    """
+
+    hidden_states: Tensor
+    ids: Tensor
+    weights: Tensor
+    replayed: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class SwappedBlock(nn.Module):
     """Base of every block that this library puts into a model, so that a second run leaves it alone.
 
@@ -49,14 +62,39 @@ class SwappedBlock(nn.Module):
     convention: Convention | None = None
     """How the block it replaces is called and what it returns, where that isn't its input and its output alone."""
 
-    def arguments(self, given: Sequence[Tensor], named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens, ids and weights that a module of experts alone was called with."""
+    def arguments(self, given: Sequence[Tensor], named: Mapping[str, Tensor]) -> Arguments:
+        """The tokens, ids and weights that a module of experts alone was called with.
+
+        Where it stands for a whole block with a router of its own, that was called with tokens only, and its router
+        gives the rest.
+        """
         if self.convention is None:
             if len(given) != 3 or named:
                 raise TypeError("experts take tokens, ids and weights")
-            return given[0], given[1], given[2]
+            return Arguments(given[0], given[1], given[2])
         tensors = self.convention.calling.taken(given, named)
-        return tensors["hidden_states"], tensors["ids"], tensors["weights"]
+        if "ids" in tensors:
+            return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
+        replayed = self.convention.replayed(tensors["hidden_states"])
+        return Arguments(tensors["hidden_states"], replayed["ids"], replayed["weights"], replayed)
+
+    def answered(self, arguments: Arguments, routed: Tensor) -> Any:
+        """What a call with ``arguments`` returns whose routed experts came to ``routed`` [..., H]."""
+        convention = self.convention
+        if convention is None or convention.own is None:
+            return routed
+        x = arguments.hidden_states
+        return self.answer(x, convention.own.around(x, routed), arguments.replayed)
+
+    def answer(self, x: Tensor, output: Tensor, replayed: Mapping[str, Tensor]) -> Any:
+        """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did."""
+        assert self.convention is not None
+        for (path, name), where in self.convention.written:
+            self.write(path, name, replayed[where])
+        return self.convention.answer(x, output, replayed)
+
+    def write(self, path: str, name: str, value: Any) -> None:
+        """Give the attribute ``name`` of the old block's module ``path`` a value. By default it has none."""
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
@@ -67,6 +105,19 @@ class SwappedBlock(nn.Module):
 
 class StandingBlock(Standing, SwappedBlock):
     """A swapped block of a plain model, which answers for the one that stood in its place."""
+
+    def write(self, path: str, name: str, value: Any) -> None:
+        for attributes in self.attributes(path):
+            attributes[name] = value
+
+    def attributes(self, path: str) -> Iterator[dict[str, Any]]:
+        """Wherever the plain attributes of the old block's module ``path`` are, to be written to."""
+        first, _, rest = path.partition(".")
+        held = self._modules.get(first)
+        if isinstance(held, Standing) and held.likeness is not None:  # the old router, which may be asked itself
+            yield held.likeness.attributes(rest)
+        if self.likeness is not None:
+            yield self.likeness.attributes(path)
 
 
 class Target(Protocol):

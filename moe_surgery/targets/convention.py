@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,31 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import Calling, Constant, Result, Structure
+from moe_surgery.calling import Calling, Constant, Replayed, Result, Structure
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
+from moe_surgery.targets.own_part import OwnPart
 from moe_surgery.weights.tensors import BlockTensors
 
 
 @dataclass(frozen=True, eq=False)
 class Convention:
-    """How the replaced block was called and what it returned. Tensors are the router's own, by reference."""
+    """How the replaced block was called, what it returned, and which attributes it wrote.
+
+    Tensors are the router's own, by reference. ``own`` is the part of the block that its own operations go on
+    computing; ``written`` are attributes, by module and name, that come of it.
+    """
 
     calling: Calling
     results: Structure | None = None
+    own: OwnPart | None = None
+    written: tuple[tuple[tuple[str, str], str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
     correction_bias: Tensor | None = None
 
     @classmethod
-    def of(cls, spec: MoESpec, calling: Calling, results: Structure | None, tensors: BlockTensors) -> Convention:
+    def of(
+        cls,
+        spec: MoESpec,
+        calling: Calling,
+        results: Structure | None,
+        tensors: BlockTensors,
+        own: OwnPart | None = None,
+        kept: Sequence[tuple[tuple[str, str], Any]] = (),
+    ) -> Convention:
+        """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
+        written = tuple((place, value.where) for place, value in kept if isinstance(value, Replayed))
         if results is None:
-            return cls(calling)
-        return cls(calling, results, spec, tensors.router, tensors.router_bias, tensors.correction_bias)
+            return cls(calling, None, own, written)
+        return cls(calling, results, own, written, spec, tensors.router, tensors.router_bias, tensors.correction_bias)
 
-    def answer(self, x: Tensor, output: Tensor) -> Any:
-        """The results of a call with ``x`` [..., H] whose output is ``output``."""
+    def answer(self, x: Tensor, output: Tensor, replayed: Mapping[str, Tensor]) -> Any:
+        """The results of a call with ``x`` [..., H] whose output is ``output``, and what was ``replayed`` of it."""
         if self.results is None:
             return output
         values: dict[str, Any] = {}
@@ -44,6 +61,8 @@ class Convention:
             if isinstance(leaf, Constant):
                 dtype = x.dtype if leaf.dtype == "native" else getattr(torch, leaf.dtype)
                 return torch.full(leaf.shape, leaf.value, dtype=dtype, device=x.device)
+            if isinstance(leaf, Replayed):
+                return replayed[leaf.where]
             if not isinstance(leaf, Result):
                 return leaf
             if leaf.value == "output":
@@ -55,6 +74,10 @@ class Convention:
             return value.to(dtype).reshape(*((-1,) if leaf.flat else x.shape[:-1]), value.shape[-1])
 
         return self.results.made(leaf)
+
+    def replayed(self, x: Tensor) -> dict[str, Tensor]:
+        """What the block's own operations compute of its input."""
+        return {} if self.own is None else self.own.replay(x)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
@@ -99,7 +122,7 @@ def answering(forward: Forward) -> Forward:
         if convention is None:
             return forward(self, *given, **named)
         x = convention.calling.taken(given, named)["hidden_states"]
-        return convention.answer(x, forward(self, x))
+        return self.answer(x, forward(self, x), convention.replayed(x))
 
     return answered  # type: ignore[return-value]
 

@@ -34,7 +34,7 @@ class Likeness:
 
     path: str
     kind: type
-    plain: Mapping[str, Any]
+    plain: dict[str, Any]
     moved: frozenset[str]
     children: Mapping[str, Likeness | nn.Module | None]
     shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -81,6 +81,16 @@ class Likeness:
         if own is not nn.Module.__getattr__:  # it hands some names on to another module
             return own(standing, name)
         raise AttributeError(f"{self.kind.__name__!r} object has no attribute {name!r}")
+
+    def attributes(self, path: str) -> dict[str, Any]:
+        """The plain attributes of the module ``path`` in this one, to be written to."""
+        if not path:
+            return self.plain
+        first, _, rest = path.partition(".")
+        child = self.children[first]
+        if isinstance(child, Likeness):
+            return child.attributes(rest)
+        return {} if child is None else vars(child.get_submodule(rest))  # it has no weights, and is there itself
 
     def refuse(self, name: str) -> NoReturn:
         what = f"{self.path}.{name}" if name else self.path

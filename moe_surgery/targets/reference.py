@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
+from moe_surgery.targets.shared_expert import shared_output, shared_parts
+from moe_surgery.weights.own_router import AskedRouter
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
 
@@ -56,7 +59,7 @@ def scores_of(spec: MoESpec, logits: Tensor, arithmetic: Arithmetic) -> Tensor:
 def ranking(spec: MoESpec, logits: Tensor, scores: Tensor, tensors: BlockTensors, arithmetic: Arithmetic) -> Tensor:
     """What experts are ranked by [T, E], with logits [T, E] that are not capped yet."""
     if spec.router.own:
-        return scores
+        return scores.abs()  # those it doesn't choose are zero
     return ranked(spec.router, capped(spec.router, logits, arithmetic), scores, tensors.correction_bias, arithmetic)
 
 
@@ -76,14 +79,20 @@ def chosen(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> Tensor:
     return ranking(spec, logits, scores, tensors, Arithmetic(x.dtype)).topk(spec.router.top_k, -1).indices
 
 
-def own_scores(routing: OwnRouting | None, x: Tensor, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
+def own_scores(
+    routing: OwnRouting | None, x: Tensor, logits: Tensor, dtype: torch.dtype | None, moved: Tensor | None = None
+) -> Tensor:
     """What the model's own router gives each expert [T, E]: its weight where it chooses the expert, else zero.
 
     Routers take no float64; the truth asks them with logits in float32, and otherwise with those of the block itself.
+    Where logits are ``moved`` [T, E], they have moved by that; it says so to routers that make logits of their own.
     """
     if routing is None:
         raise ValueError("the spec's routing is the model's own, and no router is given")
-    weights, ids = routing(x, logits if dtype is None else logits.float())
+    if moved is not None and isinstance(routing, AskedRouter):
+        weights, ids = routing.moved(x, moved / logits.abs().amax(-1, keepdim=True).clamp_min(1e-300))
+    else:
+        weights, ids = routing(x, logits if dtype is None else logits.float())
     scores = torch.zeros_like(logits, dtype=dtype or torch.float32)
     return scores.scatter(-1, ids.long(), weights.to(scores.dtype))
 
@@ -138,27 +147,6 @@ def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor
 
 def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias[expert].to(dtype)
-
-
-def shared_parts(
-    tensors: BlockTensors, x: Tensor, mix: Mixer, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """The shared expert's ungated output [T, H] and its gate's logit [T, 1], or None where nothing gates it."""
-    gate, up, down = tensors.shared_gate_proj, tensors.shared_up_proj, tensors.shared_down_proj
-    assert gate is not None and down is not None
-    work = dtype or x.dtype
-    x = x.to(work)
-    half = F.linear(x, gate.to(work))
-    out = F.linear(mix(half, half if up is None else F.linear(x, up.to(work))), down.to(work))
-    return out, None if tensors.shared_gate is None else F.linear(x, tensors.shared_gate.to(work))
-
-
-def shared_output(spec: MoESpec, out: Tensor, gate: Tensor | None) -> Tensor:
-    """What :func:`shared_parts` found, gated and scaled."""
-    assert spec.shared is not None
-    if gate is not None:
-        out = gate.sigmoid() * out
-    return out * spec.shared.scale if spec.shared.scale != 1.0 else out
 
 
 def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -247,8 +235,9 @@ class ReferenceBlock(StandingBlock):
 class ReferenceExperts(ReferenceBlock):
     """The module of routed experts alone: tokens ``[..., H]``, ids [T, k] and weights [T, k] to ``[..., H]``."""
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        x, ids, weights = self.arguments(given, named)
+    def forward(self, *given: Tensor, **named: Tensor) -> Any:
+        arguments = self.arguments(given, named)
+        x, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
         work = torch.promote_types(x.dtype, torch.float32)
         flat, count = x.reshape(-1, x.shape[-1]), ids.shape[-1]
         total = self.spec.experts.num_experts + self.spec.experts.identities
@@ -257,7 +246,7 @@ class ReferenceExperts(ReferenceBlock):
         [outputs] = expert_outputs(self._tensors(), [visits], work)
         scaled = weights.to(work) * self.spec.router.scale
         out = weighted_sum(outputs.view(*ids.shape, x.shape[-1]), scaled, work)
-        return out.to(x.dtype).view(x.shape)
+        return self.answered(arguments, out.to(x.dtype).view(x.shape))
 
 
 def within(ids: Tensor, weights: Tensor, total: int) -> tuple[Tensor, Tensor]:

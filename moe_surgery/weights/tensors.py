@@ -42,6 +42,13 @@ class BlockTensors:
     w2_bias: Tensor | None = None
     output_bias: Tensor | None = None
 
+    def of_experts(self) -> BlockTensors:
+        """The same for the routed experts alone."""
+        router = self.w13.new_empty(0, self.w13.shape[-1])
+        return BlockTensors(
+            router, self.w13, self.w2, None, None, None, None, self.copied, w13_bias=self.w13_bias, w2_bias=self.w2_bias
+        )
+
 
 def weight(block: nn.Module, path: str) -> Tensor:
     """A parameter or buffer of the block, without its gradient's history."""

@@ -1402,12 +1402,6 @@ class TensorAttribute(Base):
 # Signatures and returns
 
 
-@near_miss("also returns")
-class ReturnsTuple(Base):
-    def forward(self, hidden_states: Tensor) -> Any:
-        return super().forward(hidden_states), 2 * hidden_states
-
-
 @near_miss("forward takes")
 class SecondArgument(Base):
     def forward(self, hidden_states: Tensor, scale: float) -> Tensor:

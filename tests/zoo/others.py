@@ -126,26 +126,26 @@ class AsDict(Base):
         return {"out": super().forward(hidden_states), "loss": 0.0, "kept": True}
 
 
-@block(RESULTS, "loads")
+@block(RESULTS)
 class WithLoads(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         _, ids = self.route(hidden_states.reshape(-1, self.hidden))
         return super().forward(hidden_states), {"loads": torch.bincount(ids.flatten(), minlength=self.num_experts)}
 
 
-@block(RESULTS, "(1)")
+@block(RESULTS)
 class WithMeanOfLogits(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), self.logits(hidden_states).mean()
 
 
-@block(RESULTS, "(1)")
+@block(RESULTS)
 class WithTheHiddenStates(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), hidden_states
 
 
-@block(RESULTS, "(1)")
+@block(RESULTS)
 class WithIdsMadeOfIds(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         x = hidden_states.reshape(-1, self.hidden)
@@ -154,7 +154,7 @@ class WithIdsMadeOfIds(Base):
         return out, ids + 1
 
 
-@block(RESULTS, "(1)")
+@block(RESULTS)
 class WithLogitsOfAnotherRouter(Base):
     def make_more(self) -> None:
         self.other = plain.linear(self.hidden, self.num_experts)
@@ -384,11 +384,49 @@ class WritesZero(Base):
         return super().forward(hidden_states)
 
 
-@block(STATE, "last")
+@block(STATE)
 class RemembersItsChoice(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         self.last = self.route(hidden_states.reshape(-1, self.hidden))[1]
         return super().forward(hidden_states)
+
+
+@block(STATE)
+class RemembersItsLoss(Base):
+    """A loss that balances loads, for others to read."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        share = F.one_hot(ids, self.num_experts).float().mean((0, 1))
+        self.aux_loss = (share * self.logits(x).softmax(-1).mean(0)).sum() * self.num_experts
+        return weights, ids
+
+
+@block(STATE)
+class ItsRouterRemembers(Base):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        self.gate.last_logits = self.logits(x)
+        return weights, ids
+
+
+@block(STATE, "can't be followed")
+class RemembersItsOutput(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        self.last = out * 2
+        return out
+
+
+@block(STATE, "is written to", "writes to")
+class CountsInABuffer(Base):
+    def make_more(self) -> None:
+        self.register_buffer("loads", torch.zeros(self.num_experts))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        self.loads += F.one_hot(ids, self.num_experts).sum((0, 1))
+        return weights, ids
 
 
 @block(STATE)
@@ -429,6 +467,90 @@ class ReadsWhatItWrote(Base):
         out = super().forward(hidden_states)
         out = out if self.first else 2 * out
         self.first = False
+        return out
+
+
+# Routers that no spec says, in front of a loop over experts
+
+ROUTERS = "routers"
+
+
+@block(ROUTERS)
+class ByCosine(Base):
+    def make_more(self) -> None:
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        alike = F.normalize(x, dim=-1) @ F.normalize(self.gate.weight, dim=-1).t()
+        return (alike * self.temperature.exp().clamp(max=20.0)).softmax(-1).topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS)
+class ByAnMLP(Base):
+    def make_more(self) -> None:
+        self.norm, self.first = nn.LayerNorm(self.hidden), plain.linear(self.hidden, self.hidden)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = self.gate(torch.tanh(self.first(self.norm(x)))).topk(self.top_k, dim=-1)
+        return best.softmax(-1), ids
+
+
+@block(ROUTERS)
+class ScaledByExpert(Base):
+    def make_more(self) -> None:
+        self.scales = nn.Parameter(torch.ones(self.num_experts))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        return weights * self.scales[ids], ids
+
+
+@block(ROUTERS)
+class BiasInTheWeights(Base):
+    """Its logits are returned too, and the sum of its weights is kept."""
+
+    def make_more(self) -> None:
+        self.register_buffer("bias", torch.full((self.num_experts,), 0.1))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (self.logits(x).softmax(-1) + self.bias).topk(self.top_k, dim=-1)
+        self.total = weights.sum()
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states), self.logits(hidden_states)
+
+
+@block(ROUTERS)
+class InGroupsOfItsOwn(Base):
+    """The best group counts twice."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits(x).sigmoid().view(x.shape[0], -1, 2)
+        best = scores.amax(-1).topk(2, dim=-1).indices
+        factor = torch.zeros(scores.shape[:-1], dtype=x.dtype).scatter(1, best, 1.0).scatter(1, best[:, :1], 2.0)
+        return (scores * factor[..., None]).flatten(1).topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS, "scored by", "other tokens")
+class Balanced(Base):
+    """Sinkhorn's: every token's weights depend on those of all others."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        cost = self.logits(x).exp()
+        for _ in range(3):
+            cost = cost / cost.sum(0, keepdim=True)
+            cost = cost / cost.sum(1, keepdim=True)
+        return cost.topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS, "values it computes")
+class ByThreshold(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        scores, out = self.logits(x).softmax(-1), torch.zeros_like(x)
+        for number in range(len(self.experts)):
+            rows = torch.where(scores[:, number] > 0.2)[0]
+            out = out.index_add(0, rows, self.expert(number, x[rows]) * scores[rows, number, None])
         return out
 
 
@@ -625,7 +747,7 @@ class ZeroOutside(Grouped):
     fill = 0.0
 
 
-@block(VALUE, "rank as 0")
+@block(VALUE)
 class ZeroOutsideAndBiasesBelow(Grouped):
     fill, bias = 0.0, -5.0
 

@@ -18,9 +18,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
+from moe_surgery.engine.model.crossover import sizes_to_ask
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
-from moe_surgery.kernels.arguments import Weights
+from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.read.reading import Reading
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
@@ -74,6 +75,13 @@ def _backend(item: EngineSite, config: VllmConfig) -> str:
     if wanted in ("auto", "humming"):  # the latter is for quantised experts
         return "TRITON" if torch.cuda.get_device_capability() < (10, 0) else "of this GPU"
     return str(wanted).upper()
+
+
+def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
+    """A rank's share of the block in the kernels' numbers."""
+    assert item.reading is not None
+    slices = _shared_width(item) // _width(item.reading)
+    return replace(terms_of(item.reading.spec), width=_width(item.reading), slices=slices, shared_scale=shared_scale)
 
 
 def _width(reading: Reading) -> int:
@@ -133,18 +141,21 @@ class KernelBlock(EngineBlock):
         """
         assert item.reading is not None
         super().__init__(item.site.module, router, name, runner, logits)
-        from moe_surgery.kernels.op import compute, folded_moe  # needs Triton
+        from moe_surgery.engine.model.crossing_op import compute_in_engine, engine_moe  # needs Triton
 
         self.label = "folded, moe-surgery kernels"
-        self._compute, self._operator = compute, folded_moe
+        self._compute, self._operator = compute_in_engine, engine_moe
         piece = item.reading.layout.router
         self._router_weight = _Held(owner(item.block, piece), piece.path.rpartition(".")[2])
         self._shared = (shared,)  # not a child, or its weights would have two names
         self._ranks = int(get_tensor_model_parallel_world_size())
-        slices = _shared_width(item) // _width(item.reading)
-        scale = 1.0 if shared is None else shared.factor
-        self.terms = replace(terms_of(item.reading.spec), width=_width(item.reading), slices=slices, shared_scale=scale)
+        self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
+
+    @property
+    def sizes_to_ask(self) -> tuple[int, ...]:
+        """See :func:`~moe_surgery.engine.model.crossover.sizes_to_ask`."""
+        return sizes_to_ask(self.terms, self.weights().w13.dtype)
 
     def weights(self) -> Weights:
         """The block's weights, where they are now."""

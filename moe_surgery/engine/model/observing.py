@@ -8,7 +8,7 @@ name, and with the sums over the ranks that it did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from moe_surgery.engine.model.blocks import first, owner
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.prove.asking import Misconduct, Refused
-from moe_surgery.prove.combination import Parts, make_tokens, prove_combination
+from moe_surgery.prove.combination import Observed, Parts, make_tokens, prove_combination, shake
 from moe_surgery.prove.verdict import Verdict
 
 
@@ -57,7 +57,7 @@ class Observation:
             ranks=self.ranks.size,
         )
 
-    def _observed(self, config: VllmConfig) -> Callable[[Tensor], Parts]:
+    def _observed(self, config: VllmConfig) -> Observed:
         seen: dict[nn.Module, Tensor] = {}
         ask = asker(self.item.site.path, self.item.block, self.routed, config, self.ranks)
         # What every rank has a part of.
@@ -74,12 +74,17 @@ class Observation:
             part = seen[module]
             return part if not partial.get(module) else self.ranks.gather(part[None], 0).double().sum(0)
 
-        def observed(x: Tensor) -> Parts:
+        def rounded_otherwise(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return shake(args[0]), *args[1:]
+
+        def observed(x: Tensor, *, shaken: bool) -> Parts:
             seen.clear()
             with ExitStack() as ends:
                 ends.enter_context(self._as_it_was(config))
                 for module in (self.routed, self.down, *((self.gate,) if self.gate is not None else ())):
                     ends.callback(module.register_forward_hook(note).remove)
+                if shaken:
+                    ends.callback(self.down.register_forward_pre_hook(rounded_otherwise).remove)
                 try:
                     output = ask(x.reshape(-1, x.shape[-1]))
                 except Exception as error:

@@ -14,8 +14,9 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import unfit
+from moe_surgery.engine.model.crossover import told
 from moe_surgery.engine.model.folded_router import not_folded
-from moe_surgery.engine.model.kernel_block import not_on_kernels
+from moe_surgery.engine.model.kernel_block import not_on_kernels, terms_in_engine
 from moe_surgery.engine.model.served import obstacle, unfolded, unserved
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
@@ -147,11 +148,19 @@ def _decide(
         if reason is None:
             reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
         if reason is None:
-            return Step(path, kind, "replaced", said, rule, FOLDED, spec)
+            return Step(path, kind, "replaced", _with_crossover(said, item, config), rule, FOLDED, spec)
         said = f"{said} · not folded: {reason}"
     if rounds_float32(config):
         return Step(path, kind, "refused", f"{ROUNDED} · {said}", rule, LAYER, spec)
     return Step(path, kind, "replaced", said, rule, LAYER, spec)
+
+
+def _with_crossover(said: str, item: EngineSite, config: VllmConfig) -> str:
+    if not current_platform.is_cuda():
+        return said
+    assert config.model_config is not None
+    more = told(terms_in_engine(item), config.model_config.dtype)
+    return said if more is None else f"{said} · {more}"
 
 
 def rounds_float32(config: VllmConfig) -> bool:

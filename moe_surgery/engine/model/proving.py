@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import copies, owner
+from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError
@@ -76,7 +77,8 @@ class Exam:
     def prove(self, block: nn.Module, runner: Any, config: VllmConfig) -> None:
         """Ask ``block``, which is around ``runner``."""
         ground, self.ground = self.ground, ""
-        self.verdict = prove_swapped(asker(self.path, block, runner, config, self.ranks), ground)
+        sizes = next((module.sizes_to_ask for module in block.modules() if isinstance(module, KernelBlock)), ())
+        self.verdict = prove_swapped(asker(self.path, block, runner, config, self.ranks), ground, sizes=sizes)
 
 
 def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:

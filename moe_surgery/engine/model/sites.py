@@ -201,7 +201,7 @@ def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
             check_site(block)
             key = structure(block, site.path, seen.meanings)
             reading = known.once(key, lambda: read(block))
-            if not reading.calling.plain or reading.results is not None:
+            if not reading.calling.plain or reading.results is not None or reading.program is not None:
                 raise Unreadable("in an engine, blocks take and return one tensor")
             if reading.spare:
                 raise Unreadable(f"{min(reading.spare)} takes no part in what was read")

@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
+from moe_surgery.engine.model.crossover import SCHEMA
 from moe_surgery.engine.model.kernel_block import warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
@@ -34,7 +35,6 @@ from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
-from moe_surgery.kernels.arguments import SCHEMA
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"

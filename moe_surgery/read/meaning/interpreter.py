@@ -65,6 +65,8 @@ class Interpreter:
 
     def _meaning(self, op: Op) -> Any:
         """What an operation comes to; or why it can't be read, which matters to what depends on it."""
+        if op.objection is not None:
+            return Unreadable(op.objection)
         try:
             return self._checked(op, self._evaluate(op))
         except Unreadable as error:

@@ -1,6 +1,6 @@
 """From formulas to what a block returns beside its output: logits, scores, routing weights and ids of its router.
 
-Whatever else it returns can't be computed again, and is the reason why the block is left alone.
+Whatever else it returns its own operations must go on computing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.calling import Constant, Result, Structure, Value
+from moe_surgery.calling import Constant, Replayed, Result, Structure, Value
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term
@@ -56,8 +56,8 @@ class _Results:
             return Result("output", frozenset(["native"]), self._leads(leaf))
         try:
             return self._result(leaf)
-        except Unreadable as error:
-            raise Unreadable(f"it also returns ({leaf.where}) what isn't its router's: {error}") from error
+        except Unreadable:
+            return Replayed(leaf.where)
 
     def _result(self, leaf: Given) -> Result:
         leads = self._leads(leaf)

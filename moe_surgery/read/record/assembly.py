@@ -12,37 +12,40 @@ from torch import Tensor
 
 from moe_surgery.calling import Constant, structured
 from moe_surgery.read.reading import Unfollowed
-from moe_surgery.read.record.choices import no_choice
+from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.choices import Made, no_choice
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
-from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.known_numbers import Kind
+from moe_surgery.read.record.lineage import chosen
 from moe_surgery.read.record.tensor_entries import tensors_in
 
 if TYPE_CHECKING:
     from moe_surgery.read.record.recorder import Recorder
 
 
-def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Flow:
-    """The record of a call with an input of ``shape`` that came to ``answer``, as far as the results need it."""
+def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Attributes) -> Flow:
+    """The record of a call with an input of ``shape`` that came to ``answer``, as far as its results need it.
+
+    ``kept`` are the attributes that it wrote; tensors among them are results too.
+    """
     output = _output(recorder, answer, shape)
     entry = recorder.entry(output)
     if entry.node is None:
         raise recorder.object_to("its output doesn't depend on its input")
     results = structured(answer, lambda value, where: _result(recorder, value, where, output))
     positive = recorder.positive
-    more = [leaf.value for leaf in results.leaves() if isinstance(leaf, Given)] if answer is not output else []
-    needed, waiting = set(), [entry.node, *(choice.node for choice in recorder.made())]
-    waiting += [node for node in [*more, *positive] if isinstance(node, torch.fx.Node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            if "objection" in node.meta:
-                raise recorder.object_to(node.meta["objection"])
-            needed.add(node)
-            waiting += node.all_input_nodes
-    kept = [node for node in recorder.graph.nodes if node in needed]
-    index = {node: Ref(place) for place, node in enumerate(kept)}
-    ops = tuple(_op(recorder, node, index) for node in kept)
-    choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest) for choice in recorder.made())
+    attributes = {key: _attribute(recorder, value, key[1]) for key, value in kept.items()}
+    leaves = [*(results.leaves() if answer is not output else ()), *attributes.values()]
+    made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
+    needed = _before([entry.node, *(choice.node for choice in made), *positive])
+    if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
+        raise recorder.object_to(objections[0])
+    needed |= _before([leaf.value for leaf in leaves if _recorded(leaf)])
+    needed |= _before([choice.record for choice in recorder.made()])
+    nodes = [node for node in recorder.graph.nodes if node in needed]
+    index = {node: Ref(place) for place, node in enumerate(nodes)}
+    ops = tuple(_op(recorder, node, index, made) for node in nodes)
+    choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest, choice) for choice in made)
     found = Flow(
         ops,
         index[entry.node],
@@ -51,15 +54,35 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Flow:
         lone=recorder.branches.lone,
         positive=tuple(index[node] for node in positive),
         used=frozenset(recorder.entries.used),
+        kept={},
     )
-    if answer is output:
-        return found
 
     def placed(leaf: Any) -> Any:
-        known = isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
-        return replace(leaf, value=index[leaf.value]) if known else leaf
+        return replace(leaf, value=index[leaf.value]) if _recorded(leaf) else leaf
 
-    return replace(found, results=results.mapped(placed))
+    found = replace(found, kept={key: placed(leaf) for key, leaf in attributes.items()})
+    return found if answer is output else replace(found, results=results.mapped(placed))
+
+
+def _recorded(leaf: Any) -> bool:
+    return isinstance(leaf, Given) and isinstance(leaf.value, torch.fx.Node)
+
+
+def _before(ends: list[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The operations that ``ends`` came of, and these."""
+    found: set[torch.fx.Node] = set()
+    waiting = list(ends)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _attribute(recorder: Recorder, value: Any, name: str) -> Any:
+    """An attribute that the block wrote, as :func:`_result` puts it."""
+    return _result(recorder, value, name, None) if isinstance(value, Tensor) else value
 
 
 def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
@@ -87,26 +110,39 @@ def constant(recorder: Recorder, value: Tensor) -> Constant | None:
     return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
 
 
-def _result(recorder: Recorder, value: Any, where: str, output: Tensor) -> Any:
+def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -> Any:
     """One leaf of what the block returns: its output, another tensor, or what is the same in every call."""
-    if value is output:
-        return Given(where, None, tuple(value.shape), "")
     if isinstance(value, Tensor):
+        if value is output:
+            return Given(where, None, tuple(value.shape), "")
         entry = recorder.entry(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
         if (same := constant(recorder, value)) is not None:
             return same
         if entry.node is not None:
             return Given(where, entry.node, shape, dtype)
-        if entry.kind == Kind.CHOSEN:
-            return Given(where, entry.real, shape, dtype)
-        raise recorder.object_to(f"it also returns ({where}) {LOAD}")
+        assert entry.real is not None
+        return Given(where, entry.real, shape, dtype, recorder.lineage.of(value))
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise recorder.object_to(f"it also returns ({where}) a {type(value).__name__}")
 
 
-def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]) -> Op:
+def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:
+    """The choices that were made, but for those that only other results than the output came of."""
+    beside = _chosen_for(_before([leaf.value for leaf in leaves if _recorded(leaf)]))
+    beside |= {choice for leaf in leaves if leaf.origin is not None for choice in chosen(leaf.origin)}
+    beside -= _chosen_for(_before(output))
+    return [choice for choice in recorder.made() if choice not in beside] or recorder.made()
+
+
+def _chosen_for(nodes: set[torch.fx.Node]) -> set[Made]:
+    """The choices whose values or ids are among some operations."""
+    found = {node.meta["choice"] for node in nodes if node.meta.get("choice") is not None}
+    return found | {choice for node in nodes if (origin := node.meta.get("origin")) for choice in chosen(origin)}
+
+
+def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref], made: list[Made]) -> Op:
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
     dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
@@ -116,9 +152,11 @@ def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]
         const = recorder.consts.get(str(node.target))
         if const is None:
             return Op("param", (str(node.target),), {}, shape, dtype)
-        return Op("const", (const,), {}, shape, dtype)
+        return Op("const", (const,), {}, shape, dtype, origin=node.meta.get("origin"))
     operands: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: index[arg])  # type: ignore[arg-type, return-value]
     name = "item" if node.target is operator.getitem else node.meta["name"]
-    made = recorder.made()
-    chosen = {"choice": made.index(node.meta["choice"])} if node.meta.get("choice") in made else {}
-    return Op(name, tuple(operands[0]), {**operands[1], **chosen}, shape, dtype)
+    choice = node.meta.get("choice")
+    chosen = {"choice": made.index(choice)} if choice in made else {}
+    objection = node.meta.get("objection")
+    kwargs = {**operands[1], **chosen}
+    return Op(name, tuple(operands[0]), kwargs, shape, dtype, node.target, choice, objection=objection)

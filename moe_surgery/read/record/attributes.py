@@ -1,13 +1,15 @@
-"""Attributes that a forward writes and never reads, such as an auxiliary loss that is zero outside of training.
+"""Attributes that a forward writes and never reads, such as an auxiliary loss, or the last choice of experts.
 
-What is the same after every call is no state: the replacement has the attribute with that value. Anything else that
-outlives a call is.
+What is the same after every call is no state: the replacement has the attribute with that value. What comes of the
+input alone, by operations that can be run again, isn't either: the replacement writes it as the block did. Anything
+else that outlives a call is.
 """
 
 from __future__ import annotations
 
 import dis
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -51,8 +53,22 @@ class Written:
             held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
 
 
+@contextmanager
+def unwritten(*blocks: nn.Module) -> Iterator[None]:
+    """Afterwards the blocks have the attributes that they had before."""
+    written = [Written(block) for block in blocks]
+    try:
+        yield
+    finally:
+        for attributes in written:
+            attributes.undo()
+
+
 def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Constant | None]) -> Attributes:
-    """Those of the attributes a call wrote that are the same after every call, and that no code of the block reads."""
+    """Those of the attributes a call wrote that no code of the block reads, if they are plain values or tensors.
+
+    What is a ``constant`` is the same after every call.
+    """
     read = frozenset(names_read(block)) if changed else frozenset()
     found: Attributes = {}
     for (path, name), value in changed.items():
@@ -60,8 +76,9 @@ def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Con
             continue
         if type(value) in _PLAIN:
             found[path, name] = value
-        elif isinstance(value, Tensor) and (same := constant(value)) is not None:
-            found[path, name] = same
+        elif isinstance(value, Tensor):
+            same = constant(value)
+            found[path, name] = value if same is None else same
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,7 +78,8 @@ def _recorded(
             arguments = inputs(recorder.input(shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
-        flow = assembled(recorder, output, shape)
+        same = kept(block, written.changed(), partial(constant, recorder))
+        flow = assembled(recorder, output, shape, same)
     except (Unfollowed, Broken):
         raise
     except Exception as error:
@@ -88,13 +88,12 @@ def _recorded(
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
         raise Unfollowed(reason, len(recorder.graph.nodes)) from error
     finally:
-        after, wrote = watched(block), written.changed()
+        after = watched(block)
         written.undo()
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
-    same = kept(block, wrote, partial(constant, recorder))
     changed = changes(before, after)
     state = [name for name in changed if name not in {f"{path}.{name}".lstrip(".") for path, name in same}]
     if state:
         raise Unreadable(f"it keeps state between calls ({', '.join(state[:3])} changed)")
-    return replace(flow, kept=same)
+    return flow

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Made:
-    """A choice while it is recorded; ``used`` if anything came of its indices."""
+    """A choice while it is recorded: of what it ranks, made by ``record``; ``used`` if anything came of its indices."""
 
     node: torch.fx.Node
+    record: torch.fx.Node
     k: int
     ids: Tensor
     largest: bool

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from moe_surgery.calling import Structure
+from moe_surgery.read.record.choices import Made
+from moe_surgery.read.record.lineage import Origin
 
 Route = Callable[[int, int, int], Tensor]
 """``(rows, choices, k) -> ids`` int64 [rows, k]: which choices a top-k is to return."""
@@ -29,6 +31,8 @@ class Op:
     the number of its choice among the keyword operands.
 
     Operands that are results of other operations are :class:`Ref`; ``shape`` and ``dtype`` are the result's.
+    ``func`` is the operation itself, and ``made`` the choice that it makes; ``origin`` says where numbers of a "const"
+    come from, and ``objection`` why no output may come of it.
     """
 
     name: str
@@ -36,26 +40,38 @@ class Op:
     kwargs: dict[str, Any]
     shape: tuple[int, ...]
     dtype: str
+    func: Any = None
+    made: Made | None = None
+    origin: Origin | None = None
+    objection: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """One top-k: which operation's result it ranks (``scores``), how many it takes, and the ids it was told to take."""
+    """One top-k: which operation's result it ranks (``scores``), how many it takes, and the ids it was told to take.
+
+    ``made`` tells it from others while it is recorded.
+    """
 
     scores: Ref
     k: int
     ids: Tensor
     largest: bool
+    made: Made | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """A tensor that is returned as ``where``. ``value`` is a :class:`Ref`, known numbers, or None for the output."""
+    """A tensor that is returned, or kept, as ``where``.
+
+    ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output.
+    """
 
     where: str
     value: Any
     shape: tuple[int, ...]
     dtype: str
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +82,8 @@ class Flow:
     ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one.
     ``positive`` are operations whose results the record took to be above zero.
     ``used`` are the weights that any operation took, whatever came of it.
-    ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call.
+    ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
+    or :class:`Given` for what came of the input.
     """
 
     ops: tuple[Op, ...]

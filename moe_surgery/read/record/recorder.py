@@ -28,6 +28,7 @@ from moe_surgery.read.record.batch_size import Branches
 from moe_surgery.read.record.choices import Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
+from moe_surgery.read.record.lineage import Lineage
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
 from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
@@ -64,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
         self._ledger = Ledger(self.fixed, self.object_to)
+        self.lineage = Lineage()
 
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
@@ -89,7 +91,8 @@ class Recorder(TorchDispatchMode):
         entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
         self.entries.guarded[entry.storage] = "its ids"
         self.fixed.add(ids.shape[-1])
-        self.choices.append(Made(self.entry(weights).node, ids.shape[-1], ids, True))
+        node = self.entry(weights).node
+        self.choices.append(Made(node, node, ids.shape[-1], ids, True))
         return real, weights
 
     def symbolic(self, tensor: Tensor) -> bool:
@@ -149,6 +152,7 @@ class Recorder(TorchDispatchMode):
             return entry.node
         assert entry.real is not None
         node = self.known(entry.real.clone())
+        node.meta["origin"] = self.lineage.of(entry.tensor)
         node.meta["val"] = self.entries.alias(entry)
         return node
 
@@ -192,12 +196,14 @@ class Recorder(TorchDispatchMode):
     def _concrete(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]) -> Any:
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
+        origins = self.lineage.origins((args, kwargs))
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
         self._ledger.before(name, args)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
+        self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
@@ -234,7 +240,9 @@ class Recorder(TorchDispatchMode):
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
             real = torch.empty(result.shape, dtype=result.dtype)
-            real.fill_(_LIKE[key] if key in _LIKE else args[-1])
+            fill = _LIKE[key] if key in _LIKE else args[-1]
+            real.fill_(fill)
+            self.lineage.full(real, fill)
             self.entries.enter(real, None, None, real)
             return real
         nodes = mapped(lambda tensor: self.node(entries[id(tensor)]), (args, kwargs))
@@ -286,10 +294,11 @@ class Recorder(TorchDispatchMode):
         # Not the same ids for two choices of one size, so that each is told by its own.
         ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
         self.fixed.update((k, shape[-1]))
-        choice = Made(scores, k, ids, largest, used=record.meta["name"] == "topk")
+        choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
         self.choices.append(choice)
         record.meta["choice"] = choice
         real = ids.reshape(indices.shape).clone()
+        self.lineage.chose(real, choice)
         entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
         self._unused[entry.storage] = choice
         return real

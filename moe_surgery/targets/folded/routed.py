@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from moe_surgery.targets.folded.fitness import beside, routed_in_torch
 from moe_surgery.targets.folded.fold import fold, router_terms_of, terms_of
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.guarded import GuardedBlock, measure
-from moe_surgery.targets.reference import shared_output
 from moe_surgery.targets.routing import Routing
+from moe_surgery.targets.shared_expert import shared_output
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -153,12 +154,14 @@ class RoutedExperts(_RoutedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+    def forward(self, *given: Tensor, **named: Tensor) -> Any:
         """See :meth:`RoutedMoEBlock.forward` for the errors it raises."""
-        hidden_states, ids, weights = self.arguments(given, named)
+        arguments = self.arguments(given, named)
+        hidden_states, ids = arguments.hidden_states, arguments.ids
         x, count = self.tokens(hidden_states), ids.shape[-1]
-        scaled = weights.reshape(-1, count).float() * self.spec.router.scale
-        return self._experts(x, ids.reshape(-1, count), scaled).view(hidden_states.shape)
+        scaled = arguments.weights.reshape(-1, count).float() * self.spec.router.scale
+        out = self._experts(x, ids.reshape(-1, count), scaled).view(hidden_states.shape)
+        return self.answered(arguments, out)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

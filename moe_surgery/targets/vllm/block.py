@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,10 @@ class FusedExperts(FusedMoEBlock):
     Ids beyond the experts stand for none, as they do for transformers' experts.
     """
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+    def forward(self, *given: Tensor, **named: Tensor) -> Any:
         """See :meth:`FusedMoEBlock.forward` for the errors it raises."""
-        hidden_states, ids, weights = self.arguments(given, named)
+        arguments = self.arguments(given, named)
+        hidden_states, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
         x = self.tokens(hidden_states)
         experts, count = self.spec.experts, ids.shape[-1]
         ids, weights = ids.reshape(-1, count), weights.reshape(-1, count).float() * self.spec.router.scale
@@ -72,7 +74,7 @@ class FusedExperts(FusedMoEBlock):
         if experts.identities:
             own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
             out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
-        return out.view(hidden_states.shape)
+        return self.answered(arguments, out.view(hidden_states.shape))
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -1,0 +1,64 @@
+"""Where vLLM's experts are faster than this library's, by the same table, a block in an engine computes with those.
+
+That depends on the number of tokens, so it is decided inside of the block's one operator. On that side of the crossover
+the router is still this library's kernel, so that both sides choose alike; its experts go to vLLM's kernels, over the
+same parameters, and the shared expert is two products of its own, added in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
+from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.choice import DEFAULT, Choice, rows_for, table
+
+NAME = "engine_moe"
+SCHEMA = FOLDED_SCHEMA.replace("folded_moe", NAME)
+"""The operator, as torch knows it; graphs that were compiled with another one can't be used."""
+
+_MEASURED = "silu"
+"""The only activation that vLLM's experts were measured with."""
+
+
+def crosses(terms: Terms, choice: Choice) -> bool:
+    """Whether the block computes with vLLM's experts where the table has ``choice``."""
+    return choice.slower and terms.activation == _MEASURED
+
+
+def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:
+    """The numbers of tokens from which a block computes in another way: the proof asks it about as many."""
+    rows, found = rows_for(terms, dtype), []
+    ways = [(row.path, crosses(terms, row)) for row in rows]
+    for at, row in enumerate(rows):
+        if at and ways[at] != ways[at - 1]:
+            found.append(row.tokens)
+    # Behind the crossover the router has tiles of its own.
+    more = [row.tokens for row in table(f"{DEFAULT}-{8 * dtype.itemsize}") if _at(rows, row.tokens, terms)]
+    return tuple(sorted({*found, *more}))
+
+
+def _at(rows: tuple[Choice, ...], tokens: int, terms: Terms) -> bool:
+    serving = [row for row in rows if row.tokens <= tokens]
+    return bool(serving) and crosses(terms, serving[-1])
+
+
+def told(terms: Terms, dtype: torch.dtype) -> str | None:
+    """What a plan says of the crossover, if there is one."""
+    spans = ", ".join(_spans(terms, dtype))
+    return f"vLLM's experts, which are faster there, for {spans} tokens" if spans else None
+
+
+def _spans(terms: Terms, dtype: torch.dtype) -> Iterator[str]:
+    rows = rows_for(terms, dtype)
+    start: int | None = None
+    for row in rows:
+        if crosses(terms, row) and start is None:
+            start = row.tokens
+        elif start is not None and not crosses(terms, row):
+            yield f"{start} to {row.tokens - 1}" if row.tokens - 1 > start else str(start)
+            start = None
+    if start is not None:
+        yield f"{start} and more"

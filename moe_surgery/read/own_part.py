@@ -1,0 +1,85 @@
+"""The part of a block that its own operations go on computing: a router that no spec says, results, and attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.calling import Replayed
+from moe_surgery.read.asking import Asking, spread
+from moe_surgery.read.parsed import Record, attribute
+from moe_surgery.read.program import Builder, row_by_row
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.flow import Given, Ref
+from moe_surgery.replay import ROUTING, Program
+from moe_surgery.weights.layout import Layout
+
+
+def own_part(
+    ask: Asking, records: Iterable[Record], one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype
+) -> Program | None:
+    """The program of a block in ``dtype``, as records of batches of two shapes give it; None if nothing needs one.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
+    """
+    if not any(record.cut or any(_named(record)) for record in records):
+        return None
+    found = _of_both(ask, one, other, dtype)
+    flat = [(torch.Size(shape[:-1]).numel(), shape[-1]) for shape in (one, other)]
+    if found.flat or not ask.takes(flat[0], dtype):
+        return found
+    return replace(found, of_tokens=_of_both(ask, flat[0], flat[1], dtype))
+
+
+def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
+    first, second = (_program(ask(shape, dtype, spread), shape) for shape in (one, other))
+    if first != second:
+        raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
+    return first
+
+
+def _named(record: Record) -> Iterator[str]:
+    """What of a record's results and attributes is to be computed again."""
+    leaves: list[Any] = [*(record.results.leaves() if record.results else ()), *record.kept.values()]
+    yield from (leaf.where for leaf in leaves if isinstance(leaf, Replayed))
+
+
+def _program(record: Record, shape: tuple[int, ...]) -> Program:
+    flow, names = record.flow, set(_named(record))
+    assert flow is not None
+    router = record.tokens[0].router
+    given = {
+        **{leaf.where: leaf for leaf in (flow.results.leaves() if flow.results else ()) if isinstance(leaf, Given)},
+        **{attribute(*key): leaf for key, leaf in flow.kept.items() if isinstance(leaf, Given)},
+    }
+    builder = Builder(flow, shape)
+    wanted: dict[str, Ref | Given] = {}
+    if record.cut is not None:
+        made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
+        wanted = {"weights": Ref(record.cut.weights), "ids": builder.ids(made, record.cut.count)}
+    wanted |= {name: given[name] for name in sorted(names)}
+    return builder.program(wanted, router.num_experts)
+
+
+def own_weights(program: Program | None, layout: Layout, state: Mapping[str, Tensor], hidden: int) -> frozenset[str]:
+    """The weights that a program alone takes. Raises :class:`Unreadable` if it takes any of the experts' too."""
+    if program is None:
+        return frozenset()
+    of_experts = {piece.path for mlp in layout.experts for piece in mlp.pieces()}
+    of_experts |= {piece.path for piece in layout.shared.pieces()} if layout.shared else set()
+    if taken := of_experts & set(program.weights):
+        raise Unreadable(f"{_told(program)} comes of {min(taken)}, which is its experts'")
+    routing = program.only(*ROUTING)
+    dtype = state[layout.experts[0].down.path].dtype
+    if routing.outputs and not row_by_row(routing, state, hidden, dtype):
+        raise Unreadable("its router looks at other tokens of the batch")
+    return frozenset(program.weights) - layout.paths()
+
+
+def _told(program: Program) -> str:
+    names = [name for name, _ in program.outputs if name not in ROUTING]
+    return f"what it keeps or returns ({', '.join(names)})" if names else "its routing"

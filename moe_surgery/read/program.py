@@ -1,0 +1,215 @@
+"""From a record to a program: what of it made some tensors, to be run again on any batch.
+
+A record was made of one batch. A number in it that is one of that batch's sizes, or a multiple of the number of its
+tokens, is taken to come of the batch; that this is so shows where records of two batches give the same program.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.choices import Made
+from moe_surgery.read.record.flow import Flow, Given, Op, Ref
+from moe_surgery.read.record.lineage import Chosen, Computed, Origin, Plain
+from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
+
+_MOST_NUMBERS = 4096
+_MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
+_TRIED = (3, 4)
+
+
+@dataclass(eq=False)
+class Builder:
+    """Makes the program of one record, of a call with an input of ``shape``."""
+
+    flow: Flow
+    shape: tuple[int, ...]
+    steps: list[Step] = field(default_factory=list)
+    _ops: dict[int, At] = field(default_factory=dict)
+    _origins: dict[int, At] = field(default_factory=dict)
+    _values: dict[int, Tensor] = field(default_factory=dict)
+
+    def program(self, wanted: Mapping[str, Ref | Given], experts: int) -> Program:
+        """The program of what is ``wanted``, by name, of a router of so many ``experts``.
+
+        Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
+        """
+        outputs = []
+        for name, what in wanted.items():
+            value = what if isinstance(what, Ref) else what.value
+            place = self._op(value.index) if isinstance(value, Ref) else self._known(what, value)  # type: ignore[arg-type]
+            outputs.append((name, place.number))
+        last = max((number for name, number in outputs if name in ROUTING), default=-1)
+        return Program(tuple(self.steps), tuple(outputs), len(self.shape) == 2, self._logits(experts, last))
+
+    def ids(self, choices: Sequence[Made], count: int) -> Given:
+        """The first ``count`` ids [T, k] that choices make, one after another, as something to be wanted."""
+        tokens = torch.Size(self.shape[:-1]).numel()
+        parts = [choice.ids.reshape(tokens, -1) for choice in choices]
+        # However an operation shapes its indices, they are those of one token after another.
+        kept: Any = [
+            Computed(torch.ops.aten.reshape.default, (Chosen(choice, tuple(part.shape)), [tokens, choice.k]), {}, None)
+            for choice, part in zip(choices, parts, strict=True)
+        ]
+        kept = kept[0] if len(kept) == 1 else Computed(torch.ops.aten.cat.default, (kept, 1), {}, None)
+        if count != sum(choice.k for choice in choices):
+            kept = Computed(torch.ops.aten.slice.Tensor, (kept, 1, 0, count), {}, None)
+        return Given("ids", torch.cat(parts, 1)[:, :count], (), "", kept)
+
+    def _known(self, what: Given, value: Tensor) -> At:
+        if what.origin is None:
+            raise Unreadable("numbers that it makes in a way that can't be followed")
+        return self._origin(what.origin, value)
+
+    def _step(self, func: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> At:
+        self.steps.append(Step(func, tuple(args), tuple(sorted((kwargs or {}).items()))))
+        return At(len(self.steps) - 1)
+
+    def _op(self, index: int) -> At:
+        if index not in self._ops:
+            self._ops[index] = self._of_op(self.flow.ops[index])
+        return self._ops[index]
+
+    def _of_op(self, op: Op) -> At:
+        if op.name == "input":
+            return self._step("input")
+        if op.name == "param":
+            return self._step("weight", op.args)
+        if op.name == "const":
+            if op.origin is None:
+                raise Unreadable("numbers of single tokens' places")
+            return self._origin(op.origin, op.args[0])
+        kwargs = {name: value for name, value in op.kwargs.items() if name != "choice"}
+        func = operator.getitem if op.name == "item" else op.func
+        return self._step(func, self._sized(self._placed(op.args)), self._sized(self._placed(kwargs)))
+
+    def _placed(self, operands: Any) -> Any:
+        """Operands with the steps for references to operations."""
+        if isinstance(operands, Ref):
+            return self._op(operands.index)
+        if isinstance(operands, (list, tuple)):
+            return tuple(self._placed(item) for item in operands)
+        if isinstance(operands, dict):
+            return {name: self._placed(value) for name, value in operands.items()}
+        return operands
+
+    def _sized(self, operands: Any) -> Any:
+        """Operands in which numbers that came of the batch say so."""
+        if isinstance(operands, (list, tuple)):
+            return tuple(self._sized(item) for item in operands)
+        if isinstance(operands, dict):
+            return {name: self._sized(value) for name, value in operands.items()}
+        if type(operands) is not int or operands < 2:
+            return operands
+        tokens = torch.Size(self.shape[:-1]).numel()
+        if operands % tokens == 0:
+            return Many("tokens", operands // tokens)
+        if len(self.shape) == 3 and operands in self.shape[:-1]:
+            return Many("batch" if operands == self.shape[0] else "sequence")
+        return operands
+
+    def _origin(self, origin: Origin, value: Tensor) -> At:
+        """The step that makes known numbers, which must be ``value`` in this record."""
+        found = self._of_origin(origin)
+        made = self._value(origin)
+        if made.shape != value.shape or not bool((made == value).all()):
+            raise Unreadable("numbers that are written to in several places")
+        return found
+
+    def _of_origin(self, origin: Any) -> At:
+        if id(origin) in self._origins:
+            return self._origins[id(origin)]
+        if isinstance(origin, Plain):
+            if origin.value.numel() > _MOST_NUMBERS:
+                raise Unreadable("a table of numbers")
+            place = self._step("numbers", (Numbers(_listed(origin.value), origin.value.dtype),))
+        elif isinstance(origin, Chosen):
+            place = self._chosen(origin.choice)
+        else:
+            place = self._of_computed(origin)
+        self._origins[id(origin)] = place
+        return place
+
+    def _of_computed(self, origin: Computed) -> At:
+        args, kwargs = (self._sized(self._made(operands)) for operands in (origin.args, origin.kwargs))
+        place = self._step(origin.func, args, kwargs)
+        return place if origin.place is None else self._step(operator.getitem, (place, origin.place))
+
+    def _made(self, operands: Any) -> Any:
+        """Operands with the steps for origins."""
+        if isinstance(operands, (Plain, Chosen, Computed)):
+            return self._of_origin(operands)
+        if isinstance(operands, (list, tuple)):
+            return tuple(self._made(item) for item in operands)
+        if isinstance(operands, dict):
+            return {name: self._made(value) for name, value in operands.items()}
+        return operands
+
+    def _chosen(self, choice: Made) -> At:
+        index = next((number for number, op in enumerate(self.flow.ops) if op.made is choice), None)
+        if index is None:
+            raise Unreadable("the ids of a choice that it doesn't use")
+        place = self._op(index)
+        return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
+
+    def _value(self, origin: Any) -> Tensor:
+        """What known numbers were in this record."""
+        if isinstance(origin, Plain):
+            return origin.value
+        if isinstance(origin, Chosen):
+            return origin.choice.ids.reshape(origin.shape)
+        if id(origin) not in self._values:
+            args, kwargs = (_with_values(operands, self._value) for operands in (origin.args, origin.kwargs))
+            if origin.func._schema.is_mutable:
+                args = [args[0].clone(), *args[1:]]
+            result = origin.func(*args, **kwargs)
+            self._values[id(origin)] = result if origin.place is None else result[origin.place]
+        return self._values[id(origin)]
+
+    def _logits(self, experts: int, last: int) -> int | None:
+        """The last linear map to as many numbers as there are experts, up to step ``last``."""
+        names = {place.number: self.flow.ops[index] for index, place in self._ops.items()}
+        found = [number for number, op in names.items() if op.name in _MAPS and op.shape[-1:] == (experts,)]
+        return max((number for number in found if number <= last), default=None)
+
+
+def _with_values(operands: Any, value: Any) -> Any:
+    if isinstance(operands, (Plain, Chosen, Computed)):
+        return value(operands)
+    if isinstance(operands, (list, tuple)):
+        return [_with_values(item, value) for item in operands]
+    if isinstance(operands, dict):
+        return {name: _with_values(item, value) for name, item in operands.items()}
+    return operands
+
+
+def _listed(values: Tensor) -> Any:
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return frozen(values.tolist())
+
+
+def row_by_row(program: Program, shapes: Mapping[str, Tensor], hidden: int, dtype: torch.dtype) -> bool:
+    """Whether what a program makes of one token seems not to depend on the others: tried with made-up weights."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = {
+        name: torch.randn(shapes[name].shape, generator=generator).to(shapes[name].dtype) / hidden**0.5
+        for name in program.weights
+    }
+    x = torch.randn(*_TRIED, hidden, generator=generator).to(dtype)
+    other = torch.randn(*_TRIED, hidden, generator=generator).to(dtype)
+    other[0, 0], other[2, 3] = x[0, 0], x[2, 3]
+    answers = [program.run(each, weights) for each in (x, other)]
+    for name, _ in program.outputs:
+        one, two = (answer[name].reshape(x.shape[:-1].numel(), -1)[[0, -1]].double() for answer in answers)
+        if not torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,90 @@
+"""Where known numbers come from: the operations that made them, back to the ids that a top-k was told to choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_surgery.read.record.choices import Made
+from moe_surgery.read.record.tensor_entries import mapped
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The indices that a choice was told to return."""
+
+    choice: Made
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Numbers that the code brought along."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """The result of an operation, item ``place`` of it if it has several; tensors among the operands are origins."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | None
+
+
+Origin = Chosen | Plain | Computed
+
+
+class Lineage:
+    """The origins of the known tensors of one record, by identity; whoever records keeps the tensors alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Origin] = {}
+
+    def of(self, tensor: Tensor) -> Origin:
+        found = self._known.get(id(tensor))
+        return Plain(tensor) if found is None else found
+
+    def chose(self, tensor: Tensor, choice: Made) -> None:
+        self._known[id(tensor)] = Chosen(choice, tuple(tensor.shape))
+
+    def full(self, tensor: Tensor, value: float) -> None:
+        kwargs = {"dtype": tensor.dtype, "device": tensor.device}
+        self._known[id(tensor)] = Computed(torch.ops.aten.full.default, (list(tensor.shape), value), kwargs, None)
+
+    def origins(self, operands: Any) -> Any:
+        """``operands`` with their origins for tensors, as they are before an operation writes to any."""
+        return mapped(self.of, operands)
+
+    def made(self, func: Any, operands: Any, result: Any) -> None:
+        args, kwargs = operands
+        several = isinstance(result, (list, tuple))
+        for place, tensor in enumerate(result if several else (result,)):
+            if isinstance(tensor, Tensor):
+                self._known[id(tensor)] = Computed(func, tuple(args), kwargs, place if several else None)
+
+
+def chosen(origin: Origin) -> set[Made]:
+    """The choices that numbers come from."""
+    found: set[Made] = set()
+    seen: set[int] = set()
+    waiting: list[Any] = [origin]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Chosen):
+            found.add(item.choice)
+        elif isinstance(item, Computed):
+            waiting += [item.args, item.kwargs]
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return found

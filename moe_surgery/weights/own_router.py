@@ -1,0 +1,54 @@
+"""A block's own router as something to ask: its program, run on tokens, with rounding errors where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_surgery.replay import ROUTING, Program
+from moe_surgery.weights.tensors import BlockTensors
+
+
+def asking_its_own(
+    tensors: BlockTensors, program: Program, weights: Mapping[str, Tensor], experts: int, hidden: int
+) -> BlockTensors:
+    """``tensors`` with the router that ``program`` is, and a matrix [E, H] to make tokens with.
+
+    The matrix is the one of the program's weights that looks like a router's, or else made of random numbers.
+    """
+    like = [held.t() if held.shape[0] == hidden else held for held in weights.values() if held.ndim == 2]
+    matrix = next((held for held in like if held.shape == (experts, hidden)), None)
+    if matrix is None:
+        generator = torch.Generator("cpu").manual_seed(experts)
+        random = torch.randn(experts, hidden, generator=generator, device="cpu") / hidden**0.5
+        matrix = random.to(tensors.w13.dtype).to(tensors.w13.device)
+    matrix = matrix.to(tensors.w13.dtype)
+    return replace(tensors, router=matrix, routing=AskedRouter(program.only(*ROUTING), weights))
+
+
+class AskedRouter:
+    """Tokens [T, H], and logits that aren't looked at, to routing weights and ids [T, k]."""
+
+    def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
+        self.program, self.weights = program, weights
+
+    def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self._asked(x, lambda own: own)
+
+    def moved(self, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with its own logits moved ``by`` [T, E] times the largest of a token's, as rounding may do."""
+
+        def shaken(own: Tensor) -> Tensor:
+            logits = own.reshape(by.shape).double()
+            return (logits + by * logits.abs().amax(-1, keepdim=True)).to(own.dtype).view(own.shape)
+
+        return self._asked(x, shaken)
+
+    def _asked(self, x: Tensor, shaken: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        found = self.program.run(x, self.weights, shaken)
+        count = found["ids"].numel() // len(x) if len(x) else 1
+        weights, ids = (found[name].reshape(len(x), count) for name in ROUTING)
+        return weights, ids
