@@ -118,31 +118,29 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     """
     work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
     sizes = [len(visit.experts) for visit in visits]
-    x = torch.cat([visit.x for visit in visits])
     # What no expert below fills in belongs to experts that return their input.
-    results = x.to(work)
+    rows = torch.cat([visit.x for visit in visits]).to(work)
     experts = torch.cat([visit.experts for visit in visits]).clamp_max(total)
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
-    products = _products(results[order], counts, tensors.w13, tensors.w13_bias)
-    both = products.new_zeros(len(x), products.shape[1]).index_copy(0, order, products)
+    products = _products(rows[order], counts, tensors.w13, tensors.w13_bias)
+    both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    y = _products(mixed[order], counts, tensors.w2, tensors.w2_bias)
-    return list(results.index_copy(0, order, y).split(sizes))
+    return list(rows.index_copy_(0, order, _products(mixed[order], counts, tensors.w2, tensors.w2_bias)).split(sizes))
 
 
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
-    parts = rows.split([count for count in counts if count])
-    visited = [expert for expert, count in enumerate(counts) if count]
-    found = [
-        F.linear(part, weights[expert].to(rows.dtype), _row(bias, expert, rows.dtype))
-        for expert, part in zip(visited, parts, strict=True)
-    ]
-    return torch.cat(found) if found else rows.new_empty(0, weights.shape[1])
+    out, start = rows.new_empty(len(rows), weights.shape[1]), 0
+    for expert, count in enumerate(counts):
+        if count:  # nothing is kept between two conversions, or memory would be cut to pieces
+            end, matrix = start + count, weights[expert].to(rows.dtype)
+            out[start:end] = F.linear(rows[start:end], matrix, _row(bias, expert, rows.dtype))
+            start = end
+    return out
 
 
 def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
