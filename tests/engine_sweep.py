@@ -1,12 +1,15 @@
 """Starts an engine with surgery, and then one without, on a checkpoint of each architecture; compares what they say.
 
 python tests/engine_sweep.py TABLE [NAME ...]      # write the table of all, or of those named, in Markdown
+    --ranks N    under tensor parallelism
+    --impl transformers    with the Transformers backend
 
 Each pair has a process of its own, in which the engine with surgery comes first: as an operator starts it.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -100,16 +103,28 @@ def _short(text: str) -> str:
     return line if len(line) <= 160 else f"{line[:159]}…"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--impl", default="auto")
+    parser.add_argument("table", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    given = parser.parse_args()
+    options = {"model_impl": given.impl, "tensor_parallel_size": given.ranks}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if given.ranks > 1 else {}
     found: list[Row] = []
-    for each in sys.argv[2:] or names():
+    for each in given.names or names():
         with tempfile.TemporaryDirectory() as place:
             try:
                 write(each, Path(place) / "model")
             except Exception as failure:
                 found.append(Row(each, error=f"no checkpoint: {failure}", alike=True))
             else:
-                found.append(compare(each, Path(place) / "model", Path(place)))
+                found.append(compare(each, Path(place) / "model", Path(place), options, **env))
         print(found[-1], flush=True)
-        Path(sys.argv[1]).write_text(table(found), encoding="utf-8")
-    sys.exit(not all(row.good for row in found))
+        given.table.write_text(table(found), encoding="utf-8")
+    return int(not all(row.good for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

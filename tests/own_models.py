@@ -27,6 +27,7 @@ MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["attention", "attention"], "position_embedding_type": "rope"},
     "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0},
     "minimax": {"layer_types": ["full_attention", "full_attention"]},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
     "qwen4_exp": {"indexer_head_dim": 32},
 }
@@ -61,7 +62,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "aria": {"limit_mm_per_prompt": {"image": 0}},
     "deepseek_v4": {"load_format": "dummy"},
-    "kimi_linear": {"enable_prefix_caching": True},
+    "kimi_linear": {"mamba_block_size": 256},
     "qwen3_next": {"dtype": "bfloat16"},
 }
 ENVIRONMENT = {"mistral4": {"VLLM_MLA_DISABLE": "1"}}

@@ -116,6 +116,17 @@ def test_an_installed_audit_leaves_the_model_alone(folders: Mapping[str, Path], 
     assert (receipt["outcome"], receipt["fingerprint"]) == ("audited", None)
 
 
+@pytest.mark.slow
+def test_a_draft_model_is_audited_by_itself(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    draft = {"method": "draft_model", "model": str(folders["mixtral"]), "num_speculative_tokens": 2}
+    options = {"max_model_len": 64, "speculative_config": draft}
+    [result] = run_all([Run(str(folders["qwen2_moe"]), options, {"audit": True}, ask=False)], tmp_path)
+    assert result.error is None
+    audited = {receipt["model"]: receipt["report"]["sites"] for receipt in result.receipts}
+    assert audited.keys() == {"Qwen2MoeForCausalLM", "MixtralForCausalLM"}
+    assert all(site["outcome"] == "right" for sites in audited.values() for site in sites)
+
+
 @pytest.mark.parametrize(
     "more",
     [{"plan_or_packs": ["qwen3-omni"]}, {"target": "folded"}, {"prove": "all"}],

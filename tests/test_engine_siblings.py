@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_examples import PUSHES, Result, Run, run_all
+from engine_sweep import compare
 from own_models import write
 
 FAMILIES = ("granitemoeshared", "granitemoe_swa", "granitemoehybrid", "step3_text")
@@ -61,6 +62,15 @@ def test_two_ranks_reduce_the_sum_once(tmp_path: Path) -> None:
     check_fused(result)
     assert [receipt["rank"] for receipt in result.receipts] == [0, 1]
     check_same(result, plain)
+
+
+@pytest.mark.slow
+def test_the_transformers_backend_on_two_ranks(tmp_path: Path) -> None:
+    write("ernie4_5_moe", tmp_path / "model")
+    options = {"model_impl": "transformers", "tensor_parallel_size": 2}
+    row = compare("ernie4_5_moe", tmp_path / "model", tmp_path, options, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert row.good, row
+    assert (row.sites, row.model) == ("1 replaced", "TransformersMoEForCausalLM")
 
 
 @pytest.mark.slow

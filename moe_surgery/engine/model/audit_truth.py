@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
@@ -39,22 +40,28 @@ def truth_of(config: VllmConfig, model_config: ModelConfig) -> Truth:
 
     Raises :class:`Incomparable`, or :class:`ModelError` if the checkpoint can't be opened.
     """
-    parallel, overrides = config.parallel_config, model_config.hf_overrides
+    parallel = config.parallel_config
     if parallel.data_parallel_size > 1 or parallel.use_sequence_parallel_moe:
         raise Incomparable("under data or sequence parallelism no block can be asked by itself")
     if config.load_config.load_format == "dummy":
         raise Incomparable("its weights are random, so no checkpoint says what they should be")
     if rounds_float32(config):
         raise Incomparable(ROUNDED)
-    if callable(overrides):
-        raise Incomparable("a function overrides the checkpoint's config (hf_overrides), as it does for draft models")
-    if others := sorted(set(overrides or ()) - _HARMLESS):
-        raise Incomparable(f"the engine overrides the checkpoint's config (hf_overrides: {', '.join(others)})")
     dtype = str(model_config.dtype).removeprefix("torch.")
     trusted = bool(model_config.trust_remote_code)
     with _uncompiled(config):
         opened = open_meta(_directory(config, model_config), trust_remote_code=trusted, dtype=dtype)
+    if others := sorted(_overridden(model_config.hf_overrides, opened.module.config) - _HARMLESS):
+        raise Incomparable(f"the engine overrides the checkpoint's config (hf_overrides: {', '.join(others)})")
     return Truth(Partial(opened), {item.site.path: item for item in _surveyed(opened.module)})
+
+
+def _overridden(overrides: Any, config: Any) -> set[str]:
+    """What an engine reads otherwise than the checkpoint's ``config`` has it. Of draft models a function says it."""
+    if not callable(overrides):
+        return set(overrides or ())
+    before, after = config.to_dict(), overrides(copy.deepcopy(config)).to_dict()
+    return {key for key in before | after if before.get(key) != after.get(key)}
 
 
 @contextmanager
