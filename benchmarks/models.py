@@ -45,7 +45,7 @@ NVIDIA GPU. Made by
 with {made}. Of {entries} models, every block of {replaced} is to be replaced on both.
 
 The sizes are in `benchmarks/models.toml`, as far as they differ from the defaults of the model's class. Two fifths were
-compared with the published config.json, field by field, the others are from memory of one, so
+compared with the published config.json in their MoE and size fields, the others are from memory of one, so
 `moe-surgery plan MODEL` is what tells of your own. These are plans: no weight was fetched, and `apply` proves each
 block before it is exchanged. A quantised checkpoint is read and refused in a plain model. What an engine does depends
 on what it builds itself: that column has how the tiny model of the same type ended in vLLM on CPU
