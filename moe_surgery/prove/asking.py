@@ -17,6 +17,8 @@ Block = Callable[[Tensor], Tensor]
 
 # Batch sizes on both sides of those at which blocks are known to branch (1, 16, 64), and a longer one.
 _FEW, _MIDDLE, _BEYOND, _LONG = 2, 17, 72, 320
+FEWEST = 24
+"""Fewer different tokens don't fill every call."""
 STRIDED = "4 sequences of 6 tokens, not contiguous"
 EMPTY = "no token"
 
@@ -59,7 +61,7 @@ def calls(probes: Probes, *, new: bool, empty: bool = True, sizes: Iterable[int]
         for part in everyone.split(_BEYOND):
             yield _sequence(x, part)
     yield _sequence(x, mixed[-_FEW:])
-    part = mixed[:24]
+    part = mixed[:FEWEST]
     yield Call("4 sequences of 6 tokens", x[part].view(4, 6, -1), part)
     yield Call(STRIDED, x[part.view(4, 6).T.flatten()].view(6, 4, -1).transpose(0, 1), part)
     for token in asked_alone(probes):

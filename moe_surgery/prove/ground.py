@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_surgery.prove.asking import asked_alone
+from moe_surgery.prove.asking import FEWEST, asked_alone
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.probe import FAMILIES, LARGE, UNIT, Probes, make_probes
@@ -112,6 +112,9 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
     probes, routing = probes.keep(finite), routing.keep(finite)
     if len(probes.of(UNIT)) == 0:
         return "no probe's output is finite in the block's dtype: the weights are too large for it"
+    if len(probes.x) < FEWEST:
+        why = "within rounding noise, or not finite in the block's dtype"
+        return f"all but {len(probes.x)} of {asked} probes are {why}, and {FEWEST} are needed"
     wanted = requests(spec, tensors, probes, routing, seed, ranks)
     exact = _evaluate(spec, tensors, probes, routing, F64, [visits for _, visits in wanted.values()])
     truth = Truth(exact.rows, routing.tokens, probes.family)

@@ -14,6 +14,7 @@ from moe_surgery.read.asking import Asking, spread
 from moe_surgery.read.parsed import Record, attribute
 from moe_surgery.read.program import Builder, row_by_row
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
 from moe_surgery.replay import ROUTING, Program
 from moe_surgery.weights.layout import Layout
@@ -51,6 +52,8 @@ def _named(record: Record) -> Iterator[str]:
 def _program(record: Record, shape: tuple[int, ...]) -> Program:
     flow, names = record.flow, set(_named(record))
     assert flow is not None
+    if flow.branches or flow.lone:  # what a branch does is compared as far as it is read, and this isn't
+        raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     router = record.tokens[0].router
     given = {
         **{leaf.where: leaf for leaf in (flow.results.leaves() if flow.results else ()) if isinstance(leaf, Given)},

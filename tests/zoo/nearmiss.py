@@ -1067,6 +1067,49 @@ for _name, _test in _branches().items():
 
 
 @near_miss("batch size")
+class BranchOnRowsAndColumns(BatchBranch):
+    """Two sizes of the batch, compared with one another."""
+
+    def odd(self, x: Tensor) -> bool:
+        return x.shape[0] >= x.shape[-2]
+
+
+@near_miss("batch size")
+class BranchOnTwiceTheColumns(BatchBranch):
+    def odd(self, x: Tensor) -> bool:
+        return x.shape[:-1].numel() <= 2 * x.shape[-2]
+
+
+class BranchInOwnRouter(Base):
+    """A router that no spec says, and that does something else for some number of tokens."""
+
+    def odd(self, x: Tensor) -> bool:
+        raise NotImplementedError
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.tanh(self.logits(torch.tanh(x)))
+        return (logits * (0.2 if self.odd(x) else 1.0)).softmax(-1).topk(self.top_k)
+
+
+@near_miss("logits")
+class OwnRouterOfOne(BranchInOwnRouter):
+    def odd(self, x: Tensor) -> bool:
+        return x.shape[0] == 1
+
+
+@near_miss("logits", "batch size")
+class OwnRouterOfSixtyFive(BranchInOwnRouter):
+    def odd(self, x: Tensor) -> bool:
+        return x.shape[0] == 65
+
+
+@near_miss("logits", "batch size")
+class OwnRouterOfMany(BranchInOwnRouter):
+    def odd(self, x: Tensor) -> bool:
+        return x.shape[0] > 64
+
+
+@near_miss("batch size")
 class BranchCaught(BatchBranch):
     """The objection is raised inside a try."""
 

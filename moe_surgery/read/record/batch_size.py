@@ -46,7 +46,19 @@ class Branches:
         ):  # records of one token, or one row of tokens, show what comes of it
             self.lone = True
             return found
-        name = f"{compare.__name__} {number}"
+        return self._turned(f"{compare.__name__} {number}", found)
+
+    def between(self, compare: Callable[[Any, Any], bool], one: int, other: int) -> bool:
+        """The same of two sizes: rows, columns, their product, or numbers made of them."""
+        found = compare(one, other)
+        if one == other:  # the same size, or no telling here; in a batch of other sizes they differ
+            return found
+        if one % other == 0 or other % one == 0:  # rows or columns, and all: alike where there is one of the others
+            self.lone = True
+            return found
+        return self._turned(f"{compare.__name__} another", found)
+
+    def _turned(self, name: str, found: bool) -> bool:
         self.met[name] = None
         return not found if name in self.turned else found
 
@@ -61,6 +73,8 @@ def _comparison(compare: Callable[[Any, Any], bool], plain: Callable[[Any, Any],
             return compare(int.__index__(self), other)
         if isinstance(other, BatchSize) and not (self.pure and other.pure):
             raise self._object(f"what it does depends on {self._what} (compares numbers made of it)")
+        if isinstance(other, BatchSize) and self._branches is not None and other._branches is not None:
+            return self._branches.between(compare, int.__index__(self), int.__index__(other))
         return plain(self, other)
 
     return method
@@ -90,8 +104,8 @@ def _objection(deed: str) -> Any:
 class BatchSize(int):
     """A number of tokens. ``pure`` ones are numbers of tokens, their sums, differences and multiples.
 
-    Comparing two pure ones is allowed (it compares shapes or loads, and records of different loads show what comes of
-    it), and so is telling their sign.
+    Comparing loads is allowed, since records of different loads show what comes of it, and so is telling a sign.
+    Comparing two sizes of the batch is a branch.
     """
 
     _object: Callable[[str], Exception]
