@@ -112,9 +112,10 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
     probes, routing = probes.keep(finite), routing.keep(finite)
     if len(probes.of(UNIT)) == 0:
         return "no probe's output is finite in the block's dtype: the weights are too large for it"
-    if len(probes.x) < FEWEST:
-        why = "within rounding noise, or not finite in the block's dtype"
-        return f"all but {len(probes.x)} of {asked} probes are {why}, and {FEWEST} are needed"
+    if (left := len(probes.x)) < FEWEST:
+        overflowed = asked - undecided - left
+        why = "have outputs that aren't finite" if overflowed > undecided else "are within the router's rounding noise"
+        return f"all but {left} of {asked} probes {why}, and {FEWEST} are needed"
     wanted = requests(spec, tensors, probes, routing, seed, ranks)
     exact = _evaluate(spec, tensors, probes, routing, F64, [visits for _, visits in wanted.values()])
     truth = Truth(exact.rows, routing.tokens, probes.family)

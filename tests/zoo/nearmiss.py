@@ -1080,6 +1080,15 @@ class BranchOnTwiceTheColumns(BatchBranch):
         return x.shape[:-1].numel() <= 2 * x.shape[-2]
 
 
+@near_miss("values")
+class SmallWeightsDropped(Base):
+    """Its own rounding may drop a weight or not, on most tokens: few are left to ask it about."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.logits(x).softmax(-1).topk(self.top_k)
+        return torch.where(weights > 0.3, weights, torch.zeros_like(weights)), ids
+
+
 class BranchInOwnRouter(Base):
     """A router that no spec says, and that does something else for some number of tokens."""
 
