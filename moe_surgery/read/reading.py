@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.calling import PLAIN, Calling, Structure
-from moe_surgery.replay import Program
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout, Piece
+
+if TYPE_CHECKING:
+    from moe_surgery.replay import Program
 
 
 class Unreadable(Exception):
