@@ -7,7 +7,7 @@ care here. All that depends on the number of tokens is inside of one operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
-from moe_surgery.engine.model.crossover import sizes_to_ask
+from moe_surgery.engine.model.crossover import SCHEMA, sizes_to_ask, told
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
+from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
 from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.read.reading import Reading
 from moe_surgery.targets.base import Context
@@ -123,6 +124,20 @@ class _Held:
         return weight
 
 
+_Operator = Callable[[Tensor, Weights, Terms], Tensor]
+
+
+def _operators(terms: Terms, dtype: torch.dtype) -> tuple[_Operator, _Operator, str]:
+    """What computes a block, for eager calls and in graphs, and the latter's schema: with vLLM's experts or without."""
+    if told(terms, dtype) is None:
+        from moe_surgery.kernels.op import compute, folded_moe  # needs Triton
+
+        return compute, folded_moe, FOLDED_SCHEMA
+    from moe_surgery.engine.model.crossing_op import compute_in_engine, engine_moe
+
+    return compute_in_engine, engine_moe, SCHEMA
+
+
 class KernelBlock(EngineBlock):
     """A sparse-MoE block of an engine in one operator: tokens [T, H] to [T, H], summed over the ranks."""
 
@@ -141,16 +156,14 @@ class KernelBlock(EngineBlock):
         """
         assert item.reading is not None
         super().__init__(item.site.module, router, name, runner, logits)
-        from moe_surgery.engine.model.crossing_op import compute_in_engine, engine_moe  # needs Triton
-
         self.label = "folded, moe-surgery kernels"
-        self._compute, self._operator = compute_in_engine, engine_moe
         piece = item.reading.layout.router
         self._router_weight = _Held(owner(item.block, piece), piece.path.rpartition(".")[2])
         self._shared = (shared,)  # not a child, or its weights would have two names
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
+        self._compute, self._operator, self.schema = _operators(self.terms, self.weights().w13.dtype)
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:

@@ -24,8 +24,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
-from moe_surgery.engine.model.crossover import SCHEMA
-from moe_surgery.engine.model.kernel_block import warm_kernels
+from moe_surgery.engine.model.kernel_block import KernelBlock, warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
@@ -119,12 +118,14 @@ class Surgery:
     def _mark_configs(self) -> None:
         """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
 
+        The operators that its blocks are in graphs, too.
         A model inside a model was built with a copy of the config, which its compiled parts hold.
         """
+        schemas = {module.schema for module in self.model.modules() if isinstance(module, KernelBlock)}
         held = [value for module in self.model.modules() for value in vars(module).values()]
         for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
             assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
-            config.additional_config[KEY] = f"{self.plan.fingerprint} {SCHEMA}"
+            config.additional_config[KEY] = " ".join([self.plan.fingerprint, *sorted(schemas)])
 
     def _exchange(self, item: EngineSite, built: Built) -> dict[nn.Module, nn.Module]:
         """Put what was built into the model; what took the place of what is returned."""
