@@ -18,7 +18,7 @@ FOLDED_ON_CPU = ("float32", "bfloat16")
 """Where folding is faster than vLLM's shared-fused layer on a CPU (``benchmarks/results/epyc-2core-cpu_block.json``).
 
 At the talker's size, two cores of an AMD EPYC: in float32 from 1 to 512 tokens; in bfloat16 up to 8 tokens, and up to
-an eighth slower at 512, which a prompt of that length has won back after some 25 generated tokens.
+a seventh slower at 512, which a prompt of that length has won back after some 25 generated tokens.
 """
 
 
