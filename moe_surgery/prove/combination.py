@@ -12,7 +12,6 @@ its input makes much of a last bit. Mutants are of the combination.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -118,9 +117,11 @@ def prove_combination(
         try:
             found = _ask(old, new, spec, probes, inside, ranks)
         except Misconduct as misconduct:
-            return _hopeless(f"the block {misconduct}", len(probes.x), powerless=False)
+            return Verdict.of_nothing(
+                f"the block {misconduct}", tokens=len(probes.x), powerless=False, reference="parts"
+            )
         if isinstance(found, str):
-            return _hopeless(found, len(probes.x), powerless=True)
+            return Verdict.of_nothing(found, tokens=len(probes.x), reference="parts")
         return _judge(found, margin, len(probes.x))
 
 
@@ -263,22 +264,5 @@ def _judge(found: _Answers, margin: float, tokens: int) -> Verdict:
         families=tuple(Family(*numbers) for numbers in each),
         powerless=bool(faults) and not wrong,
         bound=found.slack * found.noise[UNIT],
-        reference="parts",
-    )
-
-
-def _hopeless(reason: str, tokens: int, *, powerless: bool) -> Verdict:
-    return Verdict(
-        passed=False,
-        reason=reason,
-        reading_error=math.inf,
-        build_error=math.inf,
-        noise=math.inf,
-        margin=0.0,
-        mutants=(),
-        tokens=tokens,
-        near_ties=0,
-        routing_flips=0,
-        powerless=powerless,
         reference="parts",
     )

@@ -44,7 +44,7 @@ def prove(
     if spec.at == "experts":
         spec, tensors, (old, new) = behind_a_router(spec, tensors, seed, old, new)
     ground = survey(spec, tensors, seed, probes=probes)
-    return _hopeless(ground, True) if isinstance(ground, str) else _judge(ground, margin, old, new)
+    return Verdict.of_nothing(ground) if isinstance(ground, str) else _judge(ground, margin, old, new)
 
 
 def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int = 0, margin: float = 5.0) -> Verdict:
@@ -52,7 +52,7 @@ def prove_reading(old: Block, spec: MoESpec, tensors: BlockTensors, *, seed: int
     if spec.at == "experts":
         spec, tensors, (old,) = behind_a_router(spec, tensors, seed, old)
     ground = survey(spec, tensors, seed)
-    return _hopeless(ground, False) if isinstance(ground, str) else _judge(ground, margin, old, None)
+    return Verdict.of_nothing(ground, new=False) if isinstance(ground, str) else _judge(ground, margin, old, None)
 
 
 def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0, sizes: Sequence[int] = ()) -> Verdict:
@@ -64,7 +64,7 @@ def prove_swapped(block: Block, ground: Ground | str, *, margin: float = 5.0, si
     :func:`~moe_surgery.prove.ground.survey` made of the weights, while they could still be read.
     """
     if isinstance(ground, str):
-        return _hopeless(ground, False)
+        return Verdict.of_nothing(ground, new=False)
     return _judge(of_kernels(ground), margin, block, None, "swapped", sizes)
 
 
@@ -140,23 +140,6 @@ def _families(ground: Ground, reading: list[float], build: list[float] | None) -
         Family(name, tokens[number], reading[number], build[number] if build else None, ground.noise[number])
         for number, name in enumerate(FAMILIES)
     ]
-
-
-def _hopeless(reason: str, new: bool) -> Verdict:
-    """The verdict where there is nothing to compare with."""
-    return Verdict(
-        passed=False,
-        reason=reason,
-        reading_error=math.inf,
-        build_error=math.inf if new else None,
-        noise=math.inf,
-        margin=0.0,
-        mutants=(),
-        tokens=0,
-        near_ties=0,
-        routing_flips=0,
-        powerless=True,
-    )
 
 
 def _ground_faults(ground: Ground) -> list[str]:

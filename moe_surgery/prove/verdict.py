@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,32 @@ class Verdict:
     powerless: bool = False
     bound: float = 0.0
     reference: Literal["weights", "parts"] = "weights"
+
+    @classmethod
+    def of_nothing(
+        cls,
+        reason: str,
+        *,
+        new: bool = True,
+        tokens: int = 0,
+        powerless: bool = True,
+        reference: Literal["weights", "parts"] = "weights",
+    ) -> Self:
+        """The verdict where nothing was compared; ``new`` says whether a new block was to be judged."""
+        return cls(
+            passed=False,
+            reason=reason,
+            reading_error=math.inf,
+            build_error=math.inf if new else None,
+            noise=math.inf,
+            margin=0.0,
+            mutants=(),
+            tokens=tokens,
+            near_ties=0,
+            routing_flips=0,
+            powerless=powerless,
+            reference=reference,
+        )
 
     @property
     def nearest_mutant(self) -> Mutant | None:

@@ -7,7 +7,7 @@ tokens, is taken to come of the batch; that this is so shows where records of tw
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,28 +92,21 @@ class Builder:
 
     def _placed(self, operands: Any) -> Any:
         """Operands with the steps for references to operations."""
-        if isinstance(operands, Ref):
-            return self._op(operands.index)
-        if isinstance(operands, (list, tuple)):
-            return tuple(self._placed(item) for item in operands)
-        if isinstance(operands, dict):
-            return {name: self._placed(value) for name, value in operands.items()}
-        return operands
+        return _each(lambda leaf: self._op(leaf.index) if isinstance(leaf, Ref) else leaf, operands)
 
     def _sized(self, operands: Any) -> Any:
         """Operands in which numbers that came of the batch say so."""
-        if isinstance(operands, (list, tuple)):
-            return tuple(self._sized(item) for item in operands)
-        if isinstance(operands, dict):
-            return {name: self._sized(value) for name, value in operands.items()}
-        if type(operands) is not int or operands < 2:
-            return operands
+        return _each(self._number, operands)
+
+    def _number(self, leaf: Any) -> Any:
+        if type(leaf) is not int or leaf < 2:
+            return leaf
         tokens = torch.Size(self.shape[:-1]).numel()
-        if operands % tokens == 0:
-            return Many("tokens", operands // tokens)
-        if len(self.shape) == 3 and operands in self.shape[:-1]:
-            return Many("batch" if operands == self.shape[0] else "sequence")
-        return operands
+        if leaf % tokens == 0:
+            return Many("tokens", leaf // tokens)
+        if len(self.shape) == 3 and leaf in self.shape[:-1]:
+            return Many("batch" if leaf == self.shape[0] else "sequence")
+        return leaf
 
     def _origin(self, origin: Origin, value: Tensor) -> At:
         """The step that makes known numbers, which must be ``value`` in this record."""
@@ -144,13 +137,7 @@ class Builder:
 
     def _made(self, operands: Any) -> Any:
         """Operands with the steps for origins."""
-        if isinstance(operands, (Plain, Chosen, Computed)):
-            return self._of_origin(operands)
-        if isinstance(operands, (list, tuple)):
-            return tuple(self._made(item) for item in operands)
-        if isinstance(operands, dict):
-            return {name: self._made(value) for name, value in operands.items()}
-        return operands
+        return _each(lambda leaf: self._of_origin(leaf) if isinstance(leaf, Origin) else leaf, operands)
 
     def _chosen(self, choice: Made) -> At:
         index = next((number for number, op in enumerate(self.flow.ops) if op.made is choice), None)
@@ -166,7 +153,10 @@ class Builder:
         if isinstance(origin, Chosen):
             return origin.choice.ids.reshape(origin.shape)
         if id(origin) not in self._values:
-            args, kwargs = (_with_values(operands, self._value) for operands in (origin.args, origin.kwargs))
+            args, kwargs = (
+                _each(lambda leaf: self._value(leaf) if isinstance(leaf, Origin) else leaf, operands)
+                for operands in (origin.args, origin.kwargs)
+            )
             if origin.func._schema.is_mutable:
                 args = [args[0].clone(), *args[1:]]
             result = origin.func(*args, **kwargs)
@@ -180,14 +170,13 @@ class Builder:
         return max((number for number in found if number <= last), default=None)
 
 
-def _with_values(operands: Any, value: Any) -> Any:
-    if isinstance(operands, (Plain, Chosen, Computed)):
-        return value(operands)
+def _each(function: Callable[[Any], Any], operands: Any) -> Any:
+    """``operands`` with ``function`` of every leaf; lists become tuples, which can be compared and hashed."""
     if isinstance(operands, (list, tuple)):
-        return [_with_values(item, value) for item in operands]
+        return tuple(_each(function, item) for item in operands)
     if isinstance(operands, dict):
-        return {name: _with_values(item, value) for name, item in operands.items()}
-    return operands
+        return {name: _each(function, value) for name, value in operands.items()}
+    return function(operands)
 
 
 def _listed(values: Tensor) -> Any:
