@@ -939,6 +939,36 @@ class ScalesLargeBatchesTwice(Base):
         return out / 2 if hidden_states.shape[1] > 16384 else out
 
 
+@module(COUNTS)
+class GroupedProducts(nn.Module):
+    """Rows in the order of their experts, which one operation multiplies group by group."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, 2 * sizes.width, sizes.hidden)
+        self.last = plain.parameter(sizes.experts, sizes.width, sizes.hidden)
+
+    def order(self, ids: Tensor) -> Tensor:
+        return ids.argsort(stable=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        flat = ids.flatten()
+        order = self.order(flat)
+        ends = torch.bincount(flat, minlength=len(self.first)).cumsum(0).to(torch.int32)
+        act, up = torch._grouped_mm(x[order // 2], self.first.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = torch._grouped_mm(F.silu(act) * up, self.last, offs=ends) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // 2, out).reshape(hidden_states.shape)
+
+
+@module(COUNTS, "elsewhere another", "is used", "more than once")
+class GroupsOfTheWrongRows(GroupedProducts):
+    def order(self, ids: Tensor) -> Tensor:
+        return torch.arange(len(ids))
+
+
 class Dense(Base):
     """Every expert on every token, times scores that are zero for those that were not chosen."""
 
