@@ -952,3 +952,12 @@ class NoiseInTraining(Base):
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
         return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits
+
+
+@block(STATE)
+class NoiseLeftOutButInTraining(NoiseInTraining):
+    """The noise's width is computed in evaluation too, and nothing comes of it."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits, width = super(NoiseInTraining, self).logits(x), F.softplus(self.noise(x))
+        return logits + torch.randn_like(logits) * width if self.training else logits
