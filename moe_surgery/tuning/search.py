@@ -14,7 +14,7 @@ from moe_surgery.timing.graphs import graph_us, graphs_us_in_turns
 from moe_surgery.tuning.bench import Bench
 from moe_surgery.tuning.candidates import candidates
 
-_ORDER = ("gate_up", "down", "logits")
+_ORDER = ("gate_up", "down", "add", "logits")
 _ROUNDINGS = 4
 """Two right choices are apart by a rounding of what lies between the products, and one of the output."""
 
@@ -60,8 +60,8 @@ def search(bench: Bench, tokens: int, deadline: float) -> Choice | None:
         choice = Choice.of({"tokens": tokens, "path": path, **{name: tiles[0] for name, tiles in products.items()}})
         us = _us(bench, tokens, choice)
         # Where experts are given, there are no logits.
-        for name in _ORDER[:2] if bench.terms.given else _ORDER:
-            for tiles in products[name][1:]:
+        for name in _ORDER[:-1] if bench.terms.given else _ORDER:
+            for tiles in products.get(name, [])[1:]:
                 if time.monotonic() > deadline:
                     break
                 trial = Choice.of({**vars(choice), name: tiles})
