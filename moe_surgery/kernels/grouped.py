@@ -201,7 +201,8 @@ def group_gate_up(
 def group_down(
     act, w2, bias, shared: tl.int64, weights, rows_out, counts, lists, tokens, slices, E: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
