@@ -23,6 +23,8 @@ TRIED = frozenset(
         "CompressedTensorsLinearMethod",
         "AutoAWQMoEMethod",
         "AutoAWQMarlinLinearMethod",
+        "AutoGPTQMoEMethod",
+        "AutoGPTQLinearMethod",
         "ModelOptFp8MoEMethod",
         "ModelOptLinearMethod",
     }
