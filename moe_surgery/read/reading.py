@@ -26,6 +26,10 @@ class Unfollowed(Unreadable):
         self.operations, self.answered = operations, answered
 
 
+class Untold(Unreadable):
+    """Nothing in a record can be told to be routed experts."""
+
+
 class Broken(Unreadable):
     """The block can't run as it is, so that nothing inside it is worth replacing."""
 
