@@ -141,14 +141,14 @@ class WithMeanOfLogits(Base):
 
 @block(RESULTS)
 class WithItsOneScoreAndExpert(Base):
-    """Its experts' weights are a maximum, of which another operation finds the place; its scores are made in float32."""
+    """Its weights are a maximum, of which another operation finds the place; its scores are made in float32."""
 
     def forward(self, hidden_states: Tensor) -> Any:
         scores = self.gate(hidden_states).float().softmax(-1).to(hidden_states.dtype)
         ids, out = scores.argmax(-1), hidden_states.clone()
         for number in range(self.num_experts):
             out[ids == number] = self.expert(number, hidden_states[ids == number])
-        return scores.max(-1).values[..., None] * out, (scores, ids)
+        return scores.max(-1).values[..., None] * out + self.shared(hidden_states), (scores, ids)
 
 
 @block(RESULTS)
