@@ -68,7 +68,17 @@ def test_attributes_are_kept_up_to_date(name: str, attribute: str, undoable: boo
         assert eval(f"model.mlp.{attribute}") is held
 
 
-@pytest.mark.parametrize("name", ["ByCosine", "ByAnMLP", "ScaledByExpert", "BiasInTheWeights", "InGroupsOfItsOwn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ByCosine",
+        "ByAnMLP",
+        "ByAttentionBetweenExperts",
+        "ScaledByExpert",
+        "BiasInTheWeights",
+        "InGroupsOfItsOwn",
+    ],
+)
 @pytest.mark.parametrize("target", ["reference", "auto"])
 def test_a_router_that_no_spec_says_runs_as_it_is(name: str, target: str) -> None:
     before, model, report = operated(name, target=target)

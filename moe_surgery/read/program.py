@@ -178,9 +178,11 @@ class Builder:
         return self._values[id(origin)]
 
     def _logits(self, experts: int, last: int) -> int | None:
-        """The last linear map to as many numbers as there are experts, up to step ``last``."""
+        """The last linear map to one number for each token and expert, up to step ``last``."""
         names = {place.number: self.flow.ops[index] for index, place in self._ops.items()}
-        found = [number for number, op in names.items() if op.name in _MAPS and op.shape[-1:] == (experts,)]
+        tokens = torch.Size(self.shape[:-1]).numel()
+        fits = {number for number, op in names.items() if torch.Size(op.shape).numel() == tokens * experts}
+        found = [number for number in fits if names[number].name in _MAPS and names[number].shape[-1] == experts]
         return max((number for number in found if number <= last), default=None)
 
 

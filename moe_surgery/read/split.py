@@ -86,11 +86,13 @@ def cuts(flow: Flow) -> Iterator[Cut]:
 
 
 def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
-    """The operations whose results come of one of some choices."""
+    """The operations whose results come of one of some choices, or of the maximum that one of them chose."""
     found: set[int] = set()
+    maxima = {(choice.node, choice.largest) for choice in choices if choice is not None and choice.k == 1}
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
-        if known or op.made in choices - {None} or not found.isdisjoint(_refs((op.args, op.kwargs))):
+        made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
+        if known or made or not found.isdisjoint(_refs((op.args, op.kwargs))):
             found.add(place)
     return found
 

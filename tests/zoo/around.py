@@ -137,6 +137,14 @@ class LessItsMean(Alone):
         return routed - routed.mean(0, keepdim=True)
 
 
+@block(AROUND, "other tokens")
+class ByTheLargestOfAll(Alone):
+    """The largest values of two batches of one scale are nearly the same."""
+
+    def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        return F.layer_norm(routed / routed.abs().max() + x, (self.hidden,))
+
+
 @block(AROUND, "to its experts' output", "other tokens")
 class ResidualOfAnotherToken(Alone):
     def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
