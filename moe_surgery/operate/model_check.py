@@ -49,8 +49,8 @@ class WholeModel:
     """The check of one operation on ``model``, whose ``sites`` are to be replaced.
 
     ``hidden`` is the width of the first site, ``callings`` how sites are called as they were read. ``given`` are
-    arguments to call the model with; without them token ids are made up, and of a model that can't be called those parts
-    are run that can.
+    arguments to call the model with; without them token ids are made up, and of a model that can't be called those
+    parts are run that can.
     """
 
     model: nn.Module
