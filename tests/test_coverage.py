@@ -21,6 +21,7 @@ from moe_surgery.targets.reference import ReferenceTarget
 from moe_surgery.testing import coverage, table
 from moe_surgery.testing.coverage import Coverage, Line, Tried, choose
 from moe_surgery.testing.families import build, families, outputs
+from moe_surgery.testing.published import EXPERTS, FORMS, build_form
 from moe_surgery.testing.trial import Trial, attempt, attempt_family, distance
 
 NARROW = """
@@ -87,6 +88,30 @@ def test_the_page_tells_what_was_seen_on_a_gpu_too(tmp_path: Path) -> None:
     assert "| refused in bfloat16, replaced in float32 |" in text
     seen.write_text('{"rows": [{}]}')
     assert "is no result of benchmarks/families.py" in call("--cuda", str(seen), exit_code=2).stderr
+
+
+def test_the_page_tells_what_was_seen_in_bfloat16_and_with_many_experts_too(tmp_path: Path) -> None:
+    page, seen = tmp_path / "coverage.md", tmp_path / "published-families.json"
+    row = {"family": "qwen2_moe", "reason": None}
+    seen.write_text(json.dumps({"rows": [{**row, "form": "bfloat16", "outcome": "refused"}]}))
+    call("--family", "qwen2_moe", "--markdown", str(page), "--published", str(seen))
+    text = page.read_text(encoding="utf-8")
+    assert "replaced with proof: 0 in bfloat16, 0 with 256 experts" in text
+    assert "| in bfloat16 | with 256 experts |" in text and "| refused | not tried |" in text
+    seen.write_text('{"rows": [{}]}')
+    assert "is no result of benchmarks/published.py" in call("--published", str(seen), exit_code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_families_are_built_as_they_are_published_otherwise(name: str) -> None:
+    for form in FORMS:
+        model, inputs = build_form(families()[name], form)
+        found = outputs(model, inputs)
+        assert found.isfinite().all()
+        [*_, step] = moe_surgery.apply(model, target="reference").steps
+        assert step.outcome == "replaced" and step.spec is not None, step.reason
+        assert step.spec.experts.num_experts == (EXPERTS if form == "many" else 8)
+        assert found.dtype == (torch.bfloat16 if form == "bfloat16" else torch.float32)
 
 
 def test_what_is_not_replaced_says_why_and_ends_with_11_under_strict() -> None:

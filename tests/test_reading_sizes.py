@@ -15,7 +15,7 @@ from zoo.plain import Sizes, block_class
 from zoo.same import Holder, assert_reads_right, distance
 
 import moe_surgery
-from moe_surgery.read.block import read
+from moe_surgery.read.block import read, read_within
 from moe_surgery.read.experts import read_experts
 from moe_surgery.read.reading import Unreadable
 
@@ -104,6 +104,22 @@ def test_a_float32_router_of_a_bfloat16_block_stays_float32(target: str) -> None
             model.to(torch.bfloat16)
 
 
+class Around(plain.Base):
+    def make_more(self) -> None:
+        self.norm = nn.LayerNorm(self.hidden)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + super().forward(self.norm(hidden_states))
+
+
+@settings(LEAN, max_examples=4)  # each is recorded a dozen times
+@given(st.one_of(st.integers(1, 24), st.just(128)), st.integers(1, 8), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_experts_of_any_count_are_found_in_the_middle_of_a_block(experts: int, k: int, dtype: torch.dtype) -> None:
+    make = block_class(Around, plain.Packed, plain.OneHotLoop)
+    spec = read_within(plain.make(lambda: make(Sizes(experts=experts, k=min(k, experts))), dtype=dtype)).spec
+    assert spec.own_rest and spec.experts.num_experts == experts and spec.router.top_k == min(k, experts)
+
+
 def test_experts_of_two_dtypes_are_left_alone_for_that_reason() -> None:
     block: Any = plain.make(block_class(plain.Packed), dtype=torch.bfloat16)
     block.down_proj = nn.Parameter(block.down_proj.float(), requires_grad=False)
@@ -126,7 +142,7 @@ def test_the_reason_is_the_one_that_decided_of_the_block_and_of_its_experts() ->
 
     class Twice(ExpertsAlone):
         def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return super().forward(x, ids, weights).sin()
+            return super().forward(x, ids, weights).sin() * x.amax()  # more than can go on as it is
 
     [step] = moe_surgery.plan(Holder(plain.make(Block))).steps
     assert step.outcome == "missed"

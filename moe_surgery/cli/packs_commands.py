@@ -71,11 +71,20 @@ def packs_test(
             show_default=False,
         ),
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            "--published",
+            metavar="FILE",
+            help="Have --markdown tell what benchmarks/published.py saw in bfloat16 and with many experts too.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Try packs on a tiny model of every family: operate, prove, compare, undo, and print the coverage table."""
     run(
         output,
         lambda screen: packs_trial.packs_test(
-            screen, names, family, setting, strict=strict, markdown=markdown, cuda=cuda
+            screen, names, family, setting, strict=strict, markdown=markdown, cuda=cuda, published=published
         ),
     )

@@ -17,6 +17,7 @@ def packs_test(
     strict: bool,
     markdown: Path | None,
     cuda: Path | None,
+    published: Path | None,
 ) -> int:
     """Build, operate, prove, compare and undo every family's model, and show the coverage table."""
     from moe_surgery.packs.registry import load_packs
@@ -24,7 +25,9 @@ def packs_test(
     from moe_surgery.testing.coverage import Coverage, choose, cover
     from moe_surgery.testing.families import DEFAULT
     from moe_surgery.testing.on_cuda import OnCuda
+    from moe_surgery.testing.published import Published
 
+    as_published = None if published is None else Published.read(published)
     on_cuda = None if cuda is None else OnCuda.read(cuda)
     screen.will_write(markdown)
     started = time.perf_counter()
@@ -35,7 +38,7 @@ def packs_test(
         tried = tuple(cover(chosen, cases, progress.step))
     coverage = Coverage(tuple(pack.name for pack in chosen), tried, time.perf_counter() - started, strict)
     if markdown is not None:
-        screen.file(markdown, table.markdown(coverage, on_cuda))
+        screen.file(markdown, table.markdown(coverage, on_cuda, as_published))
     screen.result(lambda console: table.render(coverage, console), coverage.to_json(), table.sentence(coverage))
     wrong = [one for one in tried if not one.trial.right]
     if wrong:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Site:
     """One candidate place in the module tree: a module that looks like a sparse-MoE block.
 
-    One that isn't ``sure`` may be some other layer of that form; it is no site if it has no top-k.
+    One that isn't ``sure`` may be some other layer of that form; it is no site if it doesn't choose by any top-k.
     """
 
     path: str

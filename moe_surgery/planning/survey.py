@@ -15,10 +15,13 @@ from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
 from moe_surgery.read.parsed import NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
+from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.tensors import weight
+
+_CHOOSE = frozenset(["topk", "argmax", "max", "argsort", "sort"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +46,16 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
     known = Readings()
     shared = _shared_modules(model)
     surveyed = [_survey(site, known, shared) for site in find_sites(model)]
-    surveyed = [item for item in surveyed if item.site.sure or item.unread != NO_TOP_K]
+    surveyed = [item for item in surveyed if item.site.sure or item.reading is not None or _may_choose(item)]
     around = Surroundings(model, [item.site for item in surveyed if item.reading is not None])
     return tuple(
         item if item.reading is None else replace(item, held=around.objection(item.site.path)) for item in surveyed
     )
+
+
+def _may_choose(item: Surveyed) -> bool:
+    """Whether a place that can't be read may route: its record has a top-k, or its code names something of the kind."""
+    return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
 
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:

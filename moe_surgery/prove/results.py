@@ -23,6 +23,7 @@ from moe_surgery.weights.tensors import BlockTensors
 
 _SLACK = 8.0
 _NOTHING = 1e-9
+UNSURE = "every probe is within the router's noise, so that nothing is known of its results"
 
 
 def prove_block(
@@ -44,7 +45,7 @@ def prove_block(
         return verdict
     with torch.no_grad():
         fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
-    return verdict if fault is None else replace(verdict, passed=False, reason=fault)
+    return verdict if fault is None else replace(verdict, passed=False, reason=fault, powerless=fault == UNSURE)
 
 
 def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Callable[..., Any]:
@@ -76,7 +77,7 @@ def _faults(
         exact, rounded = convention.routed(x, torch.float64), convention.routed(x)
         sure = _sure(spec, exact, rounded)
     if not bool(sure.any()):
-        yield "its results can't be proven: every probe is within the router's noise"
+        yield UNSURE
     most = torch.finfo(x.dtype).eps * spec.hidden**0.5
     for batch in (x[None], x.view(2, -1, x.shape[-1])):
         answers = [block(*convention.calling.placed({"hidden_states": batch})) for block in (old, new)]
@@ -163,7 +164,7 @@ def _sure(spec: MoESpec, exact: dict[str, Tensor], rounded: dict[str, Tensor]) -
     """Tokens [T] whose best k + 1 experts are so far apart that rounding can't exchange any two of them."""
     by = [values["ranked"].double() for values in (exact, rounded)]
     finite = by[0].isfinite() & by[1].isfinite()
-    noise = (by[0] - by[1]).where(finite, 0.0).abs().max()
+    noise = (by[0] - by[1]).where(finite, 0.0).abs().amax(-1)
     best = by[0].topk(min(spec.router.top_k + 1, by[0].shape[-1]), -1).values
     apart = (best[:, :-1] - best[:, 1:]).amin(-1) if best.shape[-1] > 1 else torch.ones_like(best[:, 0])
     return apart > _SLACK * noise

@@ -37,7 +37,7 @@ from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.split import parse_split
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
-from moe_surgery.read.within import parse_within
+from moe_surgery.read.within import Within
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
@@ -68,7 +68,7 @@ def read_within(block: nn.Module) -> Reading:
     """
     if type(block).__call__ is not nn.Module.__call__:
         raise Untold("its __call__ is its own, so that what others see of its output isn't what it computes")
-    return _read(block, parse_within)
+    return _read(block, Within())
 
 
 def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Reading:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.row_moves import MEANINGS as ROW_MOVES
-from moe_surgery.read.parsed import Record, parse_record
+from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
 from moe_surgery.read.split import cuts, given_weights, of_cut
@@ -26,30 +27,43 @@ _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
 
 
-def parse_within(flow: Flow, dtype: torch.dtype) -> Record:
-    """What a record says of every token's routed experts.
+@dataclass(eq=False)
+class Within:
+    """Parses the records of one block. Where its first record was cut is where the others are tried first."""
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
-    """
-    if flow.positive:
-        raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
-    for entrance in _entrances(flow):
-        started = flow if entrance is None else _started(flow, entrance)
-        for cut in cuts(flow):
-            split, moved = given_weights(started, cut)
-            run = Interpreter(split, Terms())
-            for place in _sums(flow, max(cut.weights, entrance or 0)):
-                ended = replace(split, output=Ref(moved(place)), results=None, kept={})
-                try:
-                    found = parse_record(ended, dtype, run)
-                except Unreadable:
-                    continue
-                if all(token.shared is None and token.output_bias is None for token in found.tokens):
-                    try:
-                        return of_cut(found, flow, replace(cut, entering=entrance, routed=place))
-                    except Unreadable:
-                        continue
-    raise Untold("its routed experts can't be told from what stands around them")
+    _found: tuple[int, int] = (0, 0)
+
+    def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
+        """What a record says of every token's routed experts.
+
+        Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
+        """
+        if flow.positive:
+            raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+        pairs = [
+            ((first, second), entrance, cut)
+            for first, entrance in enumerate(_entrances(flow))
+            for second, cut in enumerate(cuts(flow))
+        ]
+        for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self._found):
+            found = _parsed(flow, dtype, entrance, cut)
+            if found is not None:
+                self._found = place
+                return found
+        raise Untold("its routed experts can't be told from what stands around them")
+
+
+def _parsed(flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut) -> Record | None:
+    """The record with ``entrance`` and ``cut``, where its experts' sum is found."""
+    split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
+    run = Interpreter(split, Terms())
+    for place in _sums(flow, max(cut.weights, entrance or 0)):
+        ended = replace(split, output=Ref(moved(place)), results=None, kept={})
+        with suppress(Unreadable):
+            found = parse_record(ended, dtype, run)
+            if all(token.shared is None and token.output_bias is None for token in found.tokens):
+                return of_cut(found, flow, replace(cut, entering=entrance, routed=place))
+    return None
 
 
 def _entrances(flow: Flow) -> Iterator[int | None]:

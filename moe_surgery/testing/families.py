@@ -71,7 +71,9 @@ def family(name: str) -> Family:
     return families()[name]
 
 
-def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def build(
+    name: str, setting: str = DEFAULT, seed: int = 0, fields: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model of a family, in float32 and evaluation mode, and the keyword arguments of one call of it.
 
     Weights, biases, correction biases and scales of its MoE blocks are random and large enough for each of them to
@@ -81,6 +83,7 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
         name: Of a family, as ``families`` has it.
         setting: Other values of some fields of its config; "default" for none.
         seed: Of the weights and inputs.
+        fields: Values of config fields instead of a setting's.
 
     Returns:
         The model, and inputs such as ``{"input_ids": [B, S] int64}``.
@@ -98,7 +101,7 @@ def build(name: str, setting: str = DEFAULT, seed: int = 0) -> tuple[nn.Module, 
     from moe_surgery.testing.filling import fill
 
     chosen = family(name)
-    fields = chosen.setting(setting)
+    fields = chosen.setting(setting) if fields is None else fields
     kind, config = _config(chosen, fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -165,14 +168,24 @@ def _family(name: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> F
 
 def _config(chosen: Family, fields: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model class and its config."""
-    kind = getattr(import_module(f"transformers.models.{chosen.folder}.modeling_{chosen.folder}"), chosen.model_class)
-    config_class = kind.config_class
+    kind = _kind(chosen)
+    return kind, kind.config_class(**_merged(config_fields(chosen), _known(chosen, kind.config_class, fields)))
+
+
+def _kind(chosen: Family) -> Any:
+    return getattr(import_module(f"transformers.models.{chosen.folder}.modeling_{chosen.folder}"), chosen.model_class)
+
+
+def config_fields(chosen: Family) -> dict[str, Any]:
+    """The fields that a family's config is made with in its default setting."""
+    tiny = _known(chosen, _kind(chosen).config_class, _data()["tiny"])
+    return _merged(tiny, chosen.config)
+
+
+def _known(chosen: Family, config_class: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A common setting lists one meaning under many names; a family's own names must exist, as its class checks."""
     known = {entry.name for entry in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    tiny = {key: value for key, value in _data()["tiny"].items() if key in known}
-    # A common setting lists one meaning under many names; a family's own names must exist, as its class checks.
-    own = chosen.config.keys()
-    chosen_fields = {key: value for key, value in fields.items() if key in known or key in own}
-    return kind, config_class(**_merged(_merged(tiny, chosen.config), chosen_fields))
+    return {key: value for key, value in fields.items() if key in known or key in chosen.config}
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from moe_surgery.report.outcomes import Outcome
     from moe_surgery.testing.coverage import Coverage, Line
     from moe_surgery.testing.on_cuda import OnCuda
+from moe_surgery.testing.published import FORMS, Published
 
 COMMAND = "moe-surgery packs test --setting all --markdown docs/coverage.md"
 ON_CUDA = " --cuda benchmarks/results/h100-families.json"
+AS_PUBLISHED = " --published benchmarks/results/published-families.json"
 
 
 @dataclass(frozen=True)
@@ -116,36 +118,43 @@ def render(coverage: Coverage, console: Console) -> None:
     indented(console, sentence(coverage), 0, "bold" if coverage.exit_code == 0 else "bold red")
 
 
-def markdown(coverage: Coverage, cuda: OnCuda | None = None) -> str:
-    """The table as a page, which has no times, so that two runs can be compared; with what ``cuda`` tells of a GPU."""
-    return "\n".join(_page(coverage, cuda)) + "\n"
+def markdown(coverage: Coverage, cuda: OnCuda | None = None, published: Published | None = None) -> str:
+    """The table as a page, which has no times, so that two runs can be compared.
+
+    With what ``cuda`` tells of a GPU, and ``published`` of bfloat16 and many experts.
+    """
+    return "\n".join(_page(coverage, cuda, published)) + "\n"
 
 
-def _page(coverage: Coverage, cuda: OnCuda | None) -> Iterator[str]:
+def _page(coverage: Coverage, cuda: OnCuda | None, published: Published | None) -> Iterator[str]:
     yield "# Coverage"
     yield ""
     yield "Every sparse-MoE family of transformers as a tiny random model in float32: what was read, what became of it,"
     yield "and by how much the proof held. In every setting the whole model's outputs were compared before and after,"
     yield "and after undo. Made by"
     yield ""
-    yield f"    {COMMAND}{'' if cuda is None else ON_CUDA}"
+    yield f"    {COMMAND}{'' if cuda is None else ON_CUDA}{'' if published is None else AS_PUBLISHED}"
     yield ""
     yield f"with {_versions(coverage)}. {_counts(coverage).replace(' · ', '; ')}."
     if cuda is not None:
         yield cuda.sentence()
+    if published is not None:
+        yield published.sentence()
     yield ""
     yield "A setting is another config of the family, such as top-1 routing, another activation, groups, or clamps that"
     yield "act; `moe_surgery/testing/families.toml` has them all. The margin is the least of all settings and sites:"
     yield "how many times nearer to the reference the new block is than the nearest wrong block."
     yield "What runs on a GPU, and how fast, is in [gpu.md](gpu.md)."
     yield ""
-    more = "" if cuda is None else " on CUDA |"
-    yield f"| family | block | computes | outcome | settings | margin | why not |{more}"
-    yield "|---|---|---|---|---|---|---|" + ("---|" if more else "")
+    more = ([] if cuda is None else ["on CUDA"]) + ([] if published is None else list(FORMS.values()))
+    heads = ["family", "block", "computes", "outcome", "settings", "margin", "why not", *more]
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     for group in groups(coverage):
         margin = ratio(group.margin) if group.margin is not None else ""
         cells = [group.family, group.block, group.spec or "", group.outcome, group.where, margin, group.reason or ""]
         cells += [] if cuda is None else [cuda.of(group.family)]
+        cells += [] if published is None else published.of(group.family)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

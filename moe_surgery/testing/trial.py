@@ -112,7 +112,7 @@ def attempt(
         >>> len(trial.report.replaced)
         2
     """
-    with _one_thread():
+    with one_thread():
         return _attempt(model, inputs, outputs, packs, target, compile)
 
 
@@ -187,7 +187,7 @@ def typical_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Threads cost tiny models more than they save; on a busy machine, waiting for each other, ten times as much."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from moe_surgery.read.reading import Unreadable
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
-_MOST_SCALARS = 1 << 16
+_MOST_SCALARS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
