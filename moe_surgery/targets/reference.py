@@ -138,15 +138,16 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    size = weights[0].numel() * rows.element_size()  # nothing is kept between two conversions
+    size = weights[0].numel() * rows.element_size()
     together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
     experts = [expert for expert, count in enumerate(counts) if count]
     for first in range(0, len(experts), together):
         some = experts[first : first + together]
         sizes = [counts[expert] for expert in some]
-        end, matrices = start + sum(sizes), _some(weights, some).to(rows.dtype)
+        end = start + sum(sizes)
         biases = None if bias is None else _some(bias, some).to(rows.dtype)
-        out[start:end] = _each(rows[start:end], sizes, matrices, biases)
+        # The converted matrices have no name, or they would still be there when the next are made.
+        out[start:end] = _each(rows[start:end], sizes, _some(weights, some).to(rows.dtype), biases)
         start = end
     return out
 
