@@ -1,10 +1,10 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
 ``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. A shape without a table takes the rows of the shape most like it,
-each for as many tokens as give an expert the same number. What ``moe-surgery tune`` found on the GPU that is used comes
-before all of them. Float32, and routers of their own, take ``default-32.json`` and ``default-16.json``. Where vLLM's
-experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
+served by the row of the largest number not above it. Shapes without a table take the rows of ``default-16.json``, and
+float32 those of ``default-32.json``, by how many tokens an expert gets. What ``moe-surgery tune`` found on the GPU that
+is used comes before all of them. Where vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those
+(``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ DEFAULT = "default"
 NOISE = 1.02
 """Times that differ by less are no reason to cross over."""
 
-_LEAST_COLUMNS = 32
+_DEFAULT_EXPERTS = 128 / 6
+"""Experts for each one that a token visits, in the shape that the default's numbers of tokens are for."""
 
 Tiles = dict[str, int]
 
@@ -109,48 +110,23 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    rows = (table(shape_name(terms)) or nearest(terms)) if dtype.itemsize == 2 else ()
-    return rows or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or _defaults(terms, dtype)
 
 
 @cache
-def nearest(terms: Terms) -> tuple[Choice, ...]:
-    """The rows of the shape most like this one of those that come with the library; empty if none does.
+def _defaults(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """The default's rows, each from as many tokens on as give one of these experts what its own number gives theirs.
 
-    Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
-    the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
+    How many rows a tile should have depends on that; from when on tokens are grouped doesn't.
     """
-    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob("H*.json"))}
-    if not found:
-        return ()
-    own = _sizes(shape_name(terms))
-    name = min(found, key=lambda each: _unlikeness(own, found[each]))
-    like = found[name]
-    more = own["E"] / own["K"] / (like["E"] / like["K"])
-    wider = _power(own["K"] + own["M"]) // _power(like["K"] + like["M"])
-    rows: dict[int, Choice] = {}
-    for row in read_table(FOLDER / f"{name}.json"):
-        tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
-        down = row.down
-        if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
-            down = {**down, "BK": max(down["BK"] // wider, _LEAST_COLUMNS)}
-        rows[tokens] = replace(row, tokens=tokens, down=down, slower=False)
-    return tuple(rows.values())
-
-
-def _sizes(name: str) -> dict[str, int]:
-    """What a shape's name says: hidden H, experts E, width I, chosen K and slices M."""
-    return {part[0]: int(part[1:]) for part in name.split("-")}
-
-
-def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:
-    apart = one["E"] / one["K"] / (two["E"] / two["K"]), one["H"] / two["H"], one["I"] / two["I"]
-    return sum(abs(math.log(ratio)) for ratio in apart)
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
+    rows = table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    first = next(place for place, row in enumerate(rows) if row.path == "grouped")
+    more = terms.experts / terms.top_k / _DEFAULT_EXPERTS
+    found = {row.tokens: row for row in rows[: first + 1]}
+    for row in rows[first + 1 :]:
+        tokens = max(math.ceil(row.tokens * more), rows[first].tokens)
+        found[tokens] = replace(row, tokens=tokens)
+    return tuple(found.values())
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:
