@@ -82,6 +82,7 @@ class Run:
     ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
     every way of :data:`PUSHES` between two times that it is asked. ``guarded`` is a run without surgery whose error is
     a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one that is told of.
+    ``sleeps`` has the engine sleep with its weights kept, wake up, and be asked once more.
     ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see ``engine_wrapped``).
     """
 
@@ -94,6 +95,7 @@ class Run:
     guarded: bool = False
     before: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,10 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
         outputs = _ask(llm, prompts)
         if run.push is not None:
             pushes |= _push(llm, Path(run.push))
+            outputs += _ask(llm, prompts)
+        if run.sleeps:
+            llm.sleep(level=1)
+            llm.wake_up()
             outputs += _ask(llm, prompts)
         return outputs
     finally:
