@@ -6,8 +6,8 @@ The models are those of served_checkpoint.py, quantised by tests/quantised_check
 surgery and one without stand at the same time, both of all their blocks proven. Both continue the same prompts
 greedily, with each adapter where there are any, and are then timed in turns, one decoding step of one sequence: by CUDA
 events around the model's forward on one rank, and by the clock on two. With --eager there are no
-graphs, and nothing is timed. Adds its rows to results/<machine>-served.json, in place of those of the same case that ran
-likewise.
+graphs, and nothing is timed. Adds its rows to results/<machine>-served.json, in place of those of the same case that
+ran likewise.
 
 ``tokens_equal`` says that all tokens are the same. Where they aren't, ``apart`` has, of the first that differs, how far
 its likeliest two were apart without surgery, in nats: a tie that rounding decides is near zero.
