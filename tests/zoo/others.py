@@ -496,6 +496,21 @@ class ByAnMLP(Base):
 
 
 @block(ROUTERS)
+class ByAttentionBetweenExperts(Base):
+    """Its product of [T, E, E] ends in as many numbers as there are experts, and isn't the logits."""
+
+    def make_more(self) -> None:
+        del self.gate
+        self.attention = plain.linear(self.hidden, 3 * self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.attention(x).chunk(3, -1)
+        mixed = torch.matmul(query[..., None], key[:, None]).softmax(-1)
+        best, ids = torch.matmul(mixed, value[..., None]).squeeze(-1).topk(self.top_k, dim=-1)
+        return best.softmax(-1), ids
+
+
+@block(ROUTERS)
 class ScaledByExpert(Base):
     def make_more(self) -> None:
         self.scales = nn.Parameter(torch.ones(self.num_experts))
@@ -952,3 +967,12 @@ class NoiseInTraining(Base):
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
         return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits
+
+
+@block(STATE)
+class NoiseLeftOutButInTraining(NoiseInTraining):
+    """The noise's width is computed in evaluation too, and nothing comes of it."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits, width = super(NoiseInTraining, self).logits(x), F.softplus(self.noise(x))
+        return logits + torch.randn_like(logits) * width if self.training else logits
