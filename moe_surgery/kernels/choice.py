@@ -1,9 +1,9 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
-``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. What
-``moe-surgery tune`` found on the GPU that is used comes before all of them. Where vLLM's experts were timed too
-(``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
+``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names; weights in e4m3 have rows of
+their own. A number of tokens is served by the row of the largest number not above it. Shapes without a table take the
+rows of ``default.json``. What ``moe-surgery tune`` found on the GPU that is used comes before all of them. Where vLLM's
+experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Choice:
 
 
 def shape_name(terms: Terms) -> str:
-    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``."""
-    return f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``, or the same with ``-e4m3`` of scaled weights."""
+    sizes = f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    return f"{sizes}-e4m3" if terms.scaled else sizes
 
 
 def own_folder(device: str) -> Path:
@@ -102,8 +103,9 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    """The table of a block of ``dtype``. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
+    default = f"{DEFAULT}-{8 if terms.scaled else 8 * dtype.itemsize}"
+    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(default)
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:

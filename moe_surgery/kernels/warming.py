@@ -17,8 +17,8 @@ from moe_surgery.kernels.launch import compile_only
 def warm(weights: Weights, terms: Terms) -> None:
     """Compile every kernel for ``terms`` on the weights' device, or find it in Triton's cache; nothing is launched."""
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
-        for choice, tokens in _variants(terms, weights.w13.dtype):
-            compile_only(weights.w13.new_empty(tokens, terms.hidden), weights, terms, choice)
+        for choice, tokens in _variants(terms, weights.router.dtype):
+            compile_only(weights.router.new_empty(tokens, terms.hidden), weights, terms, choice)
 
 
 def _variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
