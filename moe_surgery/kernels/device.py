@@ -138,6 +138,21 @@ def choose(
 
 
 @triton.jit
+def nth_expert(row, n, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
+    """The expert of one token that ``n`` others come before."""
+    keys = ranking_keys(row, E, BE, BY_SIGMOID)
+    if BE <= 128:
+        # As many comparisons as a few threads make in the time of two reductions, and no loop over them.
+        before = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
+        expert = tl.sum(tl.where(before == n, tl.arange(0, BE), 0), axis=0)
+    else:
+        for _ in range(n):
+            keys = without(keys, tl.max(keys, axis=0), BE)
+        expert = expert_of(tl.max(keys, axis=0), BE)
+    return expert
+
+
+@triton.jit
 def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
     """Where an expert's matrix begins, in elements from the routed experts' first.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,17 @@ class Kernel:
         self.function, self.constants, self.options = function, constants, options
         self.last = tuple(constants[name] for name in function.arg_names if name in constants)
         self.compiled: Any = None
+
+    @classmethod
+    def of(cls, function: Any, known: Mapping[str, Any], tiles: Tiles, *, overlaps: bool) -> Kernel:
+        """With those of the ``known`` numbers and ``tiles`` that it takes.
+
+        ``overlaps`` where it may start before the kernel that is launched before it ends.
+        """
+        chosen = {**known, **tiles, "PDL": overlaps}
+        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
+        options: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
+        return cls(function, constants, {**options, "launch_pdl": True} if overlaps else options)
 
     def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
         found = self.compiled
@@ -224,7 +235,6 @@ def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dt
 def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
     ranked = _power(terms.experts)
-    options = {"launch_pdl": True} if dependent else {}
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     sizes["G"] = BLOCK if terms.scaled else 0
     known = {
@@ -233,16 +243,11 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
         "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
         "OFFSET": terms.offset, "BIAS": terms.biases, "GIVEN": terms.given, "ON_INPUT": terms.on_input,
-        "PDL": dependent,
     }  # fmt: skip
 
-    def kernel(function: Any, tiles: Tiles | None = None, *, first: bool = False) -> Kernel:
+    def kernel(function: Any, tiles: Tiles, *, first: bool = False) -> Kernel:
         """``first`` where what runs before is not ours and says nothing of when the next kernel may start."""
-        tiles = tiles or {}
-        chosen = {**known, **tiles, "PDL": dependent and not first}
-        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
-        launched: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
-        return Kernel(function, constants, {**launched, **({} if first else options)})
+        return Kernel.of(function, known, tiles, overlaps=dependent and not first)
 
     one, two, three = choice.logits, choice.gate_up, choice.down
     if choice.path == "pairs":
@@ -259,7 +264,7 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
         return Kernels(*products, add=add, count=count, enter=enter, inputs=inputs)
     logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route), add, inputs=inputs)
+    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route, {}), add, inputs=inputs)
 
 
 def _columns(terms: Terms) -> int:

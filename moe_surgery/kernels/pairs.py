@@ -15,16 +15,14 @@ import triton.language as tl
 from moe_surgery.kernels.device import (
     as_stored,
     choose,
-    expert_of,
     expert_offset,
     let_next_start,
     mixed,
-    ranking_keys,
+    nth_expert,
     rounded,
     router_offset,
     row_pitch,
     wait,
-    without,
 )
 
 
@@ -88,10 +86,7 @@ def pair_gate_up(
         if GIVEN:
             expert = tl.maximum(tl.load(logits + token * K + slot), 0)
         else:
-            keys = ranking_keys(logits + token * R, E, BE, BY_SIGMOID)
-            for _ in range(slot):
-                keys = without(keys, tl.max(keys, axis=0), BE)
-            expert = expert_of(tl.max(keys, axis=0), BE)
+            expert = nth_expert(logits + token * R, slot, E, BE, BY_SIGMOID)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
     rows = tl.program_id(1) * BI + tl.arange(0, BI)

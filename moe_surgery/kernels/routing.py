@@ -71,16 +71,10 @@ def router_kernels(terms: RouterTerms, logits_tiles: Tiles, *, dependent: bool) 
         "SCORING": terms.scoring, "BY_LOGITS": terms.by_logits, "CAP": terms.soft_cap, "BIAS": terms.biased,
         "CORRECTED": terms.corrected, "TOP2": terms.top2, "LOWEST": terms.lowest, "RENORMALIZE": terms.renormalize,
         "EPSILON": terms.epsilon, "FLOOR": terms.floor, "SQUARES": terms.squares, "GATED": terms.gated,
-        "PDL": dependent,
     }  # fmt: skip
-    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
-    warps = max(1, experts // _EXPERTS_PER_WARP)
-
-    def kernel(function: Any, given: Tiles) -> Kernel:
-        chosen = {**known, **given}
-        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
-        launched: dict[str, Any] = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
-        return Kernel(function, constants, {**launched, **options})
-
     first = grouped.group_logits if "BT" in logits_tiles else pairs.pair_logits
-    return kernel(first, logits_tiles), kernel(router.route, {"num_warps": warps})
+    warps = {"num_warps": max(1, experts // _EXPERTS_PER_WARP)}
+    return (
+        Kernel.of(first, known, logits_tiles, overlaps=dependent),
+        Kernel.of(router.route, known, warps, overlaps=dependent),
+    )
