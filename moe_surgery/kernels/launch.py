@@ -99,7 +99,11 @@ def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, routed: Route
 def compile_only(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> None:
     """Have the kernels compiled that :func:`run` would launch."""
     kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
-    _run(x, weights, terms, choice, kernels.unlaunched())
+    routed = None
+    if terms.given:
+        ids = torch.empty(len(x), terms.top_k, dtype=torch.int32, device=x.device)
+        routed = Routed(ids, torch.empty(len(x), terms.pairs, dtype=torch.float32, device=x.device))
+    _run(x, weights, terms, choice, kernels.unlaunched(), routed)
 
 
 def _run(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 
 from moe_surgery.engine.model.blocks import owner
 from moe_surgery.engine.model.routed import stored
@@ -45,6 +46,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
         kernel = type(layer.quant_method.fp8_linear).__name__
         if kernel not in _LINEAR_AS_LOADED:
             yield f"{told}, and {kernel} lays them out in a way of its own"
+    if is_deep_gemm_e8m0_used():
+        yield f"{told}, and activations are scaled by powers of two (VLLM_USE_DEEP_GEMM_E8M0)"
     if experts.quant_method.weight_scale_refine is not None:
         yield f"{told}, and a rank's share of them has smaller blocks"
     if config.parallel_config.tensor_parallel_size > 1:
