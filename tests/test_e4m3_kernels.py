@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from folded_blocks import but, clear_tokens
+from folded_blocks import DEEPSEEK, but, clear_tokens
 from spec_weights import tolerance, worst
 from stored_blocks import GATED, PARTS, stored_weights, wide
 from test_folded_kernels import APART, DEVICE, INTERPRETED, ON_GPU, runs
@@ -124,3 +124,30 @@ def test_experts_that_are_given_and_a_merged_shared_one(path: str) -> None:
     terms = replace(terms_of(GATED, given=True), scaled=True)
     got = run(x, merged, terms, choice, Routed(ids.to(torch.int32), given))
     assert worst(got, reference.forward(GATED, tensors, x, torch.float64, ids)) < near(GATED, dtype)
+
+
+@runs
+def test_experts_that_a_router_of_vllms_chooses() -> None:
+    grouped = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.grouped_topk_router")
+    from moe_surgery.engine.model.routed import choose
+    from moe_surgery.engine.model.routed_op import compute_routed
+
+    dtype = DTYPES[0]
+    spec = replace(GATED, router=replace(DEEPSEEK.router, epsilon=0.0))
+    tensors = stored_weights(spec, dtype, DEVICE)
+    router = grouped.GroupedTopKRouter(
+        top_k=2,
+        global_num_experts=8,
+        num_expert_group=4,
+        topk_group=2,
+        scoring_func="sigmoid",
+        e_score_correction_bias=tensors.correction_bias,
+    )
+    terms = replace(terms_of(spec, given=True), scaled=True, scale=spec.router.scale, gated=True)
+    x = torch.randn(3, spec.hidden, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    logits = (x.float() @ tensors.router.float().T).to(dtype)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        got = compute_routed(x, logits, held(tensors), terms, router)
+        _, ids = choose(router, x, logits)
+    truth = reference.forward(spec, tensors, x, torch.float64, ids.long())
+    assert worst(got, truth) < near(spec, dtype)

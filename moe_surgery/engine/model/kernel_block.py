@@ -184,7 +184,9 @@ class KernelBlock(EngineBlock):
         self._check()
         self._layer_name = str(runner.layer_name)
         if self.terms.given:
-            self.schema = ROUTED_SCHEMA
+            from moe_surgery.engine.model.routed_op import compute_routed, engine_routed_moe  # needs Triton
+
+            self._of_chosen, self._of_chosen_in_graphs, self.schema = compute_routed, engine_routed_moe, ROUTED_SCHEMA
         else:
             self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
 
@@ -215,7 +217,7 @@ class KernelBlock(EngineBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.terms.given:
-            out = self._of_chosen(x)
+            out = self._routed_by_vllm(x)
         else:
             operator = self._operator if torch.compiler.is_compiling() else self._compute
             out = operator(x, self.weights(), self.terms)
@@ -223,16 +225,14 @@ class KernelBlock(EngineBlock):
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
 
-    def _of_chosen(self, x: Tensor) -> Tensor:
+    def _routed_by_vllm(self, x: Tensor) -> Tensor:
         """The block's output where vLLM's router chooses the experts, by logits of the block's own layer."""
-        from moe_surgery.engine.model.routed_op import compute_routed, engine_routed_moe  # needs Triton
-
         runner: Any = getattr(self, self._routed)
         gate = getattr(self, self._router) if self._router else runner.gate
         logits = first(gate(x))
         if torch.compiler.is_compiling():
-            return engine_routed_moe(x, logits, self.weights(), self.terms, self._layer_name)
-        return compute_routed(x, logits, self.weights(), self.terms, runner.router)
+            return self._of_chosen_in_graphs(x, logits, self.weights(), self.terms, self._layer_name)
+        return self._of_chosen(x, logits, self.weights(), self.terms, runner.router)
 
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
