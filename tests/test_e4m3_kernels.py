@@ -81,13 +81,14 @@ def near(spec: MoESpec, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize(("path", "tokens"), [("pairs", 1), ("grouped", 1), ("grouped", 7)])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
-    from moe_surgery.kernels.choice import table
+    from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
     tensors = stored_weights(spec, dtype, DEVICE)
     x = clear_tokens(spec, tensors, tokens)
-    choice = next(row for row in table("default-8") if row.path == path)
-    got = run(x, held(tensors), replace(terms_of(spec), scaled=True), choice)
+    terms = replace(terms_of(spec), scaled=True)
+    choice = next(row for row in rows_for(terms, dtype) if row.path == path)
+    got = run(x, held(tensors), terms, choice)
     assert got.dtype == dtype
     error = worst(got, reference.forward(spec, tensors, x, torch.float64))
     assert error < near(spec, dtype)
@@ -99,13 +100,14 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
 @runs
 @pytest.mark.parametrize("path", ["pairs", "grouped"])
 def test_experts_that_are_given_and_a_merged_shared_one(path: str) -> None:
-    from moe_surgery.kernels.choice import table
+    from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
     dtype = DTYPES[0]
     tensors = stored_weights(GATED, dtype, DEVICE)
     weights, x = held(tensors), clear_tokens(GATED, tensors, 2)
-    choice = next(row for row in table("default-8") if row.path == path)
+    terms = replace(terms_of(GATED, given=True), scaled=True)
+    choice = next(row for row in rows_for(terms, dtype) if row.path == path)
     ids = reference.chosen(GATED, tensors, x)
     _, scores = reference.router_scores(GATED, tensors.router, x, torch.float64)
     shared = (x.double() @ tensors.shared_gate.double().T).sigmoid().expand(-1, 2)  # type: ignore[union-attr]
@@ -121,7 +123,6 @@ def test_experts_that_are_given_and_a_merged_shared_one(path: str) -> None:
         shared_up=None,
         scales=s._replace(shared_gate=torch.cat([s.shared_gate, s.shared_up]), shared_up=None),
     )
-    terms = replace(terms_of(GATED, given=True), scaled=True)
     got = run(x, merged, terms, choice, Routed(ids.to(torch.int32), given))
     assert worst(got, reference.forward(GATED, tensors, x, torch.float64, ids)) < near(GATED, dtype)
 

@@ -16,7 +16,7 @@ import torch
 from folded_blocks import ROUTED, ROUTERS, SPEC, SPECS, but
 
 from moe_surgery.kernels.arguments import Terms
-from moe_surgery.kernels.choice import FOLDER, router_tiles, table
+from moe_surgery.kernels.choice import FOLDER, router_tiles, rows_for, table
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.folded.fold import router_terms_of, terms_of
 from moe_surgery.targets.shared_as_experts import unfoldable
@@ -29,7 +29,7 @@ compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_ap
 INTEGERS = "counts", "lists", "ids", "places"
 FLOATS = "logits", "given", "weights", "rows_out", "scales", "factors", "act_factors"
 IN_E4M3 = "w13", "w2", "parts"
-NUMBERS = {"tokens": "i32", "scale": "fp32", "shared_scale": "fp32"}
+NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "shared_scale": "fp32"}
 OFFSETS = ("gate", "shared", "shared_up", "shared_scales", "shared_up_scales")
 
 
@@ -95,7 +95,7 @@ def compile_each(
 
 
 def compile_both_paths(terms: Terms, dtype: str) -> None:
-    rows = table("default-8" if terms.scaled else "default-16" if dtype == "bf16" else "default-32")
+    rows = rows_for(terms, torch.bfloat16) if terms.scaled else table("default-16" if dtype == "bf16" else "default-32")
     for path in ("pairs", "grouped"):
         compile_all(terms, next(row for row in rows if row.path == path), dtype)
 

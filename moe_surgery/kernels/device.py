@@ -138,21 +138,6 @@ def choose(
 
 
 @triton.jit
-def nth_expert(row, n, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
-    """The expert of one token that ``n`` others come before."""
-    keys = ranking_keys(row, E, BE, BY_SIGMOID)
-    if BE <= 128:
-        # As many comparisons as a few threads make in the time of two reductions, and no loop over them.
-        before = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
-        expert = tl.sum(tl.where(before == n, tl.arange(0, BE), 0), axis=0)
-    else:
-        for _ in range(n):
-            keys = without(keys, tl.max(keys, axis=0), BE)
-        expert = expert_of(tl.max(keys, axis=0), BE)
-    return expert
-
-
-@triton.jit
 def expert_offset(expert, stride, shared, slice_stride, E: tl.constexpr):
     """Where an expert's matrix begins, in elements from the routed experts' first.
 
@@ -191,19 +176,29 @@ def in_e4m3(values, scale):
 
 
 @triton.jit
-def scale_of(most):
-    """The scale of a group of activations whose greatest magnitude is ``most``, which becomes e4m3's greatest."""
-    return tl.div_rn(tl.maximum(most, 1e-10), tl.full([1] * len(most.shape), 448.0, tl.float32))
+def least_scale(routed):
+    """The least scale of a group of activations on its way to the second product of ``routed`` experts, or to another.
+
+    These are the numbers of vLLM's two kernels that round activations.
+    """
+    return tl.where(routed, 1.0 / (448.0 * 512.0), 1e-10 / 448.0)
 
 
 @triton.jit
-def rounded(values, R: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
+def scale_of(most, least):
+    """The scale of a group of activations whose greatest magnitude is ``most``, which becomes e4m3's greatest."""
+    return tl.maximum(tl.div_rn(most, tl.full([1] * len(most.shape), 448.0, tl.float32)), least)
+
+
+@triton.jit
+def rounded(values, least, R: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
     """``values`` [R, SIZE] on their way to weights in e4m3 with a scale for each block of GROUP by GROUP.
 
-    They are rounded to e4m3, but still float32 [R, SIZE / GROUP, GROUP], and have scales [R, SIZE / GROUP].
+    Each row has the ``least`` scale of its groups, [R, 1] or one. They are rounded to e4m3, but still float32
+    [R, SIZE / GROUP, GROUP], and have scales [R, SIZE / GROUP].
     """
     groups = tl.reshape(values, [R, SIZE // GROUP, GROUP])
-    scale = scale_of(tl.max(tl.abs(groups), axis=2))
+    scale = scale_of(tl.max(tl.abs(groups), axis=2), least)
     return in_e4m3(groups, scale[:, :, None]).to(tl.float32), scale
 
 

@@ -7,7 +7,9 @@
     group_down     the other one, times the routing weights; one row for each pair of a token and an expert
     group_sum      adds each token's rows in the order of their slots
 
-Where experts are chosen outside, ``group_count`` and ``group_enter`` take the place of the first two.
+For many tokens ``group_sum_shared`` takes the place of the last one: it computes the shared expert's down projection as
+one product, so that its rows are neither written nor read. Where experts are chosen outside, ``group_count`` and
+``group_enter`` take the place of the first two.
 
 The order within a list depends on chance (integer atomics), but a row's value doesn't depend on its place in a tile,
 and rows are added in a fixed order: the output is the same to the bit every time.
@@ -23,6 +25,7 @@ from moe_surgery.kernels.device import (
     choose,
     expert_offset,
     in_e4m3,
+    least_scale,
     let_next_start,
     mixed,
     rounded,
@@ -45,7 +48,7 @@ def group_inputs(x, parts, factors, H: tl.constexpr, G: tl.constexpr, BK: tl.con
     wait(PDL)
     let_next_start(PDL)
     value = tl.load(x + token * H + columns, mask=columns < H, other=0.0).to(tl.float32)
-    its, factor = rounded(value[None, :], 1, BK, G)
+    its, factor = rounded(value[None, :], least_scale(False), 1, BK, G)
     its = tl.reshape(its, [BK]).to(tl.float8e4nv)
     tl.store(parts + token * H + columns, its, mask=columns < H)
     tl.store(factors + token * (H // G) + groups, tl.reshape(factor, [BK // G]), mask=groups < H // G)
@@ -243,26 +246,27 @@ def group_gate_up(
     if G > 0:
         if block < early:
             result = as_stored(result, x)
-        factor = scale_of(tl.max(tl.abs(result), axis=1))
+        factor = scale_of(tl.max(tl.abs(result), axis=1), least_scale(block >= early))
         result = in_e4m3(result, factor[:, None])
         tl.store(act_factors + tl.maximum(pairs, 0).to(tl.int64) * (I // G) + tile, factor, mask=valid)
     tl.store(to, result.to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "shared_scales"])
+@triton.jit(do_not_specialize=["tokens", "slices", "shared_scales"])
 def group_down(
     act, act_factors, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, weights, rows_out, counts, lists,
-    tokens, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, G: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
-    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    tokens, slices, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr,
+    GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
-    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
+    ``slices`` of the shared expert are computed here: M, or 0 where the sum does. The lists are done before the kernel
+    that makes ``act`` starts, so they are read before waiting for it.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
     block = tl.program_id(0) // tiles
-    early = M * ((tokens + BM - 1) // BM)
+    early = (slices if M > 0 else 0) * ((tokens + BM - 1) // BM)
     if block < early:
         expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
     else:
@@ -327,3 +331,46 @@ def group_sum(
             there = there & (tl.load(ids + token * K + slot) >= 0)
         total += tl.load(rows_out + (token * P + slot) * H + columns, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * H + columns, total.to(out.dtype.element_ty), mask=columns < H)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_sum_shared(
+    act, w2, shared: tl.int64, weights, rows_out, ids, out, tokens, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`group_sum` of the first K rows, plus the shared expert. Grid: (cdiv(tokens, BM) * cdiv(H, BH),).
+
+    Its slices' inputs lie side by side in ``act``, and all have one weight. Its product needs nothing of the kernel
+    before this one, and begins while that runs.
+    """
+    tiles: tl.constexpr = (H + BH - 1) // BH
+    width: tl.constexpr = M * I
+    token = (tl.program_id(0) // tiles * BM + tl.arange(0, BM)).to(tl.int64)
+    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
+    valid = token < tokens
+    columns = tl.arange(0, BK)
+    source = act + (token[:, None] * (K + M) + K) * I + columns[None, :]
+    at = w2 + shared + rows[None, :] * width + columns[:, None]
+    total = tl.zeros([BM, BH], tl.float32)
+    for k in range(0, width, BK):
+        if width % BK == 0 and H % BH == 0:
+            value = tl.load(source + k, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+            w = tl.load(at + k)
+        else:
+            inside = k + columns < width
+            value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+            w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(value, w, total, input_precision="ieee")
+    gate = tl.load(weights + token * (K + M) + K, mask=valid, other=0.0, cache_modifier=".cg")
+    wait(PDL)
+    let_next_start(PDL)
+    result = tl.zeros([BM, BH], tl.float32)
+    for slot in tl.static_range(0, K):
+        there = valid
+        if GIVEN:
+            there = there & (tl.load(ids + token * K + slot, mask=valid, other=-1) >= 0)
+        row = rows_out + (token * (K + M) + slot)[:, None] * H + rows[None, :]
+        result += tl.load(row, mask=there[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)
+    result += total * gate[:, None]
+    to = out + token[:, None] * H + rows[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])

@@ -18,6 +18,9 @@ ALIGNMENT = 16
 """Bytes. Compiled kernels take pointers and offsets for multiples of it where the first ones they got were."""
 
 
+_EXPERTS_PER_WARP = 512
+
+
 class Kernel:
     """A Triton function with its compile-time arguments, which follow the others in its signature.
 
@@ -174,12 +177,17 @@ def _grouped(
         grid, aligned, x, parts, factors, routing, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
         at.scales_up, act, act_factors, counts, lists, tokens,
     )  # fmt: skip
-    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]), 1, 1)
+    slices = _slices_below(terms, choice)
+    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
     kernels.down(
         grid, aligned, act, act_factors, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, routing, rows,
-        counts, lists, tokens,
+        counts, lists, tokens, slices,
     )  # fmt: skip
-    kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+    if slices == terms.slices:
+        kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+    else:
+        grid = (_tiles(tokens, choice.add["BM"]) * _tiles(terms.hidden, choice.add["BH"]), 1, 1)
+        kernels.add(grid, aligned, act, w.w2, at.w2, routing, rows, ids, out, tokens)
     return out
 
 
@@ -223,10 +231,16 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def row_blocks(terms: Terms, tokens: int, size: int) -> int:
-    """No fewer blocks of ``size`` rows than any routing of ``tokens`` tokens fills."""
+def row_blocks(terms: Terms, tokens: int, size: int, slices: int | None = None) -> int:
+    """No fewer blocks of ``size`` rows than any routing of ``tokens`` tokens fills, with ``slices`` or all of them."""
     visits = tokens * terms.top_k
-    return visits // size + min(terms.experts, visits) + terms.slices * _tiles(tokens, size)
+    slices = terms.slices if slices is None else slices
+    return visits // size + min(terms.experts, visits) + slices * _tiles(tokens, size)
+
+
+def _slices_below(terms: Terms, choice: Choice) -> int:
+    """How many of the shared expert's slices ``group_down`` computes: all, or none where the sum does."""
+    return 0 if choice.add else terms.slices
 
 
 @lru_cache(maxsize=1024)
@@ -261,14 +275,23 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
             None if terms.given else kernel(pairs.pair_logits, one),
         )
     products = kernel(grouped.group_gate_up, two, first=terms.given), kernel(grouped.group_down, three)
-    add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
+    if _slices_below(terms, choice) == terms.slices:
+        add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
+    else:
+        add = kernel(grouped.group_sum_shared, choice.add)
     inputs = kernel(grouped.group_inputs, {"BK": _columns(terms)}, first=terms.given) if terms.scaled else None
     if terms.given:
         slots = {"P": _power(terms.top_k)}
         count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
         return Kernels(*products, add=add, count=count, enter=enter, inputs=inputs)
     logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route, {}), add, inputs=inputs)
+    choose = kernel(grouped.group_route, choosing(terms.experts))
+    return Kernels(*products, kernel(logits, one), choose, add, inputs=inputs)
+
+
+def choosing(experts: int) -> Tiles:
+    """Warps of a program that chooses one token's of so many experts."""
+    return {"num_warps": max(1, _power(experts) // _EXPERTS_PER_WARP)}
 
 
 def _columns(terms: Terms) -> int:

@@ -15,14 +15,17 @@ import triton.language as tl
 from moe_surgery.kernels.device import (
     as_stored,
     choose,
+    expert_of,
     expert_offset,
+    least_scale,
     let_next_start,
     mixed,
-    nth_expert,
+    ranking_keys,
     rounded,
     router_offset,
     row_pitch,
     wait,
+    without,
 )
 
 
@@ -86,7 +89,10 @@ def pair_gate_up(
         if GIVEN:
             expert = tl.maximum(tl.load(logits + token * K + slot), 0)
         else:
-            expert = nth_expert(logits + token * R, slot, E, BE, BY_SIGMOID)
+            keys = ranking_keys(logits + token * R, E, BE, BY_SIGMOID)
+            for _ in range(slot):
+                keys = without(keys, tl.max(keys, axis=0), BE)
+            expert = expert_of(tl.max(keys, axis=0), BE)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
     rows = tl.program_id(1) * BI + tl.arange(0, BI)
@@ -106,7 +112,7 @@ def pair_gate_up(
         value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
         if G > 0:
             there = (k + tl.arange(0, BK // G) * G < H)[None, :]
-            parts, factor = rounded(value, 1, BK, G)
+            parts, factor = rounded(value, least_scale(False), 1, BK, G)
             toward = factor * tl.load(scale + k // G, mask=k + tl.arange(0, BK // G) * G < H, other=0.0)[None, :]
             value = tl.reshape(parts * tl.where(there, toward, 0.0)[:, :, None], [1, BK])
         gates += g.to(tl.float32) * value
@@ -189,7 +195,7 @@ def pair_down(
         a = tl.load(source + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
         if G > 0:
             groups = k // G + tl.arange(0, BK // G)
-            parts, factor = rounded(a, P, BK, G)
+            parts, factor = rounded(a, least_scale(slots < K)[:, None], P, BK, G)
             held = there[:, None] & (groups < I // G)[None, :]
             factor *= tl.load(its_scale[:, None] + groups[None, :], mask=held, other=0.0)
             a = tl.reshape(parts * factor[:, :, None], [P, BK])

@@ -12,10 +12,7 @@ from torch import Tensor
 from moe_surgery.kernels import grouped, pairs, router
 from moe_surgery.kernels.arguments import Routed, RouterTerms
 from moe_surgery.kernels.choice import Tiles
-from moe_surgery.kernels.launch import ALIGNMENT, Kernel
-
-# Experts for each warp of the program that chooses a token's.
-_EXPERTS_PER_WARP = 512
+from moe_surgery.kernels.launch import ALIGNMENT, Kernel, choosing
 
 
 def run_router(
@@ -73,8 +70,7 @@ def router_kernels(terms: RouterTerms, logits_tiles: Tiles, *, dependent: bool) 
         "EPSILON": terms.epsilon, "FLOOR": terms.floor, "SQUARES": terms.squares, "GATED": terms.gated,
     }  # fmt: skip
     first = grouped.group_logits if "BT" in logits_tiles else pairs.pair_logits
-    warps = {"num_warps": max(1, experts // _EXPERTS_PER_WARP)}
     return (
         Kernel.of(first, known, logits_tiles, overlaps=dependent),
-        Kernel.of(router.route, known, warps, overlaps=dependent),
+        Kernel.of(router.route, known, choosing(terms.experts), overlaps=dependent),
     )

@@ -62,6 +62,9 @@ class SwappedBlock(nn.Module):
     convention: Convention | None = None
     """How the block it replaces is called and what it returns, where that isn't its input and its output alone."""
 
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Compile what calls with these ``numbers`` of tokens need, side by side; by default nothing. May raise."""
+
     def arguments(self, given: Sequence[Tensor], named: Mapping[str, Tensor]) -> Arguments:
         """The tokens, ids and weights that a module of experts alone was called with.
 

@@ -5,7 +5,7 @@ else: no kernel, no model code. Each takes ``dtype``. A dtype means that everyth
 in it, which with float64 is the truth. None means the block's own arithmetic: the weights' dtype, rounded where the
 spec says that the block rounds. The distance between the two is the noise of the block's dtype.
 
-Weights are converted one expert at a time, so a float64 copy of all experts never exists.
+Weights are converted one expert at a time, or a few, so a float64 copy of all experts never exists.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
-from moe_surgery.targets.e4m3 import product
+from moe_surgery.targets.e4m3 import E4M3, LEAST_BETWEEN, dequantised, rounded
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.own_router import AskedRouter
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
+
+_TOGETHER, _MOST = 128 << 20, 16
+"""Bytes of converted weights, and experts, that are multiplied at a time on a GPU."""
 
 
 def gated(activation: Activation) -> Mixer:
@@ -125,14 +128,18 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
-    products = _products(rows[order], counts, tensors.w13, scales.w13 if scales else None, tensors.w13_bias)
+    given, scale = rows[order], None if scales is None else scales.w13
+    products = _products(given if scale is None else rounded(given), counts, tensors.w13, scale, tensors.w13_bias)
     if scales is not None:  # what they make goes from float32 to e4m3
         products = products.to(scales.dtype).to(torch.promote_types(work, torch.float32))
     both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    outputs = _products(mixed[order], counts, tensors.w2, scales.w2 if scales else None, tensors.w2_bias)
+    mixed, scale = mixed[order], None if scales is None else scales.w2
+    if scales is not None:
+        mixed = rounded(mixed, LEAST_BETWEEN)
+    outputs = _products(mixed, counts, tensors.w2, scale, tensors.w2_bias)
     return list(rows.index_copy_(0, order, outputs.to(work)).split(sizes))
 
 
@@ -141,16 +148,45 @@ def _products(
 ) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    for expert, count in enumerate(counts):
-        if count:  # nothing is kept between two conversions, or memory would be cut to pieces
-            end, scale = start + count, None if scales is None else scales[expert]
-            out[start:end] = product(rows[start:end], weights[expert], scale, _row(bias, expert, rows.dtype))
-            start = end
+    size = weights[0].numel() * rows.element_size()  # nothing is kept between two conversions
+    together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
+    experts = [expert for expert, count in enumerate(counts) if count]
+    for first in range(0, len(experts), together):
+        some = experts[first : first + together]
+        sizes = [counts[expert] for expert in some]
+        end = start + sum(sizes)
+        if scales is None:
+            matrices = _some(weights, some).to(rows.dtype)
+        else:
+            matrices = dequantised(_some(weights.view(torch.uint8), some).view(E4M3), _some(scales, some), rows.dtype)
+        biases = None if bias is None else _some(bias, some).to(rows.dtype)
+        out[start:end] = _each(rows[start:end], sizes, matrices, biases)
+        start = end
     return out
 
 
-def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias[expert].to(dtype)
+def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:
+    """The first ``sizes[0]`` rows times the first of the ``matrices``, and so on; all at once if there are several.
+
+    On a GPU it is launching that takes the time: rows are repeated until every matrix has as many.
+    """
+    if len(sizes) == 1:
+        return F.linear(rows, matrices[0], None if biases is None else biases[0])
+    ends, most = torch.tensor(sizes, device="cpu").cumsum(0)[:, None], torch.arange(max(sizes), device="cpu")
+    starts = ends - torch.tensor(sizes, device="cpu")[:, None]
+    at = starts + most
+    both = torch.cat([at.minimum(ends - 1).flatten(), (at < ends).flatten().nonzero().flatten()]).to(rows.device)
+    given, kept = both.split([at.numel(), len(rows)])
+    products = torch.bmm(rows[given].view(*at.shape, -1), matrices.transpose(1, 2))
+    if biases is not None:
+        products = products + biases[:, None]
+    return products.flatten(0, 1)[kept]
+
+
+def _some(weights: Tensor, experts: Sequence[int]) -> Tensor:
+    """Those of these experts; not copied where they lie side by side."""
+    first, last = experts[0], experts[-1]
+    return weights[first : last + 1] if last - first + 1 == len(experts) else weights[list(experts)]
 
 
 def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
