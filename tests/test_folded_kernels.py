@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_weights import tolerance, weights, worst
 
+from moe_surgery.kernels.choice import Choice, table
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
@@ -27,6 +28,14 @@ APART = Path(sys.prefix) / "interpreter"
 runs = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU, or runs in test_in_the_interpreter")
 DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+
+
+def tiles(path: str, dtype: torch.dtype) -> Choice:
+    """The first default of a path; "summed" is the grouped one whose sum computes the shared expert."""
+    rows = table(f"default-{8 * dtype.itemsize}")
+    found = next(row for row in rows if row.path == path.replace("summed", "grouped"))
+    add = {"BM": 16, "BH": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
+    return replace(found, add=add) if path == "summed" else found
 
 
 @pytest.mark.slow
@@ -46,15 +55,14 @@ def test_in_the_interpreter() -> None:
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
+@pytest.mark.parametrize("path", ["pairs", "grouped", "summed"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
-    from moe_surgery.kernels.choice import table
     from moe_surgery.kernels.launch import run
 
     tensors, terms = weights(spec, dtype, device=DEVICE), terms_of(spec)
     x = clear_tokens(spec, tensors, tokens)
-    choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
+    choice = tiles(path, dtype)
     got = run(x, fold(tensors), terms, choice)
     assert got.dtype == dtype
     assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
@@ -63,12 +71,11 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
 @runs
 @pytest.mark.parametrize("path", ["pairs", "grouped"])
 def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
-    from moe_surgery.kernels.choice import table
     from moe_surgery.kernels.launch import run
 
     tensors, terms = weights(SPEC, torch.float32, device=DEVICE), terms_of(SPEC)
     x = clear_tokens(SPEC, tensors, 3)
-    choice = next(row for row in table("default-32") if row.path == path)
+    choice = tiles(path, torch.float32)
     apart = fold(tensors)
     assert apart.shared_gate is not None and apart.shared_up is not None
     merged = replace(apart, shared_gate=torch.cat([apart.shared_gate, apart.shared_up]), shared_up=None)
@@ -77,17 +84,16 @@ def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
+@pytest.mark.parametrize("path", ["pairs", "grouped", "summed"])
 @pytest.mark.parametrize("spec", ROUTED.values(), ids=ROUTED.keys())
 def test_computes_what_is_routed_outside(
     spec: MoESpec, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe_surgery.kernels import op
-    from moe_surgery.kernels.choice import table
     from moe_surgery.targets.folded.routed import RoutedMoEBlock
 
     tensors = weights(spec, dtype, device=DEVICE)
-    choice = next(row for row in table(f"default-{8 * dtype.itemsize}") if row.path == path)
+    choice = tiles(path, dtype)
     monkeypatch.setattr(op, "choose", lambda *_: choice)
     x = torch.randn(20, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
     with torch.no_grad():
@@ -102,12 +108,11 @@ def test_computes_what_is_routed_outside(
 def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One expert may have all of a token's slots, and ids beyond the experts stand for none."""
     from moe_surgery.kernels import op
-    from moe_surgery.kernels.choice import table
     from moe_surgery.targets.folded.routed import RoutedExperts
 
     spec = replace(SPEC, at="experts", shared=None, router=replace(SPEC.router, scoring="own", renormalize=False))
     tensors = weights(spec, torch.float32, device=DEVICE)
-    choice = next(row for row in table("default-32") if row.path == path)
+    choice = tiles(path, torch.float32)
     monkeypatch.setattr(op, "choose", lambda *_: choice)
     x = torch.randn(40, spec.hidden, device=DEVICE)
     ids = torch.randint(0, 9, (40, 3), device=DEVICE)
@@ -124,7 +129,6 @@ def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) 
 
 @runs
 def test_a_nan_stays_with_its_token() -> None:
-    from moe_surgery.kernels.choice import table
     from moe_surgery.kernels.launch import run
 
     tensors, terms = weights(SPEC, torch.float32, device=DEVICE), terms_of(SPEC)
@@ -132,7 +136,7 @@ def test_a_nan_stays_with_its_token() -> None:
     wanted = reference.forward(SPEC, tensors, x, torch.float64)
     x[1, 5] = torch.nan
     for path in ("pairs", "grouped"):
-        choice = next(row for row in table("default-32") if row.path == path)
+        choice = tiles(path, torch.float32)
         got = run(x, fold(tensors), terms, choice)
         assert got[1].isnan().all()
         assert worst(got[[0, 2, 3]], wanted[[0, 2, 3]]) < tolerance(SPEC, torch.float32)

@@ -27,7 +27,7 @@ HERE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") !=
 compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_apart")
 
 INTEGERS, FLOATS = ("counts", "lists", "ids", "places"), ("logits", "given", "weights", "rows_out")
-NUMBERS = {"tokens": "i32", "scale": "fp32", "shared_scale": "fp32"}
+NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "shared_scale": "fp32"}
 OFFSETS = ("gate", "shared", "shared_up")
 
 

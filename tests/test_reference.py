@@ -19,7 +19,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.targets.base import Context
-from moe_surgery.targets.reference import ReferenceTarget, Visits, expert_outputs, forward, gated, router_scores
+from moe_surgery.targets.reference import ReferenceTarget, Visits, _each, expert_outputs, forward, gated, router_scores
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -199,3 +199,17 @@ def test_the_target_refuses_what_it_can_not_compute() -> None:
     odd = target.accepts(replace(TALKER, router=replace(TALKER.router, num_experts=8)), Context("cpu", "float32"))
     assert odd is not None
     assert "8 experts, but there are 16" in odd.reason
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_some_matrices_at_once_give_what_each_gives(biased: bool) -> None:
+    """On a GPU experts are multiplied some at a time."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 1, 7, 2]
+    rows, matrices = (torch.randn(*shape, generator=generator).double() for shape in ((13, 8), (4, 6, 8)))
+    biases = torch.randn(4, 6, generator=generator).double() if biased else None
+    wanted = [
+        torch.nn.functional.linear(part, matrices[place], None if biases is None else biases[place])
+        for place, part in enumerate(rows.split(sizes))
+    ]
+    torch.testing.assert_close(_each(rows, sizes, matrices, biases), torch.cat(wanted))

@@ -13,6 +13,7 @@ from folded_blocks import ROUTED, SPEC
 
 from moe_surgery.errors import UsageError
 from moe_surgery.kernels import choice
+from moe_surgery.kernels.arguments import Terms
 from moe_surgery.targets.folded.fold import terms_of
 from moe_surgery.tuning.candidates import candidates
 from moe_surgery.tuning.shapes import shapes, share
@@ -76,4 +77,21 @@ def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own
     for tokens, paths in ((1, ["pairs"]), (8, ["pairs", "grouped"]), (64, ["grouped"])):
         found = dict(candidates(terms_of(spec, given=True), tokens))
         assert list(found) == paths
-        assert all(products.keys() == {"logits", "gate_up", "down"} for products in found.values())
+        assert all({"logits", "gate_up", "down"} <= products.keys() for products in found.values())
+
+
+def test_a_shape_without_a_table_takes_the_rows_of_the_one_most_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choice.table.cache_clear()
+    like = choice.table("H4096-E128-I1408-K8-M1")
+    own = Terms(256, 8, 0, 3072, 1536, "silu")
+    got = choice.rows_for(own, torch.bfloat16)
+    assert [row.tokens for row in got] == [1, *(2 * row.tokens for row in like[1:])]  # as many tokens for an expert
+    assert [row.gate_up for row in got] == [row.gate_up for row in like]
+    assert not any(row.slower for row in got), "another shape's times say nothing of this one against vLLM"
+    (wide, *_), (its, *_) = (
+        choice.rows_for(replace(own, top_k=32), torch.bfloat16),
+        choice.table("H3584-E64-I2560-K8-M8"),
+    )
+    assert wide.gate_up == its.gate_up and wide.down == {**its.down, "BK": its.down["BK"] // 2}  # 32 slots, not 16
+    assert choice.rows_for(own, torch.float32) == choice.table("default-32")

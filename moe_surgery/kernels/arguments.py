@@ -155,7 +155,7 @@ class Weights:
 class Routed(NamedTuple):
     """What was chosen outside: expert ``ids`` [T, K] int32, less than 0 for none, and ``weights`` [T, K + M] float32.
 
-    The last M weights are those of the shared expert's slices. Both are contiguous.
+    The last M weights are those of the shared expert's slices, all alike. Both are contiguous.
     """
 
     ids: Tensor

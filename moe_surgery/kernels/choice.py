@@ -1,18 +1,20 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
 ``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. Shapes without a table take the rows of ``default.json``. What
-``moe-surgery tune`` found on the GPU that is used comes before all of them. Where vLLM's experts were timed too
-(``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
+served by the row of the largest number not above it. A shape without a table takes the rows of the shape most like it,
+each for as many tokens as give an expert the same number. What ``moe-surgery tune`` found on the GPU that is used comes
+before all of them. Float32, and routers of their own, take ``default-32.json`` and ``default-16.json``. Where vLLM's
+experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,8 @@ DEFAULT = "default"
 NOISE = 1.02
 """Times that differ by less are no reason to cross over."""
 
+_LEAST_COLUMNS = 32
+
 Tiles = dict[str, int]
 
 
@@ -34,7 +38,8 @@ Tiles = dict[str, int]
 class Choice:
     """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``.
 
-    ``slower`` says that vLLM's experts were measured to be faster there.
+    ``add`` has those of the last kernel of the grouped path where that computes the shared expert's down projection
+    too, and is empty where it doesn't. ``slower`` says that vLLM's experts were measured to be faster there.
     """
 
     tokens: int
@@ -43,10 +48,11 @@ class Choice:
     gate_up: Tiles
     down: Tiles
     slower: bool = False
+    add: Tiles = field(default_factory=dict)
 
     @classmethod
     def of(cls, row: dict[str, Any], slower: bool = False) -> Choice:
-        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"], slower)
+        return cls(row["tokens"], row["path"], row["logits"], row["gate_up"], row["down"], slower, row.get("add", {}))
 
 
 def shape_name(terms: Terms) -> str:
@@ -103,7 +109,48 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    rows = (table(shape_name(terms)) or nearest(terms)) if dtype.itemsize == 2 else ()
+    return rows or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+
+
+@cache
+def nearest(terms: Terms) -> tuple[Choice, ...]:
+    """The rows of the shape most like this one of those that come with the library; empty if none does.
+
+    Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
+    the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
+    """
+    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob("H*.json"))}
+    if not found:
+        return ()
+    own = _sizes(shape_name(terms))
+    name = min(found, key=lambda each: _unlikeness(own, found[each]))
+    like = found[name]
+    more = own["E"] / own["K"] / (like["E"] / like["K"])
+    wider = _power(own["K"] + own["M"]) // _power(like["K"] + like["M"])
+    rows: dict[int, Choice] = {}
+    for row in read_table(FOLDER / f"{name}.json"):
+        tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
+        down = row.down
+        if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
+            down = {**down, "BK": max(down["BK"] // wider, _LEAST_COLUMNS)}
+        rows[tokens] = replace(row, tokens=tokens, down=down, slower=False)
+    return tuple(rows.values())
+
+
+def _sizes(name: str) -> dict[str, int]:
+    """What a shape's name says: hidden H, experts E, width I, chosen K and slices M."""
+    return {part[0]: int(part[1:]) for part in name.split("-")}
+
+
+def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:
+    apart = one["E"] / one["K"] / (two["E"] / two["K"]), one["H"] / two["H"], one["I"] / two["I"]
+    return sum(abs(math.log(ratio)) for ratio in apart)
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:

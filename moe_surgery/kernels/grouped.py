@@ -6,7 +6,9 @@
     group_down     the other one, times the routing weights; one row for each pair of a token and an expert
     group_sum      adds each token's rows in the order of their slots
 
-Where experts are chosen outside, ``group_count`` and ``group_enter`` take the place of the first two.
+For many tokens ``group_sum_shared`` takes the place of the last one: it computes the shared expert's down projection as
+one product, so that its rows are neither written nor read. Where experts are chosen outside, ``group_count`` and
+``group_enter`` take the place of the first two.
 
 The order within a list depends on chance (integer atomics), but a row's value doesn't depend on its place in a tile,
 and rows are added in a fixed order: the output is the same to the bit every time.
@@ -161,38 +163,33 @@ def group_gate_up(
     valid = pairs >= 0
     token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
     columns = tl.arange(0, BK)
-    rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
-    at = w13 + expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + rows[None, :] * H + columns[:, None]
+    # Rows of the gate and of the up projection in turns: one product is faster than two, and threads hold both.
+    both = tl.arange(0, BI * (1 + UP))
+    inner = tl.program_id(0) % tiles * BI + both // (1 + UP)
     further = tl.where(expert < E, I * H, shared_up)
+    starts = expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + both % (1 + UP) * further + inner * H
+    at = w13 + starts[None, :] + columns[:, None]
     source = x + token[:, None] * H + columns[None, :]
-    gate = tl.zeros([BM, BI], tl.float32)
-    up = tl.zeros([BM, BI], tl.float32)
+    total = tl.zeros([BM, BI * (1 + UP)], tl.float32)
     for k in range(0, H, BK):
         if H % BK == 0 and I % BI == 0:
             value = tl.load(source + k, mask=valid[:, None], other=0.0)
-            g = tl.load(at + k)
-            if UP:
-                u = tl.load(at + k + further)
+            w = tl.load(at + k)
         else:
             inside = k + columns < H
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
-            mask = (rows < I)[None, :] & inside[:, None]
-            g = tl.load(at + k, mask=mask, other=0.0)
-            if UP:
-                u = tl.load(at + k + further, mask=mask, other=0.0)
-        gate = tl.dot(value, g, gate, input_precision="ieee")
-        if UP:
-            up = tl.dot(value, u, up, input_precision="ieee")
+            w = tl.load(at + k, mask=(inner < I)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(value, w, total, input_precision="ieee")
     if ON_INPUT:
-        factor = tl.load(given + tl.maximum(pairs, 0), mask=valid & (expert < E), other=1.0)[:, None]
-        gate *= factor
-        up *= factor
+        total *= tl.load(given + tl.maximum(pairs, 0), mask=valid & (expert < E), other=1.0)[:, None]
     if BIAS:
-        its = bias + expert.to(tl.int64) * ((1 + UP) * I) + rows
-        there = (rows < I) & (expert < E)
-        gate += tl.load(its, mask=there, other=0.0).to(tl.float32)[None, :]
-        if UP:
-            up += tl.load(its + I, mask=there, other=0.0).to(tl.float32)[None, :]
+        its = bias + expert.to(tl.int64) * ((1 + UP) * I) + both % (1 + UP) * I + inner
+        total += tl.load(its, mask=(inner < I) & (expert < E), other=0.0).to(tl.float32)[None, :]
+    if UP:
+        gate, up = tl.split(total.reshape(BM, BI, 2))
+    else:
+        gate, up = total, total
+    rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
     if block < early:
         wait(PDL)
@@ -200,19 +197,21 @@ def group_gate_up(
     tl.store(to, result.to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "slices"])
 def group_down(
-    act, w2, bias, shared: tl.int64, weights, rows_out, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    act, w2, bias, shared: tl.int64, weights, rows_out, counts, lists, tokens, slices, E: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
-    The lists are done before the kernel that makes ``act`` starts, so they are read before waiting for it.
+    ``slices`` of the shared expert are computed here: M, or 0 where the sum does. The lists are done before the kernel
+    that makes ``act`` starts, so they are read before waiting for it.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
     block = tl.program_id(0) // tiles
-    early = M * ((tokens + BM - 1) // BM)
+    early = (slices if M > 0 else 0) * ((tokens + BM - 1) // BM)
     if block < early:
         expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
     else:
@@ -269,3 +268,46 @@ def group_sum(
             there = there & (tl.load(ids + token * K + slot) >= 0)
         total += tl.load(rows_out + (token * P + slot) * H + columns, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * H + columns, total.to(out.dtype.element_ty), mask=columns < H)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def group_sum_shared(
+    act, w2, shared: tl.int64, weights, rows_out, ids, out, tokens, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`group_sum` of the first K rows, plus the shared expert. Grid: (cdiv(tokens, BM) * cdiv(H, BH),).
+
+    Its slices' inputs lie side by side in ``act``, and all have one weight. Its product needs nothing of the kernel
+    before this one, and begins while that runs.
+    """
+    tiles: tl.constexpr = (H + BH - 1) // BH
+    width: tl.constexpr = M * I
+    token = (tl.program_id(0) // tiles * BM + tl.arange(0, BM)).to(tl.int64)
+    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
+    valid = token < tokens
+    columns = tl.arange(0, BK)
+    source = act + (token[:, None] * (K + M) + K) * I + columns[None, :]
+    at = w2 + shared + rows[None, :] * width + columns[:, None]
+    total = tl.zeros([BM, BH], tl.float32)
+    for k in range(0, width, BK):
+        if width % BK == 0 and H % BH == 0:
+            value = tl.load(source + k, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+            w = tl.load(at + k)
+        else:
+            inside = k + columns < width
+            value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+            w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(value, w, total, input_precision="ieee")
+    gate = tl.load(weights + token * (K + M) + K, mask=valid, other=0.0, cache_modifier=".cg")
+    wait(PDL)
+    let_next_start(PDL)
+    result = tl.zeros([BM, BH], tl.float32)
+    for slot in tl.static_range(0, K):
+        there = valid
+        if GIVEN:
+            there = there & (tl.load(ids + token * K + slot, mask=valid, other=-1) >= 0)
+        row = rows_out + (token * (K + M) + slot)[:, None] * H + rows[None, :]
+        result += tl.load(row, mask=there[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)
+    result += total * gate[:, None]
+    to = out + token[:, None] * H + rows[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])

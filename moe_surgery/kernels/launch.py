@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,9 @@ ALIGNMENT = 16
 """Bytes. Compiled kernels take pointers and offsets for multiples of it where the first ones they got were."""
 
 
+_EXPERTS_PER_WARP = 512
+
+
 class Kernel:
     """A Triton function with its compile-time arguments, which follow the others in its signature.
 
@@ -30,6 +33,17 @@ class Kernel:
         self.function, self.constants, self.options = function, constants, options
         self.last = tuple(constants[name] for name in function.arg_names if name in constants)
         self.compiled: Any = None
+
+    @classmethod
+    def of(cls, function: Any, known: Mapping[str, Any], tiles: Tiles, *, overlaps: bool) -> Kernel:
+        """With those of the ``known`` numbers and ``tiles`` that it takes.
+
+        ``overlaps`` where it may start before the kernel that is launched before it ends.
+        """
+        chosen = {**known, **tiles, "PDL": overlaps}
+        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
+        options: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
+        return cls(function, constants, {**options, "launch_pdl": True} if overlaps else options)
 
     def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
         found = self.compiled
@@ -87,7 +101,11 @@ def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, routed: Route
 def compile_only(x: Tensor, weights: Weights, terms: Terms, choice: Choice) -> None:
     """Have the kernels compiled that :func:`run` would launch."""
     kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
-    _run(x, weights, terms, choice, kernels.unlaunched())
+    routed = None
+    if terms.given:
+        ids = torch.empty(len(x), terms.top_k, dtype=torch.int32, device=x.device)
+        routed = Routed(ids, torch.empty(len(x), terms.pairs, dtype=torch.float32, device=x.device))
+    _run(x, weights, terms, choice, kernels.unlaunched(), routed)
 
 
 def _run(
@@ -142,9 +160,14 @@ def _grouped(
         counts, lists = _enter(ids, terms, kernels, aligned)
     grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
     kernels.gate_up(grid, aligned, x, routing, w.w13, _or(w.w13_bias, x), at.w13, at.up, act, counts, lists, tokens)
-    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"]), 1, 1)
-    kernels.down(grid, aligned, act, w.w2, _or(w.w2_bias, x), at.w2, routing, rows, counts, lists, tokens)
-    kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+    slices = _slices_below(terms, choice)
+    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
+    kernels.down(grid, aligned, act, w.w2, _or(w.w2_bias, x), at.w2, routing, rows, counts, lists, tokens, slices)
+    if slices == terms.slices:
+        kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+    else:
+        grid = (_tiles(tokens, choice.add["BM"]) * _tiles(terms.hidden, choice.add["BH"]), 1, 1)
+        kernels.add(grid, aligned, act, w.w2, at.w2, routing, rows, ids, out, tokens)
     return out
 
 
@@ -183,10 +206,16 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def row_blocks(terms: Terms, tokens: int, size: int) -> int:
-    """No fewer blocks of ``size`` rows than any routing of ``tokens`` tokens fills."""
+def row_blocks(terms: Terms, tokens: int, size: int, slices: int | None = None) -> int:
+    """No fewer blocks of ``size`` rows than any routing of ``tokens`` tokens fills, with ``slices`` or all of them."""
     visits = tokens * terms.top_k
-    return visits // size + min(terms.experts, visits) + terms.slices * _tiles(tokens, size)
+    slices = terms.slices if slices is None else slices
+    return visits // size + min(terms.experts, visits) + slices * _tiles(tokens, size)
+
+
+def _slices_below(terms: Terms, choice: Choice) -> int:
+    """How many of the shared expert's slices ``group_down`` computes: all, or none where the sum does."""
+    return 0 if choice.add else terms.slices
 
 
 @lru_cache(maxsize=1024)
@@ -199,7 +228,6 @@ def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dt
 def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
     ranked = _power(terms.experts)
-    options = {"launch_pdl": True} if dependent else {}
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     known = {
         **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
@@ -207,16 +235,11 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
         "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
         "OFFSET": terms.offset, "BIAS": terms.biases, "GIVEN": terms.given, "ON_INPUT": terms.on_input,
-        "PDL": dependent,
     }  # fmt: skip
 
-    def kernel(function: Any, tiles: Tiles | None = None, *, first: bool = False) -> Kernel:
+    def kernel(function: Any, tiles: Tiles, *, first: bool = False) -> Kernel:
         """``first`` where what runs before is not ours and says nothing of when the next kernel may start."""
-        tiles = tiles or {}
-        chosen = {**known, **tiles, "PDL": dependent and not first}
-        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
-        launched: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
-        return Kernel(function, constants, {**launched, **({} if first else options)})
+        return Kernel.of(function, known, tiles, overlaps=dependent and not first)
 
     one, two, three = choice.logits, choice.gate_up, choice.down
     if choice.path == "pairs":
@@ -226,13 +249,21 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
             None if terms.given else kernel(pairs.pair_logits, one),
         )
     products = kernel(grouped.group_gate_up, two, first=terms.given), kernel(grouped.group_down, three)
-    add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
+    if _slices_below(terms, choice) == terms.slices:
+        add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
+    else:
+        add = kernel(grouped.group_sum_shared, choice.add)
     if terms.given:
         slots = {"P": _power(terms.top_k)}
         count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
         return Kernels(*products, add=add, count=count, enter=enter)
     logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route), add)
+    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route, choosing(terms.experts)), add)
+
+
+def choosing(experts: int) -> Tiles:
+    """Warps of a program that chooses one token's of so many experts."""
+    return {"num_warps": max(1, _power(experts) // _EXPERTS_PER_WARP)}
 
 
 def _columns(terms: Terms) -> int:

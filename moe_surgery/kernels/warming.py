@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from triton.runtime._async_compile import AsyncCompileMode
 
 from moe_surgery.kernels.arguments import WIDE_ROWS, Terms, Weights
-from moe_surgery.kernels.choice import Choice, rows_for
+from moe_surgery.kernels.choice import Choice, choose, rows_for
 from moe_surgery.kernels.launch import compile_only
 
 
-def warm(weights: Weights, terms: Terms) -> None:
-    """Compile every kernel for ``terms`` on the weights' device, or find it in Triton's cache; nothing is launched."""
+def warm(weights: Weights, terms: Terms, numbers: Sequence[int] | None = None) -> None:
+    """Compile every kernel for ``terms`` on the weights' device, or find it in Triton's cache; nothing is launched.
+
+    With ``numbers`` of tokens, those that they need.
+    """
+    dtype = weights.w13.dtype
+    wanted = _variants(terms, dtype) if numbers is None else ((choose(terms, n, dtype), n) for n in numbers)
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
-        for choice, tokens in _variants(terms, weights.w13.dtype):
+        for choice, tokens in wanted:
             compile_only(weights.w13.new_empty(tokens, terms.hidden), weights, terms, choice)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
+from moe_surgery.prove.asking import NUMBERS
 from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
@@ -29,6 +31,7 @@ from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
+from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
 from moe_surgery.weights.tensors import BlockTensors
@@ -104,6 +107,7 @@ class Operation:
         self.readings = check_fits(plan, sites)
         self.verdicts: dict[str, Verdict] = {}
         self.refused: dict[str, str] = {}
+        self.prepared: set[MoESpec] = set()
         self.whole: WholeModel | None = None
         self.started = time.perf_counter()
         self.read = 0.0
@@ -227,6 +231,10 @@ class Operation:
             except Unanswerable as error:
                 self.refused[path] = str(error)
                 return None
+            if reading.spec not in self.prepared:
+                self.prepared.add(reading.spec)
+                with suppress(Exception):  # what doesn't compile is told where it is called
+                    new.prepare(NUMBERS)
             settings = self.settings
             convention = new.convention or Convention.of(reading.spec, reading.calling, reading.results, tensors)
             seed, margin = settings.seed, settings.margin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,11 @@ Block = Callable[[Tensor], Tensor]
 
 # Batch sizes on both sides of those at which blocks are known to branch (1, 16, 64), and a longer one.
 _FEW, _MIDDLE, _BEYOND, _LONG = 2, 17, 72, 320
+_TOGETHER = 2048  # outputs that are compared at once
 FEWEST = 24
 """Fewer different tokens don't fill every call."""
+NUMBERS = (1, _FEW, _MIDDLE, FEWEST, _BEYOND, _LONG)
+"""The numbers of tokens that a new block is asked about at a time, near enough."""
 STRIDED = "4 sequences of 6 tokens, not contiguous"
 EMPTY = "no token"
 
@@ -101,26 +104,11 @@ class Answers:
 
 def exercise(block: Block, asked: Iterable[Call], truth: Truth, excused: Container[str] = ()) -> Answers:
     """Ask a block everything; raises :class:`Misconduct`. It may refuse the calls named in ``excused``."""
-    worst = truth.norms.new_zeros(len(FAMILIES))
-    where = [""] * len(FAMILIES)
     refused: set[str] = set()
-    flipped = torch.zeros_like(truth.family, dtype=torch.bool)
     kept: list[tuple[Call, Tensor, Tensor]] = []
-
-    def judge(call: Call) -> Tensor:
-        nonlocal worst
-        y = ask(block, call)
-        distance, other = truth.distance(y, call.tokens)
-        here = truth.worst(distance, call.tokens)
-        for family in (here > worst).nonzero().flatten().tolist():
-            where[family] = call.name
-        worst = worst.maximum(here)
-        flipped[call.tokens[other]] = True
-        return y
-
     for call in asked:
         try:
-            y = judge(call)
+            y = ask(block, call)
         except Refused:
             if call.name not in excused:
                 raise
@@ -130,9 +118,35 @@ def exercise(block: Block, asked: Iterable[Call], truth: Truth, excused: Contain
     for call, y, copy in kept:
         if not torch.equal(_bits(y), copy):
             raise Misconduct(f"wrote over the output that it had returned for {call.name}")
-    for call, _, _ in kept[1:2]:
-        judge(replace(call, name=f"{call.name}, asked again"))
-    return Answers(worst.tolist(), where, flipped, frozenset(refused))
+    heard = [call for call, _, _ in kept]
+    answers = [torch.cat([y for _, y, _ in kept])] if kept else []
+    for call in heard[1:2]:
+        again = replace(call, name=f"{call.name}, asked again")
+        answers.append(ask(block, again))
+        heard.append(again)
+    return _judged(heard, torch.cat(answers), truth, frozenset(refused)) if kept else _silent(truth, refused)
+
+
+def _silent(truth: Truth, refused: Iterable[str]) -> Answers:
+    """Of a block that answered nothing."""
+    nothing = [0.0] * len(FAMILIES), [""] * len(FAMILIES)
+    return Answers(*nothing, torch.zeros_like(truth.family, dtype=torch.bool), frozenset(refused))
+
+
+def _judged(heard: Sequence[Call], y: Tensor, truth: Truth, refused: frozenset[str]) -> Answers:
+    """How far the outputs ``y`` of all calls in turn are from the truth: at once, since on a GPU one takes as long."""
+    families, tokens = len(FAMILIES), torch.cat([call.tokens for call in heard])
+    parts = [truth.distance(*part) for part in zip(y.split(_TOGETHER), tokens.split(_TOGETHER), strict=True)]
+    distance, other = (torch.cat(each) for each in zip(*parts, strict=True))
+    sizes = torch.tensor([len(call.tokens) for call in heard], device=tokens.device)
+    place = torch.arange(len(heard), device=tokens.device).repeat_interleave(sizes, output_size=len(tokens))
+    worst = distance.new_zeros(len(heard) * families)
+    worst = worst.scatter_reduce(0, place * families + truth.family[tokens], distance, "amax")
+    columns = worst.view(-1, families).T.tolist()
+    flipped = torch.zeros_like(truth.family, dtype=torch.bool)
+    flipped[tokens[other]] = True
+    where = [heard[column.index(max(column))].name if max(column) > 0 else "" for column in columns]
+    return Answers([max(column) for column in columns], where, flipped, refused)
 
 
 def ask(block: Block, call: Call) -> Tensor:

@@ -5,7 +5,7 @@ else: no kernel, no model code. Each takes ``dtype``. A dtype means that everyth
 in it, which with float64 is the truth. None means the block's own arithmetic: the weights' dtype, rounded where the
 spec says that the block rounds. The distance between the two is the noise of the block's dtype.
 
-Weights are converted one expert at a time, so a float64 copy of all experts never exists.
+Weights are converted one expert at a time, or a few, so a float64 copy of all experts never exists.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.own_router import AskedRouter
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting
+
+_TOGETHER, _MOST = 128 << 20, 16
+"""Bytes of converted weights, and experts, that are multiplied at a time on a GPU."""
 
 
 def gated(activation: Activation) -> Mixer:
@@ -97,6 +100,18 @@ def own_scores(
     return scores.scatter(-1, ids.long(), weights.to(scores.dtype))
 
 
+def entering(tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What the routed experts are given of tokens [T, H]; ``dtype`` as in :func:`forward`."""
+    if isinstance(tensors.routing, AskedRouter):
+        return tensors.routing.entering(x, dtype)
+    return x if dtype is None else x.to(dtype)
+
+
+def whole(tensors: BlockTensors, x: Tensor, routed: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a block's own operations make of tokens [T, H] whose routed experts come to ``routed`` [T, H]."""
+    return tensors.routing.whole(x, routed, dtype) if isinstance(tensors.routing, AskedRouter) else routed
+
+
 def routing_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
     """Weights [T, k] of the chosen experts ``ids`` [T, k], renormalised and scaled as the spec says."""
     return weighted(spec.router, scores, ids)
@@ -135,16 +150,41 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    for expert, count in enumerate(counts):
-        if count:  # nothing is kept between two conversions, or memory would be cut to pieces
-            end, matrix = start + count, weights[expert].to(rows.dtype)
-            out[start:end] = F.linear(rows[start:end], matrix, _row(bias, expert, rows.dtype))
-            start = end
+    size = weights[0].numel() * rows.element_size()  # nothing is kept between two conversions
+    together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
+    experts = [expert for expert, count in enumerate(counts) if count]
+    for first in range(0, len(experts), together):
+        some = experts[first : first + together]
+        sizes = [counts[expert] for expert in some]
+        end, matrices = start + sum(sizes), _some(weights, some).to(rows.dtype)
+        biases = None if bias is None else _some(bias, some).to(rows.dtype)
+        out[start:end] = _each(rows[start:end], sizes, matrices, biases)
+        start = end
     return out
 
 
-def _row(bias: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias[expert].to(dtype)
+def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:
+    """The first ``sizes[0]`` rows times the first of the ``matrices``, and so on; all at once if there are several.
+
+    On a GPU it is launching that takes the time: rows are repeated until every matrix has as many.
+    """
+    if len(sizes) == 1:
+        return F.linear(rows, matrices[0], None if biases is None else biases[0])
+    ends, most = torch.tensor(sizes, device="cpu").cumsum(0)[:, None], torch.arange(max(sizes), device="cpu")
+    starts = ends - torch.tensor(sizes, device="cpu")[:, None]
+    at = starts + most
+    both = torch.cat([at.minimum(ends - 1).flatten(), (at < ends).flatten().nonzero().flatten()]).to(rows.device)
+    given, kept = both.split([at.numel(), len(rows)])
+    products = torch.bmm(rows[given].view(*at.shape, -1), matrices.transpose(1, 2))
+    if biases is not None:
+        products = products + biases[:, None]
+    return products.flatten(0, 1)[kept]
+
+
+def _some(weights: Tensor, experts: Sequence[int]) -> Tensor:
+    """Those of these experts; not copied where they lie side by side."""
+    first, last = experts[0], experts[-1]
+    return weights[first : last + 1] if last - first + 1 == len(experts) else weights[list(experts)]
 
 
 def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,13 +230,13 @@ def forward(
     logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing, tensors.router_bias)
     if ids is None:
         ids = unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
-    wide = x if dtype is None else x.to(dtype)
-    visits = Visits(visited(spec, wide, scores, ids), ids.flatten(), mixer(spec.experts.mix))
+    visits = Visits(visited(spec, entering(tensors, x, dtype), scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
     out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, x.shape[-1]))
     if spec.shared is not None:
         out = out + shared_output(spec, *shared_parts(tensors, x, mixer(spec.shared.mix), dtype))
-    return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    out = out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    return whole(tensors, x, out, dtype)
 
 
 class ReferenceBlock(StandingBlock):

@@ -58,7 +58,9 @@ class Bench:
         terms, device = self.terms, generator.device
         scores = torch.rand(tokens, terms.experts, device=device, generator=generator)
         ids = scores.topk(terms.top_k, dim=-1).indices.to(torch.int32)
-        return Routed(ids, torch.rand(tokens, terms.pairs, device=device, generator=generator))
+        weights = torch.rand(tokens, terms.pairs, device=device, generator=generator)
+        weights[:, terms.top_k :] = weights[:, :1]  # those of slices are alike
+        return Routed(ids, weights)
 
 
 def random_tensors(

@@ -10,8 +10,10 @@ from moe_surgery.kernels.choice import Tiles
 PAIRS_UP_TO = 16
 """Above this many tokens the grouped path was never the slower one."""
 
+_MANY = 192
+
 Products = dict[str, list[Tiles]]
-"""Candidates by product: ``gate_up``, ``down`` and ``logits``."""
+"""Candidates by product: ``gate_up``, ``down``, ``logits`` and ``add``, where no tiles stand for the plain sum."""
 
 
 def candidates(terms: Terms, tokens: int) -> Iterator[tuple[str, Products]]:
@@ -19,7 +21,7 @@ def candidates(terms: Terms, tokens: int) -> Iterator[tuple[str, Products]]:
     if tokens <= PAIRS_UP_TO:
         yield "pairs", PAIRS
     if tokens >= 2:
-        yield "grouped", _grouped(tokens, tokens * terms.top_k / terms.experts)
+        yield "grouped", {**_grouped(tokens, tokens * terms.top_k / terms.experts), "add": _sums(terms, tokens)}
 
 
 def _tiles(names: str, *rows: tuple[int, ...]) -> list[Tiles]:
@@ -72,15 +74,21 @@ def _grouped(tokens: int, per_expert: float) -> Products:
         sizes = (32, 64) if per_expert <= 64 else (64, 128)
         up, down = [], []
         for m in sizes:
-            up += [(m, 64, 64, 4, 3), (m, 64, 64, 4, 4), (m, 128, 64, 8, 3), (m, 128, 64, 8, 4), (m, 64, 64, 8, 4)]
+            up += [(m, 64, 64, 4, 3), (m, 64, 64, 4, 4), (m, 128, 64, 8, 3), (m, 128, 64, 8, 4), (m, 64, 64, 8, 3)]
             up += [(m, 64, 128, 4, 2), (m, 32, 128, 4, 3), (m, 64, 128, 8, 2), (m, 128, 64, 4, 3)]
-            down += [(m, 128, 64, 4, 3), (m, 128, 64, 4, 4), (m, 256, 64, 8, 3), (m, 256, 64, 8, 4), (m, 128, 64, 8, 4)]
+            down += [(m, 128, 64, 4, 3), (m, 128, 64, 4, 4), (m, 256, 64, 8, 3), (m, 256, 64, 8, 4), (m, 128, 64, 8, 3)]
             down += [(m, 128, 128, 4, 2), (m, 64, 128, 4, 3), (m, 128, 128, 8, 2), (m, 64, 64, 4, 4)]
     logits = [(16, 16, 128, 4, 3), (16, 32, 128, 4, 3), (16, 16, 256, 4, 2), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3)]
-    logits += [(64, 32, 128, 4, 3), (128, 64, 64, 4, 3)] if tokens > 128 else []
+    logits += [(64, 32, 128, 4, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4)] if tokens > 128 else []
     few = PAIRS["logits"][:8] if tokens <= 64 else []
     return {
         "logits": _tiles("BT BR BK", *logits) + few,
         "gate_up": _tiles("BM BI BK", *up),
         "down": _tiles("BM BH BK", *down),
     }
+
+
+def _sums(terms: Terms, tokens: int) -> list[Tiles]:
+    """The candidates of the last kernel; that with the shared expert's product needs many tokens to fill a GPU."""
+    shared = [(64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]
+    return [{}, *(_tiles("BM BH BK", *shared) if terms.slices and tokens >= _MANY else [])]

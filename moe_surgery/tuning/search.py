@@ -14,7 +14,7 @@ from moe_surgery.timing.graphs import graph_us, graphs_us_in_turns
 from moe_surgery.tuning.bench import Bench
 from moe_surgery.tuning.candidates import candidates
 
-_ORDER = ("gate_up", "down", "logits")
+_ORDER = ("gate_up", "down", "add", "logits")
 _ROUNDINGS = 4
 """Two right choices are apart by a rounding of what lies between the products, and one of the output."""
 
@@ -36,7 +36,7 @@ class Tuned:
 def tuned(bench: Bench, tokens: int, served: Sequence[Choice], deadline: float) -> Tuned:
     """Look for something faster than the row of ``served`` until ``deadline``, on the clock of ``time.monotonic``."""
     old = serving(served, tokens)
-    new = search(bench, tokens, deadline)
+    new = search(bench, tokens, old, deadline)
     if new is None:
         us = _us(bench, tokens, old)
         return Tuned(tokens, replace(old, tokens=tokens), us, us)
@@ -53,17 +53,20 @@ def _distance(bench: Bench, tokens: int, new: Choice, old: Choice) -> float:
     return float((one - two).norm() / two.norm())
 
 
-def search(bench: Bench, tokens: int, deadline: float) -> Choice | None:
-    """The fastest that was found by ``deadline``; None if nothing ran."""
+def search(bench: Bench, tokens: int, old: Choice, deadline: float) -> Choice | None:
+    """The fastest that was found by ``deadline``, from ``old`` on in its own path; None if nothing ran."""
     best: tuple[float, Choice | None] = math.inf, None
     for path, products in candidates(bench.terms, tokens):
-        choice = Choice.of({"tokens": tokens, "path": path, **{name: tiles[0] for name, tiles in products.items()}})
+        first = Choice.of({"tokens": tokens, "path": path, **{name: tiles[0] for name, tiles in products.items()}})
+        choice = replace(old, tokens=tokens) if path == old.path else first
         us = _us(bench, tokens, choice)
         # Where experts are given, there are no logits.
-        for name in _ORDER[:2] if bench.terms.given else _ORDER:
-            for tiles in products[name][1:]:
+        for name in _ORDER[:-1] if bench.terms.given else _ORDER:
+            for tiles in products.get(name, []):
                 if time.monotonic() > deadline:
                     break
+                if tiles == getattr(choice, name):
+                    continue
                 trial = Choice.of({**vars(choice), name: tiles})
                 took = _us(bench, tokens, trial)
                 if took < us:

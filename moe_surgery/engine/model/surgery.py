@@ -116,6 +116,7 @@ class Surgery:
                     judge = partial(self._judge, path)
                     examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
+        warm_kernels(self.model)  # side by side; the proofs would wait for one after the other
         relist(self.model, exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +37,21 @@ class FoldedMoEBlock(GuardedBlock):
         self.new_bytes, self.moved_bytes = measure(self, tensors)
         self.eval()
 
+    def prepare(self, numbers: Sequence[int]) -> None:
+        from moe_surgery.kernels.warming import warm
+
+        warm(self._weights(), self.folded_terms, numbers)
+
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
-        x = self.tokens(hidden_states)
-        weights = Weights(
+        x, weights = self.tokens(hidden_states), self._weights()
+        if torch.compiler.is_compiling():
+            return folded_moe(x, weights, self.folded_terms).view(hidden_states.shape)
+        return compute(x, weights, self.folded_terms).view(hidden_states.shape)
+
+    def _weights(self) -> Weights:
+        return Weights(
             self.fused_router,
             self.folded_w13,
             self.folded_w2,
@@ -48,9 +60,6 @@ class FoldedMoEBlock(GuardedBlock):
             self.folded_shared_up_proj,
             self.folded_shared_down_proj,
         )
-        if torch.compiler.is_compiling():
-            return folded_moe(x, weights, self.folded_terms).view(hidden_states.shape)
-        return compute(x, weights, self.folded_terms).view(hidden_states.shape)
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

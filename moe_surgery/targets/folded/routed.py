@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,8 +60,20 @@ class _RoutedBlock(GuardedBlock):
 
     def _visited(self, x: Tensor, routed: Routed) -> Tensor:
         """What the experts make of tokens [T, H] that are ``routed``."""
+        terms, count = self.folded_terms, routed.ids.shape[-1]
+        if count != terms.top_k:
+            terms = replace(terms, top_k=count)
+        return (routed_moe if torch.compiler.is_compiling() else compute)(x, self._held(), terms, routed)
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        from moe_surgery.kernels.warming import warm
+
+        warm(self._held(), self.folded_terms, numbers)
+
+    def _held(self) -> Weights:
+        """The experts' weights, as the kernels take them."""
         gate, up, down = (None, None, None) if self._beside else self._shared()
-        held = Weights(
+        return Weights(
             self.folded_w13,
             self.folded_w13,
             self.folded_w2,
@@ -72,10 +84,6 @@ class _RoutedBlock(GuardedBlock):
             self.folded_w13_bias,
             self.folded_w2_bias,
         )
-        terms, count = self.folded_terms, routed.ids.shape[-1]
-        if count != terms.top_k:
-            terms = replace(terms, top_k=count)
-        return (routed_moe if torch.compiler.is_compiling() else compute)(x, held, terms, routed)
 
     def _shared(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.folded_shared_gate_proj, self.folded_shared_up_proj, self.folded_shared_down_proj
