@@ -45,6 +45,8 @@ FORMATS = (
     "fp8_static",
     "ct_fp8_channel",
     "ct_int4",
+    "ct_mxfp4",
+    "ct_nvfp4",
     "gptq",
     "awq",
     "modelopt_fp8",

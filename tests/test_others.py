@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others
+from zoo.around import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
@@ -50,7 +51,7 @@ def assert_same(one: Any, other: Any, exactly: bool) -> None:
                 assert distance(after, before) < 64
 
 
-@pytest.mark.parametrize("case", others.CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_what_others_write_is_replaced_or_left_alone_for_a_reason(case: others.Case) -> None:
     block = case.make()
     model = Layer(block, case.shaped).eval()

@@ -101,6 +101,18 @@ def own_scores(
     return scores.scatter(-1, ids.long(), weights.to(scores.dtype))
 
 
+def entering(tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What the routed experts are given of tokens [T, H]; ``dtype`` as in :func:`forward`."""
+    if isinstance(tensors.routing, AskedRouter):
+        return tensors.routing.entering(x, dtype)
+    return x if dtype is None else x.to(dtype)
+
+
+def whole(tensors: BlockTensors, x: Tensor, routed: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a block's own operations make of tokens [T, H] whose routed experts come to ``routed`` [T, H]."""
+    return tensors.routing.whole(x, routed, dtype) if isinstance(tensors.routing, AskedRouter) else routed
+
+
 def routing_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
     """Weights [T, k] of the chosen experts ``ids`` [T, k], renormalised and scaled as the spec says."""
     return weighted(spec.router, scores, ids)
@@ -232,13 +244,13 @@ def forward(
     logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing, tensors.router_bias)
     if ids is None:
         ids = unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
-    wide = x if dtype is None else x.to(dtype)
-    visits = Visits(visited(spec, wide, scores, ids), ids.flatten(), mixer(spec.experts.mix))
+    visits = Visits(visited(spec, entering(tensors, x, dtype), scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
     out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, x.shape[-1]))
     if spec.shared is not None:
         out = out + shared_output(spec, *shared_parts(tensors, x, mixer(spec.shared.mix), dtype))
-    return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    out = out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    return whole(tensors, x, out, dtype)
 
 
 class ReferenceBlock(StandingBlock):

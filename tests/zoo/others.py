@@ -140,6 +140,18 @@ class WithMeanOfLogits(Base):
 
 
 @block(RESULTS)
+class WithItsOneScoreAndExpert(Base):
+    """Its weights are a maximum, of which another operation finds the place; its scores are made in float32."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        scores = self.gate(hidden_states).float().softmax(-1).to(hidden_states.dtype)
+        ids, out = scores.argmax(-1), hidden_states.clone()
+        for number in range(self.num_experts):
+            out[ids == number] = self.expert(number, hidden_states[ids == number])
+        return scores.max(-1).values[..., None] * out + self.shared(hidden_states), (scores, ids)
+
+
+@block(RESULTS)
 class WithTheHiddenStates(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), hidden_states
@@ -492,6 +504,21 @@ class ByAnMLP(Base):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.gate(torch.tanh(self.first(self.norm(x)))).topk(self.top_k, dim=-1)
+        return best.softmax(-1), ids
+
+
+@block(ROUTERS)
+class ByAttentionBetweenExperts(Base):
+    """Its product of [T, E, E] ends in as many numbers as there are experts, and isn't the logits."""
+
+    def make_more(self) -> None:
+        del self.gate
+        self.attention = plain.linear(self.hidden, 3 * self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.attention(x).chunk(3, -1)
+        mixed = torch.matmul(query[..., None], key[:, None]).softmax(-1)
+        best, ids = torch.matmul(mixed, value[..., None]).squeeze(-1).topk(self.top_k, dim=-1)
         return best.softmax(-1), ids
 
 
@@ -952,3 +979,12 @@ class NoiseInTraining(Base):
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
         return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits
+
+
+@block(STATE)
+class NoiseLeftOutButInTraining(NoiseInTraining):
+    """The noise's width is computed in evaluation too, and nothing comes of it."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits, width = super(NoiseInTraining, self).logits(x), F.softplus(self.noise(x))
+        return logits + torch.randn_like(logits) * width if self.training else logits

@@ -162,12 +162,14 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
+        # First, while the routed experts, beside which this runs, are being chosen: later it would be waited for.
+        weight = None if (gate := self.gate) is None else torch.sigmoid(first(gate(x)))
         h = first(self.gate_up(x))
         if (up := self.up) is not None:
             h = torch.cat([h, first(up(x))], dim=-1)
         y = first(self.down(self.act(h)))
-        if (gate := self.gate) is not None:
-            y = torch.sigmoid(first(gate(x))) * y
+        if weight is not None:
+            y = weight * y
         return y if self.factor == 1.0 else y * self.factor
 
 

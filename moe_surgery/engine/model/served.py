@@ -21,9 +21,13 @@ TRIED = frozenset(
         "Fp8LinearMethod",
         "CompressedTensorsW8A8Fp8MoEMethod",
         "CompressedTensorsWNA16MoEMethod",
+        "CompressedTensorsW4A4Mxfp4MoEMethod",
+        "CompressedTensorsW4A4Nvfp4MoEMethod",
         "CompressedTensorsLinearMethod",
         "AutoAWQMoEMethod",
         "AutoAWQMarlinLinearMethod",
+        "AutoGPTQMoEMethod",
+        "AutoGPTQLinearMethod",
         "ModelOptFp8MoEMethod",
         "ModelOptLinearMethod",
     }
