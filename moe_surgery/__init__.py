@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_surgery.engine.launch.hook import Handle as Handle
     from moe_surgery.engine.launch.hook import install as install
+    from moe_surgery.errors import DeviceError as DeviceError
     from moe_surgery.errors import ExpectationError as ExpectationError
     from moe_surgery.errors import GradientError as GradientError
     from moe_surgery.errors import LedgerError as LedgerError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
+    "DeviceError",
     "ExpectationError",
     "GradientError",
     "LedgerError",

@@ -12,6 +12,13 @@ class SurgeryError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is what the command line ends with.
 
     ``report`` tells what was found up to the error, where there is anything to tell.
+
+    Example:
+        >>> try:
+        ...     report = moe_surgery.apply(model, expect=3)
+        ... except moe_surgery.SurgeryError as error:
+        ...     print(type(error).__name__, error.exit_code)
+        ExpectationError 11
     """
 
     exit_code = 1

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 ROUTING = ("weights", "ids")
 """The outputs of a router: routing weights and expert ids, [T, k] each."""
+ENTERING = "entering"
+"""What the routed experts are given [T, H] or [B, S, H], where that isn't the block's input."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Numbers:
 class Step:
     """One operation: ``func`` of operands in which results of others are :class:`At`.
 
-    ``func`` is an aten operation, ``operator.getitem``, or "input", "weight" (of the name that is its only operand) or
-    "numbers".
+    ``func`` is an aten operation, ``operator.getitem``, or "input", "weight" (of the name that is its only operand),
+    "numbers", or "routed" (what the routed experts came to, of a shape and dtype).
     """
 
     func: Any
@@ -65,7 +67,8 @@ class Program:
     """Steps in order, and which of them give what is wanted, by name.
 
     ``flat``: the input is [T, H], else [B, S, H]. ``logits`` is the step of a router's last linear map to experts.
-    ``of_tokens`` is what the block does with an input [T, H], where it takes both.
+    ``of_tokens`` is what the block does with an input [T, H], where it takes both. ``whole`` is the step that gives the
+    block's output, where that is more than its routed experts; it comes of a step "routed", after all ``outputs``.
     """
 
     steps: tuple[Step, ...]
@@ -73,6 +76,7 @@ class Program:
     flat: bool
     logits: int | None = None
     of_tokens: Program | None = None
+    whole: int | None = None
 
     @property
     def numbers(self) -> tuple[Numbers, ...]:
@@ -85,57 +89,104 @@ class Program:
         """The names of the block's weights that it takes, each once."""
         return tuple(dict.fromkeys(step.args[0] for step in self.steps if step.func == "weight"))
 
-    def run(
+    def begin(
         self,
         x: Tensor,
         weights: Mapping[str, Tensor],
         shaken: Callable[[Tensor], Tensor] = lambda logits: logits,
         numbers: Mapping[Numbers, Tensor] = MappingProxyType({}),
-    ) -> dict[str, Tensor]:
-        """What comes of ``x`` [B, S, H], or [T, H], by name. ``shaken`` changes the router's logits on the way.
+        dtype: torch.dtype | None = None,
+    ) -> Begun:
+        """A run with ``x`` [B, S, H], or [T, H], as far as it goes without the routed experts.
 
-        ``numbers`` are tensors that are at hand already.
+        ``shaken`` changes the router's logits on the way. ``numbers`` are tensors that are at hand already. With a
+        ``dtype`` everything is computed in it that is computed in any floating-point dtype.
         """
         if self.of_tokens is not None and x.ndim == 2:
-            return self.of_tokens.run(x, weights, shaken, numbers)
+            return self.of_tokens.begin(x, weights, shaken, numbers, dtype)
         if self.flat:
             x = x.reshape(-1, x.shape[-1])
         elif x.ndim != 3:
             x = x.reshape(1, -1, x.shape[-1])
-        x = x.contiguous()  # as it was recorded
-        sizes = {"tokens": x.shape[:-1].numel(), "batch": x.shape[0], "sequence": x.shape[-2]}
-        values: list[Any] = []
+        run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype)  # as it was recorded
+        return run.on(next((n for n, step in enumerate(self.steps) if step.func == "routed"), len(self.steps)))
 
-        def filled(operand: Any) -> Any:
-            if isinstance(operand, At):
-                return values[operand.number]
-            if isinstance(operand, Many):
-                return sizes[operand.of] * operand.times
-            return [filled(item) for item in operand] if isinstance(operand, tuple) else operand
-
-        for number, step in enumerate(self.steps):
-            if step.func == "input":
-                value: Any = x
-            elif step.func == "weight":
-                value = weights[step.args[0]]
-            elif step.func == "numbers":
-                given = numbers.get(step.args[0])
-                value = step.args[0].made(x.device) if given is None else given
-            else:
-                args, kwargs = [filled(arg) for arg in step.args], {name: filled(arg) for name, arg in step.kwargs}
-                if "device" in kwargs:
-                    kwargs["device"] = x.device
-                if step.func is not operator.getitem and step.func._schema.is_mutable:
-                    args[0] = args[0].clone()  # a record has every value under its own name
-                value = step.func(*args, **kwargs)
-            values.append(shaken(value) if number == self.logits else value)
-        return {name: values[number] for name, number in self.outputs}
+    def run(
+        self, x: Tensor, weights: Mapping[str, Tensor], shaken: Callable[[Tensor], Tensor] = lambda logits: logits
+    ) -> dict[str, Tensor]:
+        """What comes of ``x`` [B, S, H], or [T, H], by name, without the routed experts; see :meth:`begin`."""
+        return self.begin(x, weights, shaken).outputs
 
     def only(self, *names: str) -> Program:
         """The same for some of its outputs."""
         kept = tuple((name, number) for name, number in self.outputs if name in names)
         other = None if self.of_tokens is None else self.of_tokens.only(*names)
         return replace(self, outputs=kept, of_tokens=other)
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A run of ``program`` with the input ``x``, as far as it got; see :meth:`Program.begin`."""
+
+    program: Program
+    x: Tensor
+    weights: Mapping[str, Tensor]
+    shaken: Callable[[Tensor], Tensor]
+    numbers: Mapping[Numbers, Tensor]
+    dtype: torch.dtype | None
+    values: tuple[Any, ...] = ()
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        return {name: self.values[number] for name, number in self.program.outputs}
+
+    def finished(self, routed: Tensor) -> Tensor:
+        """The block's output, of ``routed`` [..., H], in the input's shape."""
+        assert self.program.whole is not None
+        out: Tensor = self.on(len(self.program.steps), routed).values[self.program.whole]
+        return out.reshape(routed.shape)
+
+    def on(self, until: int, routed: Tensor | None = None) -> Begun:
+        """The same after the steps before ``until``."""
+        values = list(self.values)
+        for number in range(len(values), until):
+            value = self._value(self.program.steps[number], values, routed)
+            values.append(self.shaken(value) if number == self.program.logits else value)
+        return replace(self, values=tuple(values))
+
+    def _value(self, step: Step, values: list[Any], routed: Tensor | None) -> Any:
+        if step.func == "input":
+            return self._kept(self.x)
+        if step.func == "weight":
+            return self._kept(self.weights[step.args[0]])
+        if step.func == "numbers":
+            given = self.numbers.get(step.args[0])
+            return self._kept(step.args[0].made(self.x.device) if given is None else given)
+        args, kwargs = self._filled(step.args, values), self._filled(dict(step.kwargs), values)
+        if step.func == "routed":
+            assert routed is not None
+            return routed.reshape(args[0]).to(args[1])
+        if "device" in kwargs:
+            kwargs["device"] = self.x.device
+        if step.func is not operator.getitem and step.func._schema.is_mutable:
+            args[0] = args[0].clone()  # a record has every value under its own name
+        return step.func(*args, **kwargs)
+
+    def _filled(self, operand: Any, values: list[Any]) -> Any:
+        if isinstance(operand, At):
+            return values[operand.number]
+        if isinstance(operand, Many):
+            sizes = {"tokens": self.x.shape[:-1].numel(), "batch": self.x.shape[0], "sequence": self.x.shape[-2]}
+            return sizes[operand.of] * operand.times
+        if isinstance(operand, dict):
+            return {name: self._filled(item, values) for name, item in operand.items()}
+        if isinstance(operand, torch.dtype) and operand.is_floating_point:
+            return self.dtype or operand
+        return [self._filled(item, values) for item in operand] if isinstance(operand, tuple) else operand
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype that everything is to be computed in."""
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
 
 class Replay(nn.Module):
@@ -154,7 +205,8 @@ class Replay(nn.Module):
             self.register_buffer(own, numbers.made(device), persistent=False)
         self.eval()
 
-    def forward(self, x: Tensor, shaken: Callable[[Tensor], Tensor] = lambda logits: logits) -> dict[str, Tensor]:
-        """See :meth:`Program.run`."""
+    def forward(self, x: Tensor) -> Begun:
+        """See :meth:`Program.begin`."""
         weights = {name: getattr(self, own) for name, own in self._held.items()}
-        return self.program.run(x, weights, shaken, {key: getattr(self, own) for key, own in self._numbers.items()})
+        numbers = {key: getattr(self, own) for key, own in self._numbers.items()}
+        return self.program.begin(x, weights, numbers=numbers)

@@ -200,6 +200,9 @@ class MoESpec:
     ``at`` is "block" where the whole block was read. It is "experts" where only the module of its routed experts was:
     a function of tokens, expert ids and routing weights, around which the rest of the block stays as it is. ``results``
     is what the block returns, in words, if that isn't its output alone.
+
+    ``own_rest`` says that more stands around the routed experts than is said here (a norm or a residual, several shared
+    experts, a learned mix), all of which goes on being computed by the block's own operations.
     """
 
     hidden: int
@@ -209,13 +212,14 @@ class MoESpec:
     at: Literal["block", "experts"] = "block"
     output_bias: bool = False
     results: str = ""
+    own_rest: bool = False
 
     @property
     def built(self) -> MoESpec:
         """What a target builds of it: the experts alone, where the block's own router runs as it is."""
         if self.at == "experts" or not self.router.own:
             return self
-        return replace(self, at="experts", shared=None, output_bias=False, results="")
+        return replace(self, at="experts", shared=None, output_bias=False, results="", own_rest=False)
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
@@ -233,6 +237,8 @@ class MoESpec:
             parts.append(f"shared {s.width} {s.mix}{gate}{scale}")
         if self.output_bias:
             parts.append("output bias")
+        if self.own_rest:
+            parts.append("the rest its own")
         if self.results:
             parts.append(f"returns {self.results}")
         return " · ".join(parts)
@@ -277,6 +283,7 @@ class MoESpec:
             "identity experts": e.identities > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,
             "an output bias": self.output_bias,
+            "more around its experts": self.own_rest,
             "other results than its output": bool(self.results),
         }
         return tuple(what for what, held in has.items() if held)
@@ -287,6 +294,8 @@ class MoESpec:
         for name in _LATER:
             if data["router"][name] == _DEFAULTS[name]:
                 del data["router"][name]
+        if not self.own_rest:
+            del data["own_rest"]
         return data
 
     @classmethod
@@ -303,6 +312,7 @@ class MoESpec:
             at=data.get("at", "block"),
             output_bias=data.get("output_bias", False),
             results=data.get("results", ""),
+            own_rest=data.get("own_rest", False),
         )
 
 

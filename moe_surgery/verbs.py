@@ -19,7 +19,9 @@ from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack, Rule
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.planning.costs import Costs
-from moe_surgery.planning.plan import Plan, Selection, make_plan, trails
+from moe_surgery.planning.deciding import make_plan, trails
+from moe_surgery.planning.plan import Plan
+from moe_surgery.planning.selection import Selection
 from moe_surgery.planning.survey import Surveyed, survey
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report

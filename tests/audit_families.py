@@ -24,11 +24,11 @@ from hanging import HANG
 from own_models import ARIA, write
 
 FAMILIES = (
-    *("afmoe", ARIA, "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe"),
+    *("afmoe", ARIA, "axk1", "axk2", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe"),
     *("exaone_moe", "flex_olmo", "gemma4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa"),
     *("granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba", "jetmoe", "laguna", "lfm2_moe"),
-    *("llama4", "mellum", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "openai_privacy_filter", "phimoe"),
-    *("qwen2_moe", "qwen3_moe", "qwen3_next", "solar_open"),
+    *("llama4", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe"),
+    *("openai_privacy_filter", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "solar_open", "zaya"),
 )
 """Those that vLLM 0.32 takes, on a CPU without packages for pictures and sounds."""
 

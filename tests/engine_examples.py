@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -80,9 +79,10 @@ class Run:
 
     In ``surgery``, ``plan`` is the path of one. ``fault`` names what goes wrong in that process, or on one rank (see
     ``engine_faults``). Unless ``ask``, the engine is only started. The weights of the checkpoint ``push`` are pushed in
-    every way of :data:`PUSHES` between two times that it is asked. ``guarded`` is a run without surgery whose error is
-    a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one that is told of.
-    ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see ``engine_wrapped``).
+    the ``ways``, or in all (see ``engine_pushes``), and it is asked after each. ``guarded`` is a run without surgery
+    whose error is a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one
+    that is told of. ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see
+    ``engine_wrapped``). ``sleeps`` has the engine sleep with its weights kept, wake up, and be asked once more.
     """
 
     folder: str
@@ -91,22 +91,25 @@ class Run:
     fault: str | None = None
     ask: bool = True
     push: str | None = None
+    ways: tuple[str, ...] = ()
     guarded: bool = False
     before: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
     """What came of a run: its outputs, or the error that the engine didn't start with; and the receipts left.
 
-    ``pushes`` is what each way of pushing weights ended with.
+    ``pushes`` is what each way of pushing weights ended with, and what was answered after it; where it was taken, also
+    what was after the old ones were pushed back.
     """
 
     outputs: list[Output]
     receipts: list[dict[str, Any]]
     error: str | None = None
-    pushes: dict[str, str] = field(default_factory=dict)
+    pushes: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[tuple[str, str]]:
@@ -150,7 +153,7 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 
 
 def _result(run: Run) -> Result:
-    pushes: dict[str, str] = {}
+    pushes: dict[str, list[Any]] = {}
     if run.surgery is None:
         try:
             return Result(_outputs(run, pushes), [])
@@ -215,74 +218,11 @@ def _ask(llm: Any, prompts: list[list[int]]) -> list[Output]:
     return outputs
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    from safetensors.torch import load_file
-
-    for file in sorted(folder.glob("*.safetensors")):
-        yield from load_file(file).items()
+def _answers(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    return [asdict(output) for output in _ask(llm, prompts)]
 
 
-def _layerwise(worker: Any, folder: Path) -> None:
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-    initialize_layerwise_reload(worker.get_model())
-
-
-def _by_parameter(worker: Any, folder: Path) -> None:
-    """As those load who know the parameters of an expert layer."""
-    [name, parameter] = next(
-        (name, parameter)
-        for name, parameter in worker.get_model().named_parameters()
-        if "experts.w" in name or "routed_experts.w" in name
-    )
-    parameter.weight_loader(parameter, parameter.data[0], name, "w1", 0)
-
-
-def _in_kernel_format(worker: Any, folder: Path) -> None:
-    worker.reload_weights(weights_iterator=_tensors(folder), is_checkpoint_format=False)
-
-
-PUSHES: dict[str, Callable[[Any, Path], Any]] = {
-    "load_weights": lambda worker, folder: worker.get_model().load_weights(_tensors(folder)),
-    "load_weights of the inner model": lambda worker, folder: _inner(worker.get_model()).load_weights(_tensors(folder)),
-    "reload_weights by path": lambda worker, folder: worker.reload_weights(weights_path=str(folder)),
-    "reload_weights by iterator": lambda worker, folder: worker.reload_weights(weights_iterator=_tensors(folder)),
-    "reload_weights of the runner": lambda worker, folder: worker.model_runner.reload_weights(weights_path=str(folder)),
-    "by name": _in_kernel_format,
-    "layerwise": _layerwise,
-    "start_weight_update": lambda worker, folder: worker.start_weight_update(),
-    "update_weights": lambda worker, folder: worker.update_weights({}),
-    "weight_loader": _by_parameter,
-    "sleep without a copy": lambda worker, folder: _sleep(worker),
-}
-"""Each way that weights come into an engine which serves, as a call in its worker."""
-
-
-def _sleep(worker: Any) -> None:
-    """As a GPU's worker does; that of a CPU, which is one too, lets it be."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    Worker.sleep(worker, 2)
-
-
-def _inner(model: Any) -> Any:
-    """A model inside ``model`` that has ``load_weights``, else the model itself."""
-    return next((module for module in model.children() if hasattr(module, "load_weights")), model)
-
-
-def _push(llm: Any, folder: Path) -> dict[str, str]:
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    told = {}
-    for name, way in PUSHES.items():
-        try:
-            way(worker, folder)
-            told[name] = "pushed"
-        except Exception as error:
-            told[name] = str(error)
-    return told
-
-
-def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
+def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
     import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -299,6 +239,11 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
         **({"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}),
         **({} if own_process else {"distributed_executor_backend": "uni"}),
     }
+    if run.push is not None:
+        from engine_pushes import TRANSFER, push, register
+
+        register()
+        defaults["weight_transfer_config"] = {"backend": TRANSFER}
     llm = None
     fill = model_loader.dummy_loader.initialize_single_dummy_weight
     try:
@@ -313,7 +258,11 @@ def _outputs(run: Run, pushes: dict[str, str]) -> list[Output]:
             assert wrap(worker.get_model(), tuple(run.wrapped)) > 0
         outputs = _ask(llm, prompts)
         if run.push is not None:
-            pushes |= _push(llm, Path(run.push))
+            asking = partial(_answers, llm, prompts)
+            pushes |= push(llm, asking, tuple(run.ways), Path(run.folder), Path(run.push))
+        if run.sleeps:
+            llm.sleep(level=1)
+            llm.wake_up()
             outputs += _ask(llm, prompts)
         return outputs
     finally:

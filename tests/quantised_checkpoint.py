@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 F8, F8_MOST = torch.float8_e4m3fn, 448.0
 INPUT_SCALE = 0.05  # static: the greatest activation that is told apart is 22 then
+F4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1, by its lower three bits
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Quantise = Callable[[Tensor, int], dict[str, Tensor]]
@@ -116,17 +117,48 @@ def _awq(weight: Tensor, group: int) -> dict[str, Tensor]:
     }
 
 
+def _f4(scaled: Tensor) -> Tensor:
+    """Numbers [N, K] to the nearest of e2m1, two in a byte [N, K / 2], the first one below."""
+    values = torch.tensor(F4_VALUES, device=scaled.device)
+    bits = (scaled.abs()[..., None] - values).abs().argmin(-1).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    return bits[:, ::2] | bits[:, 1::2] << 4
+
+
+def _mxfp4(weight: Tensor, group: int) -> dict[str, Tensor]:
+    """Groups of 32 with a power of two each, stored as its exponent and 127."""
+    parts = weight.unflatten(1, (-1, 32))
+    exponent = (parts.abs().amax(-1) / F4_VALUES[-1]).log2().ceil()
+    return {
+        "weight_packed": _f4((parts / exponent.exp2()[..., None]).flatten(1)),
+        "weight_scale": (exponent + 127).to(torch.uint8),
+    }
+
+
+def _nvfp4(weight: Tensor, group: int) -> dict[str, Tensor]:
+    """Groups of 16 with a scale in e4m3 each; the one of the whole matrix is that of a greatest weight of 1, so that
+    matrices which are merged have it in common."""
+    whole = F8_MOST * F4_VALUES[-1]
+    parts = weight.unflatten(1, (-1, 16))
+    scale = (parts.abs().amax(-1) / F4_VALUES[-1] * whole).clamp(2**-6, F8_MOST).to(F8)
+    return {
+        "weight_packed": _f4((parts / (scale.float() / whole)[..., None]).flatten(1)),
+        "weight_scale": scale,
+        "weight_global_scale": torch.tensor([whole]),
+        "input_global_scale": torch.tensor([1 / INPUT_SCALE]),
+    }
+
+
 def _ct(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> Callable[[int], dict[str, Any]]:
     def config(group: int) -> dict[str, Any]:
-        mine = {**weights, "group_size": group} if weights["strategy"] == "group" else weights
+        mine = {"group_size": group, **weights} if weights["strategy"] == "group" else weights
         both = {"targets": ["Linear"], "weights": mine, "input_activations": inputs}
         return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": both}}
 
     return config
 
 
-def _values(bits: int, kind: str, strategy: str, *, dynamic: bool = False) -> dict[str, Any]:
-    return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic}
+def _values(bits: int, kind: str, strategy: str, *, dynamic: bool | str = False, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": dynamic, **more}
 
 
 def _fp8(scheme: str, **more: Any) -> Callable[[int], dict[str, Any]]:
@@ -143,6 +175,18 @@ FORMATS: dict[str, Format] = {
         "ignore",
     ),
     "ct_int4": Format(_ct_int4, _ct("pack-quantized", _values(4, "int", "group"), None), "ignore"),
+    "ct_mxfp4": Format(
+        _mxfp4, _ct("mxfp4-pack-quantized", _values(4, "float", "group", group_size=32), None), "ignore"
+    ),
+    "ct_nvfp4": Format(
+        _nvfp4,
+        _ct(
+            "nvfp4-pack-quantized",
+            _values(4, "float", "tensor_group", group_size=16),
+            _values(4, "float", "tensor_group", group_size=16, dynamic="local"),
+        ),
+        "ignore",
+    ),
     "ct_int8": Format(
         _int8_channel,
         _ct("int-quantized", _values(8, "int", "channel"), _values(8, "int", "token", dynamic=True)),

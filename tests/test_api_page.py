@@ -12,6 +12,7 @@ import pytest
 
 import moe_surgery
 import moe_surgery.testing
+from moe_surgery import SurgeryError
 
 PAGE = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
 PUBLIC = {
@@ -22,7 +23,7 @@ FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction
 EXAMPLES = {
     name: value
     for name, value in PUBLIC.items()
-    if not (inspect.isclass(value) and (issubclass(value, Exception) or value is moe_surgery.testing.PackTest))
+    if not (inspect.isclass(value) and (SurgeryError in value.__mro__[1:] or value is moe_surgery.testing.PackTest))
 }
 
 

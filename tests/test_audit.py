@@ -135,3 +135,13 @@ def test_a_draft_model_is_audited_by_itself(folders: Mapping[str, Path], tmp_pat
 def test_an_audit_takes_nothing_that_a_swap_needs(more: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="an audit replaces nothing"):
         moe_surgery.install(audit=True, **more)  # type: ignore[arg-type]
+
+
+def test_no_block_is_asked_where_ranks_exchange_tokens(folders: Mapping[str, Path]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from moe_surgery.engine.model.audit_truth import Incomparable, truth_of
+
+    config = EngineArgs(str(folders["mixtral"]), skip_tokenizer_init=True, data_parallel_size=2).create_engine_config()
+    with pytest.raises(Incomparable, match="under data or sequence parallelism"):
+        truth_of(config, config.model_config)

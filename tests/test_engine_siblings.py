@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_examples import PUSHES, Result, Run, run_all
+from engine_examples import Result, Run, run_all
 from engine_sweep import compare
 from own_models import write
+from test_engine_pushes import check as check_pushed
 
 FAMILIES = ("granitemoeshared", "granitemoe_swa", "granitemoehybrid", "step3_text")
 
@@ -74,12 +75,14 @@ def test_the_transformers_backend_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_push_reaches_the_shared_expert_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["folded", "vllm"])
+def test_a_push_reaches_both(target: str, tmp_path: Path) -> None:
+    """Or none, where the shared expert lacks a tensor that is to be laid out with those of its block."""
     for seed, name in enumerate(("model", "other")):
         write("granitemoeshared", tmp_path / name, seed)
-    run = operated(tmp_path / "model", tmp_path, "run")
-    [result] = run_all([Run(run.folder, {}, run.surgery, push=str(tmp_path / "other"))], tmp_path)
-    check_fused(result)
-    assert result.outputs[2:] == result.outputs[:2]
-    assert result.pushes.keys() == PUSHES.keys()
-    assert all("start the engine again" in told for told in result.pushes.values()), result.pushes
+    run = operated(tmp_path / "model", tmp_path, "run", target=target)
+    other = operated(tmp_path / "other", tmp_path, "other-run", target=target)
+    ways = ("load_weights", "without the shared expert", "reload_weights by path")
+    [result, started] = run_all([Run(run.folder, {}, run.surgery, push=other.folder, ways=ways), other], tmp_path)
+    check_fused(result, target)
+    check_pushed(result, started)

@@ -112,7 +112,11 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
         ({"architectures": ["NoSuchForCausalLM"]}, r"config\.json: architectures: .* has no class 'NoSuchForCausalLM'"),
         ({"architectures": ["AutoConfig"]}, "has no class 'AutoConfig'"),
         ({"hidden_size": 8}, r"config\.json: neither architectures nor model_type"),
-        ({"model_type": "no_such_type"}, r"model/config\.json: .*no_such_type"),
+        ({"model_type": "no_such_type"}, r"model/config\.json: model_type: .* doesn't know 'no_such_type'"),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "auto_map": {"AutoModel": "its.Own"}},
+            r"config\.json: auto_map: .* only with trust_remote_code",
+        ),
         ({"model_type": "siglip"}, r"config\.json: architectures is missing, and model_type 'siglip'"),
         ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "dtype": "int4"}, "dtype: 'int4'"),
         (

@@ -72,7 +72,7 @@ def test_there_are_many_of_them() -> None:
 
 
 def test_only_the_plain_one_of_many_layers_is_replaced() -> None:
-    cases = [nearmiss.case(name) for name in ("NormAfter", "CapacityOf64", "BranchAbove64", "hook")]
+    cases = [nearmiss.case(name) for name in ("FirstTokenSpecial", "CapacityOf64", "BranchAbove64", "hook")]
     blocks = [plain.make(plain.block_class()), *(case.make() for case in cases), plain.make(plain.block_class(), 1)]
     model = nn.Sequential(*map(Holder, blocks))
     before = outputs(model)

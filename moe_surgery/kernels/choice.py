@@ -1,10 +1,10 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
-``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. Shapes without a table take the rows of ``default-16.json``, and
-float32 those of ``default-32.json``, by how many tokens an expert gets. What ``moe-surgery tune`` found on the GPU that
-is used comes before all of them. Where vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those
-(``engine/model/crossover.py``).
+``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names; weights in e4m3 have rows of
+their own. A number of tokens is served by the row of the largest number not above it. Shapes without a table take the
+rows of ``default-16.json``, and float32 those of ``default-32.json``, by how many tokens an expert gets; for e4m3 those
+of the shape most like it. What ``moe-surgery tune`` found on the GPU that is used comes before all of them. Where
+vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
@@ -31,6 +31,7 @@ NOISE = 1.02
 
 _DEFAULT_EXPERTS = 128 / 6
 """Experts for each one that a token visits, in the shape that the default's numbers of tokens are for."""
+_SCALED = "-e4m3"
 
 Tiles = dict[str, int]
 
@@ -57,8 +58,9 @@ class Choice:
 
 
 def shape_name(terms: Terms) -> str:
-    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``."""
-    return f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``, or the same with ``-e4m3`` of scaled weights."""
+    sizes = f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    return sizes + _SCALED if terms.scaled else sizes
 
 
 def own_folder(device: str) -> Path:
@@ -109,12 +111,13 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    return (table(shape_name(terms)) if dtype.itemsize == 2 else ()) or _defaults(terms, dtype)
+    """The table of a block. Those of shapes are for two-byte dtypes and for e4m3; float32 takes the default's tiles."""
+    named = table(shape_name(terms)) if dtype.itemsize == 2 or terms.scaled else ()
+    return named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
 
 
 @cache
-def _defaults(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
+def defaults(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The default's rows, each from as many tokens on as give one of these experts what its own number gives theirs.
 
     How many rows a tile should have depends on that; from when on tokens are grouped doesn't.
@@ -127,6 +130,44 @@ def _defaults(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
         tokens = max(math.ceil(row.tokens * more), rows[first].tokens)
         found[tokens] = replace(row, tokens=tokens)
     return tuple(found.values())
+
+
+@cache
+def nearest(terms: Terms) -> tuple[Choice, ...]:
+    """The rows of the shape in e4m3 most like this one of those that come with the library.
+
+    Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
+    the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
+    """
+    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob(f"H*{_SCALED}.json"))}
+    own = _sizes(shape_name(terms))
+    name = min(found, key=lambda each: _unlikeness(own, found[each]))
+    like = found[name]
+    more = own["E"] / own["K"] / (like["E"] / like["K"])
+    wider = _power(own["K"] + own["M"]) // _power(like["K"] + like["M"])
+    rows: dict[int, Choice] = {}
+    for row in read_table(FOLDER / f"{name}.json"):
+        tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
+        down = row.down
+        if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
+            down = {**down, "BK": max(down["BK"] // wider, BLOCK)}
+        rows[tokens] = replace(row, tokens=tokens, down=down, slower=False)
+    return tuple(rows.values())
+
+
+def _sizes(name: str) -> dict[str, int]:
+    """What a shape's name says: hidden H, experts E, width I, chosen K and slices M."""
+    return {part[0]: int(part[1:]) for part in name.removesuffix(_SCALED).split("-")}
+
+
+def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:
+    apart = one["E"] / one["K"] / (two["E"] / two["K"]), one["H"] / two["H"], one["I"] / two["I"]
+    return sum(abs(math.log(ratio)) for ratio in apart)
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:

@@ -29,8 +29,6 @@ def run_router(
     first, second = _kernels(terms, tuple(logits_tiles.items()), device, x.dtype, weight.dtype, dependent)
     apart = 0 if gate is None else (gate.data_ptr() - weight.data_ptr()) // weight.element_size()
     logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=device)
-    ids = torch.empty(tokens, terms.top_k, dtype=torch.int32, device=device)
-    weights = torch.empty(tokens, terms.top_k + terms.slices, dtype=torch.float32, device=device)
     aligned = (x.data_ptr() | weight.data_ptr() | apart) % ALIGNMENT == 0
     if "BT" in logits_tiles:
         grid = (triton.cdiv(terms.rows, logits_tiles["BR"]), triton.cdiv(tokens, logits_tiles["BT"]), 1)
@@ -38,9 +36,26 @@ def run_router(
         first(grid, aligned, x, weight, apart, logits, counts, tokens)
     else:
         first((triton.cdiv(terms.rows, logits_tiles["BR"]), tokens, 1), aligned, x, weight, apart, logits, logits)
+    return _run_choice(second, logits, x, bias, correction, terms)
+
+
+def run_choice(logits: Tensor, like: Tensor, terms: RouterTerms) -> Routed:
+    """As :func:`run_router`, by ``logits`` [T, R] in float32, contiguous, that are rounded where the terms say so.
+
+    ``like`` is of the block's dtype. There are no biases.
+    """
+    return _run_choice(_choice(terms, like.device, like.dtype), logits, like, None, None, terms)
+
+
+def _run_choice(
+    kernel: Kernel, logits: Tensor, x: Tensor, bias: Tensor | None, correction: Tensor | None, terms: RouterTerms
+) -> Routed:
+    tokens = len(logits)
+    ids = torch.empty(tokens, terms.top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(tokens, terms.top_k + terms.slices, dtype=torch.float32, device=logits.device)
     both = [logits if each is None else each for each in (bias, correction)]
     aligned = (both[0].data_ptr() | both[1].data_ptr() | x.data_ptr()) % ALIGNMENT == 0
-    second((tokens, 1, 1), aligned, logits, x, *both, ids, weights, terms.scale, terms.shared_scale)
+    kernel((tokens, 1, 1), aligned, logits, x, *both, ids, weights, terms.scale, terms.shared_scale)
     return Routed(ids, weights)
 
 
@@ -51,6 +66,12 @@ def _kernels(
 ) -> tuple[Kernel, Kernel]:  # fmt: skip
     """Those of a router; each key has its own, since what they compile to depends on the dtypes."""
     return router_kernels(terms, dict(logits_tiles), dependent=dependent)
+
+
+@lru_cache(maxsize=1024)
+def _choice(terms: RouterTerms, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The second of them alone, after a kernel that says nothing of when the next may start."""
+    return router_kernels(terms, {}, dependent=False)[1]
 
 
 def router_kernels(terms: RouterTerms, logits_tiles: Tiles, *, dependent: bool) -> tuple[Kernel, Kernel]:

@@ -39,14 +39,16 @@ def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     names, model_type = raw.get("architectures") or [], raw.get("model_type")
     kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if not known and (not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING):
+    typed = isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING
+    if not typed and (not known or model_type is not None):
+        version = transformers.__version__
         if own:
             raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
-        if names:
-            version = transformers.__version__
+        if names and not known:
             raise ModelError(f"{path}: architectures: transformers {version} has no class {names[0]!r}")
         if model_type is None:
             raise ModelError(f"{path}: neither architectures nor model_type says what the model is")
+        raise ModelError(f"{path}: model_type: transformers {version} doesn't know {model_type!r}")
     if model_type is not None:
         config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     else:

@@ -11,9 +11,10 @@ from moe_surgery.installed.imports import uncollected
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
 from moe_surgery.planning.surroundings import Surroundings
-from moe_surgery.read.block import read, read_around
+from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.reading import Broken, Reading, Unreadable
+from moe_surgery.read.parsed import NO_TOP_K
+from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
 from moe_surgery.targets.base import SwappedBlock
@@ -42,6 +43,7 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
     known = Readings()
     shared = _shared_modules(model)
     surveyed = [_survey(site, known, shared) for site in find_sites(model)]
+    surveyed = [item for item in surveyed if item.site.sure or item.unread != NO_TOP_K]
     around = Surroundings(model, [item.site for item in surveyed if item.reading is not None])
     return tuple(
         item if item.reading is None else replace(item, held=around.objection(item.site.path)) for item in surveyed
@@ -61,12 +63,19 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
 
 
 def _around(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
-    """A block whose router can't be read, as one that is split behind it; ``unread`` if that can't be either."""
-    try:
-        _check_place(site, shared)
-        return Surveyed(site, replace(_read(site, known, read_around), around=unread.unread or ""), None)
-    except Unreadable:
+    """A block of which a part can be read, split behind its router or all around its experts; else ``unread``.
+
+    What came closest to being taken is named too: where the experts were found, why the rest can't go on as it is.
+    """
+    for reader in (read_around, read_within):
+        try:
+            _check_place(site, shared)
+            return Surveyed(site, replace(_read(site, known, reader), around=unread.unread or ""), None)
+        except Unreadable as error:
+            problem = error
+    if isinstance(problem, (Untold, Unfollowed)) or str(problem) in (unread.unread or ""):
         return unread
+    return replace(unread, unread=f"{unread.unread}; nor can the rest of it go on as it is: {problem}")
 
 
 def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:

@@ -12,18 +12,21 @@ from moe_surgery.prove.asking import FEWEST, asked_alone
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.probe import FAMILIES, LARGE, UNIT, Probes, make_probes
-from moe_surgery.prove.probe_own_router import try_out
+from moe_surgery.prove.probe_own_router import try_out, turned_up
 from moe_surgery.prove.probe_unreached import reach, unreachable
 from moe_surgery.prove.routing import Routing, route
 from moe_surgery.prove.truth_parts import F64, Parts
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.e4m3 import E4M3
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.reference import (
     Visits,
+    entering,
     expert_outputs,
     routed_sum,
     router_scores,
     visited,
+    whole,
 )
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.tensors import BlockTensors
@@ -83,8 +86,7 @@ def survey(
     are those that :func:`make_probes` made, where that was done before.
     """
     for name, weight in vars(tensors).items():
-        # Not isfinite(): it takes twenty times as long.
-        if isinstance(weight, Tensor) and not all(bound.isfinite() for bound in weight.aminmax()):
+        if isinstance(weight, Tensor) and not _finite(weight):
             return f"the weights in {name} are not all finite, so no output can be compared"
     with torch.no_grad(), torch.autocast(tensors.router.device.type, enabled=False):
         if probes is None:
@@ -92,9 +94,16 @@ def survey(
         return _survey(spec, tensors, seed, ranks, probes)
 
 
+def _finite(weight: Tensor) -> bool:
+    if weight.dtype == E4M3:  # the greatest magnitude in bits is NaN's, and there is no infinity
+        return bool(((weight.view(torch.uint8) & 0x7F) != 0x7F).all())
+    return all(bool(bound.isfinite()) for bound in weight.aminmax())  # isfinite() takes twenty times as long
+
+
 def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes: Probes) -> Ground | str:
     if spec.router.own:
         probes = try_out(spec, tensors, probes, seed)
+        probes = turned_up(spec, tensors, probes) if spec.own_rest else probes
     elif not spec.router.follows_logits:
         probes = reach(spec, tensors, probes)
     asked = len(probes.x)
@@ -202,7 +211,7 @@ def _evaluate(
 ) -> _Values:
     """Every legitimate output in ``dtype``, or in the block's own arithmetic, with the experts that the truth chose."""
     depth = min(spec.router.top_k + 1, spec.router.num_experts)
-    x, plain = probes.x if dtype is None else probes.x.to(dtype), mixer(spec.experts.mix)
+    x, plain = entering(tensors, probes.x, dtype), mixer(spec.experts.mix)
     _, scores = router_scores(spec, tensors.router, probes.x, dtype, tensors.routing, tensors.router_bias)
     base = Visits(_given(spec, x, scores, routing, depth), routing.order[:, :depth].flatten(), plain)
     # The other choices of near ties may need experts of a lower rank than depth.
@@ -220,6 +229,7 @@ def _evaluate(
         rows = rows + shared_output(spec, shared, gate)[tokens]
     if tensors.output_bias is not None:
         rows = rows + tensors.output_bias.to(rows.dtype)
+    rows = whole(tensors, probes.x[tokens], rows, dtype)
     return _Values(rows, outputs, shared, gate, visited_)
 
 

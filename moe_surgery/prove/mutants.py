@@ -27,6 +27,7 @@ from moe_surgery.targets.formula import Mixer, mixer
 from moe_surgery.targets.reference import (
     Visits,
     applied_weights,
+    entering,
     routing_weights,
     visited,
     weighted_sum,
@@ -107,7 +108,7 @@ def requests(
     ids = routing.order[:, :k]
     weights = routing_weights(spec, routing.scores, ids)
     few = few_tokens(probes)
-    x, mix = probes.x[few].to(F64), spec.experts.mix
+    x, mix = entering(tensors, probes.x[few], F64), spec.experts.mix
     plain, inputs = mixer(mix), visited(spec, x, routing.scores[few], ids[few])
     real = spec.experts.num_experts
 
@@ -115,6 +116,8 @@ def requests(
         return tokens, Visits(x, chosen.flatten(), mix)
 
     wanted = {name: visit(ids[few], other) for name, other in mixed_otherwise(mix).items()}
+    if not mix.gated and spec.router.own:  # of such blocks there is little else to do wrongly
+        wanted["activation left out"] = visit(ids[few], lambda gate, up: gate)
     if not reached(spec, tensors, probes):
         wanted.pop("clamp left out", None)
     if ranks > 1:
@@ -128,7 +131,7 @@ def requests(
         # For each expert those unit tokens that choose it where exchanging it moves the most weight.
         moved = (full - full[:, others]).abs().where(full != 0, -1.0)
         chosen = moved.topk(count, 0).indices
-        given = probes.x[unit[chosen.flatten()]].to(F64)
+        given = entering(tensors, probes.x[unit[chosen.flatten()]], F64)
         if spec.experts.weights_on == "input":
             given = given * full.gather(0, chosen).reshape(-1, 1)
         wanted["experts exchanged"] = unit[chosen].flatten(), Visits(given, others.repeat(count), plain)
@@ -136,9 +139,9 @@ def requests(
         lowest = routing.order[few][:, -k:]
         wanted["lowest scores chosen"] = visit(lowest, x=visited(spec, x, routing.scores[few], lowest))
     for name, (tokens, chosen) in chosen_otherwise(spec, tensors, probes, routing).items():
-        given = visited(spec, probes.x[tokens].to(F64), routing.scores[tokens], chosen)
+        given = visited(spec, entering(tensors, probes.x[tokens], F64), routing.scores[tokens], chosen)
         wanted[name] = visit(chosen, x=given, tokens=tokens)
-    if not _one_weight(spec):  # else every weight is 1
+    if not (_one_weight(spec) or _scales(spec)):
         raw = x.repeat_interleave(k, 0)
         on_input = spec.experts.weights_on == "input"
         name = f"weights on the {'outputs' if on_input else 'inputs'}"
@@ -178,7 +181,7 @@ def twins(
         if name in others or name == "lowest scores chosen":
             weights = applied_weights(spec, parts.routing.scores[tokens], ids)
         routed = weighted_sum(out.view(*weights.shape, -1), weights, F64)
-        yield Twin(name, routed + parts.shared_sum[tokens], tokens)
+        yield Twin(name, parts.output(routed, tokens), tokens)
     if spec.shared is not None:
         mixes = {f"shared {name}": mix for name, mix in mixed_otherwise(spec.shared.mix).items()}
         mixes.pop("shared clamp left out", None)
@@ -212,16 +215,16 @@ def reached(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> bool:
     """Whether any probe reaches the experts' clamp: where none does, leaving it out can't show."""
     if spec.experts.limit is None:
         return False
-    half = F.linear(probes.x[few_tokens(probes)].to(F64), tensors.w13[0].to(F64))
+    half = F.linear(entering(tensors, probes.x[few_tokens(probes)], F64), tensors.w13[0].to(F64))
     return bool((half.abs() > spec.experts.limit).double().mean() > _REACHED)
 
 
 def _zeroed(parts: Parts, everyone: Tensor) -> Twin:
     """One expert zeroed, for every expert."""
-    whole = parts.routed + parts.shared_sum
     ranks = range(parts.ids.shape[1])
-    y = torch.cat([whole - parts.weights[:, j, None] * parts.outputs[:, j] for j in ranks])
-    return Twin("expert {case} zeroed", y, everyone.repeat(len(ranks)), parts.ids.T.flatten())
+    left = torch.cat([parts.routed - parts.weights[:, j, None] * parts.outputs[:, j] for j in ranks])
+    tokens = everyone.repeat(len(ranks))
+    return Twin("expert {case} zeroed", parts.output(left, tokens), tokens, parts.ids.T.flatten())
 
 
 def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twin:
@@ -236,8 +239,13 @@ def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twi
     mine_weight = (weights * mine).sum(-1, keepdim=True)
     theirs_weight = (weights * theirs).sum(-1, keepdim=True)
     moved = (mine_weight - theirs_weight).where(mine_weight != 0, 0.0)
-    y = (parts.routed + parts.shared_sum)[tokens] + moved * (out - own)
+    y = parts.output(parts.routed[tokens] + moved * (out - own), tokens)
     return Twin("expert {case} exchanged with its nearest", y, tokens, experts)
+
+
+def _scales(spec: MoESpec) -> bool:
+    """Do experts make of a weighted input what weighting their output makes? A relu and matrices alone do."""
+    return spec.experts.activation == "relu" and not spec.experts.gated and not spec.experts.biases
 
 
 def _one_weight(spec: MoESpec) -> bool:

@@ -7,13 +7,16 @@ from torch import Tensor
 
 from moe_surgery.prove.probe import UNIT, Probes, towards, unit
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import router_scores
+from moe_surgery.targets.reference import forward, router_scores, whole
 from moe_surgery.weights.tensors import BlockTensors
 
 _RANDOM = 1024
 _PUSHES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # Several, as a token may turn out to lie too near another choice.
 _TOKENS = 4
+# Tokens on which it is looked how much of a block's output is its routed experts', and how much is enough.
+_FEW, _ENOUGH = 16, 0.5
+_SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64, 4.0)
 
 
 def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> Probes:
@@ -37,6 +40,29 @@ def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> 
     found = torch.cat([chosen[:, expert].nonzero().flatten()[-_TOKENS:] for expert in missing.tolist()]).unique()
     families = torch.full_like(found, UNIT, dtype=probes.family.dtype)
     return Probes(torch.cat([probes.x, candidates[found]]), torch.cat([probes.family, families]))
+
+
+def turned_up(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Probes:
+    """``probes`` of the scale at which a good part of the output comes of the routed experts, or the best there is.
+
+    Beside a residual, what experts make of a normed input is lost in half precision unless the input is small.
+    """
+    some = probes.x[probes.of(UNIT)[:_FEW]]
+
+    def share(scale: float) -> float:
+        x = some * scale
+        y = forward(spec, tensors, x, None).double()
+        rest = whole(tensors, x, torch.zeros_like(x), None).double()
+        found = (y - rest).norm(dim=-1) / y.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        return float(found.nan_to_num(0.0).median())
+
+    shares: dict[float, float] = {}
+    for scale in _SCALES:
+        shares[scale] = share(scale)
+        if shares[scale] >= _ENOUGH:
+            break
+    best = max(shares, key=lambda scale: shares[scale])
+    return probes if best == 1.0 else Probes(probes.x * best, probes.family)
 
 
 def _chosen(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from moe_surgery.prove.probe import Probes
 from moe_surgery.prove.routing import Routing
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets.formula import EXACT
-from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, weighted_sum
+from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, weighted_sum, whole
 from moe_surgery.targets.shared_expert import shared_output
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -57,6 +57,11 @@ class Parts:
             shared = shared_output(self.spec, self.shared, self.gate)
         return shared if self.tensors.output_bias is None else shared + self.tensors.output_bias.to(F64)
 
+    def output(self, routed: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The output [M, H] of ``tokens`` [M], or all, whose routed experts come to ``routed`` [M, H]."""
+        tokens = torch.arange(len(self.ids), device=self.ids.device) if tokens is None else tokens
+        return whole(self.tensors, self.probes.x[tokens], routed + self.shared_sum[tokens], F64)
+
 
 def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """Mutants made of the truth's own parts."""
@@ -68,14 +73,17 @@ def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         chosen = routing_weights(spec, scores, ids)
         if spec.experts.weights_on == "input":  # the outputs have the right weights in them
             chosen = torch.ones_like(chosen) if scores is routing.scores else chosen
-        return weighted_sum(parts.outputs[:, first:], chosen, F64) + shared
+        return parts.output(weighted_sum(parts.outputs[:, first:], chosen, F64))
 
     def reweighted(weights: Tensor) -> Tensor:
-        return weighted_sum(parts.outputs, weights, F64) + shared
+        return parts.output(weighted_sum(parts.outputs, weights, F64))
 
-    yield "routed experts dropped", shared
-    yield "routed experts doubled", 2 * routed + shared
-    yield "tokens shifted by one", (routed + shared).roll(1, 0)
+    yield "routed experts dropped", parts.output(torch.zeros_like(routed))
+    if spec.own_rest:  # a norm makes the same of twice as much
+        yield "routed experts negated", parts.output(-routed)
+    else:
+        yield "routed experts doubled", parts.output(2 * routed)
+    yield "tokens shifted by one", parts.output(routed).roll(1, 0)
     # What else the model's own router might have done isn't known; it is taken as it is, and not on trial.
     own, on_output = spec.router.own, spec.experts.weights_on == "output"
     # A softmax over all experts sums to 1 already.
@@ -90,6 +98,9 @@ def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         other = routing.logits.sigmoid() if softmax else routing.logits.softmax(-1)
         yield f"{'sigmoid for softmax' if softmax else 'softmax for ' + spec.router.scoring}", weighted(ids, other)
         yield from _rescored(parts, reweighted)
+    if own and k == 1 and on_output:
+        yield "routing weights left out", reweighted(torch.ones_like(weights))
+        yield "routing weights applied twice", reweighted(weights.square())
     if k > 1:
         yield "top-k less one", weighted(ids[:, :-1])
     if k > 1 and on_output:
@@ -99,7 +110,7 @@ def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         yield "top-k plus one", weighted(routing.order[:, : k + 1])
         yield "ranks shifted by one", weighted(routing.order[:, 1 : k + 1], first=1)
     if scale != 1.0 and on_output:
-        yield "routed scale dropped", routed / scale + shared
+        yield "routed scale dropped", parts.output(routed / scale)
     yield from _without(parts)
     if spec.shared is None:
         return
@@ -137,12 +148,12 @@ def _rescored(parts: Parts, reweighted: Callable[[Tensor], Tensor]) -> Iterator[
 
 def _without(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """Mutants that leave out a bias, or what stands for an expert."""
-    spec, tensors, whole = parts.spec, parts.tensors, parts.routed + parts.shared_sum
+    spec, tensors, routed = parts.spec, parts.tensors, parts.routed
     real = parts.ids < spec.experts.num_experts
     if tensors.w2_bias is not None and bool(tensors.w2_bias.any()):  # not all missing
         biases = tensors.w2_bias.to(F64)[parts.ids.clamp_max(spec.experts.num_experts - 1)]
-        yield "down biases left out", whole - weighted_sum(biases, parts.weights * real, F64)
+        yield "down biases left out", parts.output(routed - weighted_sum(biases, parts.weights * real, F64))
     if tensors.output_bias is not None:
-        yield "output bias left out", whole - tensors.output_bias.to(F64)
+        yield "output bias left out", parts.output(routed) - tensors.output_bias.to(F64)
     if spec.experts.identities:
-        yield "identity experts left out", weighted_sum(parts.outputs, parts.weights * real, F64) + parts.shared_sum
+        yield "identity experts left out", parts.output(weighted_sum(parts.outputs, parts.weights * real, F64))

@@ -27,7 +27,7 @@ from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met
 from moe_surgery.read.parse.token_output import SharedRead, TokenRead
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
@@ -37,6 +37,7 @@ from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.split import parse_split
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
+from moe_surgery.read.within import parse_within
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
@@ -58,6 +59,16 @@ def read_around(block: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
     return _read(block, parse_split)
+
+
+def read_within(block: nn.Module) -> Reading:
+    """What the routed experts in ``block`` compute, of which all else is left as it is.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
+    """
+    if type(block).__call__ is not nn.Module.__call__:
+        raise Untold("its __call__ is its own, so that what others see of its output isn't what it computes")
+    return _read(block, parse_within)
 
 
 def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Reading:
@@ -128,11 +139,12 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         experts=experts_spec(experts, first),
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
+        own_rest=crowded.record.cut is not None and crowded.record.cut.routed is not None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in records))
     if "training" not in names_read(block):  # nothing says what else they could be for
         spare = frozenset()
-    own_code = own_weights(program, layout, state, width)
+    own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = reduce(met, [record_.results for record_ in records])
     spec = replace(spec, results=str(results or ""))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_surgery.calling import Replayed
 from moe_surgery.read.asking import Asking, spread
 from moe_surgery.read.parsed import Record, attribute
-from moe_surgery.read.program import Builder, row_by_row
+from moe_surgery.read.program import Builder
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
-from moe_surgery.replay import ROUTING, Program
+from moe_surgery.read.trial import Trial
+from moe_surgery.replay import ENTERING, ROUTING, Program
 from moe_surgery.weights.layout import Layout
 
 
@@ -31,9 +31,28 @@ def own_part(
         return None
     found = _of_both(ask, one, other, dtype)
     flat = [(torch.Size(shape[:-1]).numel(), shape[-1]) for shape in (one, other)]
-    if found.flat or not ask.takes(flat[0], dtype):
-        return found
-    return replace(found, of_tokens=_of_both(ask, flat[0], flat[1], dtype))
+    of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
+    if any(record.cut for record in records):
+        _check(ask, found, of_tokens, one, dtype)
+    return replace(found, of_tokens=of_tokens)
+
+
+def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise :class:`Unreadable` if a router, or what stands around experts, differs between tokens or batches."""
+    state = {**dict(ask.block.named_parameters()), **dict(ask.block.named_buffers())}
+    trial = Trial(state, shape[-1], dtype)
+    routing = found.only(*ROUTING, ENTERING)
+    if not trial.row_by_row(routing):
+        raise Unreadable("its router, or what stands around its experts, looks at other tokens of the batch")
+    flat = [(2 * 3,), (1,)] if found.flat else [(1, 1), (2, 3)]
+    ways = [(shape, True), *(((*lead, shape[-1]), True) for lead in flat)]
+    others = [
+        (way, _program(ask(way, dtype, spread, plain=plain), way).only(*ROUTING, ENTERING)) for way, plain in ways
+    ]
+    if of_tokens is not None:
+        others.append(((6, shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
+    if not all(trial.alike(routing, other, way) for way, other in others):
+        raise Unreadable("its router, or what stands around its experts, treats batches of other forms differently")
 
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
@@ -64,11 +83,15 @@ def _program(record: Record, shape: tuple[int, ...]) -> Program:
     if record.cut is not None:
         made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
         wanted = {"weights": Ref(record.cut.weights), "ids": builder.ids(made, record.cut.count)}
+        if record.cut.entering is not None:
+            wanted[ENTERING] = Ref(record.cut.entering)
+        if taken := set(wanted) & names:
+            raise Unreadable(f"it returns something called {min(taken)}, beside a router that goes on as it was")
     wanted |= {name: given[name] for name in sorted(names)}
-    return builder.program(wanted, router.num_experts)
+    return builder.program(wanted, router.num_experts, record.cut.routed if record.cut else None, flow.output)
 
 
-def own_weights(program: Program | None, layout: Layout, state: Mapping[str, Tensor], hidden: int) -> frozenset[str]:
+def own_weights(program: Program | None, layout: Layout) -> frozenset[str]:
     """The weights that a program alone takes. Raises :class:`Unreadable` if it takes any of the experts' too."""
     if program is None:
         return frozenset()
@@ -76,13 +99,9 @@ def own_weights(program: Program | None, layout: Layout, state: Mapping[str, Ten
     of_experts |= {piece.path for piece in layout.shared.pieces()} if layout.shared else set()
     if taken := of_experts & set(program.weights):
         raise Unreadable(f"{_told(program)} comes of {min(taken)}, which is its experts'")
-    routing = program.only(*ROUTING)
-    dtype = state[layout.experts[0].down.path].dtype
-    if routing.outputs and not row_by_row(routing, state, hidden, dtype):
-        raise Unreadable("its router looks at other tokens of the batch")
     return frozenset(program.weights) - layout.paths()
 
 
 def _told(program: Program) -> str:
-    names = [name for name, _ in program.outputs if name not in ROUTING]
-    return f"what it keeps or returns ({', '.join(names)})" if names else "its routing"
+    names = [name for name, _ in program.outputs if name not in (*ROUTING, ENTERING)]
+    return f"what it keeps or returns ({', '.join(names)})" if names else "what its experts don't compute"

@@ -21,14 +21,22 @@ from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.flow import Choice, Flow, Given
 
+NO_TOP_K = "it has no top-k"
+
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights."""
+    """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights.
+
+    ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
+    gives their weighted sum, where the block's output is more than that.
+    """
 
     choices: tuple[int, ...]
     weights: int
     count: int
+    entering: int | None = None
+    routed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +76,15 @@ class Record:
         return self.tokens, self.results, self.kept
 
 
-def parse_record(flow: Flow, dtype: torch.dtype) -> Record:
-    """What a record says of every token."""
-    terms = Terms()
-    run = Interpreter(flow, terms)
+def parse_record(flow: Flow, dtype: torch.dtype, run: Interpreter | None = None) -> Record:
+    """What a record says of every token. ``run`` is what its operations mean, where that is known."""
+    run = run or Interpreter(flow, Terms())
+    terms = run.terms
+    if not flow.choices:
+        raise Unreadable(NO_TOP_K)
     output = vectors(run.rows(flow.output), terms)
     size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     native = str(dtype).removeprefix("torch.")
-    if not flow.choices:
-        raise Unreadable("it has no top-k")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     parsers = [

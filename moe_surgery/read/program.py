@@ -22,7 +22,6 @@ from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
 _MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
-_TRIED = (3, 4)
 
 
 @dataclass(eq=False)
@@ -32,14 +31,18 @@ class Builder:
     flow: Flow
     shape: tuple[int, ...]
     steps: list[Step] = field(default_factory=list)
+    routed: int | None = None
     _ops: dict[int, At] = field(default_factory=dict)
     _origins: dict[int, At] = field(default_factory=dict)
     _values: dict[int, Tensor] = field(default_factory=dict)
 
-    def program(self, wanted: Mapping[str, Ref | Given], experts: int) -> Program:
+    def program(
+        self, wanted: Mapping[str, Ref | Given], experts: int, routed: int | None = None, output: Ref | None = None
+    ) -> Program:
         """The program of what is ``wanted``, by name, of a router of so many ``experts``.
 
-        Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
+        With ``routed``, the operation that gives the routed experts' sum, also of the block's ``output`` that comes of
+        it. Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
         """
         outputs = []
         for name, what in wanted.items():
@@ -47,7 +50,14 @@ class Builder:
             place = self._op(value.index) if isinstance(value, Ref) else self._known(what, value)  # type: ignore[arg-type]
             outputs.append((name, place.number))
         last = max((number for name, number in outputs if name in ROUTING), default=-1)
-        return Program(tuple(self.steps), tuple(outputs), len(self.shape) == 2, self._logits(experts, last))
+        whole = None
+        if routed is not None and output is not None:
+            self.routed = routed
+            whole = self._op(output.index).number
+            if routed not in self._ops:
+                raise Unreadable("its output doesn't come of its routed experts")
+        flat = len(self.shape) == 2
+        return Program(tuple(self.steps), tuple(outputs), flat, self._logits(experts, last), whole=whole)
 
     def ids(self, choices: Sequence[Made], count: int) -> Given:
         """The first ``count`` ids [T, k] that choices make, one after another, as something to be wanted."""
@@ -74,8 +84,12 @@ class Builder:
 
     def _op(self, index: int) -> At:
         if index not in self._ops:
-            self._ops[index] = self._of_op(self.flow.ops[index])
+            op = self.flow.ops[index]
+            self._ops[index] = self._experts(op) if index == self.routed else self._of_op(op)
         return self._ops[index]
+
+    def _experts(self, op: Op) -> At:
+        return self._step("routed", (self._sized(op.shape), getattr(torch, op.dtype)))
 
     def _of_op(self, op: Op) -> At:
         if op.name == "input":
@@ -164,9 +178,11 @@ class Builder:
         return self._values[id(origin)]
 
     def _logits(self, experts: int, last: int) -> int | None:
-        """The last linear map to as many numbers as there are experts, up to step ``last``."""
+        """The last linear map to one number for each token and expert, up to step ``last``."""
         names = {place.number: self.flow.ops[index] for index, place in self._ops.items()}
-        found = [number for number, op in names.items() if op.name in _MAPS and op.shape[-1:] == (experts,)]
+        tokens = torch.Size(self.shape[:-1]).numel()
+        fits = {number for number, op in names.items() if torch.Size(op.shape).numel() == tokens * experts}
+        found = [number for number in fits if names[number].name in _MAPS and names[number].shape[-1] == experts]
         return max((number for number in found if number <= last), default=None)
 
 
@@ -184,21 +200,3 @@ def _listed(values: Tensor) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list) else value
 
     return frozen(values.tolist())
-
-
-def row_by_row(program: Program, shapes: Mapping[str, Tensor], hidden: int, dtype: torch.dtype) -> bool:
-    """Whether what a program makes of one token seems not to depend on the others: tried with made-up weights."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    weights = {
-        name: torch.randn(shapes[name].shape, generator=generator).to(shapes[name].dtype) / hidden**0.5
-        for name in program.weights
-    }
-    x = torch.randn(*_TRIED, hidden, generator=generator).to(dtype)
-    other = torch.randn(*_TRIED, hidden, generator=generator).to(dtype)
-    other[0, 0], other[2, 3] = x[0, 0], x[2, 3]
-    answers = [program.run(each, weights) for each in (x, other)]
-    for name, _ in program.outputs:
-        one, two = (answer[name].reshape(x.shape[:-1].numel(), -1)[[0, -1]].double() for answer in answers)
-        if not torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True):
-            return False
-    return True

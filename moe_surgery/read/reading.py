@@ -26,6 +26,10 @@ class Unfollowed(Unreadable):
         self.operations, self.answered = operations, answered
 
 
+class Untold(Unreadable):
+    """Nothing in a record can be told to be routed experts."""
+
+
 class Broken(Unreadable):
     """The block can't run as it is, so that nothing inside it is worth replacing."""
 
@@ -53,7 +57,7 @@ class Reading:
     ``calling`` says what it is called with, ``results`` what its output is returned in, if it isn't alone,
     and ``kept`` which attributes it writes, by module and name, with their values.
     ``above_zero`` names weights of which none may be below zero, or the reading doesn't hold.
-    ``spare`` are weights that no call outside of training uses.
+    ``spare`` are weights that nothing comes of outside of training.
     ``program`` is the part of it that its own operations go on computing: a router that no spec says, and results.
     ``around`` says why the block around could not be read, where only its experts' module was.
     """

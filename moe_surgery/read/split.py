@@ -7,7 +7,7 @@ finds ids and weights, as it always did, and the experts are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Choice, Flow, Op, Ref
+from moe_surgery.read.record.lineage import chosen
 
 _MADE = frozenset(["input", "const", "param"])
 
@@ -29,33 +31,39 @@ def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
     problem = Unreadable("its router makes no weights for the experts that it chooses")
     if flow.positive:
         raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
-    for numbers, place in _places(flow):
-        choices, weights = [flow.choices[number] for number in numbers], flow.ops[place]
-        ranked, experts = sum(choice.k for choice in choices), flow.ops[choices[0].scores.index].shape[-1]
-        count = weights.shape[-1] if ranked > 1 else 1
-        ids = torch.cat([choice.ids.reshape(-1, choice.k) for choice in choices], -1)[:, :count]
-        given = Op("input", ("weights",), {}, (len(ids), count), weights.dtype)
-        shaped = Op("view", (Ref(place), list(weights.shape)), {}, weights.shape, weights.dtype)
-        split = _with(flow, place, given, shaped)
-        split = replace(split, choices=(Choice(Ref(place), count, ids, True),), results=None, kept={})
+    for cut in cuts(flow):
+        split, _ = given_weights(flow, cut)
         try:
-            found = parse_record(split, dtype)
+            return of_cut(parse_record(split, dtype), flow, cut)
         except Unreadable as error:
             problem = error
-            continue
-        if any(len(token.slots) != count or None in token.slots for token in found.tokens):
-            continue
-        tokens = tuple(_of(token, count, experts) for token in found.tokens)
-        whole = replace(found, tokens=tokens, ids=ids, ranked=ranked, cut=Cut(numbers, place, count))
-        return whole.with_replayed(flow)
     raise problem
+
+
+def of_cut(found: Record, flow: Flow, cut: Cut) -> Record:
+    """What was ``found`` of a record that is split at ``cut``, of ``flow``, which is the record as it was.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` if some weight meets no expert.
+    """
+    if any(len(token.slots) != cut.count or None in token.slots for token in found.tokens):
+        raise Unreadable("not every routing weight meets an expert")
+    experts = flow.ops[flow.choices[cut.choices[0]].scores.index].shape[-1]
+    tokens = tuple(_of(token, cut.count, experts) for token in found.tokens)
+    ranked = sum(flow.choices[number].k for number in cut.choices)
+    return replace(found, tokens=tokens, ids=_ids(flow, cut), ranked=ranked, cut=cut).with_replayed(flow)
 
 
 def _of(token: TokenRead, count: int, experts: int) -> TokenRead:
     return replace(token, router=replace(token.router, top_k=count, num_experts=experts))
 
 
-def _places(flow: Flow) -> Iterator[tuple[tuple[int, ...], int]]:
+def _ids(flow: Flow, cut: Cut) -> torch.Tensor:
+    """The ids [T, k] that the choices of a cut were told to take."""
+    choices = [flow.choices[number] for number in cut.choices]
+    return torch.cat([choice.ids.reshape(-1, choice.k) for choice in choices], -1)[:, : cut.count]
+
+
+def cuts(flow: Flow) -> Iterator[Cut]:
     """Choices, and operations that may give their weights, both latest first.
 
     Some code chooses one expert after the other: then all choices of one are taken together.
@@ -67,29 +75,61 @@ def _places(flow: Flow) -> Iterator[tuple[tuple[int, ...], int]]:
     alike = len({flow.ops[flow.choices[number].scores.index].shape for number in ones}) == 1
     for numbers in [*single, *([ones] if len(ones) > 1 and alike else [])]:
         ranked = sum(flow.choices[number].k for number in numbers)
+        following = _following(flow, {flow.choices[number].made for number in numbers})
         for place in range(len(flow.ops) - 1, flow.choices[numbers[0]].scores.index, -1):
             op = flow.ops[place]
             one = ranked == 1 and torch.Size(op.shape).numel() == tokens
             several = len(op.shape) > 1 and 1 < op.shape[-1] <= ranked and op.shape[:-1] in ((tokens,), lead)
-            if op.name not in _MADE and op.dtype.startswith(("float", "bfloat")) and (one or several):
-                yield numbers, place
+            floating = op.name not in _MADE and op.dtype.startswith(("float", "bfloat"))
+            if place in following and floating and (one or several):
+                yield Cut(numbers, place, op.shape[-1] if ranked > 1 else 1)
 
 
-def _with(flow: Flow, place: int, given: Op, shaped: Op) -> Flow:
-    """The record with ``given`` for operation ``place``, in the shape that it had there."""
+def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
+    """The operations whose results come of one of some choices, or of the maximum that one of them chose."""
+    found: set[int] = set()
+    maxima = {(choice.node, choice.largest) for choice in choices if choice is not None and choice.k == 1}
+    for place, op in enumerate(flow.ops):
+        known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
+        made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
+        if known or made or not found.isdisjoint(_refs((op.args, op.kwargs))):
+            found.add(place)
+    return found
+
+
+def _refs(operand: Any) -> Iterator[int]:
+    if isinstance(operand, Ref):
+        yield operand.index
+    elif isinstance(operand, (list, tuple, dict)):
+        for item in operand.values() if isinstance(operand, dict) else operand:
+            yield from _refs(item)
+
+
+def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
+    """The record with its routing weights as something given, and where each of its operations is in that."""
+    place, ids = cut.weights, _ids(flow, cut)
+    made = flow.ops[place]
+    given = Op("input", ("weights",), {}, (len(ids), cut.count), made.dtype)
+    shaped = Op("view", (Ref(place), list(made.shape)), {}, made.shape, made.dtype)
+    choices = (Choice(Ref(place), cut.count, ids, True),)
     if given.shape == shaped.shape:
-        return replace(flow, ops=(*flow.ops[:place], given, *flow.ops[place + 1 :]))
+        ops = (*flow.ops[:place], given, *flow.ops[place + 1 :])
+        return replace(flow, ops=ops, choices=choices, results=None, kept={}), lambda index: index
 
-    def moved(operand: Any) -> Any:
-        if isinstance(operand, Ref):
-            return Ref(operand.index + (operand.index >= place))
-        if isinstance(operand, (list, tuple)):
-            return type(operand)(map(moved, operand))
-        return operand
+    def moved(index: int) -> int:
+        return index + (index >= place)
 
-    later = [
-        replace(op, args=moved(op.args), kwargs={name: moved(value) for name, value in op.kwargs.items()})
-        for op in flow.ops[place + 1 :]
-    ]
-    before = list(flow.ops[:place])
-    return replace(flow, ops=(*before, given, shaped, *later), output=moved(flow.output))
+    later = [replace(op, args=_moved(op.args, moved), kwargs=_moved(op.kwargs, moved)) for op in flow.ops[place + 1 :]]
+    ops = (*flow.ops[:place], given, shaped, *later)
+    output = Ref(moved(flow.output.index))
+    return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}), moved
+
+
+def _moved(operand: Any, moved: Callable[[int], int]) -> Any:
+    if isinstance(operand, Ref):
+        return Ref(moved(operand.index))
+    if isinstance(operand, dict):
+        return {name: _moved(value, moved) for name, value in operand.items()}
+    if isinstance(operand, (list, tuple)):
+        return type(operand)(_moved(item, moved) for item in operand)
+    return operand

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from moe_surgery.replay import ENTERING, Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Standing
@@ -39,13 +40,14 @@ class Refusal:
 class Arguments:
     """What routed experts are called with: tokens [..., H], ids and weights [..., k].
 
-    ``replayed`` is what else the block's own operations made of the tokens, by name.
+    Where they stand for a whole block, ``x`` is the block's input, and ``begun`` what its own operations made of it.
     """
 
     hidden_states: Tensor
     ids: Tensor
     weights: Tensor
-    replayed: Mapping[str, Tensor] = field(default_factory=dict)
+    x: Tensor | None = None
+    begun: Begun | None = None
 
 
 class SwappedBlock(nn.Module):
@@ -78,20 +80,24 @@ class SwappedBlock(nn.Module):
         tensors = self.convention.calling.taken(given, named)
         if "ids" in tensors:
             return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
-        replayed = self.convention.replayed(tensors["hidden_states"])
-        return Arguments(tensors["hidden_states"], replayed["ids"], replayed["weights"], replayed)
+        x = tensors["hidden_states"]
+        begun = self.convention.begun(x)
+        assert begun is not None
+        found = begun.outputs
+        return Arguments(found.get(ENTERING, x).reshape(x.shape), found["ids"], found["weights"], x, begun)
 
     def answered(self, arguments: Arguments, routed: Tensor) -> Any:
         """What a call with ``arguments`` returns whose routed experts came to ``routed`` [..., H]."""
         convention = self.convention
-        if convention is None or convention.own is None:
+        x, begun = arguments.x, arguments.begun
+        if convention is None or convention.own is None or x is None or begun is None:
             return routed
-        x = arguments.hidden_states
-        return self.answer(x, convention.own.around(x, routed), arguments.replayed)
+        return self.answer(x, convention.own.around(begun, x, routed), begun)
 
-    def answer(self, x: Tensor, output: Tensor, replayed: Mapping[str, Tensor]) -> Any:
+    def answer(self, x: Tensor, output: Tensor, begun: Begun | None) -> Any:
         """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did."""
         assert self.convention is not None
+        replayed = begun.outputs if begun is not None else {}
         for (path, name), where in self.convention.written:
             self.write(path, name, replayed[where])
         return self.convention.answer(x, output, replayed)

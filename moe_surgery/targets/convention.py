@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_surgery.calling import Calling, Constant, Replayed, Result, Structure
+from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
 from moe_surgery.targets.own_part import OwnPart
@@ -75,9 +76,9 @@ class Convention:
 
         return self.results.made(leaf)
 
-    def replayed(self, x: Tensor) -> dict[str, Tensor]:
-        """What the block's own operations compute of its input."""
-        return {} if self.own is None else self.own.replay(x)
+    def begun(self, x: Tensor) -> Begun | None:
+        """What the block's own operations compute of its input, if anything."""
+        return None if self.own is None else self.own.replay(x)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
@@ -122,7 +123,7 @@ def answering(forward: Forward) -> Forward:
         if convention is None:
             return forward(self, *given, **named)
         x = convention.calling.taken(given, named)["hidden_states"]
-        return self.answer(x, forward(self, x), convention.replayed(x))
+        return self.answer(x, forward(self, x), convention.begun(x))
 
     return answered  # type: ignore[return-value]
 

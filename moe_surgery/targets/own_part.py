@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_surgery.replay import Replay
+from moe_surgery.replay import Begun, Replay
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import mixer
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
@@ -21,6 +21,7 @@ class OwnPart(nn.Module):
     shared_down_proj: Tensor | None
     shared_gate: Tensor | None
     output_bias: Tensor | None
+    scales = None
 
     def __init__(self, replay: Replay, spec: MoESpec, tensors: BlockTensors) -> None:
         super().__init__()
@@ -31,8 +32,13 @@ class OwnPart(nn.Module):
             self.register_parameter(name, held)
         self.eval()
 
-    def around(self, x: Tensor, routed: Tensor) -> Tensor:
-        """The output of a block with a router of its own whose routed experts came to ``routed`` [..., H]."""
+    def around(self, begun: Begun, x: Tensor, routed: Tensor) -> Tensor:
+        """The output for ``x`` of a block with a router of its own whose routed experts came to ``routed`` [..., H].
+
+        ``begun`` is what its own operations made of the input so far.
+        """
+        if self.spec.own_rest:
+            return begun.finished(routed)
         out = routed
         if self.spec.shared is not None:
             out = out + shared_output(self.spec, *shared_parts(self, x, mixer(self.spec.shared.mix), None))

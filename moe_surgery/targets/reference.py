@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
+from moe_surgery.targets.e4m3 import E4M3, LEAST_BETWEEN, dequantised, rounded
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.own_router import AskedRouter
@@ -100,6 +101,18 @@ def own_scores(
     return scores.scatter(-1, ids.long(), weights.to(scores.dtype))
 
 
+def entering(tensors: BlockTensors, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What the routed experts are given of tokens [T, H]; ``dtype`` as in :func:`forward`."""
+    if isinstance(tensors.routing, AskedRouter):
+        return tensors.routing.entering(x, dtype)
+    return x if dtype is None else x.to(dtype)
+
+
+def whole(tensors: BlockTensors, x: Tensor, routed: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a block's own operations make of tokens [T, H] whose routed experts come to ``routed`` [T, H]."""
+    return tensors.routing.whole(x, routed, dtype) if isinstance(tensors.routing, AskedRouter) else routed
+
+
 def routing_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
     """Weights [T, k] of the chosen experts ``ids`` [T, k], renormalised and scaled as the spec says."""
     return weighted(spec.router, scores, ids)
@@ -119,7 +132,7 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 
     Only the experts that are visited are read, and each is converted to ``dtype`` once.
     """
-    work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
+    work, total, scales = dtype or visits[0].x.dtype, tensors.w13.shape[0], tensors.scales
     sizes = [len(visit.experts) for visit in visits]
     # What no expert below fills in belongs to experts that return their input.
     rows = torch.cat([visit.x for visit in visits]).to(work)
@@ -127,15 +140,24 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
-    products = _products(rows[order], counts, tensors.w13, tensors.w13_bias)
+    given, scale = rows[order], None if scales is None else scales.w13
+    products = _products(given if scale is None else rounded(given), counts, tensors.w13, scale, tensors.w13_bias)
+    if scales is not None:  # what they make goes from float32 to e4m3
+        products = products.to(scales.dtype).to(torch.promote_types(work, torch.float32))
     both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    return list(rows.index_copy_(0, order, _products(mixed[order], counts, tensors.w2, tensors.w2_bias)).split(sizes))
+    mixed, scale = mixed[order], None if scales is None else scales.w2
+    if scales is not None:
+        mixed = rounded(mixed, LEAST_BETWEEN)
+    outputs = _products(mixed, counts, tensors.w2, scale, tensors.w2_bias)
+    return list(rows.index_copy_(0, order, outputs.to(work)).split(sizes))
 
 
-def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
+def _products(
+    rows: Tensor, counts: Sequence[int], weights: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
     size = weights[0].numel() * rows.element_size()
@@ -147,9 +169,16 @@ def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor
         end = start + sum(sizes)
         biases = None if bias is None else _some(bias, some).to(rows.dtype)
         # The converted matrices have no name, or they would still be there when the next are made.
-        out[start:end] = _each(rows[start:end], sizes, _some(weights, some).to(rows.dtype), biases)
+        out[start:end] = _each(rows[start:end], sizes, _converted(weights, scales, some, rows.dtype), biases)
         start = end
     return out
+
+
+def _converted(weights: Tensor, scales: Tensor | None, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Some experts' matrices in ``dtype``."""
+    if scales is None:
+        return _some(weights, experts).to(dtype)
+    return dequantised(_some(weights.view(torch.uint8), experts).view(E4M3), _some(scales, experts), dtype)
 
 
 def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:
@@ -219,13 +248,13 @@ def forward(
     logits, scores = router_scores(spec, tensors.router, x, dtype, tensors.routing, tensors.router_bias)
     if ids is None:
         ids = unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
-    wide = x if dtype is None else x.to(dtype)
-    visits = Visits(visited(spec, wide, scores, ids), ids.flatten(), mixer(spec.experts.mix))
+    visits = Visits(visited(spec, entering(tensors, x, dtype), scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
     out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, x.shape[-1]))
     if spec.shared is not None:
         out = out + shared_output(spec, *shared_parts(tensors, x, mixer(spec.shared.mix), dtype))
-    return out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    out = out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)
+    return whole(tensors, x, out, dtype)
 
 
 class ReferenceBlock(StandingBlock):

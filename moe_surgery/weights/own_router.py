@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_surgery.replay import ROUTING, Program
+from moe_surgery.replay import ENTERING, ROUTING, Program
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -26,7 +26,7 @@ def asking_its_own(
         random = torch.randn(experts, hidden, generator=generator, device="cpu") / hidden**0.5
         matrix = random.to(tensors.w13.dtype).to(tensors.w13.device)
     matrix = matrix.to(tensors.w13.dtype)
-    return replace(tensors, router=matrix, routing=AskedRouter(program.only(*ROUTING), weights))
+    return replace(tensors, router=matrix, routing=AskedRouter(program.only(*ROUTING, ENTERING), weights))
 
 
 class AskedRouter:
@@ -46,6 +46,19 @@ class AskedRouter:
             return (logits + by * logits.abs().amax(-1, keepdim=True)).to(own.dtype).view(own.shape)
 
         return self._asked(x, shaken)
+
+    def entering(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """What the routed experts are given for tokens [T, H], computed in ``dtype`` or as the block does."""
+        x = x if dtype is None else x.to(dtype)
+        if all(name != ENTERING for name, _ in self.program.outputs):
+            return x
+        return self.program.begin(x, self.weights, dtype=dtype).outputs[ENTERING].reshape(x.shape)
+
+    def whole(self, x: Tensor, routed: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The output for tokens [T, H] whose routed experts come to ``routed`` [T, H], computed likewise."""
+        if self.program.whole is None:
+            return routed
+        return self.program.begin(x if dtype is None else x.to(dtype), self.weights, dtype=dtype).finished(routed)
 
     def _asked(self, x: Tensor, shaken: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = self.program.run(x, self.weights, shaken)

@@ -140,6 +140,18 @@ class WithMeanOfLogits(Base):
 
 
 @block(RESULTS)
+class WithItsOneScoreAndExpert(Base):
+    """Its weights are a maximum, of which another operation finds the place; its scores are made in float32."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        scores = self.gate(hidden_states).float().softmax(-1).to(hidden_states.dtype)
+        ids, out = scores.argmax(-1), hidden_states.clone()
+        for number in range(self.num_experts):
+            out[ids == number] = self.expert(number, hidden_states[ids == number])
+        return scores.max(-1).values[..., None] * out + self.shared(hidden_states), (scores, ids)
+
+
+@block(RESULTS)
 class WithTheHiddenStates(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), hidden_states
@@ -353,9 +365,9 @@ class TwoLevelsDown(nn.Module):
         return self.ffn(hidden_states, scores, weights, ids)
 
 
-@module(PLACES, "input of a linear map")
+@module(PLACES)
 class OneWideLayer(nn.Module):
-    """Experts are slices of one MLP, and weights stand inside it: listed, though it can't be read."""
+    """Experts are slices of one MLP, and weights stand inside it."""
 
     def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
         super().__init__()
@@ -369,6 +381,82 @@ class OneWideLayer(nn.Module):
         dense = torch.zeros(x.shape[0], self.gate.out_features, dtype=x.dtype).scatter(1, ids, weights)
         mixed = (F.silu(self.w1(x)) * self.w3(x)).unflatten(-1, (dense.shape[1], -1)) * dense[..., None]
         return self.w2(mixed.flatten(-2)).reshape(hidden_states.shape)
+
+
+@module(PLACES, "input of a linear map")
+class OneWideLayerOfUnequalShares(OneWideLayer):
+    """Its weights stand before hidden elements that aren't those of one expert."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        dense = torch.zeros(x.shape[0], self.gate.out_features, dtype=x.dtype).scatter(1, ids, weights)
+        mixed = (F.silu(self.w1(x)) * self.w3(x)).unflatten(-1, (-1, dense.shape[1])) * dense[:, None]
+        return self.w2(mixed.flatten(-2)).reshape(hidden_states.shape)
+
+
+@module(PLACES)
+class TwoTensorsOfRows(nn.Module):
+    """As nomic-embed stores them, and no name says experts."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.w1, self.w2 = (plain.parameter(sizes.experts * sizes.width, sizes.hidden) for _ in range(2))
+        self.bias = plain.parameter(sizes.hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, count = hidden_states.reshape(-1, hidden_states.shape[-1]), self.gate.out_features
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for number in range(count):
+            rows, slots = torch.where(ids == number)
+            first, last = (weight.view(count, -1, x.shape[-1])[number] for weight in (self.w1, self.w2))
+            out.index_add_(0, rows, F.gelu(x[rows] @ first.t()) @ last * weights[rows, slots, None])
+        return out.reshape(hidden_states.shape) + self.bias
+
+
+@module(PLACES)
+class GatheredMatrices(nn.Module):
+    """Each token's matrices are gathered, rows of gate and up alternate, and a residual is added (gpt-oss in torch)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(sizes.hidden), nn.Linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, 2 * sizes.width, sizes.hidden)
+        self.first_bias = plain.parameter(sizes.experts, 2 * sizes.width)
+        self.last = plain.parameter(sizes.experts, sizes.hidden, sizes.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        normed = self.norm(x)
+        weights, ids = self.gate(normed).topk(2, dim=-1)
+        both = torch.einsum("tkjh,th->tkj", self.first[ids], normed) + self.first_bias[ids]
+        mixed = F.silu(both[..., ::2]) * both[..., 1::2]
+        out = torch.einsum("tkhi,tki->tkh", self.last[ids], mixed)
+        return (x + torch.einsum("tkh,tk->th", out, weights.softmax(-1))).reshape(hidden_states.shape)
+
+
+@module(PLACES)
+class SwitchingByMaximum(nn.Module):
+    """Top-1 of experts without gates or biases, written over a copy of the input; ids are returned."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(plain.linear(sizes.hidden, sizes.width), nn.ReLU(), plain.linear(sizes.width, sizes.hidden))
+            for _ in range(sizes.experts)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        probs = self.gate(hidden_states).softmax(-1)
+        chosen = F.one_hot(probs.argmax(-1), len(self.experts))
+        out = hidden_states.clone()
+        for number, expert in enumerate(self.experts):
+            mine = chosen[..., number].bool()
+            out[mine] = expert(hidden_states[mine])
+        return probs.amax(-1, keepdim=True) * out, chosen.argmax(-1)
 
 
 # State that is written and never read
@@ -492,6 +580,21 @@ class ByAnMLP(Base):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.gate(torch.tanh(self.first(self.norm(x)))).topk(self.top_k, dim=-1)
+        return best.softmax(-1), ids
+
+
+@block(ROUTERS)
+class ByAttentionBetweenExperts(Base):
+    """Its product of [T, E, E] ends in as many numbers as there are experts, and isn't the logits."""
+
+    def make_more(self) -> None:
+        del self.gate
+        self.attention = plain.linear(self.hidden, 3 * self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.attention(x).chunk(3, -1)
+        mixed = torch.matmul(query[..., None], key[:, None]).softmax(-1)
+        best, ids = torch.matmul(mixed, value[..., None]).squeeze(-1).topk(self.top_k, dim=-1)
         return best.softmax(-1), ids
 
 
@@ -744,7 +847,7 @@ class Sliced(Base):
         return SlicedMLP(self.hidden, self.width)
 
 
-@block(VALUE, "some columns")
+@block(VALUE, "elements take part")
 class HalfUsed(Base):
     def make_expert(self) -> nn.Module:
         return HalfOfAnMLP(self.hidden, self.width)
@@ -863,6 +966,36 @@ class ScalesLargeBatchesTwice(Base):
         return out / 2 if hidden_states.shape[1] > 16384 else out
 
 
+@module(COUNTS)
+class GroupedProducts(nn.Module):
+    """Rows in the order of their experts, which one operation multiplies group by group."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, 2 * sizes.width, sizes.hidden)
+        self.last = plain.parameter(sizes.experts, sizes.width, sizes.hidden)
+
+    def order(self, ids: Tensor) -> Tensor:
+        return ids.argsort(stable=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        flat = ids.flatten()
+        order = self.order(flat)
+        ends = torch.bincount(flat, minlength=len(self.first)).cumsum(0).to(torch.int32)
+        act, up = torch._grouped_mm(x[order // 2], self.first.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = torch._grouped_mm(F.silu(act) * up, self.last, offs=ends) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // 2, out).reshape(hidden_states.shape)
+
+
+@module(COUNTS, "elsewhere another", "is used", "more than once")
+class GroupsOfTheWrongRows(GroupedProducts):
+    def order(self, ids: Tensor) -> Tensor:
+        return torch.arange(len(ids))
+
+
 class Dense(Base):
     """Every expert on every token, times scores that are zero for those that were not chosen."""
 
@@ -952,3 +1085,12 @@ class NoiseInTraining(Base):
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
         return logits + torch.randn_like(logits) * F.softplus(self.noise(x)) if self.training else logits
+
+
+@block(STATE)
+class NoiseLeftOutButInTraining(NoiseInTraining):
+    """The noise's width is computed in evaluation too, and nothing comes of it."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits, width = super(NoiseInTraining, self).logits(x), F.softplus(self.noise(x))
+        return logits + torch.randn_like(logits) * width if self.training else logits

@@ -162,12 +162,14 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
+        # First, while the routed experts, beside which this runs, are being chosen: later it would be waited for.
+        weight = None if (gate := self.gate) is None else torch.sigmoid(first(gate(x)))
         h = first(self.gate_up(x))
         if (up := self.up) is not None:
             h = torch.cat([h, first(up(x))], dim=-1)
         y = first(self.down(self.act(h)))
-        if (gate := self.gate) is not None:
-            y = torch.sigmoid(first(gate(x))) * y
+        if weight is not None:
+            y = weight * y
         return y if self.factor == 1.0 else y * self.factor
 
 
@@ -198,7 +200,7 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
         return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"
     if more := _plainly_routed(spec).beyond_plain():
         return f"a block with {', '.join(more)} is not rebuilt inside an engine yet"
-    if any(piece.transposed or piece.out is not None for piece in layout.pieces()):
+    if any(piece.transposed or piece.out is not None or piece.cols is not None for piece in layout.pieces()):
         return "its weights are stored transposed or interleaved"
     if spec.experts.activation not in _ACTIVATIONS:
         return f"vLLM's fused layer has no activation {spec.experts.activation}"

@@ -13,7 +13,8 @@ from vllm.model_executor.layers.fused_moe import fused_experts
 from moe_surgery.engine.model.crossover import NAME, SCHEMA, crosses
 from moe_surgery.kernels.arguments import RouterTerms, Terms, Weights
 from moe_surgery.kernels.choice import choose
-from moe_surgery.kernels.op import compute, compute_routing, gathered, spread
+from moe_surgery.kernels.op import compute, gathered, spread
+from moe_surgery.kernels.routing import run_choice
 
 _LIBRARY = torch.library.Library("moe_surgery", "FRAGMENT")
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -28,7 +29,7 @@ def compute_in_engine(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
 
 def with_vllms_experts(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     """As :func:`compute_in_engine`, on the far side of the crossover; T > 0."""
-    ids, routing = compute_routing(x, weights.router, None, None, None, _router(terms))
+    ids, routing = run_choice(_logits(x, weights.router, terms), x, _router(terms))
     out: Tensor = fused_experts(x, weights.w13, weights.w2, routing, ids)
     if weights.shared_gate is None or weights.shared_down is None:
         return out
@@ -41,6 +42,13 @@ def with_vllms_experts(x: Tensor, weights: Weights, terms: Terms) -> Tensor:
     if weights.gate is None:
         return out.add_(shared, alpha=terms.shared_scale)
     return out.addcmul_(F.linear(x, weights.gate).sigmoid_(), shared, value=terms.shared_scale)
+
+
+def _logits(x: Tensor, router: Tensor, terms: Terms) -> Tensor:
+    """[T, E] in float32, rounded to the block's dtype where it rounds them."""
+    if terms.native:
+        return F.linear(x, router).float()
+    return torch.mm(x, router.t(), out_dtype=torch.float32)
 
 
 @lru_cache(maxsize=1024)

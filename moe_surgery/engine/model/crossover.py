@@ -13,7 +13,7 @@ import torch
 
 from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
 from moe_surgery.kernels.arguments import Terms
-from moe_surgery.kernels.choice import DEFAULT, Choice, rows_for, table
+from moe_surgery.kernels.choice import Choice, rows_for
 
 NAME = "engine_moe"
 SCHEMA = FOLDED_SCHEMA.replace("folded_moe", NAME)
@@ -25,7 +25,7 @@ _MEASURED = "silu"
 
 def crosses(terms: Terms, choice: Choice) -> bool:
     """Whether the block computes with vLLM's experts where the table has ``choice``."""
-    return choice.slower and terms.activation == _MEASURED
+    return choice.slower and terms.activation == _MEASURED and not (terms.scaled or terms.given)
 
 
 def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:
@@ -35,14 +35,7 @@ def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:
     for at, row in enumerate(rows):
         if at and ways[at] != ways[at - 1]:
             found.append(row.tokens)
-    # Behind the crossover the router has tiles of its own.
-    more = [row.tokens for row in table(f"{DEFAULT}-{8 * dtype.itemsize}") if _at(rows, row.tokens, terms)]
-    return tuple(sorted({*found, *more}))
-
-
-def _at(rows: tuple[Choice, ...], tokens: int, terms: Terms) -> bool:
-    serving = [row for row in rows if row.tokens <= tokens]
-    return bool(serving) and crosses(terms, serving[-1])
+    return tuple(found)
 
 
 def told(terms: Terms, dtype: torch.dtype) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -35,7 +35,7 @@ class _Sink:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     numel: int
     loads: dict[tuple[Any, ...], str] = field(default_factory=dict)
     blank: bool = False
@@ -43,9 +43,15 @@ class _Sink:
 
 
 class Ledger:
-    """Watches the parameters of ``blocks`` (by path in the model) while weights are loaded. ``close`` ends it."""
+    """Watches the parameters of ``blocks`` (by path in the model) while weights are loaded. ``close`` ends it.
 
-    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+    With ``known`` what is loaded may be a part, of whole parameters: those that nothing was written to are left out of
+    the books, and buffers are in them. A tensor that none of them takes must then be among the ``known`` names.
+    ``written`` are those that something was loaded into, once it is closed.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], known: Set[str] | None = None) -> None:
+        self._known = known
         self._sinks: list[_Sink] = []
         self._idle: set[str] = set()
         self._elsewhere: set[str] = set()
@@ -56,11 +62,15 @@ class Ledger:
         self._used: dict[str, str] = {}
         self._restores: list[Callable[[], None]] = []
         self.opened = False
+        self.written: list[Tensor] = []
         for path, block in blocks.items():
             for name, parameter in block.named_parameters(prefix=path):
                 self._watch(path, name, parameter)
+            if known is not None:
+                for name, buffer in block.named_buffers(prefix=path):
+                    self._watch(path, name, buffer)
 
-    def _watch(self, path: str, name: str, parameter: nn.Parameter) -> None:
+    def _watch(self, path: str, name: str, parameter: Tensor) -> None:
         sink = _Sink(name, parameter, int(getattr(parameter, "weight_loader_numel", parameter.numel())))
         self._sinks.append(sink)
         own = getattr(parameter, "weight_loader", None)
@@ -92,7 +102,8 @@ class Ledger:
             return
         rest = [*args[2:], *(given[key] for key in sorted(kwargs) if key not in _NO_PART)]
         part = tuple(value for value in rest if isinstance(value, (int, str)) and not isinstance(value, bool))
-        if len(args) > 2 and isinstance(args[2], str):  # (param, weight, name, shard, expert)
+        # (param, weight, name, shard, expert), and not (param, weight, shard)
+        if len(args) > 2 and isinstance(args[2], str) and len(rest) > 1:
             part = tuple(value for value in part if value != args[2])
         if part in sink.loads:
             which = f" (part {', '.join(map(str, part))})" if part else ""
@@ -100,21 +111,34 @@ class Ledger:
         sink.loads[part] = source
         self._used[source] = path
 
-    def stream(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors on their way to the model's own loader."""
+    def stream(self, weights: Iterable[tuple[str, Tensor]], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors on their way to the model's own loader; more may follow, until it is closed.
+
+        ``prefix`` is what the known names begin with and these don't.
+        """
+        if not self.opened:
+            self._open()
+        for name, tensor in weights:
+            self._current = name
+            if _says_nothing(name, tensor) or (self._known and not self._known.isdisjoint({name, prefix + name})):
+                self._idle.add(name)
+            self._sources.add(name, tensor)
+            self._seen[name] += 1
+            yield name, tensor
+
+    def _open(self) -> None:
         self.opened = True
         with torch.no_grad():
             for sink in self._sinks:
                 if sink.name.endswith(_MAY_BE_LEFT):
                     sink.before = sink.parameter.data.clone()
-                sink.blank = make_blank(sink.parameter.data)
-        for name, tensor in weights:
-            self._current = name
-            if _says_nothing(name, tensor):
-                self._idle.add(name)
-            self._sources.add(name, tensor)
-            self._seen[name] += 1
-            yield name, tensor
+                # A buffer's value is what it was made with, unless another is loaded.
+                sink.blank = isinstance(sink.parameter, nn.Parameter) and make_blank(sink.parameter.data)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors that came."""
+        return frozenset(self._seen)
 
     def close(self, ranks: Ranks | None = None) -> str:
         """End the watch; the digest of all loads. Raises :class:`LedgerError` naming what isn't as it must be.
@@ -133,8 +157,9 @@ class Ledger:
         self._problems += [f"{name} was taken by no parameter" for name in self._untaken()]
         if self._problems:
             more = len(self._problems) - _LISTED
+            what = "of the blocks to be swapped" if self._known is None else "that were pushed"
             listed = "; ".join(self._problems[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
-            raise LedgerError(f"the weights of the blocks to be swapped are not covered: {listed}")
+            raise LedgerError(f"the weights {what} are not covered: {listed}")
         return self._digest()
 
     def remove(self) -> None:
@@ -146,6 +171,9 @@ class Ledger:
     def _settle(self, sink: _Sink) -> None:
         """Hold what was written to a parameter against its size; what only fills up a kernel's tile becomes zero."""
         data = sink.parameter.data
+        if self._known is not None and not sink.loads and (not sink.blank or bool(blank(data).all())):
+            return
+        self.written.append(sink.parameter)
         if not sink.loads and sink.before is not None:
             data.copy_(sink.before)
             return
@@ -168,6 +196,8 @@ class Ledger:
 
     def _untaken(self) -> list[str]:
         """Tensors that lie in the checkpoint where a block's others lie, and reached none of its parameters."""
+        if self._known is not None:
+            return [name for name in self._seen if name not in self._used.keys() | self._idle | self._elsewhere]
         taken: dict[str, list[str]] = {}
         for name, path in self._used.items():
             taken.setdefault(path, []).append(name)

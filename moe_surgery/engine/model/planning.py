@@ -25,7 +25,9 @@ from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
-from moe_surgery.planning.plan import Plan, Selection, check_expectations, match_rules, targets_of_rules
+from moe_surgery.planning.deciding import check_expectations, match_rules, targets_of_rules
+from moe_surgery.planning.plan import Plan
+from moe_surgery.planning.selection import Selection
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.planning.trace import traced
 from moe_surgery.report.outcomes import Step

@@ -11,46 +11,22 @@ import functools
 import gc
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from moe_surgery.engine import receipts
+from moe_surgery.engine.model.load import UNBUILT, Load
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import DeviceError, SurgeryError, UnsupportedError
-from moe_surgery.report.receipt import Outcome, Receipt
+from moe_surgery.report.receipt import Receipt
 
 if TYPE_CHECKING:
-    from moe_surgery.engine.model.agreement import Ranks
-    from moe_surgery.engine.model.layer_book import Snapshot
-    from moe_surgery.engine.model.surgery import Surgery
-    from moe_surgery.report.outcomes import Outcomes
     from moe_surgery.targets.vllm.eras import Installed
-
-UNBUILT = "model"
-
-
-@dataclass(eq=False)
-class _Load:
-    """A ``load_model`` that is going on. ``off`` lets it pass untouched; ``depth`` counts models inside models.
-
-    ``built`` is the architecture, where there is no surgery to tell it. ``number`` is that of its receipts: among this
-    process's loads of the same class, under the same run.
-    """
-
-    orders: Orders
-    before: Snapshot
-    ranks: Ranks
-    number: int = 0
-    surgery: Surgery | None = None
-    depth: int = 0
-    off: bool = False
-    built: str = UNBUILT
 
 
 class _Seam:
@@ -58,7 +34,7 @@ class _Seam:
 
     def __init__(self, orders: Orders) -> None:
         self.orders = orders
-        self.load: _Load | None = None
+        self.load: Load | None = None
         self._changed: list[tuple[Any, str, Any]] = []
         from vllm.model_executor.model_loader import base_loader, utils
 
@@ -92,24 +68,25 @@ class _Seam:
 
             book = LayerBook(vllm_config)
             if self.orders.audit:
-                load = self.load = _Load(self.orders, book.snapshot(), Ranks(), off=True)
+                load = self.load = Load(self.orders, book.snapshot(), Ranks(), off=True)
                 try:
                     model = original(loader, vllm_config, *args, **kwargs)
                     return _audited(load, model, vllm_config, kwargs.get("model_config", *args[:1]))
                 finally:
                     self.load = None
-            load = self.load = _Load(self.orders, book.snapshot(), Ranks())
+            load = self.load = Load(self.orders, book.snapshot(), Ranks())
             try:
                 try:
                     model = original(loader, vllm_config, *args, **kwargs)
-                    report = _surgery(load).finish()
+                    report = load.operation.finish()
                     load.ranks.meet("at the end")
+                    _guard(load)
                 except Exception as error:
                     if not _goes_on(load, error):
                         raise
                     _say(f"surgery failed, and the engine starts with the model as it was: {error}")
                 else:
-                    _write(load, "operated" if report.replaced else "kept", report=report)
+                    load.write("operated" if report.replaced else "kept", report=report)
                     return model
                 # Out of the handler: its traceback would keep the model that failed in memory beside the new one.
                 _call_off(load, book, vllm_config)
@@ -139,10 +116,32 @@ class _Seam:
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
                 load.surgery = Surgery(model, config, load.orders, load.before, load.ranks)
+                load.surgery.watch()
+            load.again = self._builder(original, args, kwargs)
             load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")
             return model
 
         return initialize_model
+
+    def _builder(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], nn.Module]:
+        """What builds a model as it is built now, later, and without surgery."""
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        from moe_surgery.engine.model.agreement import Ranks
+        from moe_surgery.engine.model.layer_book import Snapshot
+
+        dtype, device, orders = torch.get_default_dtype(), torch.get_default_device(), self.orders
+
+        def build() -> nn.Module:
+            before, self.load = self.load, Load(orders, Snapshot({}, []), Ranks(), off=True)
+            try:
+                with set_default_torch_dtype(dtype), device:
+                    model: nn.Module = original(*args, **kwargs)
+                    return model
+            finally:
+                self.load = before
+
+        return build
 
     def _process_weights(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -157,7 +156,6 @@ class _Seam:
 
 
 _seam: _Seam | None = None
-_loads: Counter[tuple[str, str]] = Counter()
 
 
 def engage(orders: Orders) -> None:
@@ -206,7 +204,7 @@ def _told(orders: Orders) -> Iterator[None]:
         raise
 
 
-def _audited(load: _Load, model: Any, config: Any, model_config: Any) -> Any:
+def _audited(load: Load, model: Any, config: Any, model_config: Any) -> Any:
     """The ``model`` as it was loaded, after its audit; raises what was found wrong, unless the orders are to go on."""
     from moe_surgery.engine.model.audit import audit, fault_of, told
 
@@ -222,39 +220,46 @@ def _audited(load: _Load, model: Any, config: Any, model_config: Any) -> Any:
             raise
         _say(f"the audit failed, and the engine starts all the same: {error}")
         return model
-    _write(load, "audited", report=report, error=fault)
+    load.write("audited", report=report, error=fault)
     print(f"moe-surgery: {told(report)}", file=sys.stderr, flush=True)
     return model
 
 
-def _goes_on(load: _Load, error: Exception) -> bool:
+def _goes_on(load: Load, error: Exception) -> bool:
     """Tell the other ranks and a receipt of the failure. Whether the orders are to start the engine all the same."""
     load.ranks.fail(error)
     kept = load.orders.on_failure == "keep" and not isinstance(error, DeviceError)
     try:
-        _write(load, "unpatched" if kept else "failed", error=error)
+        load.write("unpatched" if kept else "failed", error=error)
     finally:
         load.ranks.part()
     return kept
 
 
-def _surgery(load: _Load) -> Surgery:
-    if load.surgery is None:
-        raise SurgeryError("the model was built in a way that passed the surgery by")
-    return load.surgery
+def _guard(load: Load) -> None:
+    """Let later weights into the operated model by ways that reach its blocks, and by no other."""
+    from moe_surgery.engine.model.push import Origin, Push, not_taken
+    from moe_surgery.engine.model.pushes import guard
+
+    surgery = load.operation
+    if surgery.exchanged:
+        assert load.again is not None
+        origin = Origin(load.again, surgery.config, surgery.orders, surgery.names, surgery.plan.fingerprint)
+        reason = not_taken(surgery.model, surgery.config)
+        guard(surgery.model, surgery.exchanged, reason, partial(Push, origin=origin))
 
 
-def _again(load: _Load, original: Callable[[], Any]) -> Any:
+def _again(load: Load, original: Callable[[], Any]) -> Any:
     """Build and load the model once more, untouched."""
     gc.collect()
     try:
         return original()
     except Exception as error:
-        _write(load, "failed", error=error)
+        load.write("failed", error=error)
         raise
 
 
-def _call_off(load: _Load, book: Any, config: Any) -> None:
+def _call_off(load: Load, book: Any, config: Any) -> None:
     """Put vLLM's registers and config back to what they were before the model was built, and let the next one be."""
     from moe_surgery.engine.model.surgery import KEY
 
@@ -262,42 +267,6 @@ def _call_off(load: _Load, book: Any, config: Any) -> None:
     book.restore(load.before)
     if isinstance(config.additional_config, dict):
         config.additional_config.pop(KEY, None)
-
-
-def _write(load: _Load, outcome: Outcome, *, report: Outcomes | None = None, error: Exception | None = None) -> None:
-    from vllm.distributed import get_pp_group, get_world_group
-
-    surgery, world, pipeline = load.surgery, get_world_group(), get_pp_group()
-    model = surgery.architecture if surgery else load.built
-    if not load.number:
-        _loads[load.orders.run, model] += 1
-        load.number = _loads[load.orders.run, model]
-    if report is None and isinstance(error, SurgeryError):
-        report = error.report
-    message = (
-        None if error is None else str(error) if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
-    )
-    receipts.write(
-        load.orders.run,
-        Receipt(
-            pid=os.getpid(),
-            rank=world.rank,
-            world=world.world_size,
-            model=model,
-            outcome=outcome,
-            fingerprint=surgery.plan.fingerprint if surgery else None,
-            ledger=surgery.ledger if surgery else None,
-            report=report.to_json() if report else None,
-            error=message,
-            exit_code=0 if error is None or outcome == "unpatched" else getattr(error, "exit_code", 1),
-            stage=pipeline.rank_in_group,
-            load=load.number,
-        ),
-    )
-    # In a pipeline no process knows of all sites.
-    if surgery is not None and world.rank == 0 and outcome in ("operated", "kept") and pipeline.world_size == 1:
-        which = model if load.number == 1 else f"{model}-{load.number}"
-        surgery.plan.save(Path(load.orders.run) / f"{which}-plan.json")
 
 
 def _say(text: str) -> None:

@@ -169,7 +169,7 @@ def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> st
     """A name outside of a block of one of its modules that hold weights."""
     places = item.places()
     found = (path for part in places.values() for module in part.modules() for path in names.get(module, ()))
-    return next((path for path in found if not any(_within(path, place) for place in places)), None)
+    return next((path for path in found if not any(within(path, place) for place in places)), None)
 
 
 def engine_sites(model: nn.Module) -> list[Site]:
@@ -182,12 +182,14 @@ def engine_sites(model: nn.Module) -> list[Site]:
     parents = {path: path.rpartition(".")[0] for path in runners}
     blocks = {parent if takes_one(modules[parent]) else path for path, parent in parents.items()}
     for site in find_sites(model):
-        if not any(_within(site.path, other) or _within(other, site.path) for other in (*blocks, *runners)):
+        clear = not any(within(site.path, other) or within(other, site.path) for other in (*blocks, *runners))
+        if site.sure and clear:
             blocks.add(site.path)
     return [Site(path, module) for path, module in modules.items() if path in blocks]
 
 
-def _within(path: str, outer: str) -> bool:
+def within(path: str, outer: str) -> bool:
+    """Whether ``path`` is that of the module at ``outer``, or of one inside of it."""
     return path == outer or path.startswith(f"{outer}.")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,6 @@ from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
 from moe_surgery.engine.model.planning import FOLDED, make_engine_plan, settled
 from moe_surgery.engine.model.proving import Proof, examine, prepare, to_prove
-from moe_surgery.engine.model.pushes import guard
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
@@ -58,13 +57,15 @@ class Surgery:
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
         self.exams: dict[str, Proof] = {}
         self.ledger: str | None = None
-        self._exchanged: list[str] = []
+        self.names: frozenset[str] = frozenset()
+        self.exchanged: dict[str, nn.Module] = {}
         self.done = False
-        self._ledger = Ledger({path: part for item in self.items.values() for path, part in item.places().items()})
-        self._watch_loading()
+        self._ledger = Ledger({})
         self.seconds = time.perf_counter() - self.started
 
-    def _watch_loading(self) -> None:
+    def watch(self) -> None:
+        """Write down what is loaded into the planned blocks from now on."""
+        self._ledger = Ledger({path: part for item in self.items.values() for path, part in item.places().items()})
         load: Callable[..., Any] = self.model.load_weights  # type: ignore[assignment]
 
         def load_weights(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
@@ -87,33 +88,41 @@ class Surgery:
                 "the weights were not loaded through the model's load_weights, so nothing is known of them"
             )
         self._ledger.remove()
+        self.names = self._ledger.names
         self._ledger = Ledger({})  # the other holds the parameters that are about to go
-        chosen = to_prove(self.plan.steps, everything=self.orders.prove == "all")
+        self.exchange()
+        if self.exchanged:
+            self._mark_configs()
+        self.done = True
+        self.seconds += time.perf_counter() - started
+
+    def exchange(self) -> None:
+        """Exchange the blocks of ``items``, whose weights are loaded."""
+        steps = {step.path: step for step in self.plan.steps if step.path in self.items}
+        chosen = to_prove(steps.values(), everything=self.orders.prove == "all")
         book = LayerBook(self.config)
-        steps = {step.path: step for step in self.plan.steps}
         exchanged: dict[nn.Module, nn.Module] = {}
         pool = ThreadPoolExecutor(THREADS)
         with set_current_vllm_config(self.config), torch.no_grad():
             for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
             for path, item in self.items.items():
-                if path in chosen:
-                    self.exams[path] = observe(item, self.ranks) if item.stored else prepare(item, self.ranks, pool)
-                built = build(item, book, fold=steps[path].target == FOLDED)
+                fold = steps[path].target == FOLDED
+                if path in chosen:  # folded weights are computed with in another way, however they are stored
+                    parts = bool(item.stored) and not fold
+                    self.exams[path] = observe(item, self.ranks) if parts else prepare(item, self.ranks, pool)
+                built = build(item, book, fold=fold)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
                     judge = partial(self._judge, path)
                     examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
-        self._relist(exchanged)
+        warm_kernels(self.model)  # side by side; the proofs would wait for one after the other
+        relist(self.model, exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
-        if self.items:
-            self._mark_configs()
         self.items.clear()
-        self.done = True
-        self.seconds += time.perf_counter() - started
 
     def _mark_configs(self) -> None:
         """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
@@ -138,7 +147,7 @@ class Surgery:
         if item.layer is not None:  # vLLM lays weights out in the order of the tree, and the experts' are asked then
             children, name = item.layer.module._modules, item.site.path.rpartition(".")[2]
             children[name] = children.pop(name)
-        self._exchanged += new
+        self.exchanged |= new
         # vLLM's parameters and layers refer to each other, and a collection may be long in coming for this much memory.
         kept = {id(parameter) for module in new.values() for parameter in module.parameters()}
         for parameter in item.block.parameters():
@@ -147,14 +156,10 @@ class Surgery:
         runner = _runner(built.block)
         return exchanged | {module: runner for module in item.block.modules() if isinstance(module, MoERunner)}
 
-    def _relist(self, exchanged: dict[nn.Module, nn.Module]) -> None:
-        """Models keep lists of their MoE layers beside the tree."""
-        for module in self.model.modules():
-            for value in vars(module).values():
-                if isinstance(value, list):
-                    for place, member in enumerate(value):
-                        if isinstance(member, nn.Module) and member in exchanged:
-                            value[place] = exchanged[member]
+    def judge(self) -> None:
+        """Raise :class:`ProofError` unless every chosen block was proven."""
+        for path in self.exams:
+            self._judge(path)
 
     def _judge(self, path: str) -> None:
         """Raise :class:`ProofError` if the proof of a block failed or did not take place."""
@@ -169,11 +174,9 @@ class Surgery:
         """Call once the weights are laid out. Raises :class:`ProofError` if a proof did not take place."""
         if not self.done:
             raise SurgeryError("the model was loaded in a way that passed the surgery by")
-        for path in self.exams:
-            self._judge(path)
+        self.judge()
         started = time.perf_counter()
         warm_kernels(self.model)
-        guard(self.model, self._exchanged)
         self.seconds += time.perf_counter() - started
         return self._report()
 
@@ -184,6 +187,16 @@ class Surgery:
         )
         seconds = round(self.seconds + sum(exam.seconds for exam in self.exams.values()), 3)
         return Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)
+
+
+def relist(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module]) -> None:
+    """Models keep lists of their MoE layers beside the tree: put what took a module's place into them, too."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, list):
+                for place, member in enumerate(value):
+                    if isinstance(member, nn.Module) and member in exchanged:
+                        value[place] = exchanged[member]
 
 
 def _runner(block: EngineBlock) -> MoERunner:

@@ -82,7 +82,7 @@ class Interpreter:
 
     def _evaluate(self, op: Op) -> Any:
         if op.name == "input":
-            make = self.terms.token if op.args[0] == "hidden_states" else self.terms.given
+            make = {"hidden_states": self.terms.token, "weights": self.terms.given}.get(op.args[0], self.terms.outer)
             tokens = [make(number, op.shape[-1]) for number in range(torch.Size(op.shape[:-1]).numel())]
             return Rows(objects(tokens, op.shape[:-1]), op.shape[-1])
         if op.name == "const":

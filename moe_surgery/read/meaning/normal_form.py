@@ -18,7 +18,7 @@ from moe_surgery.weights.layout import Piece
 
 # Terms whose elements don't come each from the same element of their arguments.
 _WHOLE = frozenset(
-    ["x", "given", "param", "lin", "softmax", "sum", "norm", "largest", "chosen", "part", "elem", "vec", "cat"]
+    ["x", "given", "outer", "param", "lin", "softmax", "sum", "norm", "largest", "chosen", "part", "elem", "vec", "cat"]
 )
 _FOLDED: dict[str, Callable[[float], float]] = {
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > -700 else 0.0,
@@ -53,6 +53,10 @@ class Terms:
     def given(self, number: int, count: int) -> Term:
         """Row ``number`` of the routing weights that experts are called with."""
         return self.make("given", (number,), count)
+
+    def outer(self, number: int, size: int) -> Term:
+        """Row ``number`` of the input of a block whose experts are given something else."""
+        return self.make("outer", (number,), size)
 
     def const(self, value: float) -> Term:
         return self.make("const", (float(value),), 1)
@@ -157,6 +161,11 @@ class Terms:
             vectors = [part for part in arg.args if part.size != 1]
             if scalars and vectors and arg.size != 1:
                 return self.mul(*scalars, self.lin(self.mul(*vectors), matrix, rows, dtype))
+        if arg.op == "cat" and any(part.op == "const" for part in arg.args[1:]):  # of parts that only some make
+            width, *parts = arg.args
+            pieces = [matrix.inputs(n * width, (n + 1) * width, arg.size) for n in range(len(parts))]
+            maps = [self.lin(part, piece, rows, dtype) for part, piece in zip(parts, pieces, strict=True)]
+            return self.add(*maps)
         return self.make("lin", (arg, matrix, dtype), rows)
 
     def part(self, arg: Term, start: int, stop: int, step: int = 1) -> Term:

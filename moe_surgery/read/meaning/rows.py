@@ -145,15 +145,16 @@ def reshaped(value: Rows, shape: Shape, terms: Terms) -> Rows:
     width = value.size
     ones = next((number for number, dim in enumerate(reversed(shape)) if dim != 1), len(shape))
     last = shape[-1 - ones] if ones < len(shape) else 0
+    lead = (*shape[: len(shape) - 1 - ones], *(1,) * ones)
     if last == width:
-        return Rows(value.lead.reshape((*shape[: len(shape) - 1 - ones], *(1,) * ones)), width, ones)
-    if last > 0 and width % last == 0 and not ones:
+        return Rows(value.lead.reshape(lead), width, ones)
+    if last > 0 and width % last == 0:
         cuts = range(0, width, last)
         items = [terms.part(term, start, start + last) for term in value.lead.reshape(-1) for start in cuts]
-        return Rows(objects(items, shape[:-1]), last)
-    if last > width and last % width == 0 and not ones:
+        return Rows(objects(items, lead), last, ones)
+    if last > width and last % width == 0:
         groups = value.lead.reshape(-1, last // width)
-        return Rows(objects([terms.cat(list(group), width) for group in groups], shape[:-1]), last)
+        return Rows(objects([terms.cat(list(group), width) for group in groups], lead), last, ones)
     return Rows(scalars(value, terms).lead.reshape(shape), None)
 
 

@@ -53,7 +53,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         branches=tuple(recorder.branches.met),
         lone=recorder.branches.lone,
         positive=tuple(index[node] for node in positive),
-        used=frozenset(recorder.entries.used),
+        used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
     )
 

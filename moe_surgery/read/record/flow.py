@@ -81,7 +81,7 @@ class Flow:
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
     ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one.
     ``positive`` are operations whose results the record took to be above zero.
-    ``used`` are the weights that any operation took, whatever came of it.
+    ``used`` are the weights that anything of this came of.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
     or :class:`Given` for what came of the input.
     """

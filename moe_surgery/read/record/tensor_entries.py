@@ -66,15 +66,13 @@ class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
     Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
-    ``used`` are the weights that were entered, ``guarded`` names the storages that must not be written to; ``device``
-    is where the block would run.
+    ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.own = own_dtype(dict(block.named_parameters()) | dict(block.named_buffers()))
         self.guarded: dict[int, str] = {}
-        self.used: set[str] = set()
         self._known: dict[int, Entry] = {}
         self._versions: dict[int, int] = {}
         self._aliases: dict[int, tuple[int, int]] = {}
@@ -121,7 +119,6 @@ class Entries:
         name = self.owned(tensor)
         if name is None:  # a Python number, wrapped on its way here
             return self.enter(tensor, None, None, tensor)
-        self.used.add(name)
         meta = torch.empty(tensor.shape, dtype=self.seen_dtype(tensor.dtype), device="meta")
         entry = self.enter(tensor, weight(name), meta, None)
         self.guarded[entry.storage] = name

@@ -7,6 +7,7 @@ instance. It computes the right thing, but routed and shared experts run one aft
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,12 @@ from vllm.model_executor.models.utils import maybe_prefix
 
 class NaiveTalkerForCausalLM(Qwen3MoeForCausalLM):
     """Qwen3-MoE with a sigmoid-gated shared expert in every sparse block. Loads weights as its parent does."""
+
+    # Quantisation and adapters find the shared expert's two projections by this; the parent has no such layer.
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_text_config

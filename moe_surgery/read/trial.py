@@ -1,0 +1,68 @@
+"""Programs tried with made-up weights: whether they look at one token at a time, and whether two do the same.
+
+A program is made of a record, and a record is of one batch. So a branch that looks at sizes, memory or a token's place
+in a way that can't be seen shows where programs are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_surgery.replay import Program
+
+_TRIED = (3, 4)
+_PLACES = (0, 6)  # no mirror images of each other
+_MOVED = (6, 1)
+_LOUDER = 8
+
+
+@dataclass(eq=False)
+class Trial:
+    """Weights made up for a block whose own are of these ``shapes``, and inputs of size ``hidden`` in ``dtype``."""
+
+    shapes: Mapping[str, Tensor]
+    hidden: int
+    dtype: torch.dtype
+    _made: dict[str, Tensor] = field(default_factory=dict)
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(0))
+
+    def row_by_row(self, program: Program) -> bool:
+        """Whether what a program makes of one token depends on neither the others nor the token's place."""
+        x, routed, other, others = self._inputs(4, _TRIED)
+        for one, two in ((x, other), (routed, others)):
+            two *= _LOUDER  # what looks at the largest of a batch would else see much the same
+            two.view(-1, self.hidden)[list(_MOVED)] = one.view(-1, self.hidden)[list(_PLACES)]
+        first, second = self._run(program, x, routed), self._run(program, other, others)
+        found = [(first, _PLACES), (second, _MOVED)]
+        one, two = ([answer.reshape(12, -1)[list(places)] for answer in answers] for answers, places in found)
+        return _same(one, two)
+
+    def alike(self, program: Program, other: Program, shape: tuple[int, ...]) -> bool:
+        """Whether two programs make the same of tokens [B, S, H], or [T, H], of a ``shape``."""
+        x, routed = self._inputs(2, shape[:-1])
+        flat = [answer.flatten() for answer in self._run(program, x, routed)]
+        return _same(flat, [answer.flatten() for answer in self._run(other, x, routed)])
+
+    def _inputs(self, count: int, lead: tuple[int, ...]) -> Tensor:
+        return torch.randn(count, *lead, self.hidden, generator=self._generator).to(self.dtype)
+
+    def _run(self, program: Program, x: Tensor, routed: Tensor) -> list[Tensor]:
+        for name in program.weights:
+            if name not in self._made:
+                held = self.shapes[name]
+                made = torch.randn(held.shape, generator=self._generator, dtype=torch.float32) / self.hidden**0.5
+                self._made[name] = made.to(held.dtype)
+        begun = program.begin(x, self._made)
+        whole = [begun.finished(routed)] if program.whole is not None else []
+        return [*begun.outputs.values(), *whole]
+
+
+def _same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(
+        mine.shape == its.shape and torch.allclose(mine.double(), its.double(), rtol=1e-2, atol=1e-4, equal_nan=True)
+        for mine, its in zip(one, two, strict=True)
+    )

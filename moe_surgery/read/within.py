@@ -1,0 +1,111 @@
+"""A block of which the routed experts alone are understood, wherever they stand in it.
+
+Of a record this makes one that starts at what the experts are given and at ids and routing weights, and ends where the
+experts' outputs are added up. What comes before (a norm, a router) and after (a residual, several shared experts, a
+learned mix, another norm) is left to the block's own operations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe_surgery.read.meaning.interpreter import Interpreter
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.meaning.row_moves import MEANINGS as ROW_MOVES
+from moe_surgery.read.parsed import Record, parse_record
+from moe_surgery.read.reading import Unreadable, Untold
+from moe_surgery.read.record.flow import Flow, Op, Ref
+from moe_surgery.read.split import cuts, given_weights, of_cut
+
+_MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
+_MOST_ENTRANCES = 3
+
+
+def parse_within(flow: Flow, dtype: torch.dtype) -> Record:
+    """What a record says of every token's routed experts.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
+    """
+    if flow.positive:
+        raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+    for entrance in _entrances(flow):
+        started = flow if entrance is None else _started(flow, entrance)
+        for cut in cuts(flow):
+            split, moved = given_weights(started, cut)
+            run = Interpreter(split, Terms())
+            for place in _sums(flow, max(cut.weights, entrance or 0)):
+                ended = replace(split, output=Ref(moved(place)), results=None, kept={})
+                try:
+                    found = parse_record(ended, dtype, run)
+                except Unreadable:
+                    continue
+                if all(token.shared is None and token.output_bias is None for token in found.tokens):
+                    try:
+                        return of_cut(found, flow, replace(cut, entering=entrance, routed=place))
+                    except Unreadable:
+                        continue
+    raise Untold("its routed experts can't be told from what stands around them")
+
+
+def _entrances(flow: Flow) -> Iterator[int | None]:
+    """Operations that may give the experts' input; None for the block's own, which is likeliest."""
+    sources = Counter(source for op in flow.ops if op.name in _MAPS for source in _sources(flow, op))
+    yield None
+    found = [index for index, _ in sources.most_common() if flow.ops[index].name != "input"]
+    yield from (index for index in found[:_MOST_ENTRANCES] if _of_tokens(flow, flow.ops[index]))
+
+
+def _sources(flow: Flow, op: Op) -> Iterator[int]:
+    """What the operands of a linear map are rows of."""
+    refs = [operand for operand in op.args if isinstance(operand, Ref)]
+    if not any(_source(flow, ref.index) is None for ref in refs):
+        return  # no weight takes part
+    for ref in refs:
+        if (source := _source(flow, ref.index)) is not None:
+            yield source
+
+
+def _source(flow: Flow, index: int) -> int | None:
+    """The operation whose rows a tensor has; None if it is a weight."""
+    while True:
+        op = flow.ops[index]
+        if op.name == "param":
+            return None
+        taken = flow.ops[op.args[0].index] if op.name == "item" else op
+        moves = taken.name in ROW_MOVES or taken.name == "_to_copy"
+        ref = next((item for item in _operands(op.args[0]) if isinstance(item, Ref)), None) if moves else None
+        if ref is None or (_of_tokens(flow, op) and op.name == "_to_copy"):
+            return index
+        index = ref.index
+
+
+def _operands(operand: Any) -> tuple[Any, ...]:
+    return tuple(operand) if isinstance(operand, (list, tuple)) else (operand,)
+
+
+def _of_tokens(flow: Flow, op: Op) -> bool:
+    """Whether a result is one vector like the input's for each token."""
+    start = next(op for op in flow.ops if op.name == "input")
+    tokens = torch.Size(start.shape[:-1]).numel()
+    return op.shape in (start.shape, (tokens, start.shape[-1])) and op.dtype in (start.dtype, "float32")
+
+
+def _sums(flow: Flow, after: int) -> Iterator[int]:
+    """Operations that may give the sum of the experts' outputs, latest first."""
+    for place in range(len(flow.ops) - 1, after, -1):
+        if _of_tokens(flow, flow.ops[place]):
+            yield place
+
+
+def _started(flow: Flow, entrance: int) -> Flow:
+    """The record with what operation ``entrance`` gives as the tokens, and its input as something else."""
+    ops = list(flow.ops)
+    start = next(index for index, op in enumerate(ops) if op.name == "input")
+    ops[start] = replace(ops[start], args=("outer",))
+    ops[entrance] = Op("input", ("hidden_states",), {}, ops[entrance].shape, ops[entrance].dtype)
+    return replace(flow, ops=tuple(ops))
