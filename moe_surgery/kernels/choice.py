@@ -1,10 +1,11 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
-``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. A shape without a table takes the rows of the shape most like it,
-each for as many tokens as give an expert the same number. What ``moe-surgery tune`` found on the GPU that is used comes
-before all of them. Float32, and routers of their own, take ``default-32.json`` and ``default-16.json``. Where vLLM's
-experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
+``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names; weights in e4m3 have rows of
+their own. A number of tokens is served by the row of the largest number not above it. A shape without a table takes the
+rows of the shape most like it, each for as many tokens as give an expert the same number. What ``moe-surgery tune``
+found on the GPU that is used comes before all of them. Float32, and routers of their own, take ``default-32.json`` and
+``default-16.json``. Where vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those
+(``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
@@ -30,6 +31,7 @@ NOISE = 1.02
 """Times that differ by less are no reason to cross over."""
 
 _LEAST_COLUMNS = 32
+_SCALED = "-e4m3"
 
 Tiles = dict[str, int]
 
@@ -56,8 +58,9 @@ class Choice:
 
 
 def shape_name(terms: Terms) -> str:
-    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``."""
-    return f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``, or the same with ``-e4m3`` of scaled weights."""
+    sizes = f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    return sizes + _SCALED if terms.scaled else sizes
 
 
 def own_folder(device: str) -> Path:
@@ -108,8 +111,8 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    rows = (table(shape_name(terms)) or nearest(terms)) if dtype.itemsize == 2 else ()
+    """The table of a block. Those of shapes are for two-byte dtypes and for e4m3; float32 takes the default's tiles."""
+    rows = (table(shape_name(terms)) or nearest(terms)) if dtype.itemsize == 2 or terms.scaled else ()
     return rows or table(f"{DEFAULT}-{8 * dtype.itemsize}")
 
 
@@ -120,7 +123,8 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
     Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
     the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
     """
-    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob("H*.json"))}
+    names = [path.stem for path in sorted(FOLDER.glob("H*.json"))]
+    found = {name: _sizes(name) for name in names if name.endswith(_SCALED) == terms.scaled}
     if not found:
         return ()
     own = _sizes(shape_name(terms))
@@ -133,14 +137,14 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
         tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
         down = row.down
         if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
-            down = {**down, "BK": max(down["BK"] // wider, _LEAST_COLUMNS)}
+            down = {**down, "BK": max(down["BK"] // wider, BLOCK if terms.scaled else _LEAST_COLUMNS)}
         rows[tokens] = replace(row, tokens=tokens, down=down, slower=False)
     return tuple(rows.values())
 
 
 def _sizes(name: str) -> dict[str, int]:
     """What a shape's name says: hidden H, experts E, width I, chosen K and slices M."""
-    return {part[0]: int(part[1:]) for part in name.split("-")}
+    return {part[0]: int(part[1:]) for part in name.removesuffix(_SCALED).split("-")}
 
 
 def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
+from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, first, owner
 from moe_surgery.engine.model.crossover import SCHEMA, sizes_to_ask, told
+from moe_surgery.engine.model.in_blocks import scales
+from moe_surgery.engine.model.routed import ROUTED_SCHEMA, stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
+from moe_surgery.kernels.arguments import BLOCK, Terms, Weights
 from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
-from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.read.reading import Reading
+from moe_surgery.spec import RouterSpec
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
 from moe_surgery.targets.folded.fold import terms_of
@@ -42,6 +45,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     spec = item.reading.spec
+    if spec.router.own and item.stored:  # vLLM's router hands over what it chose
+        spec = replace(spec, router=RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", renormalize=True))
     for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
         yield reason
         return
@@ -61,7 +66,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     router = _weight(item.block, item.reading.layout.router)
     if tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
         yield f"{item.reading.layout.router} is a part of a weight"
-    for piece in _small(item.reading):
+    for piece in _small(item.reading, shared=not item.stored):
         found = _weight(item.block, piece).dtype
         if found != config.model_config.dtype:
             yield f"{piece.path} is {str(found).removeprefix('torch.')}, the block {dtype}"
@@ -70,19 +75,33 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
 def _backend(item: EngineSite, config: VllmConfig) -> str:
     """What lays out the block's routed experts; for those that aren't in vLLM's layer yet, what is to be expected."""
     if item.routed is not None:
-        method: Any = item.routed.runner.routed_experts.quant_method
-        return str(method.unquantized_backend.name)
+        return _layout(item.routed.runner.routed_experts)
     wanted = config.kernel_config.moe_backend
     if wanted in ("auto", "humming"):  # the latter is for quantised experts
         return "TRITON" if torch.cuda.get_device_capability() < (10, 0) else "of this GPU"
     return str(wanted).upper()
 
 
+def _layout(experts: Any) -> str:
+    """The name of the backend that lays out routed experts of vLLM's."""
+    method = experts.quant_method
+    return str((method.unquantized_backend if stored(experts) is None else method.fp8_backend).name)
+
+
 def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
     """A rank's share of the block in the kernels' numbers."""
     assert item.reading is not None
-    slices = _shared_width(item) // _width(item.reading)
-    return replace(terms_of(item.reading.spec), width=_width(item.reading), slices=slices, shared_scale=shared_scale)
+    spec = item.reading.spec
+    terms = replace(
+        terms_of(spec, given=spec.router.own),
+        width=_width(item.reading),
+        slices=_shared_width(item) // _width(item.reading),
+        shared_scale=shared_scale,
+        scaled=bool(item.stored),
+    )
+    if not spec.router.own:
+        return terms
+    return replace(terms, scale=float(spec.router.scale), gated=item.reading.layout.shared_gate is not None)
 
 
 def _width(reading: Reading) -> int:
@@ -97,11 +116,11 @@ def _shared_width(item: EngineSite) -> int:
     return 0 if shared is None else int(_weight(item.block, shared.down).shape[-1])
 
 
-def _small(reading: Reading) -> Iterator[Piece]:
-    """The weights of a block but for the routed experts'."""
+def _small(reading: Reading, *, shared: bool) -> Iterator[Piece]:
+    """The weights of a block but for the routed experts', and those of the ``shared`` one if they are wanted."""
     layout = reading.layout
     yield layout.router
-    if layout.shared is not None:
+    if shared and layout.shared is not None:
         yield from layout.shared.pieces()
     if layout.shared_gate is not None:
         yield layout.shared_gate
@@ -163,20 +182,27 @@ class KernelBlock(EngineBlock):
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
-        self._compute, self._operator, self.schema = _operators(self.terms, self.weights().w13.dtype)
+        self._layer_name = str(runner.layer_name)
+        if self.terms.given:
+            from moe_surgery.engine.model.routed_op import compute_routed, engine_routed_moe  # needs Triton
+
+            self._of_chosen, self._of_chosen_in_graphs, self.schema = compute_routed, engine_routed_moe, ROUTED_SCHEMA
+        else:
+            self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
         """See :func:`~moe_surgery.engine.model.crossover.sizes_to_ask`."""
-        return sizes_to_ask(self.terms, self.weights().w13.dtype)
+        return sizes_to_ask(self.terms, self._router_weight().dtype)
 
     def weights(self) -> Weights:
         """The block's weights, where they are now."""
         experts: Any = getattr(self, self._routed).routed_experts
         router, w13, w2 = self._router_weight(), experts.w13_weight, experts.w2_weight
         shared: Any = self._shared[0]
+        held = scales(experts, shared) if self.terms.scaled else None
         if shared is None:
-            return Weights(router, w13, w2)
+            return Weights(router, w13, w2, scales=held)
         return Weights(
             router,
             w13,
@@ -185,21 +211,33 @@ class KernelBlock(EngineBlock):
             shared.gate_up.weight,
             None if shared.up is None else shared.up.weight,
             shared.down.weight,
+            scales=held,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        operator = self._operator if torch.compiler.is_compiling() else self._compute
-        out = operator(x, self.weights(), self.terms)
+        if self.terms.given:
+            out = self._routed_by_vllm(x)
+        else:
+            operator = self._operator if torch.compiler.is_compiling() else self._compute
+            out = operator(x, self.weights(), self.terms)
         if self._ranks > 1:
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
 
+    def _routed_by_vllm(self, x: Tensor) -> Tensor:
+        """The block's output where vLLM's router chooses the experts, by logits of the block's own layer."""
+        runner: Any = getattr(self, self._routed)
+        gate = getattr(self, self._router) if self._router else runner.gate
+        logits = first(gate(x))
+        if torch.compiler.is_compiling():
+            return self._of_chosen_in_graphs(x, logits, self.weights(), self.terms, self._layer_name)
+        return self._of_chosen(x, logits, self.weights(), self.terms, runner.router)
+
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
         experts: Any = getattr(self, self._routed).routed_experts
-        backend = experts.quant_method.unquantized_backend.name
-        if backend not in _AS_LOADED:
+        if (backend := _layout(experts)) not in _AS_LOADED:
             raise SurgeryError(
                 f"vLLM's MoE backend {backend} lays weights out in a way of its own; set moe_backend='triton'"
             )
@@ -213,11 +251,20 @@ class KernelBlock(EngineBlock):
             "shared_up": (rows, t.hidden) if weights.shared_up is not None else None,
             "shared_down": (t.hidden, t.slices * t.width) if t.slices else None,
         }
+        held = {name: getattr(weights, name) for name in wanted}
+        if weights.scales is not None:
+            wanted |= {f"scales of {name}": _blocks(wanted[name]) for name in weights.scales._fields}
+            held |= {f"scales of {name}": scale for name, scale in weights.scales._asdict().items()}
         for name, shape in wanted.items():
-            tensor: Tensor | None = getattr(weights, name)
+            tensor: Tensor | None = held[name]
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape or (tensor is not None and not tensor.is_contiguous()):
                 raise SurgeryError(f"{name} lies in memory as {found}, and the kernels take {shape}, contiguous")
+
+
+def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """How many blocks matrices of ``shape`` [..., N, K] have."""
+    return None if shape is None else (*shape[:-2], shape[-2] // BLOCK, shape[-1] // BLOCK)
 
 
 def warm_kernels(model: nn.Module) -> None:
