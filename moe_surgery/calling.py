@@ -34,6 +34,17 @@ class Argument:
     by_name_only: bool = False
 
 
+class UnreadCall(SurgeryError):
+    """A call with a value for ``argument`` that the block wasn't read with."""
+
+    def __init__(self, argument: str) -> None:
+        super().__init__(
+            f"a replaced block was called with a value for {argument} that it was not read with; undo, or leave the "
+            "block alone with skip="
+        )
+        self.argument = argument
+
+
 @dataclass(frozen=True)
 class Calling:
     """All arguments of a block's forward in order."""
@@ -82,10 +93,7 @@ class Calling:
             found.append((argument, value))
         for argument, value in found:
             if argument.role == "fixed" and (argument.many or not _same(value, argument.default)):
-                raise SurgeryError(
-                    f"a replaced block was called with a value for {argument.many}{argument.name} that it was not read "
-                    "with; undo, or leave the block alone with skip="
-                )
+                raise UnreadCall(f"{argument.many}{argument.name}")
         tensors: dict[str, Any] = {argument.role: value for argument, value in found if argument.role in _TENSORS}
         for argument in self.arguments:
             if argument.role in _TENSORS and argument.role not in tensors:

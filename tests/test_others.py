@@ -111,6 +111,22 @@ def test_arguments_are_never_ignored() -> None:
     assert torch.equal(unused(x, 3, cache=object()), unused(x))
 
 
+class Masking(Layer):
+    def forward(self, x: Tensor) -> Any:
+        return self.mlp(x, torch.ones(*x.shape[:-1], 1, dtype=x.dtype))
+
+
+def test_a_block_that_the_model_calls_with_more_is_refused_and_others_are_replaced() -> None:
+    case = next(case for case in others.CASES if case.name == "Optional")
+    model = nn.Sequential(Layer(case.make()), Masking(case.make())).eval()
+    x = torch.randn(2, 3, 32)
+    before = model(x)
+    steps = moe_surgery.apply(model, target="reference", model_check={"input": x}).steps
+    assert [step.outcome for step in steps] == ["replaced", "refused"]
+    assert "a value for attention_mask" in steps[1].reason
+    assert distance(model(x), before) < 64
+
+
 def test_a_wrong_result_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_surgery.targets.convention import Convention
 

@@ -111,8 +111,6 @@ def stack(*mlps: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("part", [*plain.ROUTERS, *plain.STORES, *plain.SHAREDS, *plain.WHOLES])
 def test_finds_plain_blocks_however_they_are_stored(part: type[plain.Base]) -> None:
-    if part is plain.Flat:
-        pytest.skip("matrices of all experts in one two-dimensional tensor look like any dense layer's")
     make = plain.block_class(part)
     assert paths(stack(make(), plain.MLP(32, 48), make())) == ["layers.0.mlp", "layers.2.mlp"]
 

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One candidate place in the module tree: a module that looks like a sparse-MoE block."""
+    """One candidate place in the module tree: a module that looks like a sparse-MoE block.
+
+    One that isn't ``sure`` may be some other layer of that form; it is no site if it has no top-k.
+    """
 
     path: str
     module: nn.Module
+    sure: bool = True
 
     @property
     def kind(self) -> str:

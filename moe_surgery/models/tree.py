@@ -10,7 +10,6 @@ import inspect
 from collections import Counter
 from collections.abc import Hashable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from moe_surgery.models.site import Site
@@ -25,13 +24,20 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of ``model`` in the order of its module tree; blocks swapped in before are sites too."""
     modules = dict(model.named_modules())
     paths = {path for path, module in modules.items() if isinstance(module, SwappedBlock)}
+    unsure: set[str] = set()
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
             found = {_block_path(modules, path, *bank) for bank in _banks(module)}
             paths |= {place for place in found if place is not None}
-            paths |= _around_stacked(modules, path) | ({path} if _wide_layers(module) else set())
+            around, certain = _around_stacked(modules, path)
+            wide, surely = _wide_layers(module)
+            unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
+            paths |= (around if certain else set()) | ({path} if wide and surely else set())
+            unsure |= around | ({path} if wide else set())
+    unsure = {path for path in unsure - paths if takes_one(modules[path])}
+    paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
-    return tuple(Site(path, module) for path, module in modules.items() if path in inner)
+    return tuple(Site(path, module, path not in unsure) for path, module in modules.items() if path in inner)
 
 
 def _inside(path: str, outer: str) -> bool:
@@ -46,7 +52,8 @@ def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int, bool]]:
     """
     named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
-        own = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape[1:]) > 1]
+        held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        own = [p for p in held if p.ndim in (3, 4) and min(p.shape[-2:]) > 1]
         stacked = Counter(p.shape[0] for p in own if p.shape[0] > 1 or named_so)
         for count, times in stacked.items():
             yield (), count, times > 1 or named_so
@@ -58,11 +65,11 @@ def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int, bool]]:
         if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and len(child) > 1:
             members = [member for member in child.children() if any(True for _ in member.parameters())]
             matrices = [len(_matrices(member)) for member in members]
-            if len(members) < 2 or max(matrices) > _MOST_MATRICES or min(matrices) < 1:
+            named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
+            if len(members) < 2 or min(matrices) < 1 or (max(matrices) > _MOST_MATRICES and not named):
                 continue
             if isinstance(child, nn.Sequential) and len(set(map(_form, members))) > 1:
                 continue
-            named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
             if named or min(matrices) >= 2:
                 yield (name,), len(members), named
             elif max(matrices) == min(matrices) == 1:
@@ -96,35 +103,62 @@ def _form(module: nn.Module) -> Hashable:
     return tuple((name, parameter.shape) for name, parameter in module.named_parameters())
 
 
-def _wide_layers(module: nn.Module) -> bool:
-    """Whether ``module`` holds an MLP of layers ``[E * I, H]`` and ``[H, E * I]``, and beside it a layer ``[E, H]``."""
-    layers = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
-    shapes = Counter(tuple(weight.shape) for weight in layers)
+def _wide_layers(module: nn.Module) -> tuple[bool, bool]:
+    """Whether ``module`` holds an MLP of layers ``[E * I, H]`` and ``[H, E * I]``, and beside it a matrix ``[E, H]``.
+
+    It is certain that these are experts where there is an up projection.
+    """
+    own = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
+    shapes = Counter(tuple(weight.shape) for weight in [*own, *module.parameters(recurse=False)] if weight.ndim == 2)
     for (wide, hidden), times in shapes.items():
-        if times != 2 or shapes.get((hidden, wide), 0) != 1 or len(layers) != times + 2:
+        if times > 2 or shapes.get((hidden, wide), 0) != 1 or shapes.total() != times + 2:
             continue
-        if any(width == hidden and 1 < rows < wide and wide % rows == 0 for rows, width in shapes):
-            return True
-    return False
+        if any(hidden in shape and 1 < min(shape) < wide and wide % min(shape) == 0 for shape in shapes):
+            return True, times == 2
+    return False, False
 
 
-def _around_stacked(modules: dict[str, nn.Module], path: str) -> set[str]:
-    """The nearest module around experts stacked in matrices, ``[E * I, H]`` each, that holds a matrix ``[E, H]``."""
+def _around_wide(outer: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` is an MLP of wide layers alone, and ``outer`` has a layer ``[E, H]`` or so of its own."""
+    layers = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
+    if not 2 <= len(layers) <= 3 or len(layers) != sum(1 for child in module.children() if _matrices(child)):
+        return False
+    (wide, hidden), *others = sorted((tuple(weight.shape) for weight in layers), reverse=True)
+    if wide <= hidden or others[-1] != (hidden, wide) or set(others[:-1]) - {(wide, hidden)}:
+        return False
+    own = [child.weight for child in outer.children() if isinstance(child, nn.Linear)]
+    scoring = [min(p.shape) for p in [*own, *outer.parameters(recurse=False)] if p.ndim == 2 and hidden in p.shape]
+    return any(1 < count < hidden and wide % count == 0 for count in scoring)
+
+
+def _around_stacked(modules: dict[str, nn.Module], path: str) -> tuple[set[str], bool]:
+    """The nearest module around experts stacked in matrices, ``[E * I, H]`` each, that holds a matrix ``[E, H]``.
+
+    It is certain that these are experts where there are three of a size, or two that are called experts, and the matrix
+    is that of a layer beside them.
+    """
     if isinstance(modules[path], (nn.RNNBase, nn.RNNCellBase)):
-        return set()
-    own = Counter(p.shape for p in modules[path].parameters(recurse=False) if p.ndim == 2)
-    shape, times = own.most_common(1)[0] if own else (torch.Size(), 0)
-    if times < (2 if _HINT in type(modules[path]).__name__.lower() else 3):
-        return set()
+        return set(), False
+    own = [p for p in modules[path].parameters(recurse=False) if p.ndim == 2]
+    widths = Counter(p.shape[1] for p in own)
+    hidden, several = widths.most_common(1)[0] if own else (0, 0)
+    if several < 2:
+        return set(), False
+    stacked = [p for p in own if p.shape[1] == hidden]
+    rows = [p.shape[0] for p in stacked]
+    alike = Counter(rows).most_common(1)[0][1]
+    certain = alike > 2 or (alike > 1 and _HINT in type(modules[path]).__name__.lower())
     for outer in _outwards(path):
         inside = f"{path[len(outer) :].lstrip('.')}." if outer != path else ""
         for name, tensor in modules[outer].named_parameters() if outer in modules else ():
-            if not inside and "." not in name:
+            if tensor.ndim != 2 or hidden not in tensor.shape or (inside and name.startswith(inside)):
                 continue
-            fits = tensor.ndim == 2 and tensor.shape[1] == shape[1] and 1 < tensor.shape[0] < shape[0]
-            if fits and shape[0] % tensor.shape[0] == 0 and not (inside and name.startswith(inside)):
-                return {outer}
-    return set()
+            experts = tensor.shape[0] if tensor.shape[1] == hidden else tensor.shape[1]
+            larger = [count for count in rows if count > experts]
+            if experts > 1 and len(larger) > 1 and not any(count % experts for count in larger):
+                layer = tensor.shape[1] == hidden and (bool(inside) or "." in name)
+                return {outer}, certain and layer
+    return set(), False
 
 
 def _outwards(path: str) -> Iterator[str]:

@@ -131,8 +131,12 @@ class Operation:
         wanted = self.settings.model_check
         if wanted is not False and self.readings:
             hidden = next(iter(self.readings.values())).spec.hidden
-            self.whole = WholeModel(self.model, tuple(self.readings), hidden, None if wanted is True else wanted)
+            callings = {path: reading.calling for path, reading in self.readings.items()}
+            given = None if wanted is True else wanted
+            self.whole = WholeModel(self.model, tuple(self.readings), hidden, given, callings)
             self.whole.before()
+            for path, argument in self.whole.unread.items():
+                self.refused[path] = f"the model calls it with a value for {argument}, which it was not read with"
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
         with self._ahead() as ahead:
@@ -223,6 +227,8 @@ class Operation:
     def _proven(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
         """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
         block, probes = self.model.get_submodule(path), ahead.of(path)
+        if path in self.refused:
+            return None
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
             tensors = gathered(block, reading)

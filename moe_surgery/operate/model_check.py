@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from moe_surgery.calling import Structure, output_of
+from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.prove.own_tokens import Heard
@@ -48,14 +48,18 @@ class _Played:
 class WholeModel:
     """The check of one operation on ``model``, whose ``sites`` are to be replaced.
 
-    ``hidden`` is the width of the first site. ``given`` are arguments to call the model with; without them token ids
-    are made up, and of a model that can't be called those parts are run that can.
+    ``hidden`` is the width of the first site, ``callings`` how sites are called as they were read. ``given`` are
+    arguments to call the model with; without them token ids are made up, and of a model that can't be called those
+    parts are run that can.
     """
 
     model: nn.Module
     sites: Sequence[str]
     hidden: int
     given: Mapping[str, Any] | None = None
+    callings: Mapping[str, Calling] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    """Sites that the model calls otherwise than they were read, with the argument that it gives."""
     _played: list[_Played] = field(default_factory=list)
     _failed: list[NotRun] = field(default_factory=list)
     _seconds: float = 0.0
@@ -119,6 +123,11 @@ class WholeModel:
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 values = kept((args, kwargs))
+                if path in self.callings:
+                    try:
+                        self.callings[path].taken(args, kwargs)
+                    except UnreadCall as error:
+                        self.unread[path] = error.argument
                 answer = inner(*args, **kwargs)
                 events.append(_Event("called", path, values, copied(answer)))
                 return answer

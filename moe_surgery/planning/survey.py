@@ -13,6 +13,7 @@ from moe_surgery.models.tree import find_sites
 from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
+from moe_surgery.read.parsed import NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.sameness import Readings, structure
 from moe_surgery.read.unrecorded import check_site
@@ -42,6 +43,7 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
     known = Readings()
     shared = _shared_modules(model)
     surveyed = [_survey(site, known, shared) for site in find_sites(model)]
+    surveyed = [item for item in surveyed if item.site.sure or item.unread != NO_TOP_K]
     around = Surroundings(model, [item.site for item in surveyed if item.reading is not None])
     return tuple(
         item if item.reading is None else replace(item, held=around.objection(item.site.path)) for item in surveyed

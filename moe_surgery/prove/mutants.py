@@ -116,6 +116,8 @@ def requests(
         return tokens, Visits(x, chosen.flatten(), mix)
 
     wanted = {name: visit(ids[few], other) for name, other in mixed_otherwise(mix).items()}
+    if not mix.gated and spec.router.own:  # of such blocks there is little else to do wrongly
+        wanted["activation left out"] = visit(ids[few], lambda gate, up: gate)
     if not reached(spec, tensors, probes):
         wanted.pop("clamp left out", None)
     if ranks > 1:
@@ -139,7 +141,7 @@ def requests(
     for name, (tokens, chosen) in chosen_otherwise(spec, tensors, probes, routing).items():
         given = visited(spec, entering(tensors, probes.x[tokens], F64), routing.scores[tokens], chosen)
         wanted[name] = visit(chosen, x=given, tokens=tokens)
-    if not _one_weight(spec):  # else every weight is 1
+    if not (_one_weight(spec) or _scales(spec)):
         raw = x.repeat_interleave(k, 0)
         on_input = spec.experts.weights_on == "input"
         name = f"weights on the {'outputs' if on_input else 'inputs'}"
@@ -239,6 +241,11 @@ def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twi
     moved = (mine_weight - theirs_weight).where(mine_weight != 0, 0.0)
     y = parts.output(parts.routed[tokens] + moved * (out - own), tokens)
     return Twin("expert {case} exchanged with its nearest", y, tokens, experts)
+
+
+def _scales(spec: MoESpec) -> bool:
+    """Do experts make of a weighted input what weighting their output makes? A relu and matrices alone do."""
+    return spec.experts.activation == "relu" and not spec.experts.gated and not spec.experts.biases
 
 
 def _one_weight(spec: MoESpec) -> bool:

@@ -21,6 +21,8 @@ from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.flow import Choice, Flow, Given
 
+NO_TOP_K = "it has no top-k"
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -78,11 +80,11 @@ def parse_record(flow: Flow, dtype: torch.dtype, run: Interpreter | None = None)
     """What a record says of every token. ``run`` is what its operations mean, where that is known."""
     run = run or Interpreter(flow, Terms())
     terms = run.terms
+    if not flow.choices:
+        raise Unreadable(NO_TOP_K)
     output = vectors(run.rows(flow.output), terms)
     size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     native = str(dtype).removeprefix("torch.")
-    if not flow.choices:
-        raise Unreadable("it has no top-k")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     parsers = [

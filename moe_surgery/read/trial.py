@@ -17,6 +17,7 @@ from moe_surgery.replay import Program
 _TRIED = (3, 4)
 _PLACES = (0, 6)  # no mirror images of each other
 _MOVED = (6, 1)
+_LOUDER = 8
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class Trial:
         """Whether what a program makes of one token depends on neither the others nor the token's place."""
         x, routed, other, others = self._inputs(4, _TRIED)
         for one, two in ((x, other), (routed, others)):
+            two *= _LOUDER  # what looks at the largest of a batch would else see much the same
             two.view(-1, self.hidden)[list(_MOVED)] = one.view(-1, self.hidden)[list(_PLACES)]
         first, second = self._run(program, x, routed), self._run(program, other, others)
         found = [(first, _PLACES), (second, _MOVED)]

@@ -78,13 +78,13 @@ def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = rang
 
     Matrices number ``spare`` of stacked ones may have none: those of experts that need no matrices.
     """
-    used: dict[tuple[str, int | None], range | set[int]] = {}
+    used: dict[tuple[str, int | None, bool], range | set[int]] = {}
     totals: Counter[str] = Counter()
     for piece in layout.pieces():
-        if piece.cols is not None:
-            raise Unreadable(f"{piece} is some columns of a weight")
         places, size = _places(piece, tuple(state[piece.path].shape))
-        key = piece.path, piece.index
+        key = piece.path, piece.index, piece.cols is not None
+        if (piece.path, piece.index, piece.cols is None) in used:
+            raise Unreadable(f"{piece} is some columns of a weight of which others are used whole")
         if key not in used:  # most matrices are one piece, whose places needn't be listed
             used[key] = places
         else:
@@ -104,6 +104,10 @@ def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = rang
 def _places(piece: Piece, shape: tuple[int, ...]) -> tuple[range, int]:
     """Which rows (or columns, or elements of a vector) of its parameter a piece is, and how many elements each has."""
     shape = shape[1:] if piece.index is not None else shape
+    if piece.cols is not None:
+        if piece.rows is not None or piece.out is not None or piece.transposed:
+            raise Unreadable(f"{piece} is a block of a weight")
+        return range(*piece.cols[:2]), shape[0]
     if len(shape) == 1:
         places, size = range(shape[0]), 1
     elif piece.transposed and piece.rows is None:

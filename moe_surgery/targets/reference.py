@@ -160,21 +160,25 @@ def _products(
 ) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    size = weights[0].numel() * rows.element_size()  # nothing is kept between two conversions
+    size = weights[0].numel() * rows.element_size()
     together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
     experts = [expert for expert, count in enumerate(counts) if count]
     for first in range(0, len(experts), together):
         some = experts[first : first + together]
         sizes = [counts[expert] for expert in some]
         end = start + sum(sizes)
-        if scales is None:
-            matrices = _some(weights, some).to(rows.dtype)
-        else:
-            matrices = dequantised(_some(weights.view(torch.uint8), some).view(E4M3), _some(scales, some), rows.dtype)
         biases = None if bias is None else _some(bias, some).to(rows.dtype)
-        out[start:end] = _each(rows[start:end], sizes, matrices, biases)
+        # The converted matrices have no name, or they would still be there when the next are made.
+        out[start:end] = _each(rows[start:end], sizes, _converted(weights, scales, some, rows.dtype), biases)
         start = end
     return out
+
+
+def _converted(weights: Tensor, scales: Tensor | None, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Some experts' matrices in ``dtype``."""
+    if scales is None:
+        return _some(weights, experts).to(dtype)
+    return dequantised(_some(weights.view(torch.uint8), experts).view(E4M3), _some(scales, experts), dtype)
 
 
 def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:

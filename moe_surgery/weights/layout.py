@@ -14,8 +14,8 @@ class Piece:
     piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only
     ``out = (start, stop, step)`` are meant, where given: a band of a transposed parameter, or every other row.
 
-    ``cols = (start, stop, all)`` is one of the parts that a sum is made of, and stands for no weight of a layout: some
-    columns of a matrix of so many.
+    ``cols = (start, stop, all)`` says that only some of the matrix's ``all`` inputs are meant: those of one expert,
+    where the down projections of all lie side by side.
 
     A bias is a piece too: of a parameter that is a vector, or row ``index`` of one that is a matrix.
     """
@@ -33,6 +33,14 @@ class Piece:
         text += ".T" if self.transposed else ""
         text += f"[:, {self.cols[0]}:{self.cols[1]}]" if self.cols else ""
         return text + (f"[{self.out[0]}:{self.out[1]}:{self.out[2]}]" if self.out else "")
+
+    def inputs(self, start: int, stop: int, total: int) -> Piece:
+        """Inputs ``start:stop`` of this piece, which has ``total``."""
+        if self.transposed and self.out is None and self.cols is None:
+            first = self.rows[0] if self.rows else 0
+            return replace(self, rows=(first + start, first + stop))
+        first, _, total = self.cols or (0, 0, total)
+        return replace(self, cols=(first + start, first + stop, total))
 
     def outputs(self, start: int, stop: int, step: int = 1) -> Piece:
         """Outputs ``start:stop:step`` of this piece."""

@@ -91,6 +91,7 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
             tensor = tensor[piece.rows[0] : piece.rows[1]]
         if piece.transposed:
             tensor = tensor.t()
+        tensor = tensor if piece.cols is None else tensor[:, piece.cols[0] : piece.cols[1]]
         return tensor if piece.out is None else tensor[slice(*piece.out)]
 
     def optional(piece: Piece | None) -> Tensor | None:

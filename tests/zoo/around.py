@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import others, plain
-from .others import block
+from .others import block, module
 from .plain import Base
 
 AROUND = "around"
@@ -111,10 +111,38 @@ class SharesWhatIsLeft(Alone):
         return routed * (1 - part) + self.dense(x) * part
 
 
+@module(AROUND)
+class OneExpertOfOneLayerLess(nn.Module):
+    """Top-1 of experts without gates or biases, by a router of its own: few mistakes can be made in it."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, sizes.hidden, sizes.width)
+        self.last = plain.parameter(sizes.experts, sizes.width, sizes.hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = torch.tanh(self.gate(F.normalize(x, dim=-1))).exp().topk(1, dim=-1)
+        out = torch.zeros_like(x)
+        for number in range(len(self.first)):
+            rows, _ = torch.where(ids == number)
+            out[rows] = F.relu(x[rows] @ self.first[number]) @ self.last[number] * weights[rows]
+        return out.reshape(hidden_states.shape)
+
+
 @block(AROUND, "other tokens")
 class LessItsMean(Alone):
     def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
         return routed - routed.mean(0, keepdim=True)
+
+
+@block(AROUND, "other tokens")
+class ByTheLargestOfAll(Alone):
+    """The largest values of two batches of one scale are nearly the same."""
+
+    def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        return F.layer_norm(routed / routed.abs().max() + x, (self.hidden,))
 
 
 @block(AROUND, "to its experts' output", "other tokens")

@@ -365,9 +365,9 @@ class TwoLevelsDown(nn.Module):
         return self.ffn(hidden_states, scores, weights, ids)
 
 
-@module(PLACES, "input of a linear map")
+@module(PLACES)
 class OneWideLayer(nn.Module):
-    """Experts are slices of one MLP, and weights stand inside it: listed, though it can't be read."""
+    """Experts are slices of one MLP, and weights stand inside it."""
 
     def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
         super().__init__()
@@ -381,6 +381,82 @@ class OneWideLayer(nn.Module):
         dense = torch.zeros(x.shape[0], self.gate.out_features, dtype=x.dtype).scatter(1, ids, weights)
         mixed = (F.silu(self.w1(x)) * self.w3(x)).unflatten(-1, (dense.shape[1], -1)) * dense[..., None]
         return self.w2(mixed.flatten(-2)).reshape(hidden_states.shape)
+
+
+@module(PLACES, "input of a linear map")
+class OneWideLayerOfUnequalShares(OneWideLayer):
+    """Its weights stand before hidden elements that aren't those of one expert."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        dense = torch.zeros(x.shape[0], self.gate.out_features, dtype=x.dtype).scatter(1, ids, weights)
+        mixed = (F.silu(self.w1(x)) * self.w3(x)).unflatten(-1, (-1, dense.shape[1])) * dense[:, None]
+        return self.w2(mixed.flatten(-2)).reshape(hidden_states.shape)
+
+
+@module(PLACES)
+class TwoTensorsOfRows(nn.Module):
+    """As nomic-embed stores them, and no name says experts."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.w1, self.w2 = (plain.parameter(sizes.experts * sizes.width, sizes.hidden) for _ in range(2))
+        self.bias = plain.parameter(sizes.hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, count = hidden_states.reshape(-1, hidden_states.shape[-1]), self.gate.out_features
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for number in range(count):
+            rows, slots = torch.where(ids == number)
+            first, last = (weight.view(count, -1, x.shape[-1])[number] for weight in (self.w1, self.w2))
+            out.index_add_(0, rows, F.gelu(x[rows] @ first.t()) @ last * weights[rows, slots, None])
+        return out.reshape(hidden_states.shape) + self.bias
+
+
+@module(PLACES)
+class GatheredMatrices(nn.Module):
+    """Each token's matrices are gathered, rows of gate and up alternate, and a residual is added (gpt-oss in torch)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(sizes.hidden), nn.Linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, 2 * sizes.width, sizes.hidden)
+        self.first_bias = plain.parameter(sizes.experts, 2 * sizes.width)
+        self.last = plain.parameter(sizes.experts, sizes.hidden, sizes.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        normed = self.norm(x)
+        weights, ids = self.gate(normed).topk(2, dim=-1)
+        both = torch.einsum("tkjh,th->tkj", self.first[ids], normed) + self.first_bias[ids]
+        mixed = F.silu(both[..., ::2]) * both[..., 1::2]
+        out = torch.einsum("tkhi,tki->tkh", self.last[ids], mixed)
+        return (x + torch.einsum("tkh,tk->th", out, weights.softmax(-1))).reshape(hidden_states.shape)
+
+
+@module(PLACES)
+class SwitchingByMaximum(nn.Module):
+    """Top-1 of experts without gates or biases, written over a copy of the input; ids are returned."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(plain.linear(sizes.hidden, sizes.width), nn.ReLU(), plain.linear(sizes.width, sizes.hidden))
+            for _ in range(sizes.experts)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        probs = self.gate(hidden_states).softmax(-1)
+        chosen = F.one_hot(probs.argmax(-1), len(self.experts))
+        out = hidden_states.clone()
+        for number, expert in enumerate(self.experts):
+            mine = chosen[..., number].bool()
+            out[mine] = expert(hidden_states[mine])
+        return probs.amax(-1, keepdim=True) * out, chosen.argmax(-1)
 
 
 # State that is written and never read
@@ -771,7 +847,7 @@ class Sliced(Base):
         return SlicedMLP(self.hidden, self.width)
 
 
-@block(VALUE, "some columns")
+@block(VALUE, "elements take part")
 class HalfUsed(Base):
     def make_expert(self) -> nn.Module:
         return HalfOfAnMLP(self.hidden, self.width)
@@ -888,6 +964,36 @@ class ScalesLargeBatchesTwice(Base):
         if hidden_states.shape[1] > 8192:
             out = out * 2
         return out / 2 if hidden_states.shape[1] > 16384 else out
+
+
+@module(COUNTS)
+class GroupedProducts(nn.Module):
+    """Rows in the order of their experts, which one operation multiplies group by group."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.gate = plain.linear(sizes.hidden, sizes.experts)
+        self.first = plain.parameter(sizes.experts, 2 * sizes.width, sizes.hidden)
+        self.last = plain.parameter(sizes.experts, sizes.width, sizes.hidden)
+
+    def order(self, ids: Tensor) -> Tensor:
+        return ids.argsort(stable=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        flat = ids.flatten()
+        order = self.order(flat)
+        ends = torch.bincount(flat, minlength=len(self.first)).cumsum(0).to(torch.int32)
+        act, up = torch._grouped_mm(x[order // 2], self.first.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = torch._grouped_mm(F.silu(act) * up, self.last, offs=ends) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // 2, out).reshape(hidden_states.shape)
+
+
+@module(COUNTS, "elsewhere another", "is used", "more than once")
+class GroupsOfTheWrongRows(GroupedProducts):
+    def order(self, ids: Tensor) -> Tensor:
+        return torch.arange(len(ids))
 
 
 class Dense(Base):

@@ -200,7 +200,7 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
         return f"in float16 vLLM divides the shared expert by the routed scale ({spec.router.scale:g})"
     if more := _plainly_routed(spec).beyond_plain():
         return f"a block with {', '.join(more)} is not rebuilt inside an engine yet"
-    if any(piece.transposed or piece.out is not None for piece in layout.pieces()):
+    if any(piece.transposed or piece.out is not None or piece.cols is not None for piece in layout.pieces()):
         return "its weights are stored transposed or interleaved"
     if spec.experts.activation not in _ACTIVATIONS:
         return f"vLLM's fused layer has no activation {spec.experts.activation}"

@@ -182,7 +182,8 @@ def engine_sites(model: nn.Module) -> list[Site]:
     parents = {path: path.rpartition(".")[0] for path in runners}
     blocks = {parent if takes_one(modules[parent]) else path for path, parent in parents.items()}
     for site in find_sites(model):
-        if not any(within(site.path, other) or within(other, site.path) for other in (*blocks, *runners)):
+        clear = not any(within(site.path, other) or within(other, site.path) for other in (*blocks, *runners))
+        if site.sure and clear:
             blocks.add(site.path)
     return [Site(path, module) for path, module in modules.items() if path in blocks]
 

@@ -174,6 +174,22 @@ def _linear(run: Evaluation, value: Rows, mats: Mats, op: Op) -> Rows:
     return Rows(objects(items, value.lead.shape), mats.shape[-1])
 
 
+def _grouped(run: Evaluation, op: Op) -> Rows:
+    """Rows of which each group goes through a matrix of its own; groups are known by where they end."""
+    value, mats = run.vectors(op.args[0]), run.value(op.args[1])
+    ends = run.value(op.args[2] if len(op.args) > 2 else op.kwargs.get("offs"))
+    rest = [*op.args[3:], *(kept for name, kept in op.kwargs.items() if name not in ("offs", "out_dtype"))]
+    stacked = isinstance(mats, Mats) and mats.lead.ndim == 1 and mats.dims[0] == (0,)
+    if not stacked or not isinstance(ends, Tensor) or value.lead.ndim != 1 or any(item is not None for item in rest):
+        raise Unreadable("it multiplies groups of rows in a way that reading has no meaning for")
+    groups = torch.searchsorted(ends.long(), torch.arange(value.lead.size), right=True)
+    if bool((groups >= mats.shape[0]).any()):
+        raise Unreadable("it multiplies fewer rows than it has")
+    chosen = replace(mats, lead=mats.lead[groups.numpy()])
+    found = _linear(run, Rows(value.lead[:, None], value.size), chosen, op)
+    return Rows(found.lead[:, 0], found.size)
+
+
 def _roles(mats: Mats) -> tuple[list[int], list[int], list[int]]:
     """The axes of matrices by role: batch, inputs, outputs. Axes of length one may have got lost in views."""
     *ahead, inputs, outputs = (list(axes) for axes in mats.dims)
@@ -266,7 +282,7 @@ _ELEMENTWISE = (
 )
 _COMPARED = "eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or maximum minimum"
 
-PRODUCTS: dict[str, _Meaning] = {"mm": _matmul, "bmm": _matmul, "addmm": _addmm}
+PRODUCTS: dict[str, _Meaning] = {"mm": _matmul, "bmm": _matmul, "addmm": _addmm, "_grouped_mm": _grouped}
 MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(_ELEMENTWISE.split(" "), _elementwise),
     **dict.fromkeys(_COMPARED.split(" "), _compared),

@@ -161,6 +161,11 @@ class Terms:
             vectors = [part for part in arg.args if part.size != 1]
             if scalars and vectors and arg.size != 1:
                 return self.mul(*scalars, self.lin(self.mul(*vectors), matrix, rows, dtype))
+        if arg.op == "cat" and any(part.op == "const" for part in arg.args[1:]):  # of parts that only some make
+            width, *parts = arg.args
+            pieces = [matrix.inputs(n * width, (n + 1) * width, arg.size) for n in range(len(parts))]
+            maps = [self.lin(part, piece, rows, dtype) for part, piece in zip(parts, pieces, strict=True)]
+            return self.add(*maps)
         return self.make("lin", (arg, matrix, dtype), rows)
 
     def part(self, arg: Term, start: int, stop: int, step: int = 1) -> Term:

@@ -58,7 +58,7 @@ _UNIQUE = frozenset("_unique2 _unique unique_dim unique_consecutive".split(" "))
 
 # Where an operation takes known numbers as places; anywhere else they are values.
 _PLACES = {"index": 1, "index_put": 1, "gather": 2, "index_select": 2, "index_add": 2, "index_copy": 2}
-_PLACES |= {"scatter": 2, "scatter_add": 2, "scatter_reduce": 2}
+_PLACES |= {"scatter": 2, "scatter_add": 2, "scatter_reduce": 2, "_grouped_mm": 2}
 
 
 class Ledger:
