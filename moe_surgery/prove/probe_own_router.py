@@ -24,7 +24,7 @@ _SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64, 4.0)
 
 
 def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> Probes:
-    """``probes``, and for each expert that few of them are surely routed to unit tokens that are, if any are found.
+    """``probes``, and unit tokens that are surely routed to each expert that few of them are, if any are found.
 
     Tokens are tried in the block's dtype: at random, and pushed from several sides, by several lengths, towards where a
     missing expert's logit is higher than others', and where all others' are low. Of those that choose it many are asked
