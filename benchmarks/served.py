@@ -6,7 +6,8 @@ The models are those of served_checkpoint.py, quantised by tests/quantised_check
 surgery and one without stand at the same time, both of all their blocks proven. Both continue the same prompts
 greedily, with each adapter where there are any, and are then timed in turns, one decoding step of one sequence: by CUDA
 events around the model's forward on one rank, and by the clock on two. With --eager there are no
-graphs, and nothing is timed. Adds its rows to results/<machine>-served.json, in place of those of the same case.
+graphs, and nothing is timed. Adds its rows to results/<machine>-served.json, in place of those of the same case that
+ran likewise.
 
 ``tokens_equal`` says that all tokens are the same. Where they aren't, ``apart`` has, of the first that differs, how far
 its likeliest two were apart without surgery, in nats: a tie that rounding decides is near zero.
@@ -151,10 +152,13 @@ def checkpoint(case: Case, small: bool, folder: Path) -> Path:
     return model
 
 
-def row(case: Case, pair: tuple[Child, Child], setting: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What came of a case whose engines are being started; ``setting`` is what the row tells of them besides."""
+def row(
+    case: Case, pair: tuple[Child, Child], told: tuple[dict[str, Any], dict[str, Any]], setting: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """What came of a case whose engines ``told`` of their start; ``setting`` is what the row tells of them besides."""
     operated, plain = pair
-    has, had = operated.told(), plain.told()
+    has, had = told
     found: dict[str, Any] = {**case.key(), **setting, "tokens_equal": None, "apart": None, "decode_ratio": None}
     if "error" in has or "error" in had:
         which = "with surgery" if "error" in has else "without surgery"
@@ -256,24 +260,30 @@ def main() -> None:
             some = wanted[first : first + arguments.at_once]
             with ExitStack() as ends:
                 pairs = [started(case, arguments, folder, at % gpus, ends) for at, case in enumerate(some)]
-                for case, pair in zip(some, pairs, strict=True):
-                    found = row(case, pair, setting, folder)
+                starts = [(mine.told(), theirs.told()) for mine, theirs in pairs]  # all, before any is timed
+                for case, pair, told in zip(some, pairs, starts, strict=True):
+                    found = row(case, pair, told, setting, folder)
                     print(f"{time.monotonic() - begun:4.0f} s {json.dumps(found, ensure_ascii=False)}", flush=True)
                     keep(arguments.out, found)
 
 
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return FORMATS.index(row["format"]), row["parallel"], row["lora"], row["model"], row["target"], row["eager"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows in Markdown: one for each format, parallelism, adapters and target of a model."""
-    heads = ("format", "parallelism", "target", "model", "outcome", "proof", "tokens", "decode")
+    heads = ("format", "parallelism", "target", "model", "ran", "outcome", "proof", "tokens", "decode")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for found in sorted(rows, key=lambda each: (FORMATS.index(each["format"]), each["parallel"], each["lora"])):
+    for found in sorted(rows, key=_order):
         form = found["format"] + (", LoRA on " + " and ".join(found["adapters"]) if found["lora"] else "")
         proof = found.get("proof")
         proven = f"{proof['reference']}, {proof['mutants']} mutants, {proof['margin']:g} ×" if proof else ""
         same = {True: "equal", None: ""}.get(found["tokens_equal"], f"apart at gaps of {found['apart']}")
         ratio = "" if found["decode_ratio"] is None else f"{found['decode_ratio']:.2f} ×"
         parallel, target = {"1": "one GPU"}.get(found["parallel"], found["parallel"]), found["target"]
-        cells = (form, parallel, target, found["model"], found["outcome"], proven, same, ratio)
+        ran = "in graphs" if found["eager"] == "no" else "eagerly"
+        cells = (form, parallel, target, found["model"], ran, found["outcome"], proven, same, ratio)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -283,7 +293,7 @@ def keep(out: Path, found: dict[str, Any]) -> None:
     out.mkdir(exist_ok=True)
     path = out / f"{machine_name()}-served.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    key = ("model", "format", "parallel", "lora", "target")
+    key = ("model", "format", "parallel", "lora", "target", "eager")
     rows = [old for old in rows if any(old[name] != found[name] for name in key)]
     result = {**describe(), "command": command(), "rows": [*rows, found]}
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

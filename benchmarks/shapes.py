@@ -29,6 +29,7 @@ CASES = {
     "thinker": Case(_spec(2048, 128, 768, 8, 0, False, True), 6),
     "qwen2-57b-a14b": Case(_spec(3584, 64, 2560, 8, 20480, True, False), 3),
     "deepseek-v2-lite": Case(_spec(2048, 64, 1408, 6, 2816, False, False), 6),
+    "unfused-deepseek": Case(_spec(1024, 64, 256, 4, 512, False, True), 24),
     "talker-tp2": Case(_spec(1024, 128, 192, 6, 384, True, True), 24),
     "qwen3-next": Case(_spec(2048, 512, 512, 10, 512, True, True), 3),
     "deepseek-v3-tp8": Case(_spec(7168, 256, 256, 8, 256, False, True), 3),
@@ -39,4 +40,5 @@ CASES = {
     "mixtral-8x7b": Case(_spec(4096, 8, 14336, 2, 0, False, True), 3),
 }
 """Qwen3-Omni's talker and thinker (the size of Qwen3-30B-A3B), Qwen2-57B-A14B, DeepSeek-V2-Lite, and more: a rank's
-share where it says so. The sizes are the models' own; every router is a plain one here, and biases are left out."""
+share where it says so; ``unfused-deepseek`` is what served_checkpoint.py writes. The sizes are the models' own; every
+router is a plain one here, and biases are left out."""

@@ -82,7 +82,7 @@ class Run:
     the ``ways``, or in all (see ``engine_pushes``), and it is asked after each. ``guarded`` is a run without surgery
     whose error is a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one
     that is told of. ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see
-    ``engine_wrapped``).
+    ``engine_wrapped``). ``sleeps`` has the engine sleep with its weights kept, wake up, and be asked once more.
     """
 
     folder: str
@@ -95,6 +95,7 @@ class Run:
     guarded: bool = False
     before: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,10 @@ def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
         if run.push is not None:
             asking = partial(_answers, llm, prompts)
             pushes |= push(llm, asking, tuple(run.ways), Path(run.folder), Path(run.push))
+        if run.sleeps:
+            llm.sleep(level=1)
+            llm.wake_up()
+            outputs += _ask(llm, prompts)
         return outputs
     finally:
         model_loader.dummy_loader.initialize_single_dummy_weight = fill

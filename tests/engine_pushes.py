@@ -77,6 +77,13 @@ def _in_parts(worker: Any, folder: Path) -> None:
         worker.get_model().load_weights(iter(part))
 
 
+def _without_vectors(worker: Any, folder: Path) -> None:
+    """Everything, and then once more without biases, correction biases and norms, which stay what they are."""
+    model, found = worker.get_model(), list(tensors(folder))
+    model.load_weights(iter(found))
+    model.load_weights((name, tensor) for name, tensor in found if tensor.ndim > 1)
+
+
 def _from_inside(worker: Any, folder: Path) -> None:
     """Through the model inside, which has names of its own, and the rest through the whole."""
     model, found = worker.get_model(), list(tensors(folder))
@@ -95,6 +102,7 @@ def _update(worker: Any, folder: Path, skip: str = "") -> None:
 TAKEN: dict[str, Way] = {
     "load_weights": lambda worker, folder: worker.get_model().load_weights(tensors(folder)),
     "load_weights in parts": _in_parts,
+    "load_weights without vectors": _without_vectors,
     "load_weights of the inner model": _from_inside,
     "reload_weights by path": lambda worker, folder: worker.reload_weights(weights_path=str(folder)),
     "reload_weights by iterator": lambda worker, folder: worker.reload_weights(weights_iterator=tensors(folder)),
@@ -123,6 +131,18 @@ def _without(found: list[tuple[str, Tensor]]) -> None:
     del found[_last_expert(found)]
 
 
+def _without_down(found: list[tuple[str, Tensor]]) -> None:
+    """A whole matrix of a block that isn't proven: the first and the last are."""
+    down = (
+        place for place, (name, _) in enumerate(found) if ".layers.1." in name and name.endswith("down_proj.weight")
+    )
+    del found[max(down)]
+
+
+def _router_alone(found: list[tuple[str, Tensor]]) -> None:
+    found[:] = [(name, tensor) for name, tensor in found if name.endswith((".gate.weight", ".router.weight"))]
+
+
 def _cut(found: list[tuple[str, Tensor]]) -> None:
     place = _last_expert(found)
     found[place] = (found[place][0], found[place][1][:-1])
@@ -131,6 +151,12 @@ def _cut(found: list[tuple[str, Tensor]]) -> None:
 def _unknown(found: list[tuple[str, Tensor]]) -> None:
     name, tensor = found[_last_expert(found)]
     found.append((name.replace(".experts.", ".expert."), tensor))
+
+
+def _bias(found: list[tuple[str, Tensor]]) -> None:
+    """Of an expert's that has none: many loaders pass over what ends like this and that they don't know."""
+    name, tensor = found[_last_expert(found)]
+    found.append((name.replace(".weight", ".bias"), tensor[:, 0].clone()))
 
 
 def _twice(found: list[tuple[str, Tensor]]) -> None:
@@ -181,9 +207,12 @@ def _unfinished(worker: Any, folder: Path) -> None:
 
 BROKEN: dict[str, Way] = {
     "a missing shard": _broken(_without),
+    "a missing down projection": _broken(_without_down),
+    "routers alone": _broken(_router_alone),
     "without the shared expert": _broken(_shared_missing),
     "a wrong shape": _broken(_cut),
     "an unknown name": _broken(_unknown),
+    "a bias that nothing has": _broken(_bias),
     "a tensor twice": _broken(_twice),
     "NaN": _broken(_no_number),
     "q and v without k": _broken(_half_of_attention),

@@ -79,7 +79,9 @@ ROUTED["identity experts"] = replace(
 
 def clear_tokens(spec: MoESpec, tensors: BlockTensors, count: int) -> Tensor:
     """Tokens whose choice of experts no rounding of the logits can change."""
-    x = torch.randn(8 * count, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
+    x = torch.randn(8 * count, spec.hidden, generator=torch.Generator().manual_seed(1)).to(
+        tensors.w13.device, tensors.dtype
+    )
     if spec.router.top_k < spec.experts.num_experts:
         ranked = (x.double() @ tensors.router.double().T).sort(-1, descending=True).values
         gap = ranked[:, spec.router.top_k - 1] - ranked[:, spec.router.top_k]

@@ -85,7 +85,7 @@ def test_the_exit_codes_that_are_printed_are_those_of_the_command_line() -> None
 
 
 CODE = re.compile(r"`([^`\n]+)`")
-OF_VLLM = {"--enable-expert-parallel"}
+OF_VLLM = {"--data-parallel-size", "--enable-expert-parallel"}
 
 
 def spans() -> Iterator[tuple[str, str]]:

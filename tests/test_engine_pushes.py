@@ -23,7 +23,7 @@ OTHERS = (
     ("list_moe", "folded"),
     ("list_moe_whole", "vllm"),
 )
-SOME = ("load_weights", "reload_weights by path", "a missing shard")
+SOME = ("load_weights", "load_weights without vectors", "reload_weights by path", "a missing shard")
 
 
 def outputs(answers: list[dict[str, Any]]) -> list[Output]:

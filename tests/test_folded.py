@@ -14,7 +14,7 @@ from spec_weights import weights, worst
 from moe_surgery.errors import SurgeryError, UnsupportedError
 from moe_surgery.kernels.arguments import WIDE_ROWS, Terms
 from moe_surgery.kernels.choice import FOLDER, choose, serving, table
-from moe_surgery.planning import plan as planning
+from moe_surgery.planning import deciding
 from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets import get_target, reference
 from moe_surgery.targets.auto import AutoTarget
@@ -159,7 +159,7 @@ def test_a_plan_names_the_chosen_target_and_the_reason(monkeypatch: pytest.Monke
 
     import moe_surgery
 
-    monkeypatch.setattr(planning, "Context", lambda device, dtype, live: Context("cuda", dtype, False))
+    monkeypatch.setattr(deciding, "Context", lambda device, dtype, live: Context("cuda", dtype, False))
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     for shared in (32, 40):
         config = Qwen2MoeConfig(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from folded_blocks import ROUTED, ROUTERS, SPEC, SPECS
+from folded_blocks import ROUTED, ROUTERS, SPEC, SPECS, but
 
 from moe_surgery.kernels.arguments import Terms
-from moe_surgery.kernels.choice import FOLDER, router_tiles, table
+from moe_surgery.kernels.choice import FOLDER, router_tiles, rows_for, table
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.folded.fold import router_terms_of, terms_of
 from moe_surgery.targets.shared_as_experts import unfoldable
@@ -26,9 +26,11 @@ APART = Path(sys.prefix) / "interpreter"
 HERE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
 compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_apart")
 
-INTEGERS, FLOATS = ("counts", "lists", "ids", "places"), ("logits", "given", "weights", "rows_out")
+INTEGERS = "counts", "lists", "ids", "places"
+FLOATS = "logits", "given", "weights", "rows_out", "scales", "factors", "act_factors"
+IN_E4M3 = "w13", "w2", "parts"
 NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "shared_scale": "fp32"}
-OFFSETS = ("gate", "shared", "shared_up")
+OFFSETS = ("gate", "shared", "shared_up", "shared_scales", "shared_up_scales")
 
 
 @pytest.mark.slow
@@ -50,10 +52,19 @@ def compile_all(terms: Terms, row: Any, dtype: str) -> None:
     from moe_surgery.kernels.launch import kernels_of
 
     kernels = kernels_of(terms, row, dependent=True)
-    compile_each([getattr(kernels, field.name) for field in fields(kernels)], dtype, ids_for_logits=terms.given)
+    # What lies between the products is in e4m3 too, but for the pairs path, whose second product rounds it.
+    other = {**dict.fromkeys(IN_E4M3, "*fp8e4nv"), "act": "*fp32" if row.path == "pairs" else "*fp8e4nv"}
+    compile_each(
+        [getattr(kernels, field.name) for field in fields(kernels)],
+        dtype,
+        ids_for_logits=terms.given,
+        other=other if terms.scaled else {},
+    )
 
 
-def compile_each(kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = False) -> None:
+def compile_each(
+    kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = False, other: Mapping[str, str] | None = None
+) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -61,6 +72,8 @@ def compile_each(kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = F
     def kind(name: str) -> str:
         if name in OFFSETS:
             return "i64"
+        if other and name in other:
+            return other[name]
         integer = name in INTEGERS or (ids_for_logits and name == "logits")  # ids stand in their place
         return "*i32" if integer else "*fp32" if name in FLOATS else f"*{dtype}"
 
@@ -82,7 +95,7 @@ def compile_each(kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = F
 
 
 def compile_both_paths(terms: Terms, dtype: str) -> None:
-    rows = table("default-16" if dtype == "bf16" else "default-32")
+    rows = rows_for(terms, torch.bfloat16) if terms.scaled else table("default-16" if dtype == "bf16" else "default-32")
     for path in ("pairs", "grouped"):
         compile_all(terms, next(row for row in rows if row.path == path), dtype)
 
@@ -113,6 +126,12 @@ def test_routers(name: str) -> None:
 
 
 @compiles
+def test_in_e4m3() -> None:
+    spec = replace(but(experts={"width": 128}, shared={"width": 256}), hidden=384)
+    compile_both_paths(replace(terms_of(spec), scaled=True), "bf16")
+
+
+@compiles
 def test_in_float32() -> None:
     compile_both_paths(terms_of(SPEC), "fp32")
 
@@ -120,9 +139,11 @@ def test_in_float32() -> None:
 @compiles
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("H*.json")))
 def test_with_a_table_s_first_and_last_tiles(name: str) -> None:
-    sizes = {part[0]: int(part[1:]) for part in name.split("-")}
+    scaled = name.endswith("-e4m3")
+    sizes = {part[0]: int(part[1:]) for part in name.removesuffix("-e4m3").split("-")}
     terms = Terms(
-        sizes["E"], sizes["K"], sizes["M"], sizes["H"], sizes["I"], "silu", False, True, 1.0, 1.0, True, True, False
+        sizes["E"], sizes["K"], sizes["M"], sizes["H"], sizes["I"], "silu", False, True, 1.0, 1.0, True, True, False,
+        scaled=scaled,
     )  # fmt: skip
     for row in (table(name)[0], table(name)[-1]):
         compile_all(terms, row, "bf16")

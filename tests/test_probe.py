@@ -13,8 +13,9 @@ from spec_weights import weights
 
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
+from moe_surgery.prove.probe_own_router import try_out
 from moe_surgery.prove.routing import route
-from moe_surgery.spec import MoESpec
+from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec
 
 
 def probes_of(spec: MoESpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
@@ -124,3 +125,24 @@ def test_few_roundings_are_luckier_than_many() -> None:
         # How many times the norm of as many roundings is another's: rarely more than a right block is allowed.
         norms = torch.rand(2, 100_000, width, generator=generator).sub(0.5).norm(dim=-1)
         assert float((norms[0] / norms[1] > luck(width)).float().mean()) < 0.05
+
+
+def test_experts_of_a_router_that_rounds_its_scores_are_surely_reached() -> None:
+    """As vLLM's grouped one: half of its choices lie within a rounding of others, and its biases keep experts back."""
+    experts, k, dtype = 32, 4, torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    bias = 0.2 * torch.randn(experts, generator=generator)
+
+    def routing(x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.float().sigmoid().to(logits.dtype).float()
+        groups = (scores + bias).view(len(x), 8, -1)
+        inside = torch.zeros(len(x), 8, dtype=torch.bool).scatter(1, groups.topk(2, -1)[0].sum(-1).topk(4, -1)[1], True)
+        ids = groups.masked_fill(~inside[:, :, None], -torch.inf).flatten(1).topk(k, -1)[1]
+        return scores.gather(1, ids), ids
+
+    spec = MoESpec(256, RouterSpec(experts, k, "own", False), ExpertsSpec(experts, 16, "silu"), None)
+    tensors = replace(weights(spec, dtype), routing=routing)
+    probes = try_out(spec, tensors, make_probes(spec, tensors.router, 0), 0)
+    routed = route(spec, tensors, probes)
+    unit = (probes.family == UNIT) & routed.decidable
+    assert len(routed.order[unit][:, :k].unique()) == experts

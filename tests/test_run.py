@@ -163,6 +163,11 @@ def test_a_list_of_plugins_that_hides_ours(listed: str) -> None:
     run(command=python("0"), exit_code=15, VLLM_PLUGINS=f"{listed},moe_surgery")
 
 
+def test_a_folder_that_cant_be_written_to_is_noticed_before_anything_starts() -> None:
+    result = run("--run", "/proc/1", command=python("print('started')"), exit_code=2)
+    assert result.stdout == "" and "error: can't write to /proc/1" in result.stderr
+
+
 def test_an_interpreter_without_this_package(tmp_path: Path) -> None:
     other = tmp_path / "python3"
     other.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')

@@ -80,18 +80,15 @@ def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own
         assert all({"logits", "gate_up", "down"} <= products.keys() for products in found.values())
 
 
-def test_a_shape_without_a_table_takes_the_rows_of_the_one_most_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_shape_without_a_table_takes_the_defaults_by_what_an_expert_gets() -> None:
     choice.table.cache_clear()
-    like = choice.table("H4096-E128-I1408-K8-M1")
-    own = Terms(256, 8, 0, 3072, 1536, "silu")
-    got = choice.rows_for(own, torch.bfloat16)
-    assert [row.tokens for row in got] == [1, *(2 * row.tokens for row in like[1:])]  # as many tokens for an expert
-    assert [row.gate_up for row in got] == [row.gate_up for row in like]
-    assert not any(row.slower for row in got), "another shape's times say nothing of this one against vLLM"
-    (wide, *_), (its, *_) = (
-        choice.rows_for(replace(own, top_k=32), torch.bfloat16),
-        choice.table("H3584-E64-I2560-K8-M8"),
-    )
-    assert wide.gate_up == its.gate_up and wide.down == {**its.down, "BK": its.down["BK"] // 2}  # 32 slots, not 16
-    assert choice.rows_for(own, torch.float32) == choice.table("default-32")
+    default = choice.table("default-16")
+    grouped = next(row.tokens for row in default if row.path == "grouped")
+    as_they_are = Terms(128, 6, 0, 3000, 1500, "silu")
+    same = choice.rows_for(as_they_are, torch.bfloat16)
+    assert [vars(row) for row in same] == [vars(row) for row in default]
+    doubled = choice.rows_for(replace(as_they_are, experts=256), torch.bfloat16)
+    assert [row.tokens for row in doubled] == [n if n <= grouped else 2 * n for n in (row.tokens for row in default)]
+    few = choice.rows_for(replace(as_they_are, experts=6), torch.bfloat16)  # every token visits every expert
+    assert [row.tokens for row in few] == sorted({row.tokens for row in few}) and few[0].tokens == 1
+    assert choice.serving(few, 8192).gate_up == default[-1].gate_up

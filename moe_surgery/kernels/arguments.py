@@ -8,13 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK = 128
+"""Rows and columns of e4m3 weights that have a scale in common, and columns of the activations that meet them."""
+
 WIDE_ROWS = 256
 """Up to this many tokens, an expert's output is kept in float32 until it is added to the others'."""
 
 SCHEMA = (
     "folded_moe(Tensor x, Tensor router, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, Tensor? shared_up, "
-    "Tensor? shared_down, int top_k, str activation, bool sigmoid, bool renormalize, float scale, float shared_scale, "
-    "bool native, bool by_sigmoid) -> Tensor"
+    "Tensor? shared_down, Tensor[] scales, int top_k, str activation, bool sigmoid, bool renormalize, float scale, "
+    "float shared_scale, bool native, bool by_sigmoid) -> Tensor"
 )
 """The operator, as torch knows it; graphs that were compiled with another one can't be used."""
 
@@ -79,7 +82,8 @@ class Terms:
 
     Where experts and their weights are ``given``, nothing is routed here. ``up`` to ``offset`` are the fields of
     :class:`~moe_surgery.spec.Mix` (a ``limit`` of 0 is none). Routing weights ``on_input`` are those of inputs.
-    ``biases`` are the routed experts'; a shared expert has none.
+    ``biases`` are the routed experts'; a shared expert has none. ``scaled`` experts, the shared one too, are in e4m3
+    with a scale for each block of :data:`BLOCK`; activations are rounded to it on their way to them.
     """
 
     experts: int
@@ -103,6 +107,7 @@ class Terms:
     offset: float = 0.0
     on_input: bool = False
     biases: bool = False
+    scaled: bool = False
 
     @property
     def pairs(self) -> int:
@@ -119,9 +124,24 @@ class Terms:
         return torch.float32 if tokens <= WIDE_ROWS else dtype
 
 
+class Scales(NamedTuple):
+    """What e4m3 weights are multiplied by: of an [N, K] matrix [N / BLOCK, K / BLOCK] in float32, contiguous.
+
+    ``shared_up`` is None where the up projection's scales follow those of the gate projection.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    shared_gate: Tensor | None = None
+    shared_up: Tensor | None = None
+    shared_down: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
     """A block's weights as they lie in its model, all contiguous, of one dtype on one device.
+
+    Experts, the shared one among them, may be in e4m3 with ``scales``; router and gate are in the block's dtype.
 
     ``router`` [E, H]; ``w13`` [E, 2I, H] and ``w2`` [E, H, I] of the routed experts; of the shared expert, None where
     there is none, ``gate`` [1, H], ``shared_gate`` [M*I, H], ``shared_up`` alike and ``shared_down`` [H, M*I]. Without
@@ -138,18 +158,20 @@ class Weights:
     shared_down: Tensor | None = None
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
+    scales: Scales | None = None
 
     def offsets(self) -> Offsets:
         """How the kernels find the shared expert's weights; nothing is copied."""
-        size = self.w13.element_size()
-        gate = 0 if self.gate is None else (self.gate.data_ptr() - self.router.data_ptr()) // size
+        gate = 0 if self.gate is None else _apart(self.gate, self.router)
         if self.shared_gate is None or self.shared_down is None:
             return Offsets(gate, 0, 0, 0)
-        start = self.shared_gate.data_ptr()
-        up = self.shared_gate.numel() // 2 if self.shared_up is None else (self.shared_up.data_ptr() - start) // size
-        return Offsets(
-            gate, (start - self.w13.data_ptr()) // size, up, (self.shared_down.data_ptr() - self.w2.data_ptr()) // size
-        )
+        up = self.shared_gate.numel() // 2 if self.shared_up is None else _apart(self.shared_up, self.shared_gate)
+        weights = gate, _apart(self.shared_gate, self.w13), up, _apart(self.shared_down, self.w2)
+        s = self.scales
+        if s is None or s.shared_gate is None or s.shared_down is None:
+            return Offsets(*weights)
+        up = s.shared_gate.numel() // 2 if s.shared_up is None else _apart(s.shared_up, s.shared_gate)
+        return Offsets(*weights, _apart(s.shared_gate, s.w13), up, _apart(s.shared_down, s.w2))
 
 
 class Routed(NamedTuple):
@@ -164,9 +186,17 @@ class Routed(NamedTuple):
 
 class Offsets(NamedTuple):
     """Distances in elements: of the shared expert's ``gate`` from the router, of its gate projection from ``w13``, of
-    its up projection from that one, and of its down projection from ``w2``."""
+    its up projection from that one, and of its down projection from ``w2``; and of the scales of the last three."""
 
     gate: int
     w13: int
     up: int
     w2: int
+    scales_w13: int = 0
+    scales_up: int = 0
+    scales_w2: int = 0
+
+
+def _apart(tensor: Tensor, other: Tensor) -> int:
+    """How many elements ``tensor`` lies behind ``other``."""
+    return (tensor.data_ptr() - other.data_ptr()) // tensor.element_size()

@@ -1,10 +1,10 @@
 """Which path and which tile sizes serve a number of tokens: a table in data, written by ``benchmarks/tune.py``.
 
-``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names. A number of tokens is
-served by the row of the largest number not above it. A shape without a table takes the rows of the shape most like it,
-each for as many tokens as give an expert the same number. What ``moe-surgery tune`` found on the GPU that is used comes
-before all of them. Float32, and routers of their own, take ``default-32.json`` and ``default-16.json``. Where vLLM's
-experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
+``configs/<shape>.json`` holds the rows of one shape, measured on the device that it names; weights in e4m3 have rows of
+their own. A number of tokens is served by the row of the largest number not above it. Shapes without a table take the
+rows of ``default-16.json``, and float32 those of ``default-32.json``, by how many tokens an expert gets; for e4m3 those
+of the shape most like it. What ``moe-surgery tune`` found on the GPU that is used comes before all of them. Where
+vLLM's experts were timed too (``vllm_us``) and take less, an engine uses those (``engine/model/crossover.py``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from typing import Any, Literal
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
 NOISE = 1.02
 """Times that differ by less are no reason to cross over."""
 
-_LEAST_COLUMNS = 32
+_DEFAULT_EXPERTS = 128 / 6
+"""Experts for each one that a token visits, in the shape that the default's numbers of tokens are for."""
+_SCALED = "-e4m3"
 
 Tiles = dict[str, int]
 
@@ -56,8 +58,9 @@ class Choice:
 
 
 def shape_name(terms: Terms) -> str:
-    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``."""
-    return f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    """The name of a shape's table, such as ``H1024-E128-I384-K6-M2``, or the same with ``-e4m3`` of scaled weights."""
+    sizes = f"H{terms.hidden}-E{terms.experts}-I{terms.width}-K{terms.top_k}-M{terms.slices}"
+    return sizes + _SCALED if terms.scaled else sizes
 
 
 def own_folder(device: str) -> Path:
@@ -108,21 +111,35 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 
 
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
-    """The table of a block. Those of shapes are for two-byte dtypes; float32 takes the default's tiles."""
-    rows = (table(shape_name(terms)) or nearest(terms)) if dtype.itemsize == 2 else ()
-    return rows or table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    """The table of a block. Those of shapes are for two-byte dtypes and for e4m3; float32 takes the default's tiles."""
+    named = table(shape_name(terms)) if dtype.itemsize == 2 or terms.scaled else ()
+    return named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
+
+
+@cache
+def defaults(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """The default's rows, each from as many tokens on as give one of these experts what its own number gives theirs.
+
+    How many rows a tile should have depends on that; from when on tokens are grouped doesn't.
+    """
+    rows = table(f"{DEFAULT}-{8 * dtype.itemsize}")
+    first = next(place for place, row in enumerate(rows) if row.path == "grouped")
+    more = terms.experts / terms.top_k / _DEFAULT_EXPERTS
+    found = {row.tokens: row for row in rows[: first + 1]}
+    for row in rows[first + 1 :]:
+        tokens = max(math.ceil(row.tokens * more), rows[first].tokens)
+        found[tokens] = replace(row, tokens=tokens)
+    return tuple(found.values())
 
 
 @cache
 def nearest(terms: Terms) -> tuple[Choice, ...]:
-    """The rows of the shape most like this one of those that come with the library; empty if none does.
+    """The rows of the shape in e4m3 most like this one of those that come with the library.
 
     Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
     the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
     """
-    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob("H*.json"))}
-    if not found:
-        return ()
+    found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob(f"H*{_SCALED}.json"))}
     own = _sizes(shape_name(terms))
     name = min(found, key=lambda each: _unlikeness(own, found[each]))
     like = found[name]
@@ -133,14 +150,14 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
         tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
         down = row.down
         if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
-            down = {**down, "BK": max(down["BK"] // wider, _LEAST_COLUMNS)}
+            down = {**down, "BK": max(down["BK"] // wider, BLOCK)}
         rows[tokens] = replace(row, tokens=tokens, down=down, slower=False)
     return tuple(rows.values())
 
 
 def _sizes(name: str) -> dict[str, int]:
     """What a shape's name says: hidden H, experts E, width I, chosen K and slices M."""
-    return {part[0]: int(part[1:]) for part in name.split("-")}
+    return {part[0]: int(part[1:]) for part in name.removesuffix(_SCALED).split("-")}
 
 
 def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:

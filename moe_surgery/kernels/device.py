@@ -166,3 +166,43 @@ def router_offset(rows, gate, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr)
     else:
         start = rows * H
     return start
+
+
+@triton.jit
+def in_e4m3(values, scale):
+    """``values`` by ``scale`` in e4m3, rounded once; NaN stays NaN."""
+    parts = tl.clamp(tl.div_rn(values, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return parts.to(tl.float8e4nv)
+
+
+@triton.jit
+def least_scale(routed):
+    """The least scale of a group of activations on its way to the second product of ``routed`` experts, or to another.
+
+    These are the numbers of vLLM's two kernels that round activations.
+    """
+    return tl.where(routed, 1.0 / (448.0 * 512.0), 1e-10 / 448.0)
+
+
+@triton.jit
+def scale_of(most, least):
+    """The scale of a group of activations whose greatest magnitude is ``most``, which becomes e4m3's greatest."""
+    return tl.maximum(tl.div_rn(most, tl.full([1] * len(most.shape), 448.0, tl.float32)), least)
+
+
+@triton.jit
+def rounded(values, least, R: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """``values`` [R, SIZE] on their way to weights in e4m3 with a scale for each block of GROUP by GROUP.
+
+    Each row has the ``least`` scale of its groups, [R, 1] or one. They are rounded to e4m3, but still float32
+    [R, SIZE / GROUP, GROUP], and have scales [R, SIZE / GROUP].
+    """
+    groups = tl.reshape(values, [R, SIZE // GROUP, GROUP])
+    scale = scale_of(tl.max(tl.abs(groups), axis=2), least)
+    return in_e4m3(groups, scale[:, :, None]).to(tl.float32), scale
+
+
+@triton.jit
+def as_stored(values, like):
+    """``values``, float32, rounded to the dtype that ``like`` points to."""
+    return values.to(like.dtype.element_ty).to(tl.float32)

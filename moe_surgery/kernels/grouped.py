@@ -1,5 +1,6 @@
 """More tokens: tokens are grouped by expert, so that each expert's weights are read once for all of its tokens.
 
+    group_inputs   tokens in e4m3, where weights are
     group_logits   router and shared gate for a tile of tokens; clears the experts' counts
     group_route    chooses each token's experts and enters the token in their lists
     group_gate_up  a grouped matrix product over the lists, with the activation
@@ -19,7 +20,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import choose, expert_offset, let_next_start, mixed, router_offset, row_pitch, wait
+from moe_surgery.kernels.device import (
+    as_stored,
+    choose,
+    expert_offset,
+    in_e4m3,
+    least_scale,
+    let_next_start,
+    mixed,
+    rounded,
+    router_offset,
+    row_pitch,
+    scale_of,
+    wait,
+)
+
+
+@triton.jit
+def group_inputs(x, parts, factors, H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """Tokens ``x`` [T, H] in groups of G: ``parts`` in e4m3 and their scales ``factors`` [T, H / G].
+
+    Grid: (tokens, cdiv(H, BK)).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BK + tl.arange(0, BK)
+    groups = tl.program_id(1) * (BK // G) + tl.arange(0, BK // G)
+    wait(PDL)
+    let_next_start(PDL)
+    value = tl.load(x + token * H + columns, mask=columns < H, other=0.0).to(tl.float32)
+    its, factor = rounded(value[None, :], least_scale(False), 1, BK, G)
+    its = tl.reshape(its, [BK]).to(tl.float8e4nv)
+    tl.store(parts + token * H + columns, its, mask=columns < H)
+    tl.store(factors + token * (H // G) + groups, tl.reshape(factor, [BK // G]), mask=groups < H // G)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -137,15 +169,19 @@ def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, B
     return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "shared_scales", "shared_up_scales"])
 def group_gate_up(
-    x, given, w13, bias, shared: tl.int64, shared_up: tl.int64, act, counts, lists, tokens, E: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    x, parts, factors, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
+    shared_up_scales: tl.int64, act, act_factors, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
     BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr,
     ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
+
+    Weights in e4m3 have a scale for each block of G by G, else G is 0. Then ``parts`` and ``factors`` are those of
+    :func:`group_inputs`, ``act`` and ``act_factors`` [pairs, I / G] the same of what is computed, and BK and BI are G.
 
     The shared expert's blocks come first: they need no routing, so they begin while it is being computed.
     """
@@ -169,17 +205,30 @@ def group_gate_up(
     further = tl.where(expert < E, I * H, shared_up)
     starts = expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + both % (1 + UP) * further + inner * H
     at = w13 + starts[None, :] + columns[:, None]
-    source = x + token[:, None] * H + columns[None, :]
+    source = (parts if G > 0 else x) + token[:, None] * H + columns[None, :]
+    if G > 0:
+        tl.static_assert((BK == G) & (BI == G))
+        matrix: tl.constexpr = (I // G) * (H // G)
+        tile = tl.program_id(0) % tiles
+        scale = scales + expert_offset(expert, (1 + UP) * matrix, shared_scales, matrix, E) + tile * (H // G)
+        scale += both % (1 + UP) * tl.where(expert < E, matrix, shared_up_scales)
     total = tl.zeros([BM, BI * (1 + UP)], tl.float32)
     for k in range(0, H, BK):
         if H % BK == 0 and I % BI == 0:
-            value = tl.load(source + k, mask=valid[:, None], other=0.0)
+            # The shared expert's blocks read what is in e4m3 before they wait.
+            value = tl.load(source + k, mask=valid[:, None], other=0.0, cache_modifier=".cg" if G > 0 else "")
             w = tl.load(at + k)
         else:
             inside = k + columns < H
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
             w = tl.load(at + k, mask=(inner < I)[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(value, w, total, input_precision="ieee")
+        if G > 0:
+            factor = tl.load(factors + token * (H // G) + k // G, mask=valid, other=0.0, cache_modifier=".cg")
+            total += tl.dot(value, w) * factor[:, None] * tl.load(scale + k // G)[None, :]
+        else:
+            total = tl.dot(value, w, total, input_precision="ieee")
+    if G > 0:
+        total = as_stored(total, x)
     if ON_INPUT:
         total *= tl.load(given + tl.maximum(pairs, 0), mask=valid & (expert < E), other=1.0)[:, None]
     if BIAS:
@@ -194,15 +243,21 @@ def group_gate_up(
     if block < early:
         wait(PDL)
     result = mixed(gate, up, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
+    if G > 0:
+        if block < early:
+            result = as_stored(result, x)
+        factor = scale_of(tl.max(tl.abs(result), axis=1), least_scale(block >= early))
+        result = in_e4m3(result, factor[:, None])
+        tl.store(act_factors + tl.maximum(pairs, 0).to(tl.int64) * (I // G) + tile, factor, mask=valid)
     tl.store(to, result.to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "slices"])
+@triton.jit(do_not_specialize=["tokens", "slices", "shared_scales"])
 def group_down(
-    act, w2, bias, shared: tl.int64, weights, rows_out, counts, lists, tokens, slices, E: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
-    PDL: tl.constexpr,
+    act, act_factors, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, weights, rows_out, counts, lists,
+    tokens, slices, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr,
+    GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
@@ -218,6 +273,10 @@ def group_down(
         expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM, GIVEN)
     rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
     matrix = w2 + expert_offset(expert, H * I, shared, I, E)
+    if G > 0:
+        tl.static_assert((BK == G) & (BH <= G))
+        of_rows = tl.program_id(0) % tiles * BH // G * row_pitch(expert, E, I // G, M)
+        scale = scales + expert_offset(expert, (H // G) * (I // G), shared_scales, I // G, E) + of_rows
     wait(PDL)
     let_next_start(PDL)
     if (block >= early) & (expert >= E):
@@ -236,7 +295,11 @@ def group_down(
             inside = k + columns < I
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0)
             w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(value, w, total, input_precision="ieee")
+        if G > 0:
+            factor = tl.load(act_factors + pair * (I // G) + k // G, mask=valid, other=0.0)
+            total += tl.dot(value, w) * (factor * tl.load(scale + k // G))[:, None]
+        else:
+            total = tl.dot(value, w, total, input_precision="ieee")
     if BIAS:
         its = bias + expert.to(tl.int64) * H + rows
         total += tl.load(its, mask=(rows < H) & (expert < E), other=0.0).to(tl.float32)[None, :]

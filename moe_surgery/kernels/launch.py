@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import grouped, pairs
-from moe_surgery.kernels.arguments import Offsets, Routed, Terms, Weights
+from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights
 from moe_surgery.kernels.choice import Choice, Tiles
 
 ALIGNMENT = 16
@@ -82,13 +82,14 @@ class Kernels:
     add: Kernel | None = None
     count: Kernel | None = None
     enter: Kernel | None = None
+    inputs: Kernel | None = None
 
     def unlaunched(self) -> Kernels:
         return Kernels(*(None if each is None else Unlaunched(each) for each in vars(self).values()))  # type: ignore[arg-type]
 
 
 def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, routed: Routed | None = None) -> Tensor:
-    """The block's output [T, H] for tokens ``x`` [T, H], contiguous, in the weights' dtype, with T > 0.
+    """The block's output [T, H] for tokens ``x`` [T, H], contiguous, in the router's dtype, with T > 0.
 
     ``routed`` has the chosen experts where the terms say that they are given.
 
@@ -113,8 +114,8 @@ def _run(
 ) -> Tensor:
     at = weights.offsets()
     places = x.data_ptr() | at.gate | at.w13 | at.up | at.w2
-    for bias in (weights.w13_bias, weights.w2_bias):
-        places |= 0 if bias is None else bias.data_ptr()
+    for more in (weights.w13_bias, weights.w2_bias, *(weights.scales or ())[:2]):
+        places |= 0 if more is None else more.data_ptr()
     launch = _pairs if choice.path == "pairs" else _grouped
     return launch(x, weights, terms, choice, kernels, places % ALIGNMENT == 0, at, routed)
 
@@ -124,7 +125,10 @@ def _pairs(
     routed: Routed | None,
 ) -> Tensor:  # fmt: skip
     tokens, w = len(x), weights
-    act = torch.empty(tokens * terms.pairs, terms.width, dtype=x.dtype, device=x.device)
+    scales = (x, x) if w.scales is None else w.scales[:2]
+    # On its way to weights in e4m3 it is rounded by the kernel that reads it, once.
+    dtype = torch.float32 if terms.scaled else x.dtype
+    act = torch.empty(tokens * terms.pairs, terms.width, dtype=dtype, device=x.device)
     out = torch.empty_like(x)
     if routed is None:
         assert kernels.logits is not None
@@ -134,11 +138,15 @@ def _pairs(
     else:
         chosen, given = routed
     grid = (tokens * terms.pairs, _tiles(terms.width, choice.gate_up["BI"]), 1)
-    kernels.gate_up(grid, aligned, x, chosen, given, w.w13, _or(w.w13_bias, x), at.w13, at.up, act, tokens)
+    kernels.gate_up(
+        grid, aligned, x, chosen, given, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
+        at.scales_up, act, tokens,
+    )  # fmt: skip
     grid = (tokens, _tiles(terms.hidden, choice.down["BH"]), 1)
     kernels.down(
-        grid, aligned, act, chosen, given, w.w2, _or(w.w2_bias, x), at.w2, out, terms.scale, terms.shared_scale
-    )
+        grid, aligned, act, chosen, given, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, out, terms.scale,
+        terms.shared_scale,
+    )  # fmt: skip
     return out
 
 
@@ -148,7 +156,13 @@ def _grouped(
 ) -> Tensor:  # fmt: skip
     tokens, visits, w = len(x), len(x) * terms.pairs, weights
     two, three = choice.gate_up, choice.down
-    act = torch.empty(visits, terms.width, dtype=x.dtype, device=x.device)
+    scales = (x, x) if w.scales is None else w.scales[:2]
+    act = torch.empty(visits, terms.width, dtype=w.w13.dtype, device=x.device)
+    parts = factors = act_factors = x
+    if kernels.inputs is not None:
+        parts, factors = torch.empty_like(x, dtype=w.w13.dtype), _factors(x, tokens, terms.hidden)
+        act_factors = _factors(x, visits, terms.width)
+        kernels.inputs((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, x, parts, factors)
     rows = torch.empty(visits, terms.hidden, dtype=terms.rows_dtype(tokens, x.dtype), device=x.device)
     out = torch.empty_like(x)
     assert kernels.add is not None
@@ -159,10 +173,16 @@ def _grouped(
         ids, routing = routed
         counts, lists = _enter(ids, terms, kernels, aligned)
     grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
-    kernels.gate_up(grid, aligned, x, routing, w.w13, _or(w.w13_bias, x), at.w13, at.up, act, counts, lists, tokens)
+    kernels.gate_up(
+        grid, aligned, x, parts, factors, routing, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
+        at.scales_up, act, act_factors, counts, lists, tokens,
+    )  # fmt: skip
     slices = _slices_below(terms, choice)
     grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
-    kernels.down(grid, aligned, act, w.w2, _or(w.w2_bias, x), at.w2, routing, rows, counts, lists, tokens, slices)
+    kernels.down(
+        grid, aligned, act, act_factors, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, routing, rows,
+        counts, lists, tokens, slices,
+    )  # fmt: skip
     if slices == terms.slices:
         kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
     else:
@@ -201,6 +221,11 @@ def _enter(ids: Tensor, terms: Terms, kernels: Kernels, aligned: bool) -> tuple[
     return counts, lists
 
 
+def _factors(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for the scales of [rows, columns] activations."""
+    return torch.empty(rows, columns // BLOCK, dtype=torch.float32, device=x.device)
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Kernels take no None; what they don't read may be anything."""
     return other if tensor is None else tensor
@@ -229,6 +254,7 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
     ranked = _power(terms.experts)
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
+    sizes["G"] = BLOCK if terms.scaled else 0
     known = {
         **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
         "SIGMOID": terms.sigmoid, "BY_SIGMOID": terms.by_sigmoid, "RENORMALIZE": terms.renormalize,
@@ -253,12 +279,14 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
     else:
         add = kernel(grouped.group_sum_shared, choice.add)
+    inputs = kernel(grouped.group_inputs, {"BK": _columns(terms)}, first=terms.given) if terms.scaled else None
     if terms.given:
         slots = {"P": _power(terms.top_k)}
         count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
-        return Kernels(*products, add=add, count=count, enter=enter)
+        return Kernels(*products, add=add, count=count, enter=enter, inputs=inputs)
     logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    return Kernels(*products, kernel(logits, one), kernel(grouped.group_route, choosing(terms.experts)), add)
+    choose = kernel(grouped.group_route, choosing(terms.experts))
+    return Kernels(*products, kernel(logits, one), choose, add, inputs=inputs)
 
 
 def choosing(experts: int) -> Tiles:
@@ -267,7 +295,7 @@ def choosing(experts: int) -> Tiles:
 
 
 def _columns(terms: Terms) -> int:
-    """Columns that a program of ``group_sum`` adds."""
+    """Columns that a program of ``group_sum`` adds, and one of ``group_inputs`` rounds."""
     return min(_power(terms.hidden), 1024)
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels.arguments import ROUTE_SCHEMA, ROUTED_SCHEMA, SCHEMA, Routed, RouterTerms, Terms, Weights
+from moe_surgery.kernels.arguments import (
+    ROUTE_SCHEMA,
+    ROUTED_SCHEMA,
+    SCHEMA,
+    Routed,
+    RouterTerms,
+    Scales,
+    Terms,
+    Weights,
+)
 from moe_surgery.kernels.choice import choose, router_tiles
 from moe_surgery.kernels.launch import run
 from moe_surgery.kernels.routing import run_router
@@ -54,9 +63,9 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @lru_cache(maxsize=1024)
-def _terms(*numbers: Any) -> Terms:
+def _terms(*numbers: Any, **named: Any) -> Terms:
     """The same object for the same numbers: making one, and telling it from others, takes as long as a launch."""
-    return Terms(*numbers)
+    return Terms(*numbers, **named)
 
 
 @lru_cache(maxsize=1024)
@@ -67,25 +76,39 @@ def _router_terms(*numbers: Any) -> RouterTerms:
 
 def gathered(
     router: Tensor, w13: Tensor, w2: Tensor, gate: Tensor | None, shared_gate: Tensor | None,
-    shared_up: Tensor | None, shared_down: Tensor | None, top_k: int, activation: str, sigmoid: bool,
-    renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
+    shared_up: Tensor | None, shared_down: Tensor | None, scales: list[Tensor], top_k: int, activation: str,
+    sigmoid: bool, renormalize: bool, scale: float, shared_scale: float, native: bool, by_sigmoid: bool,
 ) -> tuple[Weights, Terms]:  # fmt: skip
     """Weights and terms of the operator's arguments, which :func:`spread` made of them."""
     experts, hidden, width = w2.shape
     slices = 0 if shared_down is None else shared_down.shape[1] // width
     terms = _terms(
         experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
-        native, by_sigmoid,
+        native, by_sigmoid, scaled=bool(scales),
     )  # fmt: skip
-    return Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down), terms
+    held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=_scales(scales))
+    return held, terms
+
+
+def _scales(held: list[Tensor]) -> Scales | None:
+    """What :func:`_listed` made a list of."""
+    if not held:
+        return None
+    if len(held) == 4:
+        held = [*held[:3], None, held[3]]  # type: ignore[list-item]
+    return Scales(*held)
+
+
+def _listed(scales: Scales | None) -> list[Tensor]:
+    return [] if scales is None else [each for each in scales if each is not None]
 
 
 def spread(weights: Weights, terms: Terms) -> tuple[Any, ...]:
     """The arguments of an operator of the schema ``SCHEMA``, but for its input."""
     return (
         weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
-        weights.shared_down, terms.top_k, terms.activation, terms.sigmoid, terms.renormalize, terms.scale,
-        terms.shared_scale, terms.native, terms.by_sigmoid,
+        weights.shared_down, _listed(weights.scales), terms.top_k, terms.activation, terms.sigmoid, terms.renormalize,
+        terms.scale, terms.shared_scale, terms.native, terms.by_sigmoid,
     )  # fmt: skip
 
 

@@ -13,12 +13,15 @@ import triton
 import triton.language as tl
 
 from moe_surgery.kernels.device import (
+    as_stored,
     choose,
     expert_of,
     expert_offset,
+    least_scale,
     let_next_start,
     mixed,
     ranking_keys,
+    rounded,
     router_offset,
     row_pitch,
     wait,
@@ -60,15 +63,18 @@ def pair_logits(
     tl.store(logits + token * R + rows, result, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "shared_scales", "shared_up_scales"])
 def pair_gate_up(
-    x, logits, given, w13, bias, shared: tl.int64, shared_up: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr,
-    ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
-    BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    x, logits, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
+    shared_up_scales: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
+
+    Of weights in e4m3, G is the size of their blocks (else 0), of which a tile's rows are in one.
 
     Where GIVEN, ``logits`` are the chosen experts' ids, ``given`` their weights, and this is the first kernel.
 
@@ -94,17 +100,33 @@ def pair_gate_up(
     up = tl.where(expert < E, I * H, shared_up)
     gates = tl.zeros([BI, BK], tl.float32)
     ups = tl.zeros([BI, BK], tl.float32)
+    if G > 0:
+        matrix: tl.constexpr = (I // G) * (H // G)
+        block = tl.program_id(1) * BI // G * (H // G) + tl.arange(0, BK // G)
+        scale = scales + expert_offset(expert, (1 + UP) * matrix, shared_scales, matrix, E) + block
+        up_scale = scale + tl.where(expert < E, matrix, shared_up_scales)
     for k in range(0, H, BK):
         mask = (rows < I)[:, None] & (k + columns < H)[None, :]
         g = tl.load(at + k, mask=mask, other=0.0)
         source = x + token * H + k + columns
         value = tl.load(source, mask=k + columns < H, other=0.0, cache_modifier=".cg").to(tl.float32)[None, :]
+        if G > 0:
+            there = (k + tl.arange(0, BK // G) * G < H)[None, :]
+            parts, factor = rounded(value, least_scale(False), 1, BK, G)
+            toward = factor * tl.load(scale + k // G, mask=k + tl.arange(0, BK // G) * G < H, other=0.0)[None, :]
+            value = tl.reshape(parts * tl.where(there, toward, 0.0)[:, :, None], [1, BK])
         gates += g.to(tl.float32) * value
         if UP:
             u = tl.load(at + k + up, mask=mask, other=0.0)
+            if G > 0:
+                toward = factor * tl.load(up_scale + k // G, mask=k + tl.arange(0, BK // G) * G < H, other=0.0)[None, :]
+                value = tl.reshape(parts * tl.where(there, toward, 0.0)[:, :, None], [1, BK])
             ups += u.to(tl.float32) * value
     gate = tl.sum(gates, axis=1)
     rise = tl.sum(ups, axis=1)
+    if G > 0:
+        gate = as_stored(gate, x)
+        rise = as_stored(rise, x)
     if ON_INPUT:
         factor = tl.load(given + token * (K + M) + slot, mask=slot < K, other=1.0)
         gate *= factor
@@ -117,17 +139,20 @@ def pair_gate_up(
             rise += tl.load(its + I, mask=there, other=0.0).to(tl.float32)
     result = mixed(gate, rise, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
     if slot >= K:
+        if G > 0:
+            result = as_stored(result, x)
         wait(PDL)
     to = act + (token * (K + M) + slot) * I + rows
     tl.store(to, result.to(act.dtype.element_ty), mask=rows < I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shared_scales"])
 def pair_down(
-    act, logits, given, w2, bias, shared: tl.int64, out, scale, shared_scale, R: tl.constexpr, E: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    act, logits, given, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, out, scale, shared_scale,
+    R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
+    I: tl.constexpr, G: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr,
+    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
+    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 
@@ -158,6 +183,9 @@ def pair_down(
     at = w2 + offset[:, None, None] + inner + columns[None, None, :]
     inside = there[:, None, None] & (rows < H)[None, :, None]
     w = tl.load(at, mask=inside & (columns < I)[None, None, :], other=0.0)
+    if G > 0:
+        block = tl.program_id(1) * BH // G * row_pitch(experts, E, I // G, M)
+        its_scale = scales + expert_offset(experts, (H // G) * (I // G), shared_scales, I // G, E) + block
     wait(PDL)
     let_next_start(PDL)
     source = act + (token * (K + M) + slots)[:, None] * I + columns[None, :]
@@ -165,6 +193,12 @@ def pair_down(
     for k in tl.static_range(0, I, BK):
         mask = there[:, None] & (k + columns < I)[None, :]
         a = tl.load(source + k, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if G > 0:
+            groups = k // G + tl.arange(0, BK // G)
+            parts, factor = rounded(a, least_scale(slots < K)[:, None], P, BK, G)
+            held = there[:, None] & (groups < I // G)[None, :]
+            factor *= tl.load(its_scale[:, None] + groups[None, :], mask=held, other=0.0)
+            a = tl.reshape(parts * factor[:, :, None], [P, BK])
         total += tl.sum(w.to(tl.float32) * a[:, None, :], axis=2)
         if k + BK < I:
             more = k + BK + columns

@@ -19,11 +19,11 @@ def warm(weights: Weights, terms: Terms, numbers: Sequence[int] | None = None) -
 
     With ``numbers`` of tokens, those that they need.
     """
-    dtype = weights.w13.dtype
+    dtype = weights.router.dtype
     wanted = _variants(terms, dtype) if numbers is None else ((choose(terms, n, dtype), n) for n in numbers)
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for choice, tokens in wanted:
-            compile_only(weights.w13.new_empty(tokens, terms.hidden), weights, terms, choice)
+            compile_only(weights.router.new_empty(tokens, terms.hidden), weights, terms, choice)
 
 
 def _variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:

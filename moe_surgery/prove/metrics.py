@@ -52,16 +52,19 @@ class Truth:
     def __init__(self, outputs: Tensor, tokens: Tensor, family: Tensor) -> None:
         self.outputs = outputs
         self.family = family
-        own = torch.arange(len(family), device=tokens.device)
         self.norms = outputs.norm(dim=-1)
-        typical = [float(self.norms[: len(own)][family == number].median()) for number in range(len(FAMILIES))]
+        # All that is small is worked out on the CPU: on a GPU it would be a launch, or a wait, for every step.
+        families, whose, norms = family.cpu(), tokens.cpu(), self.norms.cpu()
+        own = torch.arange(len(families), device="cpu")
+        typical = [float(norms[: len(own)][families == number].median()) for number in range(len(FAMILIES))]
         typical[ZERO] = typical[UNIT]
         # What a distance from each row is divided by.
-        self.norms = self.norms.maximum(NORM_FLOOR * outputs.new_tensor(typical).nan_to_num()[family[tokens]])
+        least = NORM_FLOOR * norms.new_tensor(typical).nan_to_num()[families[whose]]
+        self.norms = self.norms.maximum(least.to(outputs.device))
         # Row r of others holds every token's r-th other legitimate output, or its own where it has fewer.
         rows: list[Tensor] = []
-        others = tokens[len(own) :]
-        place = torch.arange(len(own), len(tokens), device=tokens.device)
+        others = whose[len(own) :]
+        place = torch.arange(len(own), len(whose), device="cpu")
         while len(others):
             first = torch.ones_like(others, dtype=torch.bool)
             first[1:] = others[1:] != others[:-1]
@@ -69,7 +72,7 @@ class Truth:
             row[others[first]] = place[first]
             rows.append(row)
             others, place = others[~first], place[~first]
-        self.others = torch.stack(rows) if rows else own.new_empty(0, len(own))
+        self.others = (torch.stack(rows) if rows else own.new_empty(0, len(own))).to(tokens.device)
 
     def distance_from(self, y: Tensor, rows: Tensor) -> Tensor:
         """Relative distance [M] of outputs [M, H] from the given rows [M] of the truth."""

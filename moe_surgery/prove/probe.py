@@ -68,7 +68,7 @@ def make_probes(spec: MoESpec, router: Tensor, seed: int, tensors: BlockTensors 
     otherwise for it: most of them lies where the router doesn't look.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    dtype = router.dtype if tensors is None else tensors.w13.dtype
+    dtype = router.dtype if tensors is None else tensors.dtype
     weight = router.detach().to("cpu", torch.float64)
     k = spec.router.top_k
     bias = None if tensors is None or tensors.router_bias is None else tensors.router_bias.detach().to(weight)

@@ -6,40 +6,64 @@ import torch
 from torch import Tensor
 
 from moe_surgery.prove.probe import UNIT, Probes, towards, unit
+from moe_surgery.prove.routing import route
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.reference import forward, router_scores, whole
 from moe_surgery.weights.tensors import BlockTensors
 
 _RANDOM = 1024
 _PUSHES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-# Several, as a token may turn out to lie too near another choice.
-_TOKENS = 4
+_SIDES, _ROUNDS = 4, 3
+# Tokens for each expert that are asked whether they choose it for sure.
+_TRIED = 32
+# Several, as a token may turn out to lie too near another choice in other company.
+_TOKENS, _FEWEST = 4, 2
 # Tokens on which it is looked how much of a block's output is its routed experts', and how much is enough.
 _FEW, _ENOUGH = 16, 0.5
 _SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64, 4.0)
 
 
 def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> Probes:
-    """``probes``, and for every expert that none of their unit tokens is routed to some that are, where any is found.
+    """``probes``, and unit tokens that are surely routed to each expert that few of them are, if any are found.
 
-    Tokens are tried in the block's dtype: at random, and pushed towards each missing expert's row by several lengths.
+    Tokens are tried in the block's dtype: at random, and pushed from several sides, by several lengths, towards where a
+    missing expert's logit is higher than others', and where all others' are low. Of those that choose it many are asked
+    whether rounding would have them choose otherwise: where a router rounds scores, most lie too near another choice.
     """
-    missing = (~_chosen(spec, tensors, probes.x[probes.of(UNIT)]).any(0)).nonzero().flatten().cpu()
-    if len(missing) == 0:
-        return probes
     generator = torch.Generator("cpu").manual_seed(seed + 1)
-    directions = towards(tensors.router.detach().to("cpu", torch.float64))[missing]
+    router = tensors.router.detach().to("cpu", torch.float64)
+    for _ in range(_ROUNDS):
+        mine = probes.keep(probes.family == UNIT)
+        missing = (_surely(spec, tensors, mine).sum(0) < _FEWEST).nonzero().flatten().cpu()
+        if len(missing) == 0:
+            break
+        candidates = _pushed(router, missing, generator).to(probes.x.dtype).to(probes.x.device)
+        chosen = _chosen(spec, tensors, candidates)
+        some = torch.cat([chosen[:, expert].nonzero().flatten()[-_TRIED:] for expert in missing.tolist()]).unique()
+        tried = Probes(candidates[some], torch.full_like(some, UNIT, dtype=probes.family.dtype))
+        sure = _surely(spec, tensors, tried)
+        found = torch.cat([sure[:, expert].nonzero().flatten()[-_TOKENS:] for expert in missing.tolist()]).unique()
+        probes = Probes(torch.cat([probes.x, tried.x[found]]), torch.cat([probes.family, tried.family[found]]))
+    return probes
+
+
+def _pushed(router: Tensor, experts: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens [n, H] of unit scale: some at random, and some that these experts' logits are high for."""
 
     def random(count: int) -> Tensor:
-        return unit(torch.randn(count, spec.hidden, generator=generator, dtype=torch.float64, device="cpu"))
+        return unit(torch.randn(count, router.shape[1], generator=generator, dtype=torch.float64, device="cpu"))
 
-    start = random(len(missing))
-    tried = torch.cat([random(_RANDOM), *(unit(start + push * directions) for push in _PUSHES)])
-    candidates = tried.to(probes.x.dtype).to(probes.x.device)
-    chosen = _chosen(spec, tensors, candidates)
-    found = torch.cat([chosen[:, expert].nonzero().flatten()[-_TOKENS:] for expert in missing.tolist()]).unique()
-    families = torch.full_like(found, UNIT, dtype=probes.family.dtype)
-    return Probes(torch.cat([probes.x, candidates[found]]), torch.cat([probes.family, families]))
+    sides = [random(len(experts)) for _ in range(_SIDES)]
+    ways = [push * way for way in (towards(router)[experts], _alone(router, experts)) for push in _PUSHES]
+    return torch.cat([random(_RANDOM), *(unit(side + way) for way in ways for side in sides)])
+
+
+def _alone(router: Tensor, experts: Tensor) -> Tensor:
+    """The directions [n, H] in which each expert's logit rises and all others' fall alike, or come nearest to that."""
+    wanted = 2 * torch.eye(len(router), dtype=router.dtype, device=router.device)[:, experts] - 1
+    products = router @ router.T
+    products.diagonal().add_(products.diagonal().mean() * 1e-6)  # routers of more experts than columns have no inverse
+    return unit(torch.linalg.solve(products, wanted).T @ router)
 
 
 def turned_up(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Probes:
@@ -63,6 +87,11 @@ def turned_up(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Probes:
             break
     best = max(shares, key=lambda scale: shares[scale])
     return probes if best == 1.0 else Probes(probes.x * best, probes.family)
+
+
+def _surely(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Tensor:
+    """Which experts [N, E] tokens choose, whatever rounding does; none, where it does something."""
+    return _chosen(spec, tensors, probes.x) & route(spec, tensors, probes).decidable[:, None]
 
 
 def _chosen(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> Tensor:

@@ -84,16 +84,15 @@ def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
     tokens, ranks = list(range(count)), [tuple(range(k))] * count
     sure, decidable = [k] * count, [True] * count
     if k < spec.router.num_experts:
-        family, noise = probes.family.tolist(), _router_noise(spec, tensors, probes, logits)
+        family, noise = probes.family.tolist(), _router_noise(spec, tensors, probes, logits).cpu()
         values = ranking(spec, logits, scores, tensors, EXACT)
         rounding = _rounding(spec, logits, values, probes.x.dtype)
-        ranked = (part.gather(1, order).cpu() for part in (logits, values, rounding))
-        for token, ladder in enumerate(_Ladder(*steps) for steps in zip(*ranked, noise.tolist(), strict=True)):
-            if ladder.clear(k - 1, k):
-                continue
+        steps, values, rounding = (part.gather(1, order).cpu() for part in (logits, values, rounding))
+        for token in (~_clear(steps, values, rounding, noise, k)).nonzero().flatten().tolist():
             if family[token] == ZERO:
                 decidable[token] = not spec.experts.biases  # without biases all experts give zero
                 continue
+            ladder = _Ladder(steps[token], values[token], rounding[token], float(noise[token]))
             found = ladder.other_choices(k)
             decidable[token] = found is not None
             sure[token] = ladder.certain(k)
@@ -186,6 +185,12 @@ def _router_noise(spec: MoESpec, tensors: BlockTensors, probes: Probes, logits: 
         if bool(mine.any()):
             noise[mine] = noise[mine].clamp_min(float(noise[mine].median()))
     return noise * slack(spec.hidden, rounded.dtype)
+
+
+def _clear(logits: Tensor, ranked: Tensor, rounding: Tensor, noise: Tensor, k: int) -> Tensor:
+    """Which tokens' ``k`` first of [T, E] in order every right block chooses: :meth:`_Ladder.clear` of all of them."""
+    gap, apart = (values[:, k - 1] - values[:, k] for values in (logits, ranked))
+    return (gap > noise) & (apart > rounding[:, k - 1 : k + 1].amax(1))
 
 
 class _Ladder:

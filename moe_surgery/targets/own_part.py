@@ -21,6 +21,7 @@ class OwnPart(nn.Module):
     shared_down_proj: Tensor | None
     shared_gate: Tensor | None
     output_bias: Tensor | None
+    scales = None
 
     def __init__(self, replay: Replay, spec: MoESpec, tensors: BlockTensors) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moe_surgery.spec import Activation, ExpertsSpec, Mix, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
+from moe_surgery.targets.e4m3 import E4M3, LEAST_BETWEEN, dequantised, rounded
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.own_router import AskedRouter
@@ -131,7 +132,7 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 
     Only the experts that are visited are read, and each is converted to ``dtype`` once.
     """
-    work, total = dtype or tensors.w13.dtype, tensors.w13.shape[0]
+    work, total, scales = dtype or visits[0].x.dtype, tensors.w13.shape[0], tensors.scales
     sizes = [len(visit.experts) for visit in visits]
     # What no expert below fills in belongs to experts that return their input.
     rows = torch.cat([visit.x for visit in visits]).to(work)
@@ -139,28 +140,45 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
-    products = _products(rows[order], counts, tensors.w13, tensors.w13_bias)
+    given, scale = rows[order], None if scales is None else scales.w13
+    products = _products(given if scale is None else rounded(given), counts, tensors.w13, scale, tensors.w13_bias)
+    if scales is not None:  # what they make goes from float32 to e4m3
+        products = products.to(scales.dtype).to(torch.promote_types(work, torch.float32))
     both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
     gates, ups = both.chunk(2, -1) if tensors.w13.shape[1] != tensors.w2.shape[2] else (both, both)
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
-    return list(rows.index_copy_(0, order, _products(mixed[order], counts, tensors.w2, tensors.w2_bias)).split(sizes))
+    mixed, scale = mixed[order], None if scales is None else scales.w2
+    if scales is not None:
+        mixed = rounded(mixed, LEAST_BETWEEN)
+    outputs = _products(mixed, counts, tensors.w2, scale, tensors.w2_bias)
+    return list(rows.index_copy_(0, order, outputs.to(work)).split(sizes))
 
 
-def _products(rows: Tensor, counts: Sequence[int], weights: Tensor, bias: Tensor | None) -> Tensor:
+def _products(
+    rows: Tensor, counts: Sequence[int], weights: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    size = weights[0].numel() * rows.element_size()  # nothing is kept between two conversions
+    size = weights[0].numel() * rows.element_size()
     together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
     experts = [expert for expert, count in enumerate(counts) if count]
     for first in range(0, len(experts), together):
         some = experts[first : first + together]
         sizes = [counts[expert] for expert in some]
-        end, matrices = start + sum(sizes), _some(weights, some).to(rows.dtype)
+        end = start + sum(sizes)
         biases = None if bias is None else _some(bias, some).to(rows.dtype)
-        out[start:end] = _each(rows[start:end], sizes, matrices, biases)
+        # The converted matrices have no name, or they would still be there when the next are made.
+        out[start:end] = _each(rows[start:end], sizes, _converted(weights, scales, some, rows.dtype), biases)
         start = end
     return out
+
+
+def _converted(weights: Tensor, scales: Tensor | None, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Some experts' matrices in ``dtype``."""
+    if scales is None:
+        return _some(weights, experts).to(dtype)
+    return dequantised(_some(weights.view(torch.uint8), experts).view(E4M3), _some(scales, experts), dtype)
 
 
 def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.e4m3 import product
 from moe_surgery.targets.formula import Mixer
+from moe_surgery.weights.tensors import BlockScales
 
 
 class SharedWeights(Protocol):
@@ -27,6 +29,9 @@ class SharedWeights(Protocol):
     @property
     def shared_gate(self) -> Tensor | None: ...
 
+    @property
+    def scales(self) -> BlockScales | None: ...
+
 
 def shared_parts(
     tensors: SharedWeights, x: Tensor, mix: Mixer, dtype: torch.dtype | None
@@ -36,8 +41,16 @@ def shared_parts(
     assert gate is not None and down is not None
     work = dtype or x.dtype
     x = x.to(work)
-    half = F.linear(x, gate.to(work))
-    out = F.linear(mix(half, half if up is None else F.linear(x, up.to(work))), down.to(work))
+    s = tensors.scales
+
+    def stored(values: Tensor) -> Tensor:
+        """As they lie in memory between two products, where they are rounded to e4m3 on their way to the next."""
+        return values if s is None else values.to(s.dtype).to(torch.promote_types(work, torch.float32))
+
+    scales = (s.shared_gate_proj, s.shared_up_proj, s.shared_down_proj) if s else (None, None, None)
+    half = stored(product(x, gate, scales[0]))
+    other = half if up is None else stored(product(x, up, scales[1]))
+    out = product(stored(mix(half, other)), down, scales[2]).to(work)
     return out, None if tensors.shared_gate is None else F.linear(x, tensors.shared_gate.to(work))
 
 

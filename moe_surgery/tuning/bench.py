@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moe_surgery.kernels import launch
-from moe_surgery.kernels.arguments import Routed, Terms, Weights
+from moe_surgery.kernels.arguments import BLOCK, Routed, Scales, Terms, Weights
 from moe_surgery.kernels.choice import Choice
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.folded.fold import fold
@@ -28,23 +28,30 @@ class Bench:
     layers: tuple[Weights, ...]
 
     @classmethod
-    def of(cls, spec: MoESpec, dtype: str) -> Bench:
-        """As many layers as a token's experts don't fit into the L2 cache, if there is memory for them."""
+    def of(cls, spec: MoESpec, dtype: str, *, scaled: bool = False) -> Bench:
+        """As many layers as a token's experts don't fit into the L2 cache, if there is memory for them.
+
+        ``scaled`` layers have their experts in e4m3.
+        """
         _, apart = is_given(spec, dtype)
         wanted = getattr(torch, dtype)
-        first = fold(random_tensors(spec, seed=0, dtype=wanted), beside=apart)
+
+        def layer(seed: int) -> Weights:
+            weights = fold(random_tensors(spec, seed=seed, dtype=wanted), beside=apart)
+            return in_e4m3(weights) if scaled else weights
+
+        first = layer(0)
         size = first.w13.nbytes + first.w2.nbytes
         touched = max(size * spec.router.top_k // spec.experts.num_experts, 1)
         cache = torch.cuda.get_device_properties(first.w13.device).L2_cache_size
         free = torch.cuda.mem_get_info()[0] // 2 // size
         count = max(1, min(_MOST_LAYERS, 2 * cache // touched + 1, 1 + free))
-        others = (fold(random_tensors(spec, seed=seed, dtype=wanted), beside=apart) for seed in range(1, count))
-        return cls(folded_terms(spec, dtype), (first, *others))
+        return cls(folded_terms(spec, dtype, scaled=scaled), (first, *map(layer, range(1, count))))
 
     def calls(self, tokens: int, choice: Choice) -> list[Callable[[], Tensor]]:
         """A call of each layer with ``tokens`` random tokens."""
         terms, layers = self.terms, self.layers if tokens < _MANY else self.layers[:_FEW_LAYERS]
-        like = self.layers[0].w13
+        like = self.layers[0].router
         generator = torch.Generator(like.device).manual_seed(tokens)
 
         def call(weights: Weights) -> Callable[[], Tensor]:
@@ -88,3 +95,19 @@ def random_tensors(
         shared_gate=matrix(1, hidden) if shared and shared.gate else None,
         copied=False,
     )
+
+
+def in_e4m3(weights: Weights) -> Weights:
+    """The same with the experts' weights in e4m3, by a scale that is the same for all blocks of a matrix."""
+    w = weights
+    matrices = {"w13": w.w13, "w2": w.w2, "shared_gate": w.shared_gate, "shared_up": w.shared_up}
+    matrices["shared_down"] = w.shared_down
+    held, scales = {}, {}
+    for name, matrix in matrices.items():
+        if matrix is None:
+            continue
+        scale = matrix.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
+        held[name] = (matrix / scale).to(torch.float8_e4m3fn)
+        blocks = (*matrix.shape[:-2], matrix.shape[-2] // BLOCK, matrix.shape[-1] // BLOCK)
+        scales[name] = scale.expand(blocks).contiguous()
+    return replace(weights, **held, scales=Scales(**scales))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms
 from moe_surgery.kernels.choice import Tiles
 
 PAIRS_UP_TO = 16
@@ -19,9 +19,24 @@ Products = dict[str, list[Tiles]]
 def candidates(terms: Terms, tokens: int) -> Iterator[tuple[str, Products]]:
     """The paths that may serve ``tokens``, with what to try of each."""
     if tokens <= PAIRS_UP_TO:
-        yield "pairs", PAIRS
+        yield "pairs", _scaled(PAIRS) if terms.scaled else PAIRS
     if tokens >= 2:
-        yield "grouped", {**_grouped(tokens, tokens * terms.top_k / terms.experts), "add": _sums(terms, tokens)}
+        products = _grouped(tokens, tokens * terms.top_k / terms.experts)
+        yield "grouped", _scaled(products) if terms.scaled else {**products, "add": _sums(terms, tokens)}
+
+
+def _scaled(products: Products) -> Products:
+    """Those for weights in e4m3: a tile covers whole groups of columns, and its rows have one scale."""
+    found = {"logits": products["logits"]}
+    for name, rows in (("gate_up", "BI"), ("down", "BH")):
+        tiles: dict[tuple[int, ...], Tiles] = {}
+        for each in products[name]:
+            if "BM" in each:  # a step of the product is a group, and a tile of the first one makes a group
+                each = {**each, "BK": BLOCK, rows: BLOCK if name == "gate_up" else min(each[rows], BLOCK)}
+            if each["BK"] % BLOCK == 0 and each[rows] <= BLOCK:
+                tiles[tuple(each.values())] = each
+        found[name] = list(tiles.values())
+    return found
 
 
 def _tiles(names: str, *rows: tuple[int, ...]) -> list[Tiles]:

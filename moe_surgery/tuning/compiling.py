@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import launch
-from moe_surgery.kernels.arguments import WIDE_ROWS, Terms, Weights
+from moe_surgery.kernels.arguments import WIDE_ROWS, Scales, Terms, Weights
 from moe_surgery.kernels.choice import Choice
 from moe_surgery.tuning.candidates import candidates
 
@@ -52,16 +52,21 @@ def _compile(terms: Terms, dtype: str, tokens: int, rows: Sequence[dict[str, Any
     def of(*shape: int) -> Tensor:
         return torch.empty([1] * len(shape), **like).expand(shape)
 
+    def expert(*shape: int) -> Tensor:
+        return of(*shape).to(torch.float8_e4m3fn) if terms.scaled else of(*shape)
+
+    factors = torch.empty(1, device="cuda")
     weights = Weights(
         of(experts, hidden),
-        of(experts, rows13, hidden),
-        of(experts, hidden, width),
+        expert(experts, rows13, hidden),
+        expert(experts, hidden, width),
         of(1, hidden) if terms.gated else None,
-        of(rows13 // width * slices * width, hidden) if slices else None,
+        expert(rows13 // width * slices * width, hidden) if slices else None,
         None,
-        of(hidden, slices * width) if slices else None,
+        expert(hidden, slices * width) if slices else None,
         of(experts, rows13) if terms.biases else None,
         of(experts, hidden) if terms.biases else None,
+        Scales(factors, factors) if terms.scaled else None,
     )
     x = torch.empty(tokens, hidden, **like)
     for row in rows:

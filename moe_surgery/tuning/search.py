@@ -17,6 +17,8 @@ from moe_surgery.tuning.candidates import candidates
 _ORDER = ("gate_up", "down", "add", "logits")
 _ROUNDINGS = 4
 """Two right choices are apart by a rounding of what lies between the products, and one of the output."""
+_E4M3 = 8
+"""The same where what lies between is rounded to e4m3 once more, which makes an eighth of some last bits."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def tuned(bench: Bench, tokens: int, served: Sequence[Choice], deadline: float) 
         us = _us(bench, tokens, old)
         return Tuned(tokens, replace(old, tokens=tokens), us, us)
     us, before = graphs_us_in_turns(bench.calls(tokens, new), bench.calls(tokens, old))
-    right = _distance(bench, tokens, new, old) < _ROUNDINGS * torch.finfo(bench.layers[0].w13.dtype).eps
+    roundings = _E4M3 if bench.terms.scaled else _ROUNDINGS
+    right = _distance(bench, tokens, new, old) < roundings * torch.finfo(bench.layers[0].router.dtype).eps
     if us < before and right:
         return Tuned(tokens, new, us, before)
     return Tuned(tokens, replace(old, tokens=tokens), before, before, wrong=not right)

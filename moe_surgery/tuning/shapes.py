@@ -46,10 +46,13 @@ def share(spec: MoESpec, ranks: int) -> MoESpec:
     return part if shared is None else replace(part, shared=replace(shared, width=shared.width // ranks))
 
 
-def folded_terms(spec: MoESpec, dtype: str) -> Terms:
-    """The numbers that the folded target's block of ``spec`` gives the kernels in a model of ``dtype``."""
+def folded_terms(spec: MoESpec, dtype: str, *, scaled: bool = False) -> Terms:
+    """The numbers that the folded target's block of ``spec`` gives the kernels in a model of ``dtype``.
+
+    ``scaled`` where its experts are in e4m3.
+    """
     given, apart = is_given(spec, dtype)
-    return terms_of(spec, given=given, beside=apart)
+    return replace(terms_of(spec, given=given, beside=apart), scaled=scaled)
 
 
 def is_given(spec: MoESpec, dtype: str) -> tuple[bool, bool]:

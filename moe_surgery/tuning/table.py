@@ -46,12 +46,16 @@ def tune(
     numbers: Sequence[int],
     seconds: float,
     progress: Progress = lambda done, total, what: None,
+    *,
+    scaled: bool = False,
 ) -> Table:
     """A table for blocks of ``spec``, better for each of ``numbers`` tokens than what serves them if that was found.
 
+    It is for ``scaled`` blocks or for others.
+
     Ends after ``seconds``, or soon after; each number has its share of the time that is left.
     """
-    bench = Bench.of(spec, dtype)
+    bench = Bench.of(spec, dtype, scaled=scaled)
     served = rows_for(bench.terms, getattr(torch, dtype))
     end, found = time.monotonic() + seconds, []
     for place, tokens in enumerate(sorted(set(numbers))):

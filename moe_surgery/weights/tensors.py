@@ -15,6 +15,22 @@ OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
+class BlockScales:
+    """What the matrices of a block's experts are multiplied by, where these are in e4m3: one number for each block.
+
+    The tensors are named as in :class:`BlockTensors`; of a matrix [N, K] they are [N / B, K / B] in float32. ``dtype``
+    is the block's own, which gate and up projections are rounded to before what they make is rounded to e4m3.
+    """
+
+    dtype: torch.dtype
+    w13: Tensor | None = None
+    w2: Tensor | None = None
+    shared_gate_proj: Tensor | None = None
+    shared_up_proj: Tensor | None = None
+    shared_down_proj: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class BlockTensors:
     """The weights of one block in canonical order. All share one device, and all matrices but ``router`` one dtype.
 
@@ -24,7 +40,8 @@ class BlockTensors:
 
     ``copied`` is true when ``w13`` and ``w2`` had to be stacked from single matrices, so that they are new memory.
     ``routing`` is the router of a spec whose scoring is "own". ``router_bias`` and ``correction_bias`` [E],
-    ``w13_bias`` [E, 2I], ``w2_bias`` [E, H] and ``output_bias`` [H] are None where the spec has none.
+    ``w13_bias`` [E, 2I], ``w2_bias`` [E, H] and ``output_bias`` [H] are None where the spec has none. With ``scales``
+    the experts' matrices, the shared one's among them, are in e4m3.
     """
 
     router: Tensor
@@ -41,6 +58,12 @@ class BlockTensors:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     output_bias: Tensor | None = None
+    scales: BlockScales | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the block computes in."""
+        return self.w13.dtype if self.scales is None else self.scales.dtype
 
     def of_experts(self) -> BlockTensors:
         """The same for the routed experts alone."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine.make_checkpoint import CONFIGS
+from engine.make_checkpoint import CONFIGS, make
 from engine_examples import Output, Result, Run, run_all
 
 EXACT = {"TRITON_F32_DEFAULT": "ieee"}
 """Without it Triton rounds vLLM's products of float32 to TF32, and nothing could be compared beyond three digits."""
 COMPILED = {"enforce_eager": False}
+PUSHES = ("load_weights", "reload_weights by path", "by name", "weight_loader", "sleep without a copy")
 # Kinds whose routing the kernels compute; the others' is vLLM's own.
 FOLDED = ("naive_talker", "omni_talker", "unfused_qwen2", "list_moe", "list_moe_whole")
 
@@ -66,6 +68,22 @@ def test_a_layer_that_rounds_float32_is_not_taken(folders: dict[str, Path], tmp_
     assert result.error is None
     for site in result.receipts[0]["report"]["sites"]:
         assert site["outcome"] == "refused" and "vLLM's kernels round float32 to TF32 here" in site["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["folded", "vllm"])
+def test_no_push_and_no_sleep_changes_an_operated_model(target: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Graphs find the weights where they were, once the engine is awake again."""
+    make("naive_talker", tmp_path / "other", seed=1)
+    run = operated(folders["naive_talker"], tmp_path / "run", target, enable_sleep_mode=True, **COMPILED)
+    [found] = run_all([replace(run, push=str(tmp_path / "other"), ways=PUSHES, sleeps=True)], tmp_path, **EXACT)
+    check_operated(found, target)
+    asked, awake = found.outputs[:2], found.outputs[2:]
+    assert asked == awake  # to the last bit
+    assert set(found.pushes) == set(PUSHES)
+    for way, (told, after) in found.pushes.items():
+        assert "nothing was changed" in told, (way, told)
+        assert [Output(**answer) for answer in after] == asked, way
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ def served(
 ) -> tuple[list[list[int]], list[float]]:
     """Greedy tokens of :data:`PROMPTS`, and the log-probabilities of :data:`LONG`."""
     env = {**EXACT, "VLLM_CACHE_ROOT": str(cache)}
-    with server(folder, tmp, "--dtype", dtype, surgery=surgery, **env) as (_, address):
+    options = ("--dtype", dtype, "--max-num-seqs", "4")  # few sizes of a batch are few graphs
+    with server(folder, tmp, *options, surgery=surgery, **env) as (_, address):
         tokens = [complete(folder, address, prompt) for prompt in PROMPTS]
         logprobs = prompt_logprobs(folder, address, LONG)
     if surgery:

@@ -53,25 +53,32 @@ def carry_over(serving: nn.Module, model: nn.Module, parts: Touched) -> None:
 
     Raises :class:`LedgerError` naming what is missing: what is laid out for kernels can't be read any more.
     """
+    names = _names(model)
     missing = []
     for path, module, needed in _incomplete(model, parts):
         for name, tensor in needed.items():
-            try:
-                there = serving.get_submodule(path)
-                old = getattr(there, name)
-            except AttributeError:
-                old = None
             laid_out = tensor.ndim > 1 and getattr(module, "quant_method", None) is not None
-            if isinstance(old, Tensor) and old.shape == tensor.shape and not laid_out:
-                tensor.data.copy_(old.data)
-            else:
+            there = (_tensor(serving, known) for known in sorted(names[id(tensor)]))
+            old = next((found for found in there if found is not None and found.shape == tensor.shape), None)
+            if laid_out or old is None:
                 missing.append(f"{path}.{name}".lstrip("."))
+            else:
+                tensor.data.copy_(old.data)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LedgerError(
             f"{missing[0]}{more}: never loaded, and what is to be laid out with it was; push what belongs together in "
             "one call, or in one update"
         )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that name, if there is one."""
+    path, _, own = name.rpartition(".")
+    try:
+        return _held(model.get_submodule(path)).get(own)
+    except AttributeError:
+        return None
 
 
 def _incomplete(model: nn.Module, parts: Touched) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:

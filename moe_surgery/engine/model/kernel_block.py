@@ -19,10 +19,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
 from moe_surgery.engine.model.crossover import SCHEMA, sizes_to_ask, told
+from moe_surgery.engine.model.in_blocks import scales
+from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
+from moe_surgery.kernels.arguments import BLOCK, Terms, Weights
 from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
-from moe_surgery.kernels.arguments import Terms, Weights
 from moe_surgery.read.reading import Reading
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
@@ -61,7 +63,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     router = _weight(item.block, item.reading.layout.router)
     if tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
         yield f"{item.reading.layout.router} is a part of a weight"
-    for piece in _small(item.reading):
+    for piece in _small(item.reading, shared=not item.stored):
         found = _weight(item.block, piece).dtype
         if found != config.model_config.dtype:
             yield f"{piece.path} is {str(found).removeprefix('torch.')}, the block {dtype}"
@@ -70,19 +72,30 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
 def _backend(item: EngineSite, config: VllmConfig) -> str:
     """What lays out the block's routed experts; for those that aren't in vLLM's layer yet, what is to be expected."""
     if item.routed is not None:
-        method: Any = item.routed.runner.routed_experts.quant_method
-        return str(method.unquantized_backend.name)
+        return _layout(item.routed.runner.routed_experts)
     wanted = config.kernel_config.moe_backend
     if wanted in ("auto", "humming"):  # the latter is for quantised experts
         return "TRITON" if torch.cuda.get_device_capability() < (10, 0) else "of this GPU"
     return str(wanted).upper()
 
 
+def _layout(experts: Any) -> str:
+    """The name of the backend that lays out routed experts of vLLM's."""
+    method = experts.quant_method
+    return str((method.unquantized_backend if stored(experts) is None else method.fp8_backend).name)
+
+
 def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
     """A rank's share of the block in the kernels' numbers."""
     assert item.reading is not None
     slices = _shared_width(item) // _width(item.reading)
-    return replace(terms_of(item.reading.spec), width=_width(item.reading), slices=slices, shared_scale=shared_scale)
+    return replace(
+        terms_of(item.reading.spec),
+        width=_width(item.reading),
+        slices=slices,
+        shared_scale=shared_scale,
+        scaled=bool(item.stored),
+    )
 
 
 def _width(reading: Reading) -> int:
@@ -97,11 +110,11 @@ def _shared_width(item: EngineSite) -> int:
     return 0 if shared is None else int(_weight(item.block, shared.down).shape[-1])
 
 
-def _small(reading: Reading) -> Iterator[Piece]:
-    """The weights of a block but for the routed experts'."""
+def _small(reading: Reading, *, shared: bool) -> Iterator[Piece]:
+    """The weights of a block but for the routed experts', and those of the ``shared`` one if they are wanted."""
     layout = reading.layout
     yield layout.router
-    if layout.shared is not None:
+    if shared and layout.shared is not None:
         yield from layout.shared.pieces()
     if layout.shared_gate is not None:
         yield layout.shared_gate
@@ -163,20 +176,21 @@ class KernelBlock(EngineBlock):
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
-        self._compute, self._operator, self.schema = _operators(self.terms, self.weights().w13.dtype)
+        self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
         """See :func:`~moe_surgery.engine.model.crossover.sizes_to_ask`."""
-        return sizes_to_ask(self.terms, self.weights().w13.dtype)
+        return sizes_to_ask(self.terms, self._router_weight().dtype)
 
     def weights(self) -> Weights:
         """The block's weights, where they are now."""
         experts: Any = getattr(self, self._routed).routed_experts
         router, w13, w2 = self._router_weight(), experts.w13_weight, experts.w2_weight
         shared: Any = self._shared[0]
+        held = scales(experts, shared) if self.terms.scaled else None
         if shared is None:
-            return Weights(router, w13, w2)
+            return Weights(router, w13, w2, scales=held)
         return Weights(
             router,
             w13,
@@ -185,6 +199,7 @@ class KernelBlock(EngineBlock):
             shared.gate_up.weight,
             None if shared.up is None else shared.up.weight,
             shared.down.weight,
+            scales=held,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -198,8 +213,7 @@ class KernelBlock(EngineBlock):
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
         experts: Any = getattr(self, self._routed).routed_experts
-        backend = experts.quant_method.unquantized_backend.name
-        if backend not in _AS_LOADED:
+        if (backend := _layout(experts)) not in _AS_LOADED:
             raise SurgeryError(
                 f"vLLM's MoE backend {backend} lays weights out in a way of its own; set moe_backend='triton'"
             )
@@ -213,11 +227,20 @@ class KernelBlock(EngineBlock):
             "shared_up": (rows, t.hidden) if weights.shared_up is not None else None,
             "shared_down": (t.hidden, t.slices * t.width) if t.slices else None,
         }
+        held = {name: getattr(weights, name) for name in wanted}
+        if weights.scales is not None:
+            wanted |= {f"scales of {name}": _blocks(wanted[name]) for name in weights.scales._fields}
+            held |= {f"scales of {name}": scale for name, scale in weights.scales._asdict().items()}
         for name, shape in wanted.items():
-            tensor: Tensor | None = getattr(weights, name)
+            tensor: Tensor | None = held[name]
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape or (tensor is not None and not tensor.is_contiguous()):
                 raise SurgeryError(f"{name} lies in memory as {found}, and the kernels take {shape}, contiguous")
+
+
+def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """How many blocks matrices of ``shape`` [..., N, K] have."""
+    return None if shape is None else (*shape[:-2], shape[-2] // BLOCK, shape[-1] // BLOCK)
 
 
 def warm_kernels(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
+from moe_surgery.engine.model import in_blocks
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import copies, owner
 from moe_surgery.engine.model.kernel_block import KernelBlock
@@ -86,6 +87,8 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     assert item.reading is not None
     spec, layout, block = item.reading.spec, item.reading.layout, item.block
     small = _small(block, layout, _routing(item), ranks)
+    if item.stored:
+        small = replace(small, scales=in_blocks.copied(block, layout.shared, small.router.dtype))
     settle(small.router.device)  # the copies are made on this thread's stream
     probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
     return Exam(item.site.path, spec, small, ranks, probes)
@@ -205,7 +208,11 @@ def _with_experts(exam: Exam, runner: Any) -> BlockTensors:
     elif ranks.size > 1 or (2 * gate.shape[1], gate.shape[2]) != w13.shape[1:]:
         w13 = torch.cat([ranks.gather(gate, 1), ranks.gather(up, 1)], dim=1)
         w2 = ranks.gather(down, 2)
-    return replace(exam.small, w13=w13, w2=w2)
+    whole = replace(exam.small, w13=w13, w2=w2)
+    if whole.scales is None:
+        return whole
+    held = in_blocks.scales(experts, None)
+    return replace(whole, scales=replace(whole.scales, w13=held.w13.data, w2=held.w2.data))
 
 
 def _matrix(block: nn.Module, piece: Piece) -> Tensor:

@@ -107,9 +107,11 @@ class Surgery:
             for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
             for path, item in self.items.items():
-                if path in chosen:
-                    self.exams[path] = observe(item, self.ranks) if item.stored else prepare(item, self.ranks, pool)
-                built = build(item, book, fold=steps[path].target == FOLDED)
+                fold = steps[path].target == FOLDED
+                if path in chosen:  # folded weights are computed with in another way, however they are stored
+                    parts = bool(item.stored) and not fold
+                    self.exams[path] = observe(item, self.ranks) if parts else prepare(item, self.ranks, pool)
+                built = build(item, book, fold=fold)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:

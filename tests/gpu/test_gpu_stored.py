@@ -1,0 +1,91 @@
+"""Engines with experts in FP8, a scale for each 128 by 128: folded, proven, and all of their scales accounted for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_examples import Result, Run, run_all
+from quantised_checkpoint import write as quantised
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+KINDS = {"naive_talker": 16, "unfused_deepseek": 64}
+OPTIONS = {"dtype": "bfloat16", "max_model_len": 256}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs products of e4m3"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from served_checkpoint import write
+
+    tmp = tmp_path_factory.mktemp("stored")
+    for kind, experts in KINDS.items():
+        write(kind, tmp / f"{kind}-source", 2, experts)
+        quantised(tmp / f"{kind}-source", tmp / kind, "fp8_block", group=128)
+    quantised(tmp / "naive_talker-source", tmp / "experts alone", "fp8_block", ["experts"], group=128)
+    return {path.name: path for path in tmp.iterdir()}
+
+
+def operated(folder: Path, run: Path, **more: object) -> Run:
+    surgery = {"run": str(run), "prove": "all", "target": "auto"}
+    return Run(str(folder), {**OPTIONS, **more.pop("options", {})}, surgery, **more)  # type: ignore[dict-item, arg-type]
+
+
+def sites(result: Result) -> list[dict[str, object]]:
+    assert result.error is None
+    found: list[dict[str, object]] = result.receipts[0]["report"]["sites"]
+    return found
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_folded(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    run = operated(checkpoints["naive_talker"], tmp_path / "run", options={"enforce_eager": eager})
+    [result] = run_all([run], tmp_path)
+    for site in sites(result):
+        assert (site["outcome"], site["target"]) == ("replaced", "folded")
+        proof = site["proof"]
+        assert isinstance(proof, dict)
+        assert proof["passed"] and proof["reference"] == "weights" and proof["margin"] > 5
+    assert len(sites(result)) == 2
+
+
+def test_vllms_own_routing_is_left_to_its_layer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    [result] = run_all([operated(checkpoints["unfused_deepseek"], tmp_path / "run", ask=False)], tmp_path)
+    for site in sites(result):
+        assert (site["outcome"], site["target"]) == ("replaced", "vllm")
+        assert "not folded: its router is the model's own" in str(site["reason"])
+        proof = site["proof"]
+        assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
+
+
+def test_a_shared_expert_that_is_stored_otherwise(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    [result] = run_all([operated(checkpoints["experts alone"], tmp_path / "run", ask=False)], tmp_path)
+    for site in sites(result):
+        assert (site["outcome"], site["target"]) == ("replaced", "vllm")
+        assert "its shared expert isn't stored as the routed ones are" in str(site["reason"])
+
+
+def test_a_scale_that_is_missing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    lost, folder = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv", tmp_path / "model"
+    folder.mkdir()
+    for file in checkpoints["unfused_deepseek"].iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            tensors.pop(lost, None)
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        elif "index" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    [result] = run_all([operated(folder, tmp_path / "run", ask=False)], tmp_path)
+    [receipt] = result.receipts
+    assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 13)
+    assert "w13_weight_scale_inv" in receipt["error"] and "in expert 3" in receipt["error"]

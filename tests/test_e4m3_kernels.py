@@ -1,0 +1,121 @@
+"""The kernels over weights in e4m3 compute their spec: on a GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folded_blocks import but, clear_tokens
+from spec_weights import tolerance, worst
+from stored_blocks import GATED, PARTS, stored_weights, wide
+from test_folded_kernels import APART, DEVICE, INTERPRETED, ON_GPU, runs
+
+from moe_surgery.kernels.arguments import Scales, Weights
+from moe_surgery.spec import MoESpec
+from moe_surgery.targets import reference
+from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.weights.tensors import BlockTensors
+
+SPECS = {
+    "two slices, gated": GATED,
+    "no shared expert": replace(GATED, shared=None),
+    "three tiles, scaled": but(
+        GATED, experts={"width": 384}, shared={"width": 384, "gate": None, "scale": 0.5}, scoring="sigmoid", scale=2.5
+    ),
+}
+DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run as they are")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-x", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(APART), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter loses the carry where a number is rounded up to a power of two in e4m3; here torch rounds."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def held(tensors: BlockTensors) -> Weights:
+    """As the kernels take them."""
+    return replace(fold(tensors), scales=Scales(*(getattr(tensors.scales, name) for name in PARTS)))
+
+
+def near(spec: MoESpec, dtype: torch.dtype) -> float:
+    """As :func:`tolerance`, with what becomes of a last bit on its way to e4m3.
+
+    A number that is off by a relative d is rounded to another one of e4m3, at most 1/8 away, in d of 1/8 of all cases:
+    the mean square of that is d / 8. Tensor cores add e4m3 with 13 bits; of what that makes of gate and up projection
+    d is the mean.
+    """
+    return tolerance(spec, dtype) + math.sqrt(2 * 2**-13 / 8 if dtype.itemsize == 2 else torch.finfo(dtype).eps / 4)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("path", "tokens"), [("pairs", 1), ("grouped", 1), ("grouped", 7)])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
+    from moe_surgery.kernels.choice import rows_for
+    from moe_surgery.kernels.launch import run
+
+    tensors = stored_weights(spec, dtype, DEVICE)
+    x = clear_tokens(spec, tensors, tokens)
+    terms = replace(terms_of(spec), scaled=True)
+    choice = next(row for row in rows_for(terms, dtype) if row.path == path)
+    got = run(x, held(tensors), terms, choice)
+    assert got.dtype == dtype
+    error = worst(got, reference.forward(spec, tensors, x, torch.float64))
+    assert error < near(spec, dtype)
+    # What meets them isn't rounded there; in bfloat16 that is too near to tell.
+    if dtype == torch.float32:
+        assert worst(got, reference.forward(spec, wide(tensors), x, torch.float64)) > 10 * near(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
+    from moe_surgery.kernels.choice import rows_for
+    from moe_surgery.kernels.launch import run
+
+    dtype = DTYPES[0]
+    tensors = stored_weights(GATED, dtype, DEVICE)
+    apart, x = held(tensors), clear_tokens(GATED, tensors, 2)
+    terms = replace(terms_of(GATED), scaled=True)
+    choice = next(row for row in rows_for(terms, dtype) if row.path == path)
+    s = apart.scales
+    assert s is not None and apart.shared_gate is not None and apart.shared_up is not None
+    assert s.shared_gate is not None and s.shared_up is not None
+    both = torch.cat([apart.shared_gate.view(torch.uint8), apart.shared_up.view(torch.uint8)])
+    merged = replace(
+        apart,
+        shared_gate=both.view(torch.float8_e4m3fn),
+        shared_up=None,
+        scales=s._replace(shared_gate=torch.cat([s.shared_gate, s.shared_up]), shared_up=None),
+    )
+    assert torch.equal(run(x, apart, terms, choice), run(x, merged, terms, choice))
