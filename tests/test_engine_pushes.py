@@ -17,11 +17,14 @@ EVERYTHING = (("naive_talker", "folded"), ("list_moe", "vllm"))
 OTHERS = (
     ("naive_talker", "vllm"),
     ("omni_talker", "vllm"),
+    ("omni_talker", "folded"),
+    ("unfused_qwen2", "vllm"),
     ("unfused_qwen2", "folded"),
     ("unfused_deepseek", "vllm"),
     ("unfused_deepseek", "folded"),
     ("list_moe", "folded"),
     ("list_moe_whole", "vllm"),
+    ("list_moe_whole", "folded"),
 )
 SOME = ("load_weights", "load_weights without vectors", "reload_weights by path", "a missing shard")
 
