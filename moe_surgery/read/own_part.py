@@ -45,10 +45,11 @@ def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[
     if not trial.row_by_row(routing):
         raise Unreadable("its router, or what stands around its experts, looks at other tokens of the batch")
     flat = [(2 * 3,), (1,)] if found.flat else [(1, 1), (2, 3)]
-    ways = [(shape, True), *(((*lead, shape[-1]), True) for lead in flat)]
-    others = [
-        (way, _program(ask(way, dtype, spread, plain=plain), way).only(*ROUTING, ENTERING)) for way, plain in ways
-    ]
+    ways = [shape, *((*lead, shape[-1]) for lead in flat)]
+    others = []
+    for way in ways:  # of another form in memory, where the block takes that
+        other = ask(way, dtype, spread, plain=ask.takes(way, dtype, plain=True))
+        others.append((way, _program(other, way).only(*ROUTING, ENTERING)))
     if of_tokens is not None:
         others.append(((6, shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
     if not all(trial.alike(routing, other, way) for way, other in others):

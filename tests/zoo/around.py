@@ -56,6 +56,19 @@ class NormBeforeAndResidual(Base):
 
 
 @block(AROUND)
+class ViewsItsInput(Alone):
+    """It takes no input that isn't contiguous."""
+
+    def make_more(self) -> None:
+        self.norm = RootMeanSquare(self.hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.norm(hidden_states).view(-1, self.hidden)
+        weights, ids = self.route(x)
+        return hidden_states + self.routed(x, weights, ids).view(hidden_states.shape)
+
+
+@block(AROUND)
 class NormsOnBothSides(Base):
     def make_more(self) -> None:
         self.before, self.after = nn.LayerNorm(self.hidden), RootMeanSquare(self.hidden)
