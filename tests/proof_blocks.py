@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
-from moe_surgery.targets.reference import ReferenceTarget
+from moe_surgery.targets.reference_target import ReferenceTarget
 from moe_surgery.weights.tensors import BlockTensors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -19,7 +19,7 @@ from moe_surgery import verbs
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError, UsageError
 from moe_surgery.planning.plan import Plan
 from moe_surgery.targets.base import SwappedBlock
-from moe_surgery.targets.reference import ReferenceTarget
+from moe_surgery.targets.reference_target import ReferenceTarget
 
 IDS = torch.arange(1, 12)[None]
 

@@ -30,7 +30,7 @@ from moe_surgery.cli.apply_verify import Tokens
 from moe_surgery.errors import UnsupportedError
 from moe_surgery.packs.file import parse_pack
 from moe_surgery.packs.registry import load_packs
-from moe_surgery.targets.reference import ReferenceTarget
+from moe_surgery.targets.reference_target import ReferenceTarget
 
 REFERENCE = ("--target", "reference")
 DATA: dict[str, Any] = {"target": "reference"}

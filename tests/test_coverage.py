@@ -17,7 +17,7 @@ from moe_surgery.cli.app import app
 from moe_surgery.errors import UsageError
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.report.report import Report
-from moe_surgery.targets.reference import ReferenceTarget
+from moe_surgery.targets.reference_target import ReferenceTarget
 from moe_surgery.testing import coverage, table
 from moe_surgery.testing.coverage import Coverage, Line, Tried, choose
 from moe_surgery.testing.families import build, families, outputs

@@ -20,6 +20,7 @@ from moe_surgery.kernels.choice import Choice, table
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.reference_target import ReferenceExperts
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,7 +122,7 @@ def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) 
     given = torch.rand(40, 3, device=DEVICE)
     with torch.no_grad():
         got = RoutedExperts(spec, tensors)(x, ids, given)
-        truth = reference.ReferenceExperts(spec, tensors)(x, ids, given)
+        truth = ReferenceExperts(spec, tensors)(x, ids, given)
     assert got[31].abs().max() == 0
     there = (ids < 8).any(-1)
     assert worst(got[there], truth[there].double()) < tolerance(spec, torch.float32)

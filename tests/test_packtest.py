@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_surgery import verbs
 from moe_surgery.packs.file import parse_pack
-from moe_surgery.targets.reference import ReferenceTarget
+from moe_surgery.targets.reference_target import ReferenceTarget
 from moe_surgery.testing import PackTest, build, outputs
 
 PACK = b"""

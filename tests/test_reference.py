@@ -19,7 +19,8 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.targets.base import Context
-from moe_surgery.targets.reference import ReferenceTarget, Visits, _each, expert_outputs, forward, gated, router_scores
+from moe_surgery.targets.reference import Visits, _each, expert_outputs, forward, gated, router_scores
+from moe_surgery.targets.reference_target import ReferenceTarget
 from moe_surgery.weights.tensors import BlockTensors
 
 

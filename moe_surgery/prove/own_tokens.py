@@ -16,7 +16,7 @@ from moe_surgery.calling import Calling
 from moe_surgery.prove.ground import measured
 from moe_surgery.prove.metrics import NORM_FLOOR
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.reference import ReferenceExperts
+from moe_surgery.targets.reference_target import ReferenceExperts
 from moe_surgery.weights.tensors import BlockTensors
 
 

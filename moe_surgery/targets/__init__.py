@@ -33,7 +33,7 @@ def get_target(name: str) -> Target:
         from moe_surgery.targets.vllm import VllmTarget
 
         return VllmTarget()
-    from moe_surgery.targets.reference import ReferenceTarget
+    from moe_surgery.targets.reference_target import ReferenceTarget
 
     return ReferenceTarget()
 
