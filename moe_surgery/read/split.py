@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Cut, Record, parse_record
@@ -92,17 +92,13 @@ def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
         made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
-        if known or made or not found.isdisjoint(_refs((op.args, op.kwargs))):
+        if known or made or not found.isdisjoint(_refs(op)):
             found.add(place)
     return found
 
 
-def _refs(operand: Any) -> Iterator[int]:
-    if isinstance(operand, Ref):
-        yield operand.index
-    elif isinstance(operand, (list, tuple, dict)):
-        for item in operand.values() if isinstance(operand, dict) else operand:
-            yield from _refs(item)
+def _refs(op: Op) -> set[int]:
+    return {leaf.index for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)}
 
 
 def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
@@ -119,17 +115,10 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     def moved(index: int) -> int:
         return index + (index >= place)
 
-    later = [replace(op, args=_moved(op.args, moved), kwargs=_moved(op.kwargs, moved)) for op in flow.ops[place + 1 :]]
-    ops = (*flow.ops[:place], given, shaped, *later)
+    def later(op: Op) -> Op:
+        args, kwargs = tree_map_only(Ref, lambda ref: Ref(moved(ref.index)), (op.args, op.kwargs))
+        return replace(op, args=args, kwargs=kwargs)
+
+    ops = (*flow.ops[:place], given, shaped, *map(later, flow.ops[place + 1 :]))
     output = Ref(moved(flow.output.index))
     return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}), moved
-
-
-def _moved(operand: Any, moved: Callable[[int], int]) -> Any:
-    if isinstance(operand, Ref):
-        return Ref(moved(operand.index))
-    if isinstance(operand, dict):
-        return {name: _moved(value, moved) for name, value in operand.items()}
-    if isinstance(operand, (list, tuple)):
-        return type(operand)(_moved(item, moved) for item in operand)
-    return operand
