@@ -160,13 +160,9 @@ def _prefixes(path: str) -> list[str]:
 
 def _shut_ways_in() -> None:
     """Have vLLM's own functions ask, once each, under whatever name a module has them that is loaded by now."""
-    for function, asking in (
-        (layerwise.initialize_layerwise_reload, _beginning),
-        (layerwise.finalize_layerwise_reload, _ending),
-    ):
-        for module in list(sys.modules.values()):
-            for name in [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is function]:
-                setattr(module, name, asking(function))
+    for name, step in (("initialize_layerwise_reload", _Door.open), ("finalize_layerwise_reload", _Door.close)):
+        if _is_first(layerwise, name):
+            _shut_function(getattr(layerwise, name), step)
     for place, (kind, methods) in _CLASSES.items():
         if place in sys.modules:
             holder = vars(sys.modules[place])[kind]
@@ -176,31 +172,32 @@ def _shut_ways_in() -> None:
 
 
 def _shut_one(holder: Any, name: str, asking: Callable[[Any], Any]) -> None:
-    if (id(holder), name) not in _shut:
-        _shut.add((id(holder), name))
+    if _is_first(holder, name):
         setattr(holder, name, asking(vars(holder)[name]))
+
+
+def _is_first(holder: Any, name: str) -> bool:
+    """Whether what ``holder`` has under a name is to be shut now; from then on it is."""
+    first = (id(holder), name) not in _shut
+    _shut.add((id(holder), name))
+    return first
+
+
+def _shut_function(original: Callable[..., Any], step: Callable[[_Door], None]) -> None:
+    """Have a function of a model, wherever a module has it, be that ``step`` of a guarded model's door."""
+
+    @functools.wraps(original)
+    def asking(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        door = _door_of(model)
+        return original(model, *args, **kwargs) if door is None else step(door)
+
+    for module in list(sys.modules.values()):
+        for name in [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is original]:
+            setattr(module, name, asking)
 
 
 def _door_of(model: nn.Module | None) -> _Door | None:
     return None if model is None else _doors.get(model)
-
-
-def _beginning(original: Any) -> Any:
-    @functools.wraps(original)
-    def initialize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        door = _door_of(model)
-        return original(model, *args, **kwargs) if door is None else door.open()
-
-    return initialize_layerwise_reload
-
-
-def _ending(original: Any) -> Any:
-    @functools.wraps(original)
-    def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        door = _door_of(model)
-        return original(model, *args, **kwargs) if door is None else door.close()
-
-    return finalize_layerwise_reload
 
 
 def _asking_of_reload(original: Any) -> Any:
