@@ -242,6 +242,19 @@ def write(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
+def without(folder: Path, name: str, out: Path) -> Path:
+    """The checkpoint without one of its tensors."""
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            tensors.pop(name, None)
+            save_file(tensors, out / file.name, metadata={"format": "pt"})
+        elif "index" not in file.name:
+            (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from engine.make_checkpoint import make
 from engine_examples import Output, Run, run_all
-from quantised_checkpoint import write
-from safetensors.torch import load_file, save_file
+from quantised_checkpoint import without, write
 
 SHARED = "model.layers.1.mlp.shared_expert"
 HALF = {"dtype": "bfloat16"}
@@ -61,19 +60,6 @@ def test_blocks_with_a_quantised_shared_expert(folders: dict[str, Path], tmp_pat
     [receipt] = found[2].receipts
     assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 12)
     assert "the new block is not what the spec says" in receipt["error"]
-
-
-def without(folder: Path, name: str, out: Path) -> Path:
-    """The checkpoint without one of its tensors."""
-    out.mkdir()
-    for file in folder.iterdir():
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            tensors.pop(name, None)
-            save_file(tensors, out / file.name, metadata={"format": "pt"})
-        elif "index" not in file.name:
-            (out / file.name).write_bytes(file.read_bytes())
-    return out
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_examples import Result, Run, run_all
+from quantised_checkpoint import without
 from quantised_checkpoint import write as quantised
-from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -76,15 +76,8 @@ def test_a_shared_expert_that_is_stored_otherwise(checkpoints: dict[str, Path], 
 
 
 def test_a_scale_that_is_missing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    lost, folder = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv", tmp_path / "model"
-    folder.mkdir()
-    for file in checkpoints["unfused_deepseek"].iterdir():
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            tensors.pop(lost, None)
-            save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        elif "index" not in file.name:
-            (folder / file.name).write_bytes(file.read_bytes())
+    lost = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
+    folder = without(checkpoints["unfused_deepseek"], lost, tmp_path / "model")
     [result] = run_all([operated(folder, tmp_path / "run", ask=False)], tmp_path)
     [receipt] = result.receipts
     assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 13)
