@@ -197,6 +197,11 @@ class Offsets(NamedTuple):
     scales_w2: int = 0
 
 
+def next_power(size: int) -> int:
+    """The least power of two that isn't below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
 def _apart(tensor: Tensor, other: Tensor) -> int:
     """How many elements ``tensor`` lies behind ``other``."""
     return (tensor.data_ptr() - other.data_ptr()) // tensor.element_size()

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import BLOCK, Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms, next_power
 
 FOLDER = Path(__file__).parent / "configs"
 DEFAULT = "default"
@@ -144,7 +144,7 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
     name = min(found, key=lambda each: _unlikeness(own, found[each]))
     like = found[name]
     more = own["E"] / own["K"] / (like["E"] / like["K"])
-    wider = _power(own["K"] + own["M"]) // _power(like["K"] + like["M"])
+    wider = next_power(own["K"] + own["M"]) // next_power(like["K"] + like["M"])
     rows: dict[int, Choice] = {}
     for row in read_table(FOLDER / f"{name}.json"):
         tokens = max(1, math.ceil(row.tokens * more)) if row.tokens > 1 else 1
@@ -163,11 +163,6 @@ def _sizes(name: str) -> dict[str, int]:
 def _unlikeness(one: dict[str, int], two: dict[str, int]) -> float:
     apart = one["E"] / one["K"] / (two["E"] / two["K"]), one["H"] / two["H"], one["I"] / two["I"]
     return sum(abs(math.log(ratio)) for ratio in apart)
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
 
 
 def serving(rows: Sequence[Choice], tokens: int) -> Choice:

@@ -1,15 +1,13 @@
 """More tokens: tokens are grouped by expert, so that each expert's weights are read once for all of its tokens.
 
     group_inputs   tokens in e4m3, where weights are
-    group_logits   router and shared gate for a tile of tokens; clears the experts' counts
-    group_route    chooses each token's experts and enters the token in their lists
+    group_logits, group_route    enter tokens in their experts' lists (:mod:`moe_surgery.kernels.grouping`)
     group_gate_up  a grouped matrix product over the lists, with the activation
     group_down     the other one, times the routing weights; one row for each pair of a token and an expert
     group_sum      adds each token's rows in the order of their slots
 
 For many tokens ``group_sum_shared`` takes the place of the last one: it computes the shared expert's down projection as
-one product, so that its rows are neither written nor read. Where experts are chosen outside, ``group_count`` and
-``group_enter`` take the place of the first two.
+one product, so that its rows are neither written nor read.
 
 The order within a list depends on chance (integer atomics), but a row's value doesn't depend on its place in a tile,
 and rows are added in a fixed order: the output is the same to the bit every time.
@@ -22,14 +20,12 @@ import triton.language as tl
 
 from moe_surgery.kernels.device import (
     as_stored,
-    choose,
     expert_offset,
     in_e4m3,
     least_scale,
     let_next_start,
     mixed,
     rounded,
-    router_offset,
     row_pitch,
     scale_of,
     wait,
@@ -52,92 +48,6 @@ def group_inputs(x, parts, factors, H: tl.constexpr, G: tl.constexpr, BK: tl.con
     its = tl.reshape(its, [BK]).to(tl.float8e4nv)
     tl.store(parts + token * H + columns, its, mask=columns < H)
     tl.store(factors + token * (H // G) + groups, tl.reshape(factor, [BK // G]), mask=groups < H // G)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def group_logits(
-    x, router, gate: tl.int64, logits, counts, tokens, R: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As ``pair_logits``, for BT tokens at once. Grid: (cdiv(R, BR), cdiv(tokens, BT))."""
-    wait(PDL)
-    let_next_start(PDL)
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
-    columns = tl.arange(0, BK)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        every = tl.arange(0, BE)
-        tl.store(counts + every, tl.zeros([BE], tl.int32), mask=every < E)
-    starts = router_offset(rows, gate, R, E, H)[:, None]
-    total = tl.zeros([BT, BR], tl.float32)
-    for k in range(0, H, BK):
-        inside = (k + columns < H)[None, :]
-        value = tl.load(
-            x + token.to(tl.int64)[:, None] * H + k + columns[None, :],
-            mask=(token < tokens)[:, None] & inside,
-            other=0.0,
-        )
-        w = tl.load(router + starts + k + columns[None, :], mask=(rows < R)[:, None] & inside, other=0.0)
-        total = tl.dot(value.to(w.dtype), w.T, total, input_precision="ieee")
-    if NATIVE:
-        total = tl.where((rows < E)[None, :], total.to(x.dtype.element_ty).to(tl.float32), total)
-    at = logits + token.to(tl.int64)[:, None] * R + rows[None, :]
-    tl.store(at, total, mask=(token < tokens)[:, None] & (rows < R)[None, :])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def group_route(
-    logits, weights, counts, lists, tokens, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """``weights`` [T, K+M] by slot; each expert's ``lists`` [E, T] of pairs ``t * (K+M) + slot``. Grid: (tokens,)."""
-    wait(PDL)
-    let_next_start(PDL)
-    token = tl.program_id(0)
-    row = logits + token.to(tl.int64) * R
-    slots = tl.arange(0, P)
-    experts, values = choose(row, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
-    chosen = slots < K
-    pair = token * (K + M) + slots
-    place = tl.atomic_add(counts + experts, 1, mask=chosen, sem="relaxed")
-    tl.store(lists + experts.to(tl.int64) * tokens + place, pair, mask=chosen)
-    if M > 0:
-        gate = shared_scale
-        if GATED:
-            gate = shared_scale * tl.sigmoid(tl.load(row + E, cache_modifier=".cg"))
-        values = tl.where(chosen, values, gate)
-    tl.store(weights + pair, values, mask=slots < K + M)
-
-
-@triton.jit
-def group_count(ids, counts, places, K: tl.constexpr, P: tl.constexpr):
-    """Experts' visitors ``counts`` [E], which are zero before, from ``ids`` [T, K], and each pair's place among its
-    expert's. Grid: (tokens,)."""
-    slots = tl.arange(0, P)
-    at = tl.program_id(0).to(tl.int64) * K + slots
-    experts = tl.load(ids + at, mask=slots < K, other=-1)
-    place = tl.atomic_add(counts + experts, 1, mask=experts >= 0, sem="relaxed")
-    tl.store(places + at, place, mask=experts >= 0)
-
-
-@triton.jit
-def group_enter(
-    ids, counts, places, lists, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Pairs ``t * (K+M) + slot`` into one flat list, expert after expert. Grid: (tokens,).
-
-    An expert may have any number of a token's slots, which rows of fixed length for each expert couldn't hold.
-    """
-    slots = tl.arange(0, P)
-    every = tl.arange(0, BE)
-    token = tl.program_id(0)
-    at = token.to(tl.int64) * K + slots
-    experts = tl.load(ids + at, mask=slots < K, other=-1)
-    count = tl.load(counts + every, mask=every < E, other=0)
-    starts = tl.sum(tl.where(every[None, :] < experts[:, None], count[None, :], 0), axis=1)
-    place = tl.load(places + at, mask=experts >= 0, other=0)
-    tl.store(lists + starts + place, token * (K + M) + slots, mask=experts >= 0)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.kernels import grouped, pairs
-from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights
+from moe_surgery.kernels import grouped, grouping, pairs
+from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights, next_power
 from moe_surgery.kernels.choice import Choice, Tiles
 
 ALIGNMENT = 16
@@ -252,11 +252,11 @@ def _kernels(terms: Terms, choice: Choice, device: torch.device, dtype: torch.dt
 
 def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
-    ranked = _power(terms.experts)
+    ranked = next_power(terms.experts)
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
     sizes["G"] = BLOCK if terms.scaled else 0
     known = {
-        **sizes, "R": terms.rows, "P": _power(terms.pairs), "BE": ranked, "ACT": terms.activation,
+        **sizes, "R": terms.rows, "P": next_power(terms.pairs), "BE": ranked, "ACT": terms.activation,
         "SIGMOID": terms.sigmoid, "BY_SIGMOID": terms.by_sigmoid, "RENORMALIZE": terms.renormalize,
         "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
         "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
@@ -281,28 +281,23 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         add = kernel(grouped.group_sum_shared, choice.add)
     inputs = kernel(grouped.group_inputs, {"BK": _columns(terms)}, first=terms.given) if terms.scaled else None
     if terms.given:
-        slots = {"P": _power(terms.top_k)}
-        count, enter = (kernel(each, slots, first=True) for each in (grouped.group_count, grouped.group_enter))
+        slots = {"P": next_power(terms.top_k)}
+        count, enter = (kernel(each, slots, first=True) for each in (grouping.group_count, grouping.group_enter))
         return Kernels(*products, add=add, count=count, enter=enter, inputs=inputs)
-    logits: Callable[..., Any] = grouped.group_logits if "BT" in one else pairs.pair_logits
-    choose = kernel(grouped.group_route, choosing(terms.experts))
+    logits: Callable[..., Any] = grouping.group_logits if "BT" in one else pairs.pair_logits
+    choose = kernel(grouping.group_route, choosing(terms.experts))
     return Kernels(*products, kernel(logits, one), choose, add, inputs=inputs)
 
 
 def choosing(experts: int) -> Tiles:
     """Warps of a program that chooses one token's of so many experts."""
-    return {"num_warps": max(1, _power(experts) // _EXPERTS_PER_WARP)}
+    return {"num_warps": max(1, next_power(experts) // _EXPERTS_PER_WARP)}
 
 
 def _columns(terms: Terms) -> int:
     """Columns that a program of ``group_sum`` adds, and one of ``group_inputs`` rounds."""
-    return min(_power(terms.hidden), 1024)
+    return min(next_power(terms.hidden), 1024)
 
 
 def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()

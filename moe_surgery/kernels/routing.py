@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_surgery.kernels import grouped, pairs, router
+from moe_surgery.kernels import grouping, pairs, router
 from moe_surgery.kernels.arguments import Routed, RouterTerms
 from moe_surgery.kernels.choice import Tiles
 from moe_surgery.kernels.launch import ALIGNMENT, Kernel, choosing
@@ -90,7 +90,7 @@ def router_kernels(terms: RouterTerms, logits_tiles: Tiles, *, dependent: bool) 
         "CORRECTED": terms.corrected, "TOP2": terms.top2, "LOWEST": terms.lowest, "RENORMALIZE": terms.renormalize,
         "EPSILON": terms.epsilon, "FLOOR": terms.floor, "SQUARES": terms.squares, "GATED": terms.gated,
     }  # fmt: skip
-    first = grouped.group_logits if "BT" in logits_tiles else pairs.pair_logits
+    first = grouping.group_logits if "BT" in logits_tiles else pairs.pair_logits
     return (
         Kernel.of(first, known, logits_tiles, overlaps=dependent),
         Kernel.of(router.route, known, choosing(terms.experts), overlaps=dependent),
