@@ -7,7 +7,8 @@ care here. All that depends on the number of tokens is inside of one operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -241,6 +242,21 @@ class KernelBlock(EngineBlock):
 def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """How many blocks matrices of ``shape`` [..., N, K] have."""
     return None if shape is None else (*shape[:-2], shape[-2] // BLOCK, shape[-1] // BLOCK)
+
+
+def compile_ahead(items: Iterable[EngineSite], config: VllmConfig) -> Callable[[], None]:
+    """Begin to compile, in other processes, what :func:`warm_kernels` will want for these blocks once they are built.
+
+    Returns what waits for it.
+    """
+    terms = {terms_in_engine(item): None for item in items}
+    if not terms:
+        return lambda: None
+    from moe_surgery.kernels.ahead import begin
+
+    assert config.model_config is not None
+    most = max(1, (os.cpu_count() or 1) // (2 * int(get_tensor_model_parallel_world_size())))
+    return begin(terms, config.model_config.dtype, torch.device("cuda", torch.cuda.current_device()), most).wait
 
 
 def warm_kernels(model: nn.Module) -> None:
