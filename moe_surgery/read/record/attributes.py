@@ -18,18 +18,28 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Constant
 from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.tensor_entries import storage
 
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 Attributes = dict[tuple[str, str], Any]
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class Written:
-    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there."""
+    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there.
+
+    Weights and submodules are put back too: code that converts its own router when it is called would leave a weight of
+    the record there.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self._before = {path: dict(vars(module)) for path, module in block.named_modules()}
+        self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
+        self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
@@ -43,6 +53,13 @@ class Written:
 
     def undo(self) -> None:
         """Put back what was there before the call."""
+        for table, before in self._tables:
+            if [(name, id(value)) for name, value in table.items()] != [(n, id(v)) for n, v in before.items()]:
+                table.clear()
+                table.update(before)
+        for tensor, data in self._data:
+            if (tensor.dtype, tensor.device, storage(tensor)) != (data.dtype, data.device, storage(data)):
+                tensor.data = data
         for path, module in self.block.named_modules():
             before = self._before.get(path)
             if before is None:

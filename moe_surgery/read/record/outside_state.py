@@ -33,6 +33,8 @@ def watched(block: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if name not in _INTERNAL:
                 seen[f"{path}.{name}".lstrip(".")] = _print(value, 0)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            seen[f"{path}.{name}".lstrip(".")] = None if tensor is None else (id(tensor), str(tensor.dtype))
         for cls in type(module).__mro__:
             if cls is nn.Module:
                 break
