@@ -153,7 +153,8 @@ def test_what_a_block_writes_is_there_after_it_was_replaced_and_reading_leaves_n
 @pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay"])
 def test_reading_leaves_weights_that_a_block_replaces_as_they_were(name: str) -> None:
     block = next(case for case in ALL if case.name == name).make()
-    before = [(key, id(weight), weight.dtype, weight.clone()) for key, weight in block.state_dict(keep_vars=True).items()]
+    held = block.state_dict(keep_vars=True)
+    before = [(key, id(weight), weight.dtype, weight.clone()) for key, weight in held.items()]
     moe_surgery.plan(Layer(block))
     after = block.state_dict(keep_vars=True)
     assert [key for key, *_ in before] == list(after)

@@ -68,6 +68,15 @@ def test_attributes_are_kept_up_to_date(name: str, attribute: str, undoable: boo
         assert eval(f"model.mlp.{attribute}") is held
 
 
+def test_the_shape_of_the_last_input_is_kept_up_to_date() -> None:
+    _, model, report = operated("KeepsItsInputsShape", "hidden_shape")
+    for shape in ((1, 1, 32), (3, 7, 32)):
+        with torch.no_grad():
+            _, kept = model(torch.randn(shape))
+        assert type(kept) is torch.Size and kept == shape
+    moe_surgery.undo(report)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_surgery.read.record.arguments import Untouched
+
 _DEPTH = 3
 _MANY = 256
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -92,8 +94,10 @@ def scripted(block: nn.Module) -> str | None:
 
 def _print(value: Any, depth: int) -> Any:
     """What stands for a value: its content if it is plain or has attributes, else its identity."""
+    if type(value) is Untouched:
+        return "untouched"
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return type(value).__name__, repr(value)
+        return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
     if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
         items = list(value.items()) if isinstance(value, dict) else list(value)
         return type(value).__name__, [_print(item, depth + 1) for item in items]
