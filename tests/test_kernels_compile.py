@@ -126,9 +126,10 @@ def test_routers(name: str) -> None:
 
 
 @compiles
-def test_in_e4m3() -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["that route", "behind a router"])
+def test_in_e4m3(given: bool) -> None:
     spec = replace(but(experts={"width": 128}, shared={"width": 256}), hidden=384)
-    compile_both_paths(replace(terms_of(spec), scaled=True), "bf16")
+    compile_both_paths(replace(terms_of(spec, given=given), scaled=True), "bf16")
 
 
 @compiles

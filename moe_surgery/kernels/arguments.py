@@ -23,8 +23,8 @@ SCHEMA = (
 
 ROUTED_SCHEMA = (
     "routed_moe(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
-    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, str activation, bool up, float limit, "
-    "bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
+    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, Tensor[] scales, str activation, bool up, "
+    "float limit, bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
 )
 """The one for experts that were chosen outside of the kernels."""
 

@@ -86,12 +86,12 @@ def gathered(
         experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
         native, by_sigmoid, scaled=bool(scales),
     )  # fmt: skip
-    held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=_scales(scales))
+    held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=scales_of(scales))
     return held, terms
 
 
-def _scales(held: list[Tensor]) -> Scales | None:
-    """What :func:`_listed` made a list of."""
+def scales_of(held: list[Tensor]) -> Scales | None:
+    """What :func:`listed` made a list of."""
     if not held:
         return None
     if len(held) == 4:
@@ -99,15 +99,26 @@ def _scales(held: list[Tensor]) -> Scales | None:
     return Scales(*held)
 
 
-def _listed(scales: Scales | None) -> list[Tensor]:
+def listed(scales: Scales | None) -> list[Tensor]:
+    """As an operator's argument."""
     return [] if scales is None else [each for each in scales if each is not None]
+
+
+def terms_of_routed(weights: Weights, top_k: int, activation: str, scale: float, shared_scale: float) -> Terms:
+    """The terms of plain experts that were chosen outside, which scale by ``scale`` and ``shared_scale`` there."""
+    experts, hidden, width = weights.w2.shape
+    slices = 0 if weights.shared_down is None else weights.shared_down.shape[1] // width
+    return _terms(
+        experts, top_k, slices, hidden, width, activation, scale=scale, shared_scale=shared_scale,
+        gated=weights.gate is not None, given=True, scaled=weights.scales is not None,
+    )  # fmt: skip
 
 
 def spread(weights: Weights, terms: Terms) -> tuple[Any, ...]:
     """The arguments of an operator of the schema ``SCHEMA``, but for its input."""
     return (
         weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
-        weights.shared_down, _listed(weights.scales), terms.top_k, terms.activation, terms.sigmoid, terms.renormalize,
+        weights.shared_down, listed(weights.scales), terms.top_k, terms.activation, terms.sigmoid, terms.renormalize,
         terms.scale, terms.shared_scale, terms.native, terms.by_sigmoid,
     )  # fmt: skip
 
@@ -118,15 +129,15 @@ def _folded_moe(x: Tensor, *rest: Any) -> Tensor:
 
 def _routed_moe(
     x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None,
-    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None, activation: str, up: bool,
-    limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
+    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None, scales: list[Tensor],
+    activation: str, up: bool, limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
     terms = _terms(
         experts, ids.shape[1], weights.shape[1] - ids.shape[1], hidden, width, activation, False, False, 1.0, 1.0,
-        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None,
+        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None, bool(scales),
     )  # fmt: skip
-    held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias)
+    held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias, scales_of(scales))
     return compute(x, held, terms, Routed(ids, weights))
 
 
@@ -172,8 +183,8 @@ def routed_moe(x: Tensor, weights: Weights, terms: Terms, routed: Routed) -> Ten
     """:func:`compute` of experts that are given, as an operator."""
     result: Tensor = torch.ops.moe_surgery.routed_moe(
         x, routed.ids, routed.weights, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias, weights.shared_gate,
-        weights.shared_up, weights.shared_down, terms.activation, terms.up, terms.limit, terms.limit_after,
-        terms.alpha, terms.offset, terms.on_input,
+        weights.shared_up, weights.shared_down, listed(weights.scales), terms.activation, terms.up, terms.limit,
+        terms.limit_after, terms.alpha, terms.offset, terms.on_input,
     )  # fmt: skip
     return result
 

@@ -47,25 +47,16 @@ def sites(result: Result) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_folded(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    run = operated(checkpoints["naive_talker"], tmp_path / "run", options={"enforce_eager": eager})
-    [result] = run_all([run], tmp_path)
+def test_folded(kind: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    [result] = run_all([operated(checkpoints[kind], tmp_path / "run", options={"enforce_eager": eager})], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
         proof = site["proof"]
         assert isinstance(proof, dict)
         assert proof["passed"] and proof["reference"] == "weights" and proof["margin"] > 5
     assert len(sites(result)) == 2
-
-
-def test_vllms_own_routing_is_left_to_its_layer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    [result] = run_all([operated(checkpoints["unfused_deepseek"], tmp_path / "run", ask=False)], tmp_path)
-    for site in sites(result):
-        assert (site["outcome"], site["target"]) == ("replaced", "vllm")
-        assert "not folded: its router is the model's own" in str(site["reason"])
-        proof = site["proof"]
-        assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
 
 
 def test_a_shared_expert_that_is_stored_otherwise(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _MEASURED = "silu"
 
 def crosses(terms: Terms, choice: Choice) -> bool:
     """Whether the block computes with vLLM's experts where the table has ``choice``."""
-    return choice.slower and terms.activation == _MEASURED and not terms.scaled
+    return choice.slower and terms.activation == _MEASURED and not (terms.scaled or terms.given)
 
 
 def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
+from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, first, owner
 from moe_surgery.engine.model.crossover import SCHEMA, sizes_to_ask, told
 from moe_surgery.engine.model.in_blocks import scales
-from moe_surgery.engine.model.routed import stored
+from moe_surgery.engine.model.routed import ROUTED_SCHEMA, stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.arguments import BLOCK, Terms, Weights
 from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
 from moe_surgery.read.reading import Reading
+from moe_surgery.spec import RouterSpec
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
 from moe_surgery.targets.folded.fold import terms_of
@@ -44,6 +45,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     spec = item.reading.spec
+    if spec.router.own and item.stored:  # vLLM's router hands over what it chose
+        spec = replace(spec, router=RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", renormalize=True))
     for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
         yield reason
         return
@@ -88,14 +91,17 @@ def _layout(experts: Any) -> str:
 def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
     """A rank's share of the block in the kernels' numbers."""
     assert item.reading is not None
-    slices = _shared_width(item) // _width(item.reading)
-    return replace(
-        terms_of(item.reading.spec),
+    spec = item.reading.spec
+    terms = replace(
+        terms_of(spec, given=spec.router.own),
         width=_width(item.reading),
-        slices=slices,
+        slices=_shared_width(item) // _width(item.reading),
         shared_scale=shared_scale,
         scaled=bool(item.stored),
     )
+    if not spec.router.own:
+        return terms
+    return replace(terms, scale=float(spec.router.scale), gated=item.reading.layout.shared_gate is not None)
 
 
 def _width(reading: Reading) -> int:
@@ -176,7 +182,13 @@ class KernelBlock(EngineBlock):
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
-        self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
+        self._layer_name = str(runner.layer_name)
+        if self.terms.given:
+            from moe_surgery.engine.model.routed_op import compute_routed, engine_routed_moe  # needs Triton
+
+            self._of_chosen, self._of_chosen_in_graphs, self.schema = compute_routed, engine_routed_moe, ROUTED_SCHEMA
+        else:
+            self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
@@ -204,11 +216,23 @@ class KernelBlock(EngineBlock):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        operator = self._operator if torch.compiler.is_compiling() else self._compute
-        out = operator(x, self.weights(), self.terms)
+        if self.terms.given:
+            out = self._routed_by_vllm(x)
+        else:
+            operator = self._operator if torch.compiler.is_compiling() else self._compute
+            out = operator(x, self.weights(), self.terms)
         if self._ranks > 1:
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
+
+    def _routed_by_vllm(self, x: Tensor) -> Tensor:
+        """The block's output where vLLM's router chooses the experts, by logits of the block's own layer."""
+        runner: Any = getattr(self, self._routed)
+        gate = getattr(self, self._router) if self._router else runner.gate
+        logits = first(gate(x))
+        if torch.compiler.is_compiling():
+            return self._of_chosen_in_graphs(x, logits, self.weights(), self.terms, self._layer_name)
+        return self._of_chosen(x, logits, self.weights(), self.terms, runner.router)
 
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
