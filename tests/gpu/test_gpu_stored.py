@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_examples import Result, Run, run_all
-from quantised_checkpoint import without
+from quantised_checkpoint import but, without
 from quantised_checkpoint import write as quantised
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -57,6 +57,21 @@ def test_folded(kind: str, eager: bool, checkpoints: dict[str, Path], tmp_path: 
         assert isinstance(proof, dict)
         assert proof["passed"] and proof["reference"] == "weights" and proof["margin"] > 5
     assert len(sites(result)) == 2
+
+
+def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    def shut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.gate.e_score_correction_bias"][5] = -3.0  # more than what scores differ by
+
+    folder = but(checkpoints["unfused_deepseek"], tmp_path / "model", shut)
+    [result] = run_all([operated(folder, tmp_path / "run")], tmp_path)
+    for site in sites(result):  # both, as they are of one kind
+        assert (site["outcome"], site["target"]) == ("replaced", "vllm")
+        assert "not folded, as it can't be proven: no probe is surely routed to expert 5" in str(site["reason"])
+        proof = site["proof"]
+        assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
 
 
 def test_a_shared_expert_that_is_stored_otherwise(checkpoints: dict[str, Path], tmp_path: Path) -> None:

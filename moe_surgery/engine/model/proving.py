@@ -29,7 +29,7 @@ from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError
-from moe_surgery.prove.ground import Ground, survey
+from moe_surgery.prove.ground import Ground, rehearse, survey
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.settling import settle
@@ -69,6 +69,14 @@ class Exam:
     ground: Ground | str = "its experts were never laid out"
     verdict: Verdict | None = None
     seconds: float = 0.0
+
+    def rehearse(self) -> str | None:
+        """Why tokens can't prove a block whose router is the model's own, by what that makes of them, if they can't."""
+        assert self.probes is not None
+        probes, reason = rehearse(self.spec, self.small, SEED, self.probes.result())
+        self.probes = Future()
+        self.probes.set_result(probes)
+        return reason
 
     def ready(self, runner: Any) -> None:
         """Compute from the loaded weights all that is to be known of them."""
