@@ -14,7 +14,7 @@ import pytest
 import torch
 from folded_blocks import DEEPSEEK, but, clear_tokens
 from spec_weights import tolerance, worst
-from stored_blocks import GATED, PARTS, stored_weights, wide
+from stored_blocks import BLOCKS, GATED, PARTS, ROWS, stored_weights, wide
 from test_folded_kernels import APART, DEVICE, INTERPRETED, ON_GPU, runs
 
 from moe_surgery.kernels.arguments import Routed, Scales, Weights
@@ -78,15 +78,18 @@ def near(spec: MoESpec, dtype: torch.dtype) -> float:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("path", "tokens"), [("pairs", 1), ("grouped", 1), ("grouped", 7)])
+@pytest.mark.parametrize(
+    ("form", "path", "tokens"),
+    [(BLOCKS, "pairs", 1), (BLOCKS, "grouped", 1), (BLOCKS, "grouped", 7), (ROWS, "pairs", 1), (ROWS, "pairs", 3)],
+)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
+def test_computes_its_spec(spec: MoESpec, form: str, path: str, tokens: int, dtype: torch.dtype) -> None:
     from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
-    tensors = stored_weights(spec, dtype, DEVICE)
+    tensors = stored_weights(spec, dtype, DEVICE, form)
     x = clear_tokens(spec, tensors, tokens)
-    terms = replace(terms_of(spec), scaled=True)
+    terms = replace(terms_of(spec), scaled=True, by_row=form == ROWS)
     choice = next(row for row in rows_for(terms, dtype) if row.path == path)
     got = run(x, held(tensors), terms, choice)
     assert got.dtype == dtype
@@ -98,15 +101,15 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
 
 
 @runs
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
-def test_experts_that_are_given_and_a_merged_shared_one(path: str) -> None:
+@pytest.mark.parametrize(("form", "path"), [(BLOCKS, "pairs"), (BLOCKS, "grouped"), (ROWS, "pairs")])
+def test_experts_that_are_given_and_a_merged_shared_one(form: str, path: str) -> None:
     from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
     dtype = DTYPES[0]
-    tensors = stored_weights(GATED, dtype, DEVICE)
+    tensors = stored_weights(GATED, dtype, DEVICE, form)
     weights, x = held(tensors), clear_tokens(GATED, tensors, 2)
-    terms = replace(terms_of(GATED, given=True), scaled=True)
+    terms = replace(terms_of(GATED, given=True), scaled=True, by_row=form == ROWS)
     choice = next(row for row in rows_for(terms, dtype) if row.path == path)
     ids = reference.chosen(GATED, tensors, x)
     _, scores = reference.router_scores(GATED, tensors.router, x, torch.float64)

@@ -18,6 +18,7 @@ from moe_surgery.kernels.arguments import (
     Scales,
     Terms,
     Weights,
+    by_row,
 )
 from moe_surgery.kernels.choice import choose, router_tiles
 from moe_surgery.kernels.launch import run
@@ -84,7 +85,7 @@ def gathered(
     slices = 0 if shared_down is None else shared_down.shape[1] // width
     terms = _terms(
         experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
-        native, by_sigmoid, scaled=bool(scales),
+        native, by_sigmoid, scaled=bool(scales), by_row=bool(scales) and by_row(w13, scales[0]),
     )  # fmt: skip
     held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=scales_of(scales))
     return held, terms
@@ -111,6 +112,7 @@ def terms_of_routed(weights: Weights, top_k: int, activation: str, scale: float,
     return _terms(
         experts, top_k, slices, hidden, width, activation, scale=scale, shared_scale=shared_scale,
         gated=weights.gate is not None, given=True, scaled=weights.scales is not None,
+        by_row=weights.scales is not None and by_row(weights.w13, weights.scales.w13),
     )  # fmt: skip
 
 
@@ -136,6 +138,7 @@ def _routed_moe(
     terms = _terms(
         experts, ids.shape[1], weights.shape[1] - ids.shape[1], hidden, width, activation, False, False, 1.0, 1.0,
         False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None, bool(scales),
+        bool(scales) and by_row(w13, scales[0]),
     )  # fmt: skip
     held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias, scales_of(scales))
     return compute(x, held, terms, Routed(ids, weights))

@@ -16,9 +16,9 @@ OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class BlockScales:
-    """What the matrices of a block's experts are multiplied by, where these are in e4m3: one number for each block.
+    """What the matrices of a block's experts are multiplied by, where these are in e4m3: a number for each block or row.
 
-    The tensors are named as in :class:`BlockTensors`; of a matrix [N, K] they are [N / B, K / B] in float32. ``dtype``
+    The tensors are named as in :class:`BlockTensors`; of a matrix [N, K] they are [N / B, K / B] or [N, 1] in float32. ``dtype``
     is the block's own, which gate and up projections are rounded to before what they make is rounded to e4m3.
     """
 
