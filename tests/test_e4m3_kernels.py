@@ -133,8 +133,8 @@ def test_experts_that_are_given_and_a_merged_shared_one(form: str, path: str) ->
 @runs
 def test_experts_that_a_router_of_vllms_chooses() -> None:
     grouped = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.grouped_topk_router")
-    from moe_surgery.engine.model.routed import choose
-    from moe_surgery.engine.model.routed_op import compute_routed
+    from moe_surgery.engine.model.stored_op import routed_by
+    from moe_surgery.kernels.op import compute
 
     dtype = DTYPES[0]
     spec = replace(GATED, router=replace(DEEPSEEK.router, epsilon=0.0))
@@ -151,7 +151,7 @@ def test_experts_that_a_router_of_vllms_chooses() -> None:
     x = torch.randn(3, spec.hidden, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
     logits = (x.float() @ tensors.router.float().T).to(dtype)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        got = compute_routed(x, logits, held(tensors), terms, router)
-        _, ids = choose(router, x, logits)
-    truth = reference.forward(spec, tensors, x, torch.float64, ids.long())
+        routed = routed_by(router, x, logits, held(tensors), terms)
+        got = compute(x, held(tensors), terms, routed)
+    truth = reference.forward(spec, tensors, x, torch.float64, routed.ids.long())
     assert worst(got, truth) < near(spec, dtype)

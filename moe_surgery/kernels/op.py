@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,15 +106,10 @@ def listed(scales: Scales | None) -> list[Tensor]:
     return [] if scales is None else [each for each in scales if each is not None]
 
 
-def terms_of_routed(weights: Weights, top_k: int, activation: str, scale: float, shared_scale: float) -> Terms:
-    """The terms of plain experts that were chosen outside, which scale by ``scale`` and ``shared_scale`` there."""
-    experts, hidden, width = weights.w2.shape
-    slices = 0 if weights.shared_down is None else weights.shared_down.shape[1] // width
-    return _terms(
-        experts, top_k, slices, hidden, width, activation, scale=scale, shared_scale=shared_scale,
-        gated=weights.gate is not None, given=True, scaled=weights.scales is not None,
-        by_row=weights.scales is not None and by_row(weights.w13, weights.scales.w13),
-    )  # fmt: skip
+@lru_cache(maxsize=1024)
+def given(terms: Terms) -> Terms:
+    """Those of experts that were chosen outside, where ``scale`` and ``shared_scale`` are in their weights already."""
+    return replace(terms, sigmoid=False, renormalize=False, native=False, by_sigmoid=False, given=True)
 
 
 def spread(weights: Weights, terms: Terms) -> tuple[Any, ...]:

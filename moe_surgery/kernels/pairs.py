@@ -70,9 +70,9 @@ def pair_gate_up(
     x, logits, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
     shared_up_scales: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
     H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, TOKEN: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr,
-    PDL: tl.constexpr,
+    BE: tl.constexpr, TOKEN: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr,
+    AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
+    ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
@@ -168,9 +168,9 @@ def pair_gate_up(
 def pair_down(
     act, logits, given, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, out, scale, shared_scale,
     R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
-    I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr,
-    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
-    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 

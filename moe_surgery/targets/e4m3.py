@@ -1,9 +1,9 @@
 """Products with weights in e4m3, in plain torch: dequantised, and with what meets them rounded as the format says.
 
 A token's activations are rounded on their way to such a matrix, in groups of as many as a block of it has columns, or
-all together where each row of it has a scale. The greatest magnitude of a group becomes e4m3's greatest. That is part of what a block computes, not noise, and so is what they
-are rounded to before that: a last bit there may move them to another number of e4m3, an eighth away. So the truth has
-it too, and only what a kernel rounds besides is an error.
+all together where each row of it has a scale. The greatest magnitude of a group becomes e4m3's greatest. That is part
+of what a block computes, not noise, and so is what they are rounded to before that: a last bit there may move them to
+another number of e4m3, an eighth away. So the truth has it too, and only what a kernel rounds besides is an error.
 """
 
 from __future__ import annotations

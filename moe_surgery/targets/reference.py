@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.spec import Activation, Mix, MoESpec
 from moe_surgery.kernels.arguments import by_row
+from moe_surgery.spec import Activation, Mix, MoESpec
 from moe_surgery.targets.e4m3 import E4M3, dequantised, entered
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.targets.shared_expert import shared_output, shared_parts

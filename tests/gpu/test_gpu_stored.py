@@ -1,4 +1,4 @@
-"""Engines with experts in FP8, a scale for each 128 by 128: folded, proven, and all of their scales accounted for."""
+"""Engines with experts in FP8, a scale for each 128 by 128 or each row: folded, proven, all scales accounted for."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, experts in KINDS.items():
         write(kind, tmp / f"{kind}-source", 2, experts)
         quantised(tmp / f"{kind}-source", tmp / kind, "fp8_block", group=128)
+        quantised(tmp / f"{kind}-source", tmp / f"{kind} by row", "ct_fp8_channel")
     quantised(tmp / "naive_talker-source", tmp / "experts alone", "fp8_block", ["experts"], group=128)
     return {path.name: path for path in tmp.iterdir()}
 
@@ -47,10 +48,12 @@ def sites(result: Result) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.parametrize("scales", ["", " by row"], ids=["blocks", "rows"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_folded(kind: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    [result] = run_all([operated(checkpoints[kind], tmp_path / "run", options={"enforce_eager": eager})], tmp_path)
+def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    run = operated(checkpoints[kind + scales], tmp_path / "run", options={"enforce_eager": eager})
+    [result] = run_all([run], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
         proof = site["proof"]

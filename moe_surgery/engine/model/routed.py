@@ -20,14 +20,6 @@ from moe_surgery.spec import Activation
 Routes = Literal["softmax", "own", "given"]
 """How a routed layer chooses experts: plain softmax top-k, in a way of its own, or by ids and weights handed to it."""
 
-ROUTED_NAME = "engine_routed_moe"
-ROUTED_SCHEMA = (
-    f"{ROUTED_NAME}(Tensor x, Tensor logits, Tensor w13, Tensor w2, Tensor? gate, Tensor? shared_gate, "
-    "Tensor? shared_up, Tensor? shared_down, Tensor[] scales, str layer, int top_k, str activation, float scale, "
-    "float shared_scale) -> Tensor"
-)
-"""The operator of experts that vLLM's router chose; graphs that were compiled with another one can't be used."""
-
 ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor], Tensor]]] = {
     "silu": ("silu", F.silu),
     "gelu": ("gelu", F.gelu),
