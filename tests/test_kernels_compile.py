@@ -130,7 +130,7 @@ def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(driver, "_active", Elsewhere(GPUTarget("cuda", 90, 32)))
     jobs = ahead.specializations(terms, torch.bfloat16, cpu)
     assert not hits and len(jobs) > 5 and knobs.runtime.jit_cache_hook is None
-    ahead.begin([terms], torch.bfloat16, cpu, 2).wait()
+    ahead.begin([terms], torch.bfloat16, cpu, 2)()
     warming.warm(stand_ins(terms, torch.bfloat16, cpu), terms)
     assert hits == [True] * len(jobs)
 

@@ -10,14 +10,16 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 from moe_surgery.kernels.arguments import Terms, stand_ins
 from moe_surgery.kernels.launch import compile_only
@@ -33,32 +35,33 @@ _HANG = 300.0
 """Seconds after which a process is given up; what it didn't compile is compiled where it is wanted."""
 
 
-class Ahead:
-    """Processes that compile."""
+def begin(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> Callable[[], None]:
+    """Begin to compile every kernel that blocks of these ``terms`` may ever launch, in at most so many processes.
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        self._processes = processes
-
-    def wait(self) -> None:
-        """Return once they have ended, in whichever way."""
-        for process in self._processes:
-            try:
-                process.wait(_HANG)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    Returns what waits for them to end, in whichever way.
+    """
+    pool = ThreadPoolExecutor(1)
+    done = pool.submit(_compiled, terms, dtype, device, most)
+    pool.shutdown(wait=False)
+    return done.result
 
 
-def begin(terms: Iterable[Terms], dtype: torch.dtype, device: torch.device, most: int) -> Ahead:
-    """Begin to compile every kernel that blocks of these ``terms`` may ever launch, in at most so many processes."""
-    jobs = [job for each in terms for job in specializations(each, dtype, device)]
-    target = vars(driver.active.get_current_target())
-    shares = [jobs[first::most] for first in range(most)]
+def _compiled(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> None:
+    """What a thread does of it lets go of Python's lock: Triton builds a module for its driver, and reads itself."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        jobs = [job for each in terms for job in specializations(each, dtype, device)]
+        target = vars(driver.active.get_current_target())
     processes = []
-    for share in shares:
+    for share in (jobs[first::most] for first in range(most)):
         with suppress(OSError):  # where no more processes are to be had, it is compiled where it is wanted
             processes += [_started({"jobs": share, "target": target})] if share else []
-    return Ahead(processes)
+    triton_key()  # a digest of half a gigabyte, which Triton keeps
+    for process in processes:
+        try:
+            process.wait(_HANG)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> list[tuple[str, str, str]]:
