@@ -113,7 +113,15 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The table of a block. Those of shapes are for two-byte dtypes and for e4m3; float32 takes the default's tiles."""
     named = table(shape_name(terms)) if dtype.itemsize == 2 or terms.scaled else ()
-    return named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
+    rows = named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
+    return _ungrouped(rows) if terms.by_row else rows
+
+
+def _ungrouped(rows: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The rows for few tokens, where there are no kernels for more: it is slower with these."""
+    few = [row for row in rows if row.path == "pairs"]
+    first = next(row for row in rows if row.path == "grouped")
+    return (*few, replace(few[-1], tokens=first.tokens, slower=True))
 
 
 @cache
