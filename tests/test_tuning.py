@@ -70,6 +70,16 @@ def test_equal_shapes_are_tuned_once_and_ranks_hold_their_share() -> None:
         shapes([SPEC], "bfloat16", 5)
 
 
+def test_shapes_in_e4m3_have_tables_of_their_own_and_are_made_of_whole_blocks() -> None:
+    spec = replace(SPEC, hidden=256, experts=replace(SPEC.experts, width=128))
+    assert spec.shared is not None
+    spec = replace(spec, shared=replace(spec.shared, width=256))
+    (found,) = shapes([spec], "bfloat16", scaled=True)
+    assert found.name == shapes([spec], "bfloat16")[0].name + "-e4m3"
+    with pytest.raises(UsageError, match="blocks of 128, of which 64 is no multiple"):
+        shapes([spec], "bfloat16", 2, scaled=True)
+
+
 def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own() -> None:
     spec = ROUTED["correction bias and groups"]
     (shape,) = shapes([spec], "bfloat16")
