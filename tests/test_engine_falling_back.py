@@ -27,14 +27,14 @@ PLAN = Plan(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data_parallel_size": 2}, "data parallelism: each of 2 ranks holds tokens of its own"),
+        ({"data_parallel_size": 2}, "data parallelism: each of 2 ranks has tokens of its own"),
         (
             {"enable_eplb": True, "enable_expert_parallel": True, "tensor_parallel_size": 2},
             "expert load balancing: experts move between ranks every 3000 steps, from where they were proven",
         ),
     ],
 )
-def test_a_plan_says_why_nothing_is_swapped(
+def test_it_is_said_why_nothing_is_swapped(
     options: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.config import ParallelConfig, VllmConfig

@@ -40,8 +40,9 @@ def obstacle(config: VllmConfig) -> str | None:
     parallel = config.parallel_config
     ranks, steps = parallel.data_parallel_size, parallel.eplb_config.step_interval
     held = {
-        f"data parallelism: each of {ranks} ranks holds tokens of its own, and a proof asks all about the same": ranks
-        > 1,
+        f"data parallelism: each of {ranks} ranks has tokens of its own, and a proof asks all about the same": (
+            ranks > 1
+        ),
         "prefill context parallelism: ranks hold parts of a prompt, and a proof asks all the same": (
             getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
