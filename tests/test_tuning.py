@@ -80,6 +80,14 @@ def test_shapes_in_e4m3_have_tables_of_their_own_and_are_made_of_whole_blocks() 
         shapes([spec], "bfloat16", 2, scaled=True)
 
 
+@pytest.mark.parametrize("experts", [2, 8, 16, 64, 512])
+def test_scales_by_row_have_tiles_for_few_tokens_and_are_slower_for_more(experts: int) -> None:
+    choice.table.cache_clear()
+    rows = choice.rows_for(Terms(experts, 2, 2, 1024, 384, "silu", scaled=True, by_row=True), torch.bfloat16)
+    assert rows[0].tokens == 1 and [row.path for row in rows] == ["pairs"] * len(rows)
+    assert [row.slower for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
 def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own() -> None:
     spec = ROUTED["correction bias and groups"]
     (shape,) = shapes([spec], "bfloat16")

@@ -146,13 +146,14 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
 
     Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
     the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
-    Where vLLM's layer was faster it is taken for faster here.
+    Where vLLM's layer was faster it is taken for faster here. With scales by row there are rows for few tokens alone,
+    which don't depend on what an expert gets.
     """
     found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob(f"H*{_SCALED}.json"))}
     own = _sizes(shape_name(terms))
     name = min(found, key=lambda each: _unlikeness(own, found[each]))
     like = found[name]
-    more = own["E"] / own["K"] / (like["E"] / like["K"])
+    more = 1.0 if terms.by_row else own["E"] / own["K"] / (like["E"] / like["K"])
     wider = next_power(own["K"] + own["M"]) // next_power(like["K"] + like["M"])
     rows: dict[int, Choice] = {}
     for row in read_table(FOLDER / f"{name}.json"):
