@@ -168,6 +168,11 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class ShapeOfInput:
+    """An attribute that is the shape of the input of the last call."""
+
+
+@dataclass(frozen=True)
 class Structure:
     """Results in a tuple, list, dict or dataclass of ``kind``; ``keys`` where they are named."""
 

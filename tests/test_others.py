@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others
-from zoo.around import ALL
+from zoo.forms import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
@@ -148,6 +148,19 @@ def test_what_a_block_writes_is_there_after_it_was_replaced_and_reading_leaves_n
     assert not hasattr(block, "aux_loss") and not hasattr(block, "calls_counted")
     new = replaced("WritesZero")
     assert torch.equal(new.aux_loss, torch.zeros(())) and new.calls_counted is False
+
+
+@pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay"])
+def test_reading_leaves_weights_that_a_block_replaces_as_they_were(name: str) -> None:
+    block = next(case for case in ALL if case.name == name).make()
+    held = block.state_dict(keep_vars=True)
+    before = [(key, id(weight), weight.dtype, weight.clone()) for key, weight in held.items()]
+    moe_surgery.plan(Layer(block))
+    after = block.state_dict(keep_vars=True)
+    assert [key for key, *_ in before] == list(after)
+    for key, which, dtype, values in before:
+        assert (id(after[key]), after[key].dtype) == (which, dtype)
+        assert torch.equal(after[key], values)
     remembering = next(case for case in others.CASES if case.name == "RemembersItsChoice").make()
     moe_surgery.plan(Layer(remembering))
     assert not hasattr(remembering, "last")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo.around import ALL
+from zoo.forms import ALL
 
 import moe_surgery
 from moe_surgery.errors import ProofError
@@ -66,6 +66,15 @@ def test_attributes_are_kept_up_to_date(name: str, attribute: str, undoable: boo
     if undoable:
         moe_surgery.undo(report)
         assert eval(f"model.mlp.{attribute}") is held
+
+
+def test_the_shape_of_the_last_input_is_kept_up_to_date() -> None:
+    _, model, report = operated("KeepsItsInputsShape", "hidden_shape")
+    for shape in ((1, 1, 32), (3, 7, 32)):
+        with torch.no_grad():
+            _, kept = model(torch.randn(shape))
+        assert type(kept) is torch.Size and kept == shape
+    moe_surgery.undo(report)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Replayed
+from moe_surgery.calling import Replayed, ShapeOfInput
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -35,7 +35,8 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     likeness = Likeness.of(block, path)
     if overlap := new.overlap(likeness):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
-    if spec.at == "experts" or own is not None or not (reading.calling.plain and reading.results is None):
+    shaped = any(isinstance(value, ShapeOfInput) for _, value in reading.kept)
+    if spec.at == "experts" or own or shaped or not (reading.calling.plain and reading.results is None):
         new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
     owner, _, _ = reading.layout.router.path.rpartition(".")
     if owner and "." not in owner:
@@ -56,7 +57,7 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
     for (inside, name), value in reading.kept:
         held = vars(block.get_submodule(inside))
         for attributes in new.attributes(inside):
-            if not isinstance(value, Replayed):
+            if not isinstance(value, (Replayed, ShapeOfInput)):
                 attributes[name] = made(value, device, dtype or torch.float32)
             elif name in held:
                 attributes[name] = held[name]

@@ -99,7 +99,7 @@ class SwappedBlock(nn.Module):
         assert self.convention is not None
         replayed = begun.outputs if begun is not None else {}
         for (path, name), where in self.convention.written:
-            self.write(path, name, replayed[where])
+            self.write(path, name, x.shape if where is None else replayed[where])
         return self.convention.answer(x, output, replayed)
 
     def write(self, path: str, name: str, value: Any) -> None:

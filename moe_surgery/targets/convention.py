@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import Calling, Constant, Replayed, Result, Structure
+from moe_surgery.calling import Calling, Constant, Replayed, Result, ShapeOfInput, Structure
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -24,13 +24,13 @@ class Convention:
     """How the replaced block was called, what it returned, and which attributes it wrote.
 
     Tensors are the router's own, by reference. ``own`` is the part of the block that its own operations go on
-    computing; ``written`` are attributes, by module and name, that come of it.
+    computing; ``written`` are attributes, by module and name, that come of it, or None for the input's shape.
     """
 
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
-    written: tuple[tuple[tuple[str, str], str], ...] = ()
+    written: tuple[tuple[tuple[str, str], str | None], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
@@ -47,7 +47,8 @@ class Convention:
         kept: Sequence[tuple[tuple[str, str], Any]] = (),
     ) -> Convention:
         """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
-        written = tuple((place, value.where) for place, value in kept if isinstance(value, Replayed))
+        coming = [(place, value) for place, value in kept if isinstance(value, (Replayed, ShapeOfInput))]
+        written = tuple((place, value.where if isinstance(value, Replayed) else None) for place, value in coming)
         if results is None:
             return cls(calling, None, own, written)
         return cls(calling, results, own, written, spec, tensors.router, tensors.router_bias, tensors.correction_bias)

@@ -8,7 +8,7 @@ else that outlives a call is.
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -16,20 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Constant
+from moe_surgery.calling import Constant, ShapeOfInput
+from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.tensor_entries import storage
 
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 Attributes = dict[tuple[str, str], Any]
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class Written:
-    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there."""
+    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there.
+
+    Weights and submodules are put back too: code that converts its own router when it is called would leave a weight of
+    the record there.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self._before = {path: dict(vars(module)) for path, module in block.named_modules()}
+        self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
+        self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
+
+    def unset(self, attributes: Iterable[tuple[str, str]]) -> Callable[[], bool]:
+        """Give attributes, by module and name, values that object to being looked at; returns whether any was."""
+        values = []
+        for path, name in attributes:
+            value = Untouched()
+            vars(self.block.get_submodule(path))[name] = value
+            values.append(value)
+        return lambda: any(map(was_touched, values))
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
@@ -43,6 +63,13 @@ class Written:
 
     def undo(self) -> None:
         """Put back what was there before the call."""
+        for table, entries in self._tables:
+            if [(name, id(value)) for name, value in table.items()] != [(n, id(v)) for n, v in entries.items()]:
+                table.clear()
+                table.update(entries)
+        for tensor, data in self._data:
+            if (tensor.dtype, tensor.device, storage(tensor)) != (data.dtype, data.device, storage(data)):
+                tensor.data = data
         for path, module in self.block.named_modules():
             before = self._before.get(path)
             if before is None:
@@ -64,22 +91,35 @@ def unwritten(*blocks: nn.Module) -> Iterator[None]:
             attributes.undo()
 
 
-def kept(block: nn.Module, changed: Attributes, constant: Callable[[Tensor], Constant | None]) -> Attributes:
-    """Those of the attributes a call wrote that no code of the block reads, if they are plain values or tensors.
+def kept(
+    block: nn.Module,
+    changed: Attributes,
+    constant: Callable[[Tensor], Constant | None],
+    shape: tuple[int, ...],
+    written_first: frozenset[tuple[str, str]],
+) -> Attributes:
+    """Those of the attributes a call wrote that it didn't find there, if they are plain values, tensors or its shape.
 
-    What is a ``constant`` is the same after every call.
+    These are the ones that no code of the block reads, and those that it is known to have ``written_first``. What is a
+    ``constant`` is the same after every call; the input's ``shape`` is known in every call.
     """
     read = frozenset(names_read(block)) if changed else frozenset()
     found: Attributes = {}
     for (path, name), value in changed.items():
-        if name in read:
+        if name in read and (path, name) not in written_first:
             continue
         if type(value) in _PLAIN:
             found[path, name] = value
         elif isinstance(value, Tensor):
             same = constant(value)
             found[path, name] = value if same is None else same
+        elif isinstance(value, tuple) and len(value) == len(shape) and all(map(_is, value, shape)):
+            found[path, name] = ShapeOfInput()
     return found
+
+
+def _is(value: Any, size: int) -> bool:
+    return isinstance(value, int) and int.__index__(value) == size
 
 
 def names_read(block: nn.Module) -> Iterator[str]:

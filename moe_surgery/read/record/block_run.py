@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,16 @@ from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
+
+
+class Stateful(Unreadable):
+    """A block keeps state between calls: ``written`` are attributes of its modules, ``flow`` the record."""
+
+    def __init__(
+        self, reason: str, written: frozenset[tuple[str, str]] = frozenset(), flow: Flow | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.written, self.flow = written, flow
 
 
 def record(
@@ -41,8 +52,11 @@ def record(
     for anything that a record can't hold, also if the block's own code caught the first exception, and
     :class:`Unfollowed` if the block raises an error of its own.
     """
-    recorder = Recorder(block, dtype, route, turned)
-    return _recorded(recorder, block, shape, plain, lambda x: calling.placed({"hidden_states": x, **(more or {})}))
+
+    def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
+        return calling.placed({"hidden_states": hidden_states, **(more or {})})
+
+    return _recorded(partial(Recorder, block, dtype, route, turned), block, shape, plain, inputs)
 
 
 def record_experts(
@@ -56,29 +70,52 @@ def record_experts(
     plain: bool = False,
 ) -> Flow:
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
-    recorder = Recorder(module, dtype, no_choice)
 
-    def inputs(hidden_states: Tensor) -> tuple[Any, ...]:
+    def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
         numbers, weights = recorder.given(ids, weights_dtype)
         return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
 
-    return _recorded(recorder, module, (len(ids), width), plain, inputs)
+    return _recorded(partial(Recorder, module, dtype, no_choice), module, (len(ids), width), plain, inputs)
+
+
+_Inputs = Callable[[Recorder, Tensor], tuple[Any, ...]]
 
 
 def _recorded(
+    make: Callable[[], Recorder], block: nn.Module, shape: tuple[int, ...], plain: bool, inputs: _Inputs
+) -> Flow:
+    """A record that :func:`_once` gives.
+
+    Where code reads attributes that it wrote, it is recorded again with values there that object to being looked at: if
+    the same comes of that, nothing depends on what a call before left there.
+    """
+    try:
+        return _once(make(), block, shape, plain, inputs)
+    except Stateful as error:
+        with suppress(Unreadable):
+            flow = _once(make(), block, shape, plain, inputs, error.written)
+            if error.flow is not None and flow.like(error.flow):
+                return flow
+        raise
+
+
+def _once(
     recorder: Recorder,
     block: nn.Module,
     shape: tuple[int, ...],
     plain: bool,
-    inputs: Callable[[Tensor], tuple[Any, ...]],
+    inputs: _Inputs,
+    unset: frozenset[tuple[str, str]] = frozenset(),
 ) -> Flow:
     before, written = watched(block), Written(block)
+    looked = written.unset(unset)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
-            arguments = inputs(recorder.input(shape, strided=plain))
+            arguments = inputs(recorder, recorder.input(shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
-        same = kept(block, written.changed(), partial(constant, recorder))
+        changed = written.changed()
+        same = kept(block, changed, partial(constant, recorder), shape, frozenset(unset if not looked() else ()))
         flow = assembled(recorder, output, shape, same)
     except (Unfollowed, Broken):
         raise
@@ -92,8 +129,9 @@ def _recorded(
         written.undo()
     if recorder.objections:
         raise Unreadable(recorder.objections[0])
-    changed = changes(before, after)
-    state = [name for name in changed if name not in {f"{path}.{name}".lstrip(".") for path, name in same}]
+    known = {f"{path}.{name}".lstrip(".") for path, name in same}
+    state = [name for name in changes(before, after) if name not in known]
     if state:
-        raise Unreadable(f"it keeps state between calls ({', '.join(state[:3])} changed)")
+        reason = f"it keeps state between calls ({', '.join(state[:3])} changed)"
+        raise Stateful(reason, frozenset(changed) - frozenset(same), None if unset else flow)
     return flow

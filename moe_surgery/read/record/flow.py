@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Structure
 from moe_surgery.read.record.choices import Made
@@ -95,3 +96,13 @@ class Flow:
     lone: bool = False
     positive: tuple[Ref, ...] = ()
     used: frozenset[str] = frozenset()
+
+    def like(self, other: Flow) -> bool:
+        """Whether another record of the same call did the same."""
+
+        def alone(op: Op) -> tuple[Any, ...]:
+            plain = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if not isinstance(leaf, Tensor)]
+            known = [leaf.tolist() for leaf in tree_leaves(op.args) if isinstance(leaf, Tensor)]
+            return op.name, op.shape, op.dtype, plain, known
+
+        return [alone(op) for op in self.ops] == [alone(op) for op in other.ops] and self.output == other.output

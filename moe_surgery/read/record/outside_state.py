@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_surgery.read.record.arguments import Untouched
+
 _DEPTH = 3
 _MANY = 256
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -33,6 +35,8 @@ def watched(block: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if name not in _INTERNAL:
                 seen[f"{path}.{name}".lstrip(".")] = _print(value, 0)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            seen[f"{path}.{name}".lstrip(".")] = None if tensor is None else (id(tensor), str(tensor.dtype))
         for cls in type(module).__mro__:
             if cls is nn.Module:
                 break
@@ -90,8 +94,10 @@ def scripted(block: nn.Module) -> str | None:
 
 def _print(value: Any, depth: int) -> Any:
     """What stands for a value: its content if it is plain or has attributes, else its identity."""
+    if type(value) is Untouched:
+        return "untouched"
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return type(value).__name__, repr(value)
+        return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
     if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
         items = list(value.items()) if isinstance(value, dict) else list(value)
         return type(value).__name__, [_print(item, depth + 1) for item in items]

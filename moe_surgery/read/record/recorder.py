@@ -224,6 +224,8 @@ class Recorder(TorchDispatchMode):
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
         if (known := asked_of_support(self, name, args, entries)) is not None:
             return known
+        if name == "masked_select" and entries[id(args[1])].real is not None and args[0].shape == args[1].shape:
+            func, name, args = torch.ops.aten.index.Tensor, "index", (args[0], [args[1]])
         if name in _READS_BACK:
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
