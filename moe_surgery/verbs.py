@@ -297,6 +297,10 @@ def _live(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"apply takes a loaded model, not {type(model).__name__}; the command line loads directories")
     if any(parameter.is_meta for parameter in model.parameters()):
+        if any("_hf_hook" in vars(module) for module in model.modules()):
+            raise UsageError(
+                "accelerate offloads the model's weights and brings them in for each call; load it without offloading"
+            )
         raise UsageError("the model's weights are on the meta device; load them before operating")
     return model
 
