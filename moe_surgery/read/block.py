@@ -96,6 +96,8 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
     first = crowded.tokens[0]
+    if first.on_input and crowded.record.cut is not None:
+        raise Unreadable("its experts weight their inputs")
     experts = same_experts(records, first, router.num_experts)
     _check_identities(experts)
     layout = Layout(

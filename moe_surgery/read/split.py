@@ -13,6 +13,9 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from moe_surgery.read.meaning.interpreter import Interpreter
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Unreadable
@@ -29,8 +32,7 @@ def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
     Raises :class:`~moe_surgery.read.reading.Unreadable` if there is no place to split it at.
     """
     problem = Unreadable("its router makes no weights for the experts that it chooses")
-    if flow.positive:
-        raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+    check_above_zero(flow, Interpreter(flow, Terms()))
     for cut in cuts(flow):
         split, _ = given_weights(flow, cut)
         try:
@@ -110,7 +112,7 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     choices = (Choice(Ref(place), cut.count, ids, True),)
     if given.shape == shaped.shape:
         ops = (*flow.ops[:place], given, *flow.ops[place + 1 :])
-        return replace(flow, ops=ops, choices=choices, results=None, kept={}), lambda index: index
+        return replace(flow, ops=ops, choices=choices, results=None, kept={}, positive=()), lambda index: index
 
     def moved(index: int) -> int:
         return index + (index >= place)
@@ -121,4 +123,4 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
 
     ops = (*flow.ops[:place], given, shaped, *map(later, flow.ops[place + 1 :]))
     output = Ref(moved(flow.output.index))
-    return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}), moved
+    return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}, positive=()), moved

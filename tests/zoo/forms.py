@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import around, plain
-from .around import Alone
-from .others import STATE, block
+from .around import AROUND, Alone
+from .others import COUNTS, RESULTS, STATE, block
 
 __all__ = ["ALL"]
 
@@ -77,6 +78,122 @@ class DoublesAfterTheFirst(Dispatched):
     def forward(self, hidden_states: Tensor) -> Tensor:
         factor = 1.0 if self.hidden_shape is None else 2.0
         return super().forward(hidden_states) * factor
+
+
+# Python on counts and ids
+
+
+class InSlots(Alone):
+    """A mask of tokens, experts and ``capacity`` slots, which no token may be beyond (Hunyuan, DeepSpeed)."""
+
+    first = 0
+
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts.max())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.logits(x).softmax(-1)
+        ids = scores.topk(self.top_k, dim=-1)[1]
+        capacity = self.capacity(torch.bincount(ids.flatten(), minlength=self.num_experts))
+        sum_ = (F.one_hot(ids, self.num_experts).to(x.dtype) @ scores[..., None]).sum(1)
+        chosen = F.one_hot(ids.t().reshape(-1), self.num_experts)
+        places = (chosen.cumsum(0) * chosen - 1).view(self.top_k, -1, self.num_experts).amax(0)
+        valid = (places >= self.first) & (places < capacity)
+        slots = F.one_hot(places.masked_fill(~valid, 0), capacity).bool().masked_fill(~valid[..., None], False)
+        combined = torch.einsum("te,tec->tec", scores / sum_.clamp(min=1e-9), slots)
+        given = torch.einsum("tec,th->ech", slots.to(x.dtype), x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("tec,ech->th", combined, done).reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class SlotsForTheGreatestLoad(InSlots):
+    pass
+
+
+@block(COUNTS, "how many tokens")
+class SlotsForTwoLoads(InSlots):
+    """Not the greatest load, but at least that wherever it is one of these two."""
+
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts[-1] + counts[-2]) or int(counts.max())
+
+
+@block(COUNTS, "how many tokens")
+class SlotsForTheMeanLoad(InSlots):
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts.sum()) // self.num_experts or int(counts.max())
+
+
+@block(COUNTS, "how many tokens")
+class NoSlotForTheFirst(InSlots):
+    first = 1
+
+
+class MaskedByScores(Alone):
+    """Tokens are sent where the mask of their weights isn't zero (DeepSpeed)."""
+
+    def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        kept = scores.softmax(-1) * chosen
+        return kept / kept.sum(-1, keepdim=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top_k, dim=-1)[1], True)
+        weights = self.weights(logits, chosen)
+        sent = weights.bool()
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(sent[:, number])[0]
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, number, None])
+        return out.reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class FoundByWeightsThatArentZero(MaskedByScores):
+    pass
+
+
+@block(COUNTS, "above zero")
+class FoundByLogitsThatArentZero(MaskedByScores):
+    def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        return F.relu(scores) * chosen
+
+
+@block(RESULTS)
+class WithLoadsOfItsWeights(Alone):
+    """It returns how many weights are above zero, and its router is none that a spec says (LLaMA-MoE)."""
+
+    def make_more(self) -> None:
+        self.second = plain.linear(self.num_experts, self.num_experts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.second(self.gate(x).tanh())
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        dense = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, weights)
+        out = self.routed(x, weights, ids).reshape(hidden_states.shape)
+        load = (dense > 0).sum(0)
+        return out, load, load.float().var() / (load.float().mean() ** 2 + 1e-10) + dense.sum(0).var()
+
+
+@block(AROUND, "weight their inputs")
+class OwnRouterWeightsInputs(Alone):
+    """Its router is none that a spec says, and weights stand before its experts."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x).tanh()
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == number)
+            out.index_add_(0, rows, expert(x[rows] * weights[rows, slots, None]))
+        return out
 
 
 ALL = around.ALL  # those above among them

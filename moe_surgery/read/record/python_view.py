@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
-from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.known_numbers import COMPARISONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
 
@@ -72,6 +72,8 @@ class Sizes(TorchFunctionMode):
             raise recorder.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
         if name in ("__getitem__", "__setitem__"):
             self._check_cuts(args[0], args[1])
+        if name.strip("_") in COMPARISONS and operands and not any(map(recorder.symbolic, operands)):
+            args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
         sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
         if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
             raise recorder.object_to("it calculates with the batch size")
