@@ -12,7 +12,7 @@ from moe_surgery.calling import Replayed
 from moe_surgery.read.asking import Asking, spread
 from moe_surgery.read.parsed import Record, attribute
 from moe_surgery.read.program import Builder
-from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
 from moe_surgery.read.trial import Trial
@@ -48,7 +48,12 @@ def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[
     ways = [shape, *((*lead, shape[-1]) for lead in flat)]
     others = []
     for way in ways:  # of another form in memory, where the block takes that
-        other = ask(way, dtype, spread, plain=ask.takes(way, dtype, plain=True))
+        plain = ask.takes(way, dtype, plain=True)
+        try:
+            other = ask(way, dtype, spread, plain=plain)
+        except Mistaken:
+            way = tuple(5 * size if size == 3 else size for size in way)
+            other = ask(way, dtype, spread, plain=plain)
         others.append((way, _program(other, way).only(*ROUTING, ENTERING)))
     if of_tokens is not None:
         others.append(((6, shape[-1]), of_tokens.only(*ROUTING, ENTERING)))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import around, plain
 from .around import AROUND, Alone
-from .others import COUNTS, RESULTS, STATE, block
+from .others import COUNTS, PLACES, RESULTS, STATE, _Kept, block, module
 
 __all__ = ["ALL"]
 
@@ -194,6 +194,81 @@ class OwnRouterWeightsInputs(Alone):
             rows, slots = torch.where(ids == number)
             out.index_add_(0, rows, expert(x[rows] * weights[rows, slots, None]))
         return out
+
+
+# Shapes
+
+
+@block(RESULTS)
+class TokensInOneDimension(Alone):
+    """Its output is [T, H] whatever its input (gpt-fast)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).view(-1, self.hidden)
+
+
+@block(RESULTS, "another token's input", "single tokens", "batch size")
+class TokensInAnotherOrder(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        return out.transpose(0, 1).reshape(-1, self.hidden) if out.ndim == 3 else out
+
+
+class FourDimensions(_Kept):
+    """Gate and up projections of all experts in one tensor."""
+
+    def store(self, experts: int, hidden: int, width: int) -> None:
+        self.first, self.last = plain.parameter(experts, 2, width, hidden), plain.parameter(experts, 1, hidden, width)
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.first[number, 0])) * self.up(number, x), self.last[number, 0])
+
+    def up(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.first[number, 1])
+
+
+@module(PLACES)
+class StackedInFourDimensions(FourDimensions):
+    pass
+
+
+@module(PLACES, "elements take part")
+class HalfOfFourDimensions(FourDimensions):
+    def up(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.first[number, 0])
+
+
+@module(PLACES)
+class ListsOfLayersBehindAnyRouter(nn.Module):
+    """No matrix has a row for each expert, and a module of its own holds the experts' layers (Yuan)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.router, self.count = plain.linear(sizes.hidden, 3 * sizes.experts), sizes.experts
+        self.experts = nn.Module()
+        self.experts.first = nn.ModuleList(plain.linear(sizes.hidden, 2 * sizes.width) for _ in range(sizes.experts))
+        self.experts.last = nn.ModuleList(plain.linear(sizes.width, sizes.hidden) for _ in range(sizes.experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        query, key, value = self.router(x).view(-1, self.count, 3).unbind(-1)
+        attention = (query[:, :, None] * key[:, None]).softmax(-1)
+        return (attention @ value[..., None]).squeeze(-1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.logits(x).topk(2, dim=-1)
+        weights, out = weights.softmax(-1), torch.zeros_like(x)
+        for number in range(self.count):
+            rows, slots = torch.where(ids == number)
+            gate, up = self.experts.first[number](x[rows]).chunk(2, -1)
+            out.index_add_(0, rows, self.experts.last[number](F.silu(gate) * up) * weights[rows, slots, None])
+        return out.reshape(hidden_states.shape)
+
+
+@block(AROUND, "another token", "other tokens")
+class EveryThirdTokensLogits(Alone):
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x).repeat(3, 1).view(-1, 3, self.num_experts).unbind(1)[0]
 
 
 ALL = around.ALL  # those above among them

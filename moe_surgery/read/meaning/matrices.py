@@ -114,7 +114,8 @@ def of(path: str, shape: Shape) -> Mats:
     if len(shape) < 2:
         raise Unreadable(f"{path} has {len(shape)} dimensions")
     lead = objects([Piece(path, index) for index in range(prod(shape[:-2]))], shape[:-2])
-    return Mats(lead, *shape[-2:], dims=(*((axis,) for axis in range(lead.ndim)), (ROWS,), (COLS,)))
+    rows, cols = shape[-2:]
+    return Mats(lead, rows, cols, dims=(*((axis,) for axis in range(lead.ndim)), (ROWS,), (COLS,)))
 
 
 def as_rows(mats: Mats) -> list[Piece] | None:

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from moe_surgery.calling import Constant, structured
+from moe_surgery.calling import Alone, Constant, Structure, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.choices import Made, no_choice
@@ -33,9 +33,12 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     if entry.node is None:
         raise recorder.object_to("its output doesn't depend on its input")
     results = structured(answer, lambda value, where: _result(recorder, value, where, output))
+    if answer is output and tuple(output.shape) != shape and recorder.route is not no_choice:
+        results = Structure(Alone, (results,))
     positive = [node for node, _ in recorder.positive]
     attributes = {key: _attribute(recorder, value, key[1]) for key, value in kept.items()}
-    leaves = [*(results.leaves() if answer is not output else ()), *attributes.values()]
+    several = isinstance(results, Structure)
+    leaves = [*(results.leaves() if several else ()), *attributes.values()]
     made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
     needed = _before([entry.node, *(choice.node for choice in made), *positive])
     if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
@@ -64,7 +67,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         return replace(leaf, value=index[leaf.value]) if _recorded(leaf) else leaf
 
     found = replace(found, kept={key: placed(leaf) for key, leaf in attributes.items()})
-    return found if answer is output else replace(found, results=results.mapped(placed))
+    return replace(found, results=results.mapped(placed)) if several else found
 
 
 def _recorded(leaf: Any) -> bool:
@@ -95,7 +98,7 @@ def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
         raise recorder.object_to(f"it returns a {type(answer).__name__}, not one tensor")
     for output in found:
         alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-        fits = tuple(output.shape) == shape or (alike and (recorder.route is no_choice or answer is not output))
+        fits = tuple(output.shape) == shape or alike
         if fits and output.dtype == recorder.dtype:
             return output
     first = found[0]

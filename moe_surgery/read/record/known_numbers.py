@@ -205,7 +205,7 @@ class Ledger:
 
     def single(self, name: str, args: Sequence[Any]) -> bool:
         """Whether an operation on the input takes single tokens out of the batch."""
-        if name not in ("select", "unbind"):
+        if name not in ("select", "unbind") or self.plain:
             return False
         shape = args[0].shape
         return shape[args[1] if len(args) > 1 else 0] not in self.fixed

@@ -33,6 +33,7 @@ _SHAPERS = frozenset(
     "unflatten split split_with_sizes narrow select __getitem__ __setitem__".split(" ")
 )
 _MAKERS = frozenset(["one_hot", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"])
+_VIEWS = frozenset(["view", "reshape"])
 _NUMBERS = frozenset(["arange", "tensor", "as_tensor", "scalar_tensor", "new_tensor"])
 
 
@@ -94,9 +95,10 @@ class Sizes(TorchFunctionMode):
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run it; one_hot's own checks of its argument's range are not the block's doing."""
-        if name in _MAKERS:  # sizes that the code gives as plain numbers
-            plain = [size for size in flat((args, kwargs)) if type(size) is int]
-            self.recorder.fixed.update(set(plain) - self.recorder.batch)
+        if name in _MAKERS or (self.marks and name in _VIEWS):  # sizes that the code gives as plain numbers
+            plain = {size for size in flat((args, kwargs)) if type(size) is int}
+            self.recorder.fixed.update(plain - self.recorder.batch)
+            self.recorder.mistaken.update(plain & self.recorder.batch - {1})
         self.recorder.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
         try:
             return func(*args, **kwargs)

@@ -23,7 +23,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
 from moe_surgery.read.record.choices import Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
@@ -65,10 +65,15 @@ class Recorder(TorchDispatchMode):
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
+        self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
         self._ledger = Ledger(self.fixed, self.object_to)
         self.lineage = Lineage()
         self._results = MetaResults()
         self._limits: list[Tensor] = []  # kept alive, as they are told by identity
+
+    def unreadable(self) -> Unreadable:
+        """The first objection."""
+        return Mistaken(self.objections[0], self.mistaken) if self.mistaken else Unreadable(self.objections[0])
 
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
