@@ -83,6 +83,8 @@ class Run:
     whose error is a result too. Engines on the checkpoints ``before`` come and go under the same hook before the one
     that is told of. ``wrapped`` ends the paths of layers that are wrapped before the engine is asked (see
     ``engine_wrapped``). ``sleeps`` has the engine sleep with its weights kept, wake up, and be asked once more.
+    It is asked for what follows ``prompts``, or :data:`PROMPTS` if there are none. Where ``load_format`` is dummy,
+    ``scaled`` draws matrices that keep the scale of their input, and norms that do nothing.
     """
 
     folder: str
@@ -96,6 +98,8 @@ class Run:
     before: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
     sleeps: bool = False
+    prompts: tuple[tuple[int, ...], ...] = ()
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,11 @@ def _answers(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     return [asdict(output) for output in _ask(llm, prompts)]
 
 
+def _scaled(fill: Any, parameter: Any) -> None:
+    bound = (3 / parameter.shape[-1]) ** 0.5
+    fill(parameter, low=-bound, high=bound) if parameter.ndim > 1 else parameter.fill_(1)
+
+
 def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
     import torch
     from vllm import LLM
@@ -248,9 +257,10 @@ def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
     fill = model_loader.dummy_loader.initialize_single_dummy_weight
     try:
         # vLLM's own random weights are so small that no part of a model does anything.
-        model_loader.dummy_loader.initialize_single_dummy_weight = partial(fill, low=-0.3, high=0.3)
+        drawn = partial(_scaled, fill) if run.scaled else partial(fill, low=-0.3, high=0.3)
+        model_loader.dummy_loader.initialize_single_dummy_weight = drawn
         llm = LLM(run.folder, **{**defaults, **run.options})
-        prompts = PROMPTS if run.ask else []
+        prompts = ([list(prompt) for prompt in run.prompts] or PROMPTS) if run.ask else []
         if run.wrapped:
             from engine_wrapped import wrap
 

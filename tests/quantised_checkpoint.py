@@ -244,11 +244,16 @@ def write(
 
 def without(folder: Path, name: str, out: Path) -> Path:
     """The checkpoint without one of its tensors."""
+    return but(folder, out, lambda tensors: tensors.pop(name, None))
+
+
+def but(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """The checkpoint after ``change`` of the tensors of each of its files."""
     out.mkdir()
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
             tensors = load_file(file)
-            tensors.pop(name, None)
+            change(tensors)
             save_file(tensors, out / file.name, metadata={"format": "pt"})
         elif "index" not in file.name:
             (out / file.name).write_bytes(file.read_bytes())

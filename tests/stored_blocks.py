@@ -1,4 +1,4 @@
-"""Blocks whose experts are stored in e4m3 with a scale for each block of 128 by 128."""
+"""Blocks whose experts are stored in e4m3 with a scale for each block of 128 by 128, or for each row."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ GATED = replace(but(SPEC, experts={"width": 128}, shared={"width": 256}), hidden
 PARTS = "w13", "w2", "shared_gate_proj", "shared_up_proj", "shared_down_proj"
 
 
-def stored_weights(spec: MoESpec, dtype: torch.dtype, device: str = "cpu") -> BlockTensors:
+BLOCKS, ROWS = "fp8_block", "ct_fp8_channel"
+
+
+def stored_weights(spec: MoESpec, dtype: torch.dtype, device: str = "cpu", form: str = BLOCKS) -> BlockTensors:
     """Random weights, of which router and gates are in ``dtype``."""
     tensors = weights(spec, dtype, device=device)
-    found = {name: _stored(getattr(tensors, name)) for name in PARTS}
+    found = {name: _stored(getattr(tensors, name), form) for name in PARTS}
     held = {name: each["weight"] for name, each in found.items() if each}
-    scales = {name: each["weight_scale_inv"] for name, each in found.items() if each}
+    scales = {name: each["scale"] for name, each in found.items() if each}
     return replace(tensors, **held, scales=BlockScales(dtype, **scales))  # type: ignore[arg-type]
 
 
@@ -39,11 +42,12 @@ def wide(tensors: BlockTensors) -> BlockTensors:
     return replace(tensors, **found, scales=None)
 
 
-def _stored(matrix: Tensor | None) -> dict[str, Tensor]:
+def _stored(matrix: Tensor | None, form: str) -> dict[str, Tensor]:
     """A matrix, or several, as a checkpoint has them."""
     if matrix is None:
         return {}
-    each = [FORMATS["fp8_block"].quantise(one.float(), 128) for one in _few(matrix)]
+    both = [tuple(FORMATS[form].quantise(one.float(), 128).values()) for one in _few(matrix)]
+    each = [{"weight": weight, "scale": scale} for weight, scale in both]
     return {name: torch.stack([one[name] for one in each]).squeeze(0 if matrix.ndim == 2 else ()) for name in each[0]}
 
 

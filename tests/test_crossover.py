@@ -62,6 +62,19 @@ def test_plans_tell_it_and_proofs_ask_both_sides() -> None:
     assert asked == (8, 32, 600, 9000)
 
 
+def test_quantised_blocks_cross_to_vllms_whole_layer() -> None:
+    from moe_surgery.engine.model.crossover import sizes_to_ask, told
+
+    stored = replace(TERMS, scaled=True, activation="gelu", given=True)  # as it is computed there, whatever that is
+    (choice.FOLDER / f"{choice.shape_name(TERMS)}.json").rename(choice.FOLDER / f"{choice.shape_name(stored)}.json")
+    assert [crossing(stored, n) for n in (7, 8, 31, 32, 600, 9000)] == [False, True, True, False, True, False]
+    assert told(stored, torch.bfloat16) == "vLLM's layer for 8 to 31, 600 to 8999 tokens"
+    rows = replace(stored, by_row=True)  # of which many tokens aren't computed here at all
+    assert [crossing(rows, n) for n in (1, 7, 8, 32, 9000)] == [False, False, True, True, True]
+    assert sizes_to_ask(rows, torch.bfloat16) == (8,)
+    assert told(rows, torch.bfloat16) == "vLLM's layer for 8 and more tokens"
+
+
 def test_a_block_that_is_wrong_for_many_tokens_alone_is_noticed() -> None:
     from spec_weights import weights
 

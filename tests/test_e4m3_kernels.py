@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from folded_blocks import but, clear_tokens
+from folded_blocks import DEEPSEEK, but, clear_tokens
 from spec_weights import tolerance, worst
-from stored_blocks import GATED, PARTS, stored_weights, wide
+from stored_blocks import BLOCKS, GATED, PARTS, ROWS, stored_weights, wide
 from test_folded_kernels import APART, DEVICE, INTERPRETED, ON_GPU, runs
 
-from moe_surgery.kernels.arguments import Scales, Weights
+from moe_surgery.kernels.arguments import Routed, Scales, Weights
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
@@ -78,15 +78,18 @@ def near(spec: MoESpec, dtype: torch.dtype) -> float:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("path", "tokens"), [("pairs", 1), ("grouped", 1), ("grouped", 7)])
+@pytest.mark.parametrize(
+    ("form", "path", "tokens"),
+    [(BLOCKS, "pairs", 1), (BLOCKS, "grouped", 1), (BLOCKS, "grouped", 7), (ROWS, "pairs", 1), (ROWS, "pairs", 3)],
+)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
+def test_computes_its_spec(spec: MoESpec, form: str, path: str, tokens: int, dtype: torch.dtype) -> None:
     from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
-    tensors = stored_weights(spec, dtype, DEVICE)
+    tensors = stored_weights(spec, dtype, DEVICE, form)
     x = clear_tokens(spec, tensors, tokens)
-    terms = replace(terms_of(spec), scaled=True)
+    terms = replace(terms_of(spec), scaled=True, by_row=form == ROWS)
     choice = next(row for row in rows_for(terms, dtype) if row.path == path)
     got = run(x, held(tensors), terms, choice)
     assert got.dtype == dtype
@@ -98,24 +101,57 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
 
 
 @runs
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
-def test_a_shared_expert_may_lie_in_one_matrix_or_two(path: str) -> None:
+@pytest.mark.parametrize(("form", "path"), [(BLOCKS, "pairs"), (BLOCKS, "grouped"), (ROWS, "pairs")])
+def test_experts_that_are_given_and_a_merged_shared_one(form: str, path: str) -> None:
     from moe_surgery.kernels.choice import rows_for
     from moe_surgery.kernels.launch import run
 
     dtype = DTYPES[0]
-    tensors = stored_weights(GATED, dtype, DEVICE)
-    apart, x = held(tensors), clear_tokens(GATED, tensors, 2)
-    terms = replace(terms_of(GATED), scaled=True)
+    tensors = stored_weights(GATED, dtype, DEVICE, form)
+    weights, x = held(tensors), clear_tokens(GATED, tensors, 2)
+    terms = replace(terms_of(GATED, given=True), scaled=True, by_row=form == ROWS)
     choice = next(row for row in rows_for(terms, dtype) if row.path == path)
-    s = apart.scales
-    assert s is not None and apart.shared_gate is not None and apart.shared_up is not None
+    ids = reference.chosen(GATED, tensors, x)
+    _, scores = reference.router_scores(GATED, tensors.router, x, torch.float64)
+    shared = (x.double() @ tensors.shared_gate.double().T).sigmoid().expand(-1, 2)  # type: ignore[union-attr]
+    given = torch.cat([reference.routing_weights(GATED, scores, ids), shared], dim=1).float().contiguous()
+    s = weights.scales
+    assert s is not None and weights.shared_gate is not None and weights.shared_up is not None
     assert s.shared_gate is not None and s.shared_up is not None
-    both = torch.cat([apart.shared_gate.view(torch.uint8), apart.shared_up.view(torch.uint8)])
     merged = replace(
-        apart,
-        shared_gate=both.view(torch.float8_e4m3fn),
+        weights,
+        shared_gate=torch.cat([weights.shared_gate.view(torch.uint8), weights.shared_up.view(torch.uint8)]).view(
+            torch.float8_e4m3fn
+        ),
         shared_up=None,
         scales=s._replace(shared_gate=torch.cat([s.shared_gate, s.shared_up]), shared_up=None),
     )
-    assert torch.equal(run(x, apart, terms, choice), run(x, merged, terms, choice))
+    got = run(x, merged, terms, choice, Routed(ids.to(torch.int32), given))
+    assert worst(got, reference.forward(GATED, tensors, x, torch.float64, ids)) < near(GATED, dtype)
+
+
+@runs
+def test_experts_that_a_router_of_vllms_chooses() -> None:
+    grouped = pytest.importorskip("vllm.model_executor.layers.fused_moe.router.grouped_topk_router")
+    from moe_surgery.engine.model.stored_op import routed_by
+    from moe_surgery.kernels.op import compute
+
+    dtype = DTYPES[0]
+    spec = replace(GATED, router=replace(DEEPSEEK.router, epsilon=0.0))
+    tensors = stored_weights(spec, dtype, DEVICE)
+    router = grouped.GroupedTopKRouter(
+        top_k=2,
+        global_num_experts=8,
+        num_expert_group=4,
+        topk_group=2,
+        scoring_func="sigmoid",
+        e_score_correction_bias=tensors.correction_bias,
+    )
+    terms = replace(terms_of(spec, given=True), scaled=True, scale=spec.router.scale, gated=True)
+    x = torch.randn(3, spec.hidden, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    logits = (x.float() @ tensors.router.float().T).to(dtype)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        routed = routed_by(router, x, logits, held(tensors), terms)
+        got = compute(x, held(tensors), terms, routed)
+    truth = reference.forward(spec, tensors, x, torch.float64, routed.ids.long())
+    assert worst(got, truth) < near(spec, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folded_blocks import but
-from stored_blocks import GATED, stored_weights, wide
+from stored_blocks import BLOCKS, GATED, ROWS, stored_weights, wide
 from torch import Tensor
 
 from moe_surgery.prove.ground import survey
@@ -36,9 +36,10 @@ def computed(spec: MoESpec, tensors: BlockTensors) -> Callable[[Tensor], Tensor]
     return block
 
 
+@pytest.mark.parametrize("form", [BLOCKS, ROWS])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_a_right_block_is_proven(spec: MoESpec) -> None:
-    tensors = stored_weights(spec, torch.bfloat16)
+def test_a_right_block_is_proven(spec: MoESpec, form: str) -> None:
+    tensors = stored_weights(spec, torch.bfloat16, form=form)
     verdict = prove_swapped(computed(spec, tensors), survey(spec, tensors, 0))
     assert verdict.passed, verdict.reason
     assert verdict.reference == "weights" and verdict.margin > 5
@@ -77,9 +78,10 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("form", [BLOCKS, ROWS])
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG.keys())
-def test_wrong_scales_show(mistake: Callable[[BlockTensors], BlockTensors]) -> None:
-    tensors = uneven(stored_weights(GATED, torch.bfloat16))
+def test_wrong_scales_show(mistake: Callable[[BlockTensors], BlockTensors], form: str) -> None:
+    tensors = uneven(stored_weights(GATED, torch.bfloat16, form=form))
     ground = survey(GATED, tensors, 0)
     assert prove_swapped(computed(GATED, tensors), ground).passed
     verdict = prove_swapped(computed(GATED, mistake(tensors)), ground)

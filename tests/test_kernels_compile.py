@@ -96,7 +96,7 @@ def compile_each(
 
 def compile_both_paths(terms: Terms, dtype: str) -> None:
     rows = rows_for(terms, torch.bfloat16) if terms.scaled else table("default-16" if dtype == "bf16" else "default-32")
-    for path in ("pairs", "grouped"):
+    for path in ("pairs",) if terms.by_row else ("pairs", "grouped"):
         compile_all(terms, next(row for row in rows if row.path == path), dtype)
 
 
@@ -126,9 +126,11 @@ def test_routers(name: str) -> None:
 
 
 @compiles
-def test_in_e4m3() -> None:
+@pytest.mark.parametrize("by_row", [False, True], ids=["in blocks", "by row"])
+@pytest.mark.parametrize("given", [False, True], ids=["that route", "behind a router"])
+def test_in_e4m3(given: bool, by_row: bool) -> None:
     spec = replace(but(experts={"width": 128}, shared={"width": 256}), hidden=384)
-    compile_both_paths(replace(terms_of(spec), scaled=True), "bf16")
+    compile_both_paths(replace(terms_of(spec, given=given), scaled=True, by_row=by_row), "bf16")
 
 
 @compiles

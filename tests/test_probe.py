@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from proof_blocks import DTYPES, TALKER, THINKER
 from spec_weights import weights
 
+from moe_surgery.prove.ground import rehearse, survey
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
 from moe_surgery.prove.probe_own_router import try_out
 from moe_surgery.prove.routing import route
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec
+from moe_surgery.weights.tensors import BlockTensors, OwnRouting
 
 
 def probes_of(spec: MoESpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
@@ -127,22 +129,40 @@ def test_few_roundings_are_luckier_than_many() -> None:
         assert float((norms[0] / norms[1] > luck(width)).float().mean()) < 0.05
 
 
-def test_experts_of_a_router_that_rounds_its_scores_are_surely_reached() -> None:
+def rounding_router(bias: torch.Tensor, k: int) -> OwnRouting:
     """As vLLM's grouped one: half of its choices lie within a rounding of others, and its biases keep experts back."""
-    experts, k, dtype = 32, 4, torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
-    bias = 0.2 * torch.randn(experts, generator=generator)
 
     def routing(x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.float().sigmoid().to(logits.dtype).float()
-        groups = (scores + bias).view(len(x), 8, -1)
+        groups = (scores + bias).view(len(x), 8, len(bias) // 8)
+        assert len(x) > 0  # as some of vLLM's kernels need it
         inside = torch.zeros(len(x), 8, dtype=torch.bool).scatter(1, groups.topk(2, -1)[0].sum(-1).topk(4, -1)[1], True)
         ids = groups.masked_fill(~inside[:, :, None], -torch.inf).flatten(1).topk(k, -1)[1]
         return scores.gather(1, ids), ids
 
-    spec = MoESpec(256, RouterSpec(experts, k, "own", False), ExpertsSpec(experts, 16, "silu"), None)
-    tensors = replace(weights(spec, dtype), routing=routing)
+    return routing
+
+
+def behind(bias: torch.Tensor) -> tuple[MoESpec, BlockTensors]:
+    """A block of as many experts as there are biases, behind such a router."""
+    spec = MoESpec(256, RouterSpec(len(bias), 4, "own", False), ExpertsSpec(len(bias), 16, "silu"), None)
+    return spec, replace(weights(spec, torch.bfloat16), routing=rounding_router(bias, 4))
+
+
+def test_experts_of_a_router_that_rounds_its_scores_are_surely_reached() -> None:
+    spec, tensors = behind(0.2 * torch.randn(32, generator=torch.Generator().manual_seed(0)))
     probes = try_out(spec, tensors, make_probes(spec, tensors.router, 0), 0)
     routed = route(spec, tensors, probes)
     unit = (probes.family == UNIT) & routed.decidable
-    assert len(routed.order[unit][:, :k].unique()) == experts
+    assert len(routed.order[unit][:, :4].unique()) == 32
+    again, reason = rehearse(spec, tensors, 0, make_probes(spec, tensors.router, 0))
+    assert reason is None and torch.equal(again.x, probes.x)
+
+
+def test_an_expert_that_a_models_own_router_never_chooses_is_told_before_its_block_is_built() -> None:
+    bias = torch.zeros(32)
+    bias[[3, 17]] = -2.0
+    spec, tensors = behind(bias)
+    _, reason = rehearse(spec, tensors, 0, make_probes(spec, tensors.router, 0))
+    assert reason == "no probe is surely routed to experts 3, 17 (2 in all)"
+    assert survey(spec, tensors, 0).unvisited == (3, 17)  # type: ignore[union-attr]

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Rows and columns of e4m3 weights that have a scale in common, and columns of the activations that meet them."""
+"""Rows and columns of e4m3 weights that have a scale in common, and columns of the activations that meet them.
+
+Other weights have one for each row, and then each token has one.
+"""
 
 WIDE_ROWS = 256
 """Up to this many tokens, an expert's output is kept in float32 until it is added to the others'."""
@@ -23,8 +26,8 @@ SCHEMA = (
 
 ROUTED_SCHEMA = (
     "routed_moe(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
-    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, str activation, bool up, float limit, "
-    "bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
+    "Tensor? shared_gate, Tensor? shared_up, Tensor? shared_down, Tensor[] scales, str activation, bool up, "
+    "float limit, bool limit_after, float alpha, float offset, bool on_input) -> Tensor"
 )
 """The one for experts that were chosen outside of the kernels."""
 
@@ -83,7 +86,8 @@ class Terms:
     Where experts and their weights are ``given``, nothing is routed here. ``up`` to ``offset`` are the fields of
     :class:`~moe_surgery.spec.Mix` (a ``limit`` of 0 is none). Routing weights ``on_input`` are those of inputs.
     ``biases`` are the routed experts'; a shared expert has none. ``scaled`` experts, the shared one too, are in e4m3
-    with a scale for each block of :data:`BLOCK`; activations are rounded to it on their way to them.
+    with a scale for each block of :data:`BLOCK`, or ``by_row``; activations are rounded to it on their way to them.
+    Few tokens alone are computed with scales by row.
     """
 
     experts: int
@@ -108,6 +112,7 @@ class Terms:
     on_input: bool = False
     biases: bool = False
     scaled: bool = False
+    by_row: bool = False
 
     @property
     def pairs(self) -> int:
@@ -125,7 +130,7 @@ class Terms:
 
 
 class Scales(NamedTuple):
-    """What e4m3 weights are multiplied by: of an [N, K] matrix [N / BLOCK, K / BLOCK] in float32, contiguous.
+    """What e4m3 weights are multiplied by: of an [N, K] matrix [N / BLOCK, K / BLOCK] or [N, 1], float32, contiguous.
 
     ``shared_up`` is None where the up projection's scales follow those of the gate projection.
     """
@@ -135,6 +140,11 @@ class Scales(NamedTuple):
     shared_gate: Tensor | None = None
     shared_up: Tensor | None = None
     shared_down: Tensor | None = None
+
+
+def by_row(weight: Tensor, scale: Tensor) -> bool:
+    """Whether a ``scale`` of e4m3 weights [..., N, K] is one of each row."""
+    return scale.shape[-2:] == (weight.shape[-2], 1)
 
 
 @dataclass(frozen=True, eq=False)

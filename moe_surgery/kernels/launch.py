@@ -254,13 +254,14 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     """The kernels of ``choice``'s path; ``dependent`` for GPUs that overlap launches."""
     ranked = next_power(terms.experts)
     sizes = {"E": terms.experts, "K": terms.top_k, "M": terms.slices, "H": terms.hidden, "I": terms.width}
-    sizes["G"] = BLOCK if terms.scaled else 0
+    sizes["G"] = BLOCK if terms.scaled and not terms.by_row else 0
     known = {
         **sizes, "R": terms.rows, "P": next_power(terms.pairs), "BE": ranked, "ACT": terms.activation,
         "SIGMOID": terms.sigmoid, "BY_SIGMOID": terms.by_sigmoid, "RENORMALIZE": terms.renormalize,
         "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
         "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
         "OFFSET": terms.offset, "BIAS": terms.biases, "GIVEN": terms.given, "ON_INPUT": terms.on_input,
+        "BY_ROW": terms.by_row, "TOKEN": next_power(terms.hidden),
     }  # fmt: skip
 
     def kernel(function: Any, tiles: Tiles, *, first: bool = False) -> Kernel:
@@ -274,6 +275,8 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
             kernel(pairs.pair_down, three),
             None if terms.given else kernel(pairs.pair_logits, one),
         )
+    if terms.by_row:
+        raise ValueError("tokens are not grouped by expert where weights have a scale for each row")
     products = kernel(grouped.group_gate_up, two, first=terms.given), kernel(grouped.group_down, three)
     if _slices_below(terms, choice) == terms.slices:
         add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})

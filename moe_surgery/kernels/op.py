@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from moe_surgery.kernels.arguments import (
     Scales,
     Terms,
     Weights,
+    by_row,
 )
 from moe_surgery.kernels.choice import choose, router_tiles
 from moe_surgery.kernels.launch import run
@@ -84,14 +86,14 @@ def gathered(
     slices = 0 if shared_down is None else shared_down.shape[1] // width
     terms = _terms(
         experts, top_k, slices, hidden, width, activation, sigmoid, renormalize, scale, shared_scale, gate is not None,
-        native, by_sigmoid, scaled=bool(scales),
+        native, by_sigmoid, scaled=bool(scales), by_row=bool(scales) and by_row(w13, scales[0]),
     )  # fmt: skip
-    held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=_scales(scales))
+    held = Weights(router, w13, w2, gate, shared_gate, shared_up, shared_down, scales=scales_of(scales))
     return held, terms
 
 
-def _scales(held: list[Tensor]) -> Scales | None:
-    """What :func:`_listed` made a list of."""
+def scales_of(held: list[Tensor]) -> Scales | None:
+    """What :func:`listed` made a list of."""
     if not held:
         return None
     if len(held) == 4:
@@ -99,15 +101,22 @@ def _scales(held: list[Tensor]) -> Scales | None:
     return Scales(*held)
 
 
-def _listed(scales: Scales | None) -> list[Tensor]:
+def listed(scales: Scales | None) -> list[Tensor]:
+    """As an operator's argument."""
     return [] if scales is None else [each for each in scales if each is not None]
+
+
+@lru_cache(maxsize=1024)
+def given(terms: Terms) -> Terms:
+    """Those of experts that were chosen outside, where ``scale`` and ``shared_scale`` are in their weights already."""
+    return replace(terms, sigmoid=False, renormalize=False, native=False, by_sigmoid=False, given=True)
 
 
 def spread(weights: Weights, terms: Terms) -> tuple[Any, ...]:
     """The arguments of an operator of the schema ``SCHEMA``, but for its input."""
     return (
         weights.router, weights.w13, weights.w2, weights.gate, weights.shared_gate, weights.shared_up,
-        weights.shared_down, _listed(weights.scales), terms.top_k, terms.activation, terms.sigmoid, terms.renormalize,
+        weights.shared_down, listed(weights.scales), terms.top_k, terms.activation, terms.sigmoid, terms.renormalize,
         terms.scale, terms.shared_scale, terms.native, terms.by_sigmoid,
     )  # fmt: skip
 
@@ -118,15 +127,16 @@ def _folded_moe(x: Tensor, *rest: Any) -> Tensor:
 
 def _routed_moe(
     x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, w13_bias: Tensor | None, w2_bias: Tensor | None,
-    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None, activation: str, up: bool,
-    limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
+    shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None, scales: list[Tensor],
+    activation: str, up: bool, limit: float, limit_after: bool, alpha: float, offset: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     experts, hidden, width = w2.shape
     terms = _terms(
         experts, ids.shape[1], weights.shape[1] - ids.shape[1], hidden, width, activation, False, False, 1.0, 1.0,
-        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None,
+        False, False, False, True, up, limit, limit_after, alpha, offset, on_input, w13_bias is not None, bool(scales),
+        bool(scales) and by_row(w13, scales[0]),
     )  # fmt: skip
-    held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias)
+    held = Weights(w13, w13, w2, None, shared_gate, shared_up, shared_down, w13_bias, w2_bias, scales_of(scales))
     return compute(x, held, terms, Routed(ids, weights))
 
 
@@ -172,8 +182,8 @@ def routed_moe(x: Tensor, weights: Weights, terms: Terms, routed: Routed) -> Ten
     """:func:`compute` of experts that are given, as an operator."""
     result: Tensor = torch.ops.moe_surgery.routed_moe(
         x, routed.ids, routed.weights, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias, weights.shared_gate,
-        weights.shared_up, weights.shared_down, terms.activation, terms.up, terms.limit, terms.limit_after,
-        terms.alpha, terms.offset, terms.on_input,
+        weights.shared_up, weights.shared_down, listed(weights.scales), terms.activation, terms.up, terms.limit,
+        terms.limit_after, terms.alpha, terms.offset, terms.on_input,
     )  # fmt: skip
     return result
 

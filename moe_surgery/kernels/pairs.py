@@ -17,6 +17,7 @@ from moe_surgery.kernels.device import (
     choose,
     expert_of,
     expert_offset,
+    in_e4m3,
     least_scale,
     let_next_start,
     mixed,
@@ -24,6 +25,7 @@ from moe_surgery.kernels.device import (
     rounded,
     router_offset,
     row_pitch,
+    scale_of,
     wait,
     without,
 )
@@ -67,14 +69,15 @@ def pair_logits(
 def pair_gate_up(
     x, logits, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
     shared_up_scales: tl.int64, act, tokens, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr,
-    PDL: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, TOKEN: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr,
+    AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
+    ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
-    Of weights in e4m3, G is the size of their blocks (else 0), of which a tile's rows are in one.
+    Of weights in e4m3, G is the size of their blocks, of which a tile's rows are in one; BY_ROW each row has a scale,
+    and so has each token. Else both are 0. TOKEN is the next power of H.
 
     Where GIVEN, ``logits`` are the chosen experts' ids, ``given`` their weights, and this is the first kernel.
 
@@ -105,6 +108,11 @@ def pair_gate_up(
         block = tl.program_id(1) * BI // G * (H // G) + tl.arange(0, BK // G)
         scale = scales + expert_offset(expert, (1 + UP) * matrix, shared_scales, matrix, E) + block
         up_scale = scale + tl.where(expert < E, matrix, shared_up_scales)
+    if BY_ROW:
+        every = tl.arange(0, TOKEN)
+        token_x = tl.load(x + token * H + every, mask=every < H, other=0.0, cache_modifier=".cg").to(tl.float32)
+        whole = tl.max(tl.abs(token_x)[None, :], axis=1)
+        factor = scale_of(whole, least_scale(True))
     for k in range(0, H, BK):
         mask = (rows < I)[:, None] & (k + columns < H)[None, :]
         g = tl.load(at + k, mask=mask, other=0.0)
@@ -115,6 +123,8 @@ def pair_gate_up(
             parts, factor = rounded(value, least_scale(False), 1, BK, G)
             toward = factor * tl.load(scale + k // G, mask=k + tl.arange(0, BK // G) * G < H, other=0.0)[None, :]
             value = tl.reshape(parts * tl.where(there, toward, 0.0)[:, :, None], [1, BK])
+        if BY_ROW:
+            value = in_e4m3(value, factor[:, None]).to(tl.float32)
         gates += g.to(tl.float32) * value
         if UP:
             u = tl.load(at + k + up, mask=mask, other=0.0)
@@ -124,7 +134,13 @@ def pair_gate_up(
             ups += u.to(tl.float32) * value
     gate = tl.sum(gates, axis=1)
     rise = tl.sum(ups, axis=1)
-    if G > 0:
+    if BY_ROW:
+        its_scale = scales + expert_offset(expert, (1 + UP) * I, shared_scales, I, E) + rows
+        gate *= factor * tl.load(its_scale, mask=rows < I, other=0.0)
+        if UP:
+            up_by = its_scale + tl.where(expert < E, I, shared_up_scales)
+            rise *= factor * tl.load(up_by, mask=rows < I, other=0.0)
+    if G > 0 or BY_ROW:
         gate = as_stored(gate, x)
         rise = as_stored(rise, x)
     if ON_INPUT:
@@ -138,6 +154,8 @@ def pair_gate_up(
         if UP:
             rise += tl.load(its + I, mask=there, other=0.0).to(tl.float32)
     result = mixed(gate, rise, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
+    if BY_ROW:
+        result = as_stored(result, x)
     if slot >= K:
         if G > 0:
             result = as_stored(result, x)
@@ -150,9 +168,9 @@ def pair_gate_up(
 def pair_down(
     act, logits, given, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, out, scale, shared_scale,
     R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
-    I: tl.constexpr, G: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, SIGMOID: tl.constexpr,
-    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
-    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
+    SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 
@@ -189,6 +207,15 @@ def pair_down(
     wait(PDL)
     let_next_start(PDL)
     source = act + (token * (K + M) + slots)[:, None] * I + columns[None, :]
+    if BY_ROW:
+        most = tl.zeros([P], tl.float32)
+        for k in tl.static_range(0, I, BK):
+            mask = there[:, None] & (k + columns < I)[None, :]
+            a = tl.load(source + k, mask=mask, other=0.0, cache_modifier=".cg")
+            most = tl.maximum(most, tl.max(tl.abs(a), axis=1), propagate_nan=tl.PropagateNan.ALL)
+        # The shared expert's slices are parts of one row.
+        both = tl.max(tl.where((slots >= K) & there, most, 0.0), axis=0)
+        factors = scale_of(tl.where(slots < K, most, both), least_scale(True))
     total = tl.zeros([P, BH], tl.float32)
     for k in tl.static_range(0, I, BK):
         mask = there[:, None] & (k + columns < I)[None, :]
@@ -199,10 +226,15 @@ def pair_down(
             held = there[:, None] & (groups < I // G)[None, :]
             factor *= tl.load(its_scale[:, None] + groups[None, :], mask=held, other=0.0)
             a = tl.reshape(parts * factor[:, :, None], [P, BK])
+        if BY_ROW:
+            a = in_e4m3(a, factors[:, None]).to(tl.float32)
         total += tl.sum(w.to(tl.float32) * a[:, None, :], axis=2)
         if k + BK < I:
             more = k + BK + columns
             w = tl.load(at + k + BK, mask=inside & (more < I)[None, None, :], other=0.0)
+    if BY_ROW:
+        by = scales + expert_offset(experts, H, shared_scales, 0, E)[:, None] + rows[None, :]
+        total *= factors[:, None] * tl.load(by, mask=there[:, None] & (rows < H)[None, :], other=0.0)
     if BIAS:
         its = bias + experts.to(tl.int64)[:, None] * H + rows[None, :]
         total += tl.load(its, mask=(there & (slots < K))[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)

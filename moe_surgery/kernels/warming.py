@@ -30,6 +30,8 @@ def _variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
     """Every row of the table with a number of tokens for each dtype of experts' outputs that it may meet."""
     rows = rows_for(terms, dtype)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
+        if terms.by_row and row.path == "grouped":
+            continue
         if row.tokens <= WIDE_ROWS:
             yield row, 2
         if after is None or after.tokens > WIDE_ROWS + 1:

@@ -100,6 +100,36 @@ def _finite(weight: Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in weight.aminmax())  # isfinite() takes twenty times as long
 
 
+def rehearse(spec: MoESpec, tensors: BlockTensors, seed: int, probes: Probes) -> tuple[Probes, str | None]:
+    """The probes of a router that is the model's own, and why they can't prove a block, if they can't.
+
+    That they route surely to each expert is known of the router alone, before a block is built: no expert's weights are
+    needed.
+    """
+    with torch.no_grad(), torch.autocast(tensors.router.device.type, enabled=False):
+        probes = try_out(spec, tensors, probes, seed)
+        kept, routing = _decided(spec, tensors, probes)
+        if len(kept.x) < FEWEST:
+            return probes, f"all but {len(kept.x)} of {len(probes.x)} probes are within its router's rounding noise"
+        unvisited = _unvisited(spec, tensors, kept, routing)
+        return probes, f"no probe is surely routed to {listed(unvisited)}" if unvisited else None
+
+
+def listed(experts: Sequence[int]) -> str:
+    """Experts as a sentence names them."""
+    if len(experts) == 1:
+        return f"expert {experts[0]}"
+    few = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
+    return f"experts {few} ({len(experts)} in all)"
+
+
+def _decided(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> tuple[Probes, Routing]:
+    """Those probes of which it can be told what they choose, and what that is."""
+    while not bool((routing := route(spec, tensors, probes)).decidable.all()):
+        probes = probes.keep(routing.decidable)
+    return probes, routing
+
+
 def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes: Probes) -> Ground | str:
     if spec.router.own:
         probes = try_out(spec, tensors, probes, seed)
@@ -107,8 +137,7 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
     elif not spec.router.follows_logits:
         probes = reach(spec, tensors, probes)
     asked = len(probes.x)
-    while not bool((routing := route(spec, tensors, probes)).decidable.all()):
-        probes = probes.keep(routing.decidable)
+    probes, routing = _decided(spec, tensors, probes)
     undecided = asked - len(probes.x)
     if len(probes.of(UNIT)) == 0 and spec.router.own:
         return "its own router's choices are within its rounding noise, or some of their weights zero, on every probe"

@@ -40,6 +40,8 @@ def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> 
         candidates = _pushed(router, missing, generator).to(probes.x.dtype).to(probes.x.device)
         chosen = _chosen(spec, tensors, candidates)
         some = torch.cat([chosen[:, expert].nonzero().flatten()[-_TRIED:] for expert in missing.tolist()]).unique()
+        if len(some) == 0:  # some of vLLM's kernels fail when they are given no token
+            continue
         tried = Probes(candidates[some], torch.full_like(some, UNIT, dtype=probes.family.dtype))
         sure = _surely(spec, tensors, tried)
         found = torch.cat([sure[:, expert].nonzero().flatten()[-_TOKENS:] for expert in missing.tolist()]).unique()

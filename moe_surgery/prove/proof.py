@@ -15,7 +15,7 @@ import torch
 
 from moe_surgery.prove.asking import EMPTY, STRIDED, Answers, Block, Misconduct, Refused, calls, exercise
 from moe_surgery.prove.experts_alone import behind_a_router
-from moe_surgery.prove.ground import Ground, survey
+from moe_surgery.prove.ground import Ground, listed, survey
 from moe_surgery.prove.judging import FEWEST_MUTANTS as FEWEST_MUTANTS
 from moe_surgery.prove.judging import beyond_noise, measure, power_faults
 from moe_surgery.prove.limits import KERNELS, of_kernels
@@ -146,9 +146,7 @@ def _ground_faults(ground: Ground) -> list[str]:
     """Why these weights don't let any block be proven."""
     if not ground.unvisited:
         return []
-    listed = ", ".join(map(str, ground.unvisited[:8])) + (", …" if len(ground.unvisited) > 8 else "")
-    many = f"experts {listed} ({len(ground.unvisited)} in all)" if len(ground.unvisited) > 1 else f"expert {listed}"
-    fault = f"no probe is surely routed to {many}, so nothing is known of what it computes"
+    fault = f"no probe is surely routed to {listed(ground.unvisited)}, so nothing is known of what it computes"
     if ground.overflowed:
         fault += f"; {ground.overflowed} probes were left out because their outputs aren't finite"
     return [fault]

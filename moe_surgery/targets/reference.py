@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_surgery.kernels.arguments import by_row
 from moe_surgery.spec import Activation, Mix, MoESpec
-from moe_surgery.targets.e4m3 import E4M3, LEAST_BETWEEN, dequantised, rounded
+from moe_surgery.targets.e4m3 import E4M3, dequantised, entered
 from moe_surgery.targets.formula import Arithmetic, Mixer, capped, mixer, ranked, scored, weighted
 from moe_surgery.targets.shared_expert import shared_output, shared_parts
 from moe_surgery.weights.own_router import AskedRouter
@@ -138,7 +139,8 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     # Rows in the order of their experts, so that little is launched for each: on a GPU that is what takes the time.
     order = experts.argsort(stable=True)[: sum(counts)]
     given, scale = rows[order], None if scales is None else scales.w13
-    products = _products(given if scale is None else rounded(given), counts, tensors.w13, scale, tensors.w13_bias)
+    given = given if scale is None else entered(given, tensors.w13, scale)
+    products = _products(given, counts, tensors.w13, scale, tensors.w13_bias)
     if scales is not None:  # what they make goes from float32 to e4m3
         products = products.to(scales.dtype).to(torch.promote_types(work, torch.float32))
     both = products.new_zeros(len(rows), products.shape[1]).index_copy_(0, order, products)
@@ -146,8 +148,10 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     parts = zip(visits, gates.split(sizes), ups.split(sizes), strict=True)
     mixed = torch.cat([visit.mix(gate, up) for visit, gate, up in parts])
     mixed, scale = mixed[order], None if scales is None else scales.w2
-    if scales is not None:
-        mixed = rounded(mixed, LEAST_BETWEEN)
+    if scales is not None and scale is not None:
+        if by_row(tensors.w2, scale):  # all of a row must be there before it is rounded to e4m3, so it is stored
+            mixed = mixed.to(scales.dtype).to(mixed.dtype)
+        mixed = entered(mixed, tensors.w2, scale, between=True)
     outputs = _products(mixed, counts, tensors.w2, scale, tensors.w2_bias)
     return list(rows.index_copy_(0, order, outputs.to(work)).split(sizes))
 

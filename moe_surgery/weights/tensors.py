@@ -16,10 +16,10 @@ OwnRouting = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class BlockScales:
-    """What the matrices of a block's experts are multiplied by, where these are in e4m3: one number for each block.
+    """What a block's experts in e4m3 are multiplied by: a number for each block of a matrix, or for each row.
 
-    The tensors are named as in :class:`BlockTensors`; of a matrix [N, K] they are [N / B, K / B] in float32. ``dtype``
-    is the block's own, which gate and up projections are rounded to before what they make is rounded to e4m3.
+    The tensors are named as in :class:`BlockTensors`; of a matrix [N, K] they are [N / B, K / B] or [N, 1] in float32.
+    ``dtype`` is the block's own, which gate and up projections are rounded to before what they make is rounded to e4m3.
     """
 
     dtype: torch.dtype

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine.make_checkpoint import CONFIGS, make
+from engine.make_checkpoint import COMMON, CONFIGS, VOCAB, make
 from engine_examples import Output, Result, Run, run_all
 
 EXACT = {"TRITON_F32_DEFAULT": "ieee"}
@@ -84,6 +85,27 @@ def test_no_push_and_no_sleep_changes_an_operated_model(target: str, folders: di
     for way, (told, after) in found.pushes.items():
         assert "nothing was changed" in told, (way, told)
         assert [Output(**answer) for answer in after] == asked, way
+
+
+@pytest.mark.slow
+def test_a_model_that_crosses_over_to_vllms_experts(tmp_path: Path) -> None:
+    """Two layers of the size of Qwen2-57B-A14B, where vLLM's experts are faster from 32 tokens, by the table."""
+    sizes = {"hidden_size": 3584, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}
+    config = {**CONFIGS["naive_talker"], **COMMON, **sizes, **heads, "shared_expert_intermediate_size": 20480}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = {**COMPILED, "load_format": "dummy", "dtype": "bfloat16"}
+    prompts = tuple(tuple((17 * at * at + 5 * at) % VOCAB for at in range(length)) for length in (12, 120))
+    run = replace(operated(tmp_path, tmp_path / "run", **options), prompts=prompts, scaled=True)
+    [found] = run_all([run], tmp_path)
+    [plain] = run_all([replace(run, surgery=None)], tmp_path)
+    check_operated(found, "folded")
+    [reason] = {site["reason"] for site in found.receipts[0]["report"]["sites"]}
+    assert "vLLM's experts, which are faster there, for 32 and more tokens" in reason
+    for one, other in zip(found.outputs, plain.outputs, strict=True):
+        wanted = torch.tensor(other.prompt_logprobs)
+        noise = (torch.tensor(one.prompt_logprobs) - wanted).square().mean().sqrt()
+        assert 0 < noise < 0.05 * wanted.std(), (len(wanted), noise, wanted.std())  # of two layers in bfloat16
 
 
 @pytest.mark.slow

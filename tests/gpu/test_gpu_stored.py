@@ -1,4 +1,4 @@
-"""Engines with experts in FP8, a scale for each 128 by 128: folded, proven, and all of their scales accounted for."""
+"""Engines with experts in FP8, a scale for each 128 by 128 or each row: folded, proven, all scales accounted for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_examples import Result, Run, run_all
-from quantised_checkpoint import without
+from quantised_checkpoint import but, without
 from quantised_checkpoint import write as quantised
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -32,6 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, experts in KINDS.items():
         write(kind, tmp / f"{kind}-source", 2, experts)
         quantised(tmp / f"{kind}-source", tmp / kind, "fp8_block", group=128)
+        quantised(tmp / f"{kind}-source", tmp / f"{kind} by row", "ct_fp8_channel")
     quantised(tmp / "naive_talker-source", tmp / "experts alone", "fp8_block", ["experts"], group=128)
     return {path.name: path for path in tmp.iterdir()}
 
@@ -47,9 +48,11 @@ def sites(result: Result) -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.parametrize("scales", ["", " by row"], ids=["blocks", "rows"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_folded(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    run = operated(checkpoints["naive_talker"], tmp_path / "run", options={"enforce_eager": eager})
+def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    run = operated(checkpoints[kind + scales], tmp_path / "run", options={"enforce_eager": eager})
     [result] = run_all([run], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
@@ -59,11 +62,17 @@ def test_folded(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> No
     assert len(sites(result)) == 2
 
 
-def test_vllms_own_routing_is_left_to_its_layer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    [result] = run_all([operated(checkpoints["unfused_deepseek"], tmp_path / "run", ask=False)], tmp_path)
-    for site in sites(result):
+def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    def shut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.gate.e_score_correction_bias"][5] = -3.0  # more than what scores differ by
+
+    folder = but(checkpoints["unfused_deepseek"], tmp_path / "model", shut)
+    [result] = run_all([operated(folder, tmp_path / "run")], tmp_path)
+    for site in sites(result):  # both, as they are of one kind
         assert (site["outcome"], site["target"]) == ("replaced", "vllm")
-        assert "not folded: its router is the model's own" in str(site["reason"])
+        assert "not folded, as it can't be proven: no probe is surely routed to expert 5" in str(site["reason"])
         proof = site["proof"]
         assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
 

@@ -2,7 +2,8 @@
 
 That depends on the number of tokens, so it is decided inside of the block's one operator. On that side of the crossover
 the router is still this library's kernel, so that both sides choose alike; its experts go to vLLM's kernels, over the
-same parameters, and the shared expert is two products of its own, added in the end.
+same parameters, and the shared expert is two products of its own, added in the end. Quantised blocks cross to vLLM's
+whole layer, router and shared expert included.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ NAME = "engine_moe"
 SCHEMA = FOLDED_SCHEMA.replace("folded_moe", NAME)
 """The operator, as torch knows it; graphs that were compiled with another one can't be used."""
 
+STORED_NAME = "engine_stored_moe"
+STORED_SCHEMA = FOLDED_SCHEMA.replace("folded_moe(Tensor x, ", f"{STORED_NAME}(Tensor x, Tensor? logits, str layer, ")
+"""The operator over quantised weights."""
+
 _MEASURED = "silu"
 """The only activation that vLLM's experts were measured with."""
 
 
 def crosses(terms: Terms, choice: Choice) -> bool:
     """Whether the block computes with vLLM's experts where the table has ``choice``."""
-    return choice.slower and terms.activation == _MEASURED and not terms.scaled
+    if terms.scaled:
+        return choice.slower or (terms.by_row and choice.path == "grouped")
+    return choice.slower and terms.activation == _MEASURED
 
 
 def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:
@@ -41,7 +48,8 @@ def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:
 def told(terms: Terms, dtype: torch.dtype) -> str | None:
     """What a plan says of the crossover, if there is one."""
     spans = ", ".join(_spans(terms, dtype))
-    return f"vLLM's experts, which are faster there, for {spans} tokens" if spans else None
+    whose = "layer" if terms.scaled else "experts, which are faster there,"
+    return f"vLLM's {whose} for {spans} tokens" if spans else None
 
 
 def _spans(terms: Terms, dtype: torch.dtype) -> Iterator[str]:

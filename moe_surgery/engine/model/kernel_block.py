@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, owner
-from moe_surgery.engine.model.crossover import SCHEMA, sizes_to_ask, told
-from moe_surgery.engine.model.in_blocks import scales
+from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, first, owner
+from moe_surgery.engine.model.crossover import SCHEMA, STORED_SCHEMA, sizes_to_ask, told
+from moe_surgery.engine.model.in_e4m3 import form_of, matrix, scales
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
 from moe_surgery.kernels.arguments import BLOCK, Terms, Weights
 from moe_surgery.kernels.arguments import SCHEMA as FOLDED_SCHEMA
 from moe_surgery.read.reading import Reading
+from moe_surgery.spec import RouterSpec
 from moe_surgery.targets.base import Context
 from moe_surgery.targets.folded.fitness import MOST_PAIRS, objections, outside
 from moe_surgery.targets.folded.fold import terms_of
 from moe_surgery.weights.layout import Piece
 
-_AS_LOADED = ("TRITON", "BATCHED_TRITON")
+_AS_LOADED = ("TRITON", "BATCHED_TRITON", "VLLM_CUTLASS", "BATCHED_VLLM_CUTLASS")
 """vLLM's MoE backends that leave stacked weights as they were loaded; others shuffle them within the same shape."""
 
 
@@ -44,6 +45,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     spec = item.reading.spec
+    if spec.router.own and item.stored:  # vLLM's router hands over what it chose
+        spec = replace(spec, router=RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", renormalize=True))
     for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
         yield reason
         return
@@ -88,14 +91,25 @@ def _layout(experts: Any) -> str:
 def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
     """A rank's share of the block in the kernels' numbers."""
     assert item.reading is not None
-    slices = _shared_width(item) // _width(item.reading)
-    return replace(
-        terms_of(item.reading.spec),
+    spec = item.reading.spec
+    terms = replace(
+        terms_of(spec, given=spec.router.own),
         width=_width(item.reading),
-        slices=slices,
+        slices=_shared_width(item) // _width(item.reading),
         shared_scale=shared_scale,
         scaled=bool(item.stored),
+        by_row=bool(item.stored) and _by_row(item),
     )
+    if not spec.router.own:
+        return terms
+    return replace(terms, scale=float(spec.router.scale), gated=item.reading.layout.shared_gate is not None)
+
+
+def _by_row(item: EngineSite) -> bool:
+    """Whether a quantised block's weights have a scale for each row."""
+    assert item.routed is not None
+    form = form_of(item.routed.runner.routed_experts)
+    return form is not None and form.rows == 1
 
 
 def _width(reading: Reading) -> int:
@@ -176,7 +190,13 @@ class KernelBlock(EngineBlock):
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
-        self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
+        self._layer_name = str(runner.layer_name)
+        if self.terms.scaled:
+            from moe_surgery.engine.model.stored_op import compute_stored, engine_stored_moe  # needs Triton
+
+            self._of_stored, self._of_stored_in_graphs, self.schema = compute_stored, engine_stored_moe, STORED_SCHEMA
+        else:
+            self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
@@ -196,19 +216,33 @@ class KernelBlock(EngineBlock):
             w13,
             w2,
             None if shared.gate is None else shared.gate.weight,
-            shared.gate_up.weight,
-            None if shared.up is None else shared.up.weight,
-            shared.down.weight,
+            matrix(shared.gate_up),
+            None if shared.up is None else matrix(shared.up),
+            matrix(shared.down),
             scales=held,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        operator = self._operator if torch.compiler.is_compiling() else self._compute
-        out = operator(x, self.weights(), self.terms)
+        if self.terms.scaled:
+            out = self._stored(x)
+        else:
+            operator = self._operator if torch.compiler.is_compiling() else self._compute
+            out = operator(x, self.weights(), self.terms)
         if self._ranks > 1:
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """The output over quantised weights; where vLLM's router chooses, by logits of the block's own layer."""
+        runner: Any = getattr(self, self._routed)
+        logits = None
+        if self.terms.given:
+            gate = getattr(self, self._router) if self._router else runner.gate
+            logits = first(gate(x))
+        if torch.compiler.is_compiling():
+            return self._of_stored_in_graphs(x, logits, self.weights(), self.terms, self._layer_name)
+        return self._of_stored(x, logits, self.weights(), self.terms, runner)
 
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
@@ -229,7 +263,8 @@ class KernelBlock(EngineBlock):
         }
         held = {name: getattr(weights, name) for name in wanted}
         if weights.scales is not None:
-            wanted |= {f"scales of {name}": _blocks(wanted[name]) for name in weights.scales._fields}
+            scaled = _rows if t.by_row else _blocks
+            wanted |= {f"scales of {name}": scaled(wanted[name]) for name in weights.scales._fields}
             held |= {f"scales of {name}": scale for name, scale in weights.scales._asdict().items()}
         for name, shape in wanted.items():
             tensor: Tensor | None = held[name]
@@ -241,6 +276,11 @@ class KernelBlock(EngineBlock):
 def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """How many blocks matrices of ``shape`` [..., N, K] have."""
     return None if shape is None else (*shape[:-2], shape[-2] // BLOCK, shape[-1] // BLOCK)
+
+
+def _rows(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The scales of rows of matrices of ``shape``."""
+    return None if shape is None else (*shape[:-1], 1)
 
 
 def warm_kernels(model: nn.Module) -> None:

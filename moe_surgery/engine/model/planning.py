@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from moe_surgery.report.outcomes import Step
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"
 """What engines take: the shared-fused layer, or the shared expert among the routed ones (on a GPU, in our kernels)."""
+
+_FALLEN = " · not folded, as it can't be proven: "
 
 _EXACT = "TRITON_F32_DEFAULT", "ieee"
 """The setting with which Triton's products of float32 are of float32."""
@@ -111,6 +113,31 @@ def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return out
 
 
+def fallen_back(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """``plan`` with vLLM's layer for the blocks that can't be proven folded, of the weights that were loaded.
+
+    ``reasons`` has why, by path; blocks of the same kind as one of these, which may not be proven each, go with it.
+    """
+    told = {_kind(step): reasons[step.path] for step in plan.steps if step.path in reasons}
+
+    def fallen(step: Step) -> Step:
+        reason = told.get(_kind(step))
+        return step if reason is None else replace(step, target=LAYER, reason=f"{step.reason}{_FALLEN}{reason}")
+
+    return replace(plan, steps=tuple(fallen(step) for step in plan.steps))
+
+
+def _kind(step: Step) -> Hashable:
+    """What a block has in common with those that it is proven for."""
+    return step.kind, step.spec, step.reason, step.target
+
+
+def _planned(step: Step) -> Step:
+    """As it was before the weights were loaded: a plan may say what became of it."""
+    said, fallen, _ = step.reason.partition(_FALLEN)
+    return replace(step, target=FOLDED, reason=said) if fallen else step
+
+
 def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match | Miss | None:
     if item.swapped:
         return None
@@ -184,6 +211,7 @@ def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:
         raise PlanError(f"{file}: the plan is for {wanted.model}, the engine builds {plan.model}")
     wanted.check_origin(plan.checkpoint, plan.model)
     wanted.warn_of_versions()
+    wanted = replace(wanted, steps=tuple(_planned(step) for step in wanted.steps))
     if wanted.fingerprint == plan.fingerprint:
         return
     after = {step.path: step for step in plan.steps}

@@ -22,14 +22,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
-from moe_surgery.engine.model import in_blocks
+from moe_surgery.engine.model import in_e4m3
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import copies, owner
 from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError
-from moe_surgery.prove.ground import Ground, survey
+from moe_surgery.prove.ground import Ground, rehearse, survey
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.proof import prove_swapped
 from moe_surgery.prove.settling import settle
@@ -70,6 +70,14 @@ class Exam:
     verdict: Verdict | None = None
     seconds: float = 0.0
 
+    def rehearse(self) -> str | None:
+        """Why tokens can't prove a block whose router is the model's own, by what that makes of them, if they can't."""
+        assert self.probes is not None
+        probes, reason = rehearse(self.spec, self.small, SEED, self.probes.result())
+        self.probes = Future()
+        self.probes.set_result(probes)
+        return reason
+
     def ready(self, runner: Any) -> None:
         """Compute from the loaded weights all that is to be known of them."""
         probes = None if self.probes is None else self.probes.result()
@@ -88,7 +96,7 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     spec, layout, block = item.reading.spec, item.reading.layout, item.block
     small = _small(block, layout, _routing(item), ranks)
     if item.stored:
-        small = replace(small, scales=in_blocks.copied(block, layout.shared, small.router.dtype))
+        small = replace(small, scales=in_e4m3.copied(block, _experts(item), layout.shared, small.router.dtype))
     settle(small.router.device)  # the copies are made on this thread's stream
     probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
     return Exam(item.site.path, spec, small, ranks, probes)
@@ -168,6 +176,12 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
 
 
+def _experts(item: EngineSite) -> Any:
+    """vLLM's routed experts in a quantised block, which always has some."""
+    assert item.routed is not None
+    return item.routed.runner.routed_experts
+
+
 def _routing(item: EngineSite) -> OwnRouting | None:
     assert item.reading is not None
     if item.routed is None or item.reading.spec.router.scoring != "own":
@@ -211,7 +225,7 @@ def _with_experts(exam: Exam, runner: Any) -> BlockTensors:
     whole = replace(exam.small, w13=w13, w2=w2)
     if whole.scales is None:
         return whole
-    held = in_blocks.scales(experts, None)
+    held = in_e4m3.scales(experts, None)
     return replace(whole, scales=replace(whole.scales, w13=held.w13.data, w2=held.w2.data))
 
 

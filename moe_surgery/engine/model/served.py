@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import owner
-from moe_surgery.engine.model.in_blocks import not_in_blocks
+from moe_surgery.engine.model.in_e4m3 import not_in_e4m3
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 
@@ -62,7 +62,7 @@ def unserved(item: EngineSite, config: VllmConfig) -> str | None:
 
 def unfolded(item: EngineSite, config: VllmConfig) -> str | None:
     """Why a block that can be rebuilt as it is stored and served can't have its shared expert folded."""
-    if item.stored and (reason := not_in_blocks(item, config)) is not None:
+    if item.stored and (reason := not_in_e4m3(item, config)) is not None:
         return reason
     if config.lora_config is not None:
         return "adapters are put around vLLM's layers, which a folded block doesn't call"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,11 +28,12 @@ from moe_surgery.engine.model.kernel_block import KernelBlock, warm_kernels
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
-from moe_surgery.engine.model.planning import FOLDED, make_engine_plan, settled
-from moe_surgery.engine.model.proving import Proof, examine, prepare, to_prove
+from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, settled
+from moe_surgery.engine.model.proving import Exam, Proof, examine, prepare, to_prove
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
+from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 
 KEY = "moe_surgery"
@@ -98,17 +99,19 @@ class Surgery:
 
     def exchange(self) -> None:
         """Exchange the blocks of ``items``, whose weights are loaded."""
-        steps = {step.path: step for step in self.plan.steps if step.path in self.items}
-        chosen = to_prove(steps.values(), everything=self.orders.prove == "all")
         book = LayerBook(self.config)
         exchanged: dict[nn.Module, nn.Module] = {}
         pool = ThreadPoolExecutor(THREADS)
         with set_current_vllm_config(self.config), torch.no_grad():
             for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
+            self.exams |= self._rehearsed(pool)
+            steps = self._steps()
+            chosen = self._chosen()
             for path, item in self.items.items():
                 fold = steps[path].target == FOLDED
-                if path in chosen:  # folded weights are computed with in another way, however they are stored
+                if path in chosen and path not in self.exams:
+                    # Folded weights are computed with in another way, however they are stored.
                     parts = bool(item.stored) and not fold
                     self.exams[path] = observe(item, self.ranks) if parts else prepare(item, self.ranks, pool)
                 built = build(item, book, fold=fold)
@@ -123,6 +126,29 @@ class Surgery:
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
         self.items.clear()
+
+    def _steps(self) -> dict[str, Step]:
+        """Those of the blocks that are exchanged."""
+        return {step.path: step for step in self.plan.steps if step.path in self.items}
+
+    def _chosen(self) -> tuple[str, ...]:
+        """The paths of the blocks to prove."""
+        return to_prove(self._steps().values(), everything=self.orders.prove == "all")
+
+    def _rehearsed(self, pool: Executor) -> dict[str, Exam]:
+        """The exams of blocks folded behind vLLM's own router: only its loaded weights tell whether any can be.
+
+        Quantised blocks that can't be proven so are left to vLLM's layer, for which there is another proof.
+        """
+        steps, exams = self._steps(), {}
+        for path in self._chosen():
+            item, step = self.items[path], steps[path]
+            if step.target == FOLDED and item.stored and step.spec is not None and step.spec.router.own:
+                exams[path] = prepare(item, self.ranks, pool)
+        reasons = {path: reason for path, exam in exams.items() if (reason := exam.rehearse()) is not None}
+        self.plan = fallen_back(self.plan, reasons)
+        steps = self._steps()
+        return {path: exam for path, exam in exams.items() if steps[path].target == FOLDED}
 
     def _mark_configs(self) -> None:
         """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
