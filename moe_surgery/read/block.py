@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.asking import Asking, crowded_together, rolled, spread
+from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.mlp import MLPRead
@@ -89,7 +89,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             _of_one(ask, crowded.shape((1, 1)), own, crowded.record),
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, records[-1])
-        records += ask.if_it_takes(crowded.shape((2, 3)), own, plain=True)
+        records += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid)
         records += ask.if_it_takes((few[0] * few[1], width), own)
         if any(record_.lone for record_ in records) and not crowded.flat:

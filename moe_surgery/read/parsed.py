@@ -28,7 +28,8 @@ class Cut:
     """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights.
 
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
-    gives their weighted sum, where the block's output is more than that.
+    gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
+    they are calculated from what was chosen, as those of the best expert of every group.
     """
 
     choices: tuple[int, ...]
@@ -36,6 +37,7 @@ class Cut:
     count: int
     entering: int | None = None
     routed: int | None = None
+    computed: Given | None = None
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Builder:
     def _origin(self, origin: Origin, value: Tensor) -> At:
         """The step that makes known numbers, which must be ``value`` in this record."""
         found = self._of_origin(origin)
-        made = self._value(origin)
+        made = self.value(origin)
         if made.shape != value.shape or not bool((made == value).all()):
             raise Unreadable("numbers that are written to in several places")
         return found
@@ -164,7 +164,7 @@ class Builder:
         place = self._op(index)
         return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
 
-    def _value(self, origin: Any) -> Tensor:
+    def value(self, origin: Any) -> Tensor:
         """What known numbers were in this record."""
         if isinstance(origin, Plain):
             return origin.value
@@ -174,7 +174,7 @@ class Builder:
             return origin.value
         if id(origin) not in self._values:
             args, kwargs = (
-                _each(lambda leaf: self._value(leaf) if isinstance(leaf, Origin) else leaf, operands)
+                _each(lambda leaf: self.value(leaf) if isinstance(leaf, Origin) else leaf, operands)
                 for operands in (origin.args, origin.kwargs)
             )
             if origin.func._schema.is_mutable:

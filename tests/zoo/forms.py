@@ -271,4 +271,44 @@ class EveryThirdTokensLogits(Alone):
         return super().logits(x).repeat(3, 1).view(-1, 3, self.num_experts).unbind(1)[0]
 
 
+# Ids that are calculated from what was chosen
+
+
+class BestOfEveryGroup(Alone):
+    """Each group of experts gives one, times a factor of its own (Pangu)."""
+
+    def make_more(self) -> None:
+        self.factors = plain.parameter(1, self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.logits(x).softmax(-1).view(len(x), 4, -1)
+        weights, places = groups.max(-1)
+        ids = self.numbered(places)
+        return weights * self.factors.expand(len(x), -1).gather(1, ids), ids
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return places + torch.arange(4) * (self.num_experts // 4)
+
+
+@block(AROUND)
+class OneOfEveryGroup(BestOfEveryGroup):
+    pass
+
+
+@block(AROUND)
+class OneOfEveryGroupInAnotherOrder(BestOfEveryGroup):
+    """Its experts have other numbers than its router's columns."""
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return (3 - torch.arange(4)) * 2 + 1 - places
+
+
+@block(AROUND, "experts", "scored by")
+class OneOfHalfOfTheGroups(BestOfEveryGroup):
+    """Two groups send their tokens to the same experts."""
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return places + torch.arange(4) // 2 * 2
+
+
 ALL = around.ALL  # those above among them

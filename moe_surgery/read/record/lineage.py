@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,22 @@ class Lineage:
 def chosen(origins: Iterable[Origin]) -> set[Made]:
     """The choices that numbers come from."""
     return {origin.choice for origin in sources(origins) if isinstance(origin, Chosen)}
+
+
+def calculated(origins: Iterable[Origin]) -> Iterator[Computed]:
+    """The calculations that numbers come from, the last of all first."""
+    seen: set[int] = set()
+    waiting: list[Any] = list(origins)
+    while waiting:
+        later: list[Any] = []
+        for item in waiting:
+            if isinstance(item, Computed) and id(item) not in seen:
+                seen.add(id(item))
+                yield item
+                later += [*item.args, *item.kwargs.values()]
+            elif isinstance(item, (list, tuple)):
+                later += item
+        waiting = later
 
 
 def sources(origins: Iterable[Origin]) -> list[Chosen | Asked]:
