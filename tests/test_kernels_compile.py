@@ -136,6 +136,17 @@ def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @compiles
+def test_what_fails_ahead_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_surgery.kernels import ahead
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(ahead, "specializations", fails)
+    ahead.begin([terms_of(SPEC)], torch.bfloat16, torch.device("cpu"), 2)()
+
+
+@compiles
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_that_route(spec: MoESpec) -> None:
     compile_both_paths(terms_of(spec), "bf16")

@@ -32,18 +32,22 @@ _CHILD = (
 _COMMAND = (sys.executable, "-E", "-S", "-c", f"{_CHILD}; apart.compile_all(**job['do'])")
 """Nothing that is to happen whenever Python starts happens in it; it finds modules where this process does."""
 _HANG = 300.0
-"""Seconds after which a process is given up; what it didn't compile is compiled where it is wanted."""
+"""Seconds after which a process is given up."""
 
 
 def begin(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> Callable[[], None]:
     """Begin to compile every kernel that blocks of these ``terms`` may ever launch, in at most so many processes.
 
-    Returns what waits for them to end, in whichever way.
+    Returns what waits for them to end, in whichever way: what couldn't be compiled is compiled where it is wanted.
     """
     pool = ThreadPoolExecutor(1)
     done = pool.submit(_compiled, terms, dtype, device, most)
     pool.shutdown(wait=False)
-    return done.result
+
+    def wait() -> None:
+        done.exception()
+
+    return wait
 
 
 def _compiled(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> None:
@@ -53,7 +57,7 @@ def _compiled(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, 
         target = vars(driver.active.get_current_target())
     processes = []
     for share in (jobs[first::most] for first in range(most)):
-        with suppress(OSError):  # where no more processes are to be had, it is compiled where it is wanted
+        with suppress(OSError):  # where no more processes are to be had
             processes += [_started({"jobs": share, "target": target})] if share else []
     triton_key()  # a digest of half a gigabyte, which Triton keeps
     for process in processes:

@@ -218,7 +218,7 @@ def stand_ins(terms: Terms, dtype: torch.dtype, device: torch.device) -> Weights
     def expert(*shape: int) -> Tensor:
         return of(*shape, dtype=torch.float8_e4m3fn if terms.scaled else dtype)
 
-    factors = torch.empty(1, device=device)
+    factors = torch.empty(1, device=device, dtype=torch.float32)
     return Weights(
         of(experts, hidden),
         expert(experts, rows13, hidden),

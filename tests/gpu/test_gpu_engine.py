@@ -14,7 +14,7 @@ from engine_examples import Output, Result, Run, run_all
 
 EXACT = {"TRITON_F32_DEFAULT": "ieee"}
 """Without it Triton rounds vLLM's products of float32 to TF32, and nothing could be compared beyond three digits."""
-COMPILED = {"enforce_eager": False}
+COMPILED = {"enforce_eager": False, "max_num_seqs": 4}  # few sizes of a batch are few graphs
 PUSHES = ("load_weights", "reload_weights by path", "by name", "weight_loader", "sleep without a copy")
 # Kinds whose routing the kernels compute; the others' is vLLM's own.
 FOLDED = ("naive_talker", "omni_talker", "unfused_qwen2", "list_moe", "list_moe_whole")
