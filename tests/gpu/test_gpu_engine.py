@@ -105,7 +105,7 @@ def test_a_model_that_crosses_over_to_vllms_experts(tmp_path: Path) -> None:
     for one, other in zip(found.outputs, plain.outputs, strict=True):
         wanted = torch.tensor(other.prompt_logprobs)
         noise = (torch.tensor(one.prompt_logprobs) - wanted).square().mean().sqrt()
-        assert 0 < noise < 0.05 * wanted.std(), (len(wanted), noise, wanted.std())  # of two layers in bfloat16
+        assert 0 < noise < 0.1 * wanted.std()  # one expert fewer for each token is twice as far and more
 
 
 @pytest.mark.slow
