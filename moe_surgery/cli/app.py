@@ -282,13 +282,16 @@ def tune_command(
         int, typer.Option("--tensor-parallel", metavar="N", min=1, help="For what each of N ranks holds.")
     ] = 1,
     dtype: Annotated[DType, typer.Option("--dtype", help="For weights in this dtype.")] = DType.auto,
+    e4m3: Annotated[
+        bool, typer.Option("--e4m3", help="For experts in FP8 with a scale for each block, as engines fold them.")
+    ] = False,
 ) -> None:
     """Find the fastest tile sizes for MODEL's blocks on this machine's GPU; they are used from then on.
 
     Needs no weights. Tables are kept in the user's cache folder, one for each shape and GPU.
     """
     kept = None if dtype is DType.auto else dtype.value
-    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept)
+    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept, e4m3)
     run(output, lambda screen: tune.tune(screen, job, trust))
 
 

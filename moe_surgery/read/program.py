@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Flow, Given, Op, Ref
-from moe_surgery.read.record.lineage import Chosen, Computed, Origin, Plain
+from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain
 from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
@@ -125,7 +125,7 @@ class Builder:
     def _origin(self, origin: Origin, value: Tensor) -> At:
         """The step that makes known numbers, which must be ``value`` in this record."""
         found = self._of_origin(origin)
-        made = self._value(origin)
+        made = self.value(origin)
         if made.shape != value.shape or not bool((made == value).all()):
             raise Unreadable("numbers that are written to in several places")
         return found
@@ -139,6 +139,10 @@ class Builder:
             place = self._step("numbers", (Numbers(_listed(origin.value), origin.value.dtype),))
         elif isinstance(origin, Chosen):
             place = self._chosen(origin.choice)
+        elif isinstance(origin, Asked):
+            place = self._step(
+                origin.func, [self._op(self.flow.asked[origin].index), *self._sized(origin.args)], origin.kwargs
+            )
         else:
             place = self._of_computed(origin)
         self._origins[id(origin)] = place
@@ -160,15 +164,17 @@ class Builder:
         place = self._op(index)
         return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
 
-    def _value(self, origin: Any) -> Tensor:
+    def value(self, origin: Any) -> Tensor:
         """What known numbers were in this record."""
         if isinstance(origin, Plain):
             return origin.value
         if isinstance(origin, Chosen):
             return origin.choice.ids.reshape(origin.shape)
+        if isinstance(origin, Asked):
+            return origin.value
         if id(origin) not in self._values:
             args, kwargs = (
-                _each(lambda leaf: self._value(leaf) if isinstance(leaf, Origin) else leaf, operands)
+                _each(lambda leaf: self.value(leaf) if isinstance(leaf, Origin) else leaf, operands)
                 for operands in (origin.args, origin.kwargs)
             )
             if origin.func._schema.is_mutable:

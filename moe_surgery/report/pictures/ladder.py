@@ -118,11 +118,12 @@ def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float,
     x, line = place(rung.value), y + 8 if narrow else y
     bold = "s b" if rung.kind != _MUTANT and rung.name != _NOISE else "s"
     parts = [title(f"{rung.name}: {rung.number}")]
-    if narrow:
-        parts.append(label(0, y - 4, _named(rung, width - 110), bold))
+    if narrow:  # or what wrong blocks are told apart by might be cut out of their names
+        short = rung.name.replace(" tokens)", ")")
+        parts.append(label(0, y - 4, fitted(short, width - 110, 12), bold))
         parts.append(label(width, y - 4, rung.number, "m", "end"))
     else:
-        parts.append(label(0, y + 4, _named(rung, left - 10), bold))
+        parts.append(label(0, y + 4, fitted(rung.name, left - 10, 12), bold))
         parts.append(label(width, y + 4, rung.number, "m", "end"))
     if rung.own is not None:
         start = place(rung.own)
@@ -133,12 +134,6 @@ def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float,
     else:
         parts.append(element("circle", cx=x, cy=line, r=4, class_=rung.kind))
     return element("g", *parts)
-
-
-def _named(rung: _Rung, space: float) -> str:
-    """A rung's name as far as it fits; the word "tokens" goes first, since it is in many."""
-    whole = fitted(rung.name, space, 12)
-    return whole if whole == rung.name else fitted(rung.name.replace(" tokens)", ")"), space, 12)
 
 
 def _diamond(x: float, y: float) -> str:
