@@ -109,6 +109,8 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
     [
         ("{\n  'a': 1}", r"config\.json:2: not valid JSON"),
         ("[1, 2]", r"config\.json: a JSON object is wanted, not list"),
+        ({"architectures": [3]}, r"config\.json: architectures: a list of class names is wanted, not \[3\]"),
+        ({"quantization_config": "fp8"}, r"config\.json: quantization_config: an object is wanted, not 'fp8'"),
         ({"architectures": ["NoSuchForCausalLM"]}, r"config\.json: architectures: .* has no class 'NoSuchForCausalLM'"),
         ({"architectures": ["AutoConfig"]}, "has no class 'AutoConfig'"),
         ({"hidden_size": 8}, r"config\.json: neither architectures nor model_type"),

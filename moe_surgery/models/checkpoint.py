@@ -54,8 +54,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` as the checkpoint has it: no default of any config class is added."""
-    return read_json(directory / CONFIG)
+    """``config.json`` as the checkpoint has it: no default of any config class is added.
+
+    Raises :class:`ModelError` if one of the fields that say what the model is can't say it.
+    """
+    config = read_json(directory / CONFIG)
+    names, quantisation = config.get("architectures"), config.get("quantization_config")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"{directory / CONFIG}: architectures: a list of class names is wanted, not {names!r}")
+    if quantisation is not None and not isinstance(quantisation, dict):
+        raise ModelError(f"{directory / CONFIG}: quantization_config: an object is wanted, not {quantisation!r}")
+    return config
 
 
 def refuse_pickles(directory: Path) -> None:

@@ -6,6 +6,7 @@ Those with ``words`` are near misses of the same kind: they must be left alone, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -570,6 +571,35 @@ class ReadsWhatItWrote(Base):
         out = out if self.first else 2 * out
         self.first = False
         return out
+
+
+# Activations that are spelled out
+
+ACTIVATIONS = "activations"
+
+
+@block(ACTIVATIONS)
+class GeluByErf(Base):
+    def act(self, x: Tensor) -> Tensor:
+        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+@block(ACTIVATIONS)
+class GeluByTanh(Base):
+    def act(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+@block(ACTIVATIONS)
+class GeluByTanhFactored(Base):
+    def act(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+@block(ACTIVATIONS, "not down(act(gate(x)) * up(x))")
+class NearlyGelu(Base):
+    def act(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.05 * torch.pow(x, 3.0))))
 
 
 # Routers that no spec says, in front of a loop over experts

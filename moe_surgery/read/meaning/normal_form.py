@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_surgery.read.meaning import sums
+from moe_surgery.read.meaning.spelled_out import twice
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.weights.layout import Piece
 
@@ -83,7 +84,8 @@ class Terms:
         return self.make("add", tuple(sorted(flat, key=lambda term: term.uid)), size)
 
     def mul(self, *args: Term) -> Term:
-        """A product of elements; scalars broadcast. Constants are folded; ``x * sigmoid(x)`` becomes ``silu(x)``."""
+        """A product of elements; scalars broadcast. Constants are folded; ``x * sigmoid(x)`` becomes ``silu(x)``,
+        and a GELU that is spelled out one by name."""
         if any(arg.op == "vec" for arg in args):
             return self._element_by_element(self.mul, args)
         size = max(arg.size for arg in args)
@@ -96,6 +98,13 @@ class Terms:
                 flat.remove(part)
                 flat.remove(part.args[0])
                 flat.append(self.make("silu", part.args, part.size))
+        for part in [term for term in flat if term.op == "add"]:
+            for argument in [term for term in flat if term is not part]:
+                if part in flat and argument in flat and (name := twice(argument, part, _FOLDED)) is not None:
+                    flat.remove(part)
+                    flat.remove(argument)
+                    flat.append(self.make(name, (argument,), argument.size))
+                    constant *= 2.0
         if constant != 1.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
