@@ -172,6 +172,14 @@ class ShapeOfInput:
     """An attribute that is the shape of the input of the last call."""
 
 
+class Alone:
+    """The kind of structure that an output has that is returned as it is, its tokens in one dimension."""
+
+    def __new__(cls, items: Sequence[Any]) -> Any:
+        [item] = items
+        return item
+
+
 @dataclass(frozen=True)
 class Structure:
     """Results in a tuple, list, dict or dataclass of ``kind``; ``keys`` where they are named."""
@@ -198,6 +206,8 @@ class Structure:
 
     def __str__(self) -> str:
         texts = [str(item) for item in self.items]
+        if self.kind is Alone:
+            return f"{texts[0]} as tokens"
         if self.keys is not None:
             return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
@@ -227,7 +237,9 @@ def output_of(results: Structure | None, answer: Any) -> Any:
     found: list[Any] = []
 
     def walk(shape: Any, value: Any) -> None:
-        if isinstance(shape, Structure):
+        if isinstance(shape, Structure) and shape.kind is Alone:
+            walk(shape.items[0], value)
+        elif isinstance(shape, Structure):
             parts = [
                 getattr(value, key, None) if not isinstance(value, dict) else value[key] for key in shape.keys or ()
             ]

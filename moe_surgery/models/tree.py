@@ -27,7 +27,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     unsure: set[str] = set()
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
-            found = {_block_path(modules, path, *bank) for bank in _banks(module)}
+            called = _HINT in path.rpartition(".")[2].lower()
+            found = {_block_path(modules, path, *bank) for bank in _banks(module, called)}
             paths |= {place for place in found if place is not None}
             around, certain = _around_stacked(modules, path)
             wide, surely = _wide_layers(module)
@@ -44,11 +45,12 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.") if outer else True
 
 
-def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], int, bool]]:
     """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
     No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
-    equal MLPs side by side. One that isn't certain is a bank only where something scores as many experts.
+    equal MLPs side by side. One that isn't certain is a bank only where something scores as many experts. ``called``
+    says that the module's own name is one for experts.
     """
     named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -76,7 +78,7 @@ def _banks(module: nn.Module) -> Iterator[tuple[tuple[str, ...], int, bool]]:
                 singles[len(members)] = (*singles.get(len(members), ()), name)
     for count, names in singles.items():
         if len(names) > 1:
-            yield names, count, False
+            yield names, count, called
     for names in _side_by_side(module):
         yield names, len(names), False
 
@@ -203,8 +205,18 @@ def _block_path(
     if not certain:
         return None
     parent = path.rpartition(".")[0]
+    if bank and not takes_one(modules[path]):  # what sends tokens there is of another kind than a matrix of scores
+        around = (outer for outer in list(_outwards(path))[1 : _LEVELS + 1] if outer in modules)
+        of_one = next((outer for outer in around if takes_one(modules[outer])), None)
+        if of_one is not None and any(True for _ in _beside(modules[of_one], path[len(of_one) :].lstrip("."))):
+            return of_one
     listed = not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict))
     return path if bank or listed or takes_one(modules[path]) else parent
+
+
+def _beside(module: nn.Module, inside: str) -> Iterator[Tensor]:
+    """The weights of ``module`` that aren't those of its child ``inside``."""
+    yield from (tensor for name, tensor in module.named_parameters() if not name.startswith(f"{inside}."))
 
 
 def takes_one(module: nn.Module) -> bool:

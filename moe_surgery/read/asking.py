@@ -17,6 +17,8 @@ from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.flow import Flow, Route
 
+FEW = (3, 7)
+"""Rows and columns of a small batch, which are seldom sizes of anything else."""
 _MOST_BRANCHES = 3  # each doubles the records
 
 

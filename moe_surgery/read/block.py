@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.asking import Asking, crowded_together, rolled, spread
+from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met
 from moe_surgery.read.parse.token_output import SharedRead, TokenRead
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Reading, Unfollowed, Unreadable, Untold
+from moe_surgery.read.reading import Mistaken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
@@ -82,20 +82,22 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         own = own_dtype(state) or torch.float32
         more = crowded.record.ranked > router.top_k
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
-        batch = odd_batch(state, tokens, router.num_experts, router.top_k)
+        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid)
         records = [
             crowded.record,
             ask(crowded.shape(batch), torch.float32, rolled if more else spread),
             _of_one(ask, crowded.shape((1, 1)), own, crowded.record),
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, records[-1])
-        records += ask.if_it_takes(crowded.shape((2, 3)), own, plain=True)
-        few = odd_batch(state, 16, router.num_experts, router.top_k)
+        records += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
+        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid)
         records += ask.if_it_takes((few[0] * few[1], width), own)
         if any(record_.lone for record_ in records) and not crowded.flat:
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
     first = crowded.tokens[0]
+    if first.on_input and crowded.record.cut is not None:
+        raise Unreadable("its experts weight their inputs")
     experts = same_experts(records, first, router.num_experts)
     _check_identities(experts)
     layout = Layout(
@@ -196,6 +198,7 @@ class _Crowded:
     record: Record
     width: int
     flat: bool
+    avoid: frozenset[int]
 
     def shape(self, batch: tuple[int, int]) -> tuple[int, ...]:
         return _shape(batch, self.width, self.flat)
@@ -231,13 +234,14 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
 
 
 def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
-    """The first record; it also finds the input's width, the number of experts and top-k.
+    """The first record; it also finds the input's width, the number of experts and top-k, and sizes to avoid.
 
     With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
     """
     problem = Unfollowed("it has no weights", -1)
     # A block that rounds as it should in its own dtype alone is read in that.
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
+    avoid: frozenset[int] = frozenset()
     for dtype, flat, width in product(dtypes, (False, True), widths):
         if flat and problem.answered:  # it takes batches, and does something else with them
             continue
@@ -245,12 +249,17 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
             break
         try:
             batch = odd_batch(state, 1)
-            found = ask(_shape(batch, width, flat), dtype, crowded_together)
+            try:
+                found = ask(_shape(batch, width, flat), dtype, crowded_together)
+            except Mistaken as error:
+                avoid = error.sizes
+                batch = odd_batch(state, 1, *avoid)
+                found = ask(_shape(batch, width, flat), dtype, crowded_together)
             router = found.tokens[0].router
-            known = odd_batch(state, 1, router.top_k, router.num_experts)
+            known = odd_batch(state, 1, router.top_k, router.num_experts, *avoid)
             if known != batch:  # the batch could have been mistaken for top-k
                 found = ask(_shape(known, width, flat), dtype, crowded_together)
-            return _Crowded(found, width, flat)
+            return _Crowded(found, width, flat, avoid)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
     raise problem

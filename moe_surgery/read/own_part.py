@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 
 from moe_surgery.calling import Replayed
-from moe_surgery.read.asking import Asking, spread
+from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.parsed import Record, attribute
-from moe_surgery.read.program import Builder
-from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.program import Builder, of_both
+from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
 from moe_surgery.read.trial import Trial
@@ -44,23 +45,29 @@ def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[
     routing = found.only(*ROUTING, ENTERING)
     if not trial.row_by_row(routing):
         raise Unreadable("its router, or what stands around its experts, looks at other tokens of the batch")
-    flat = [(2 * 3,), (1,)] if found.flat else [(1, 1), (2, 3)]
+    flat = [(prod(FEW),), (1,)] if found.flat else [(1, 1), FEW]
     ways = [shape, *((*lead, shape[-1]) for lead in flat)]
     others = []
     for way in ways:  # of another form in memory, where the block takes that
-        other = ask(way, dtype, spread, plain=ask.takes(way, dtype, plain=True))
+        plain = ask.takes(way, dtype, plain=True)
+        try:
+            other = ask(way, dtype, spread, plain=plain)
+        except Mistaken:
+            way = tuple(5 * size if size in FEW else size for size in way)
+            other = ask(way, dtype, spread, plain=plain)
         others.append((way, _program(other, way).only(*ROUTING, ENTERING)))
     if of_tokens is not None:
-        others.append(((6, shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
+        others.append(((prod(FEW), shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
     if not all(trial.alike(routing, other, way) for way, other in others):
         raise Unreadable("its router, or what stands around its experts, treats batches of other forms differently")
 
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
     first, second = (_program(ask(shape, dtype, spread), shape) for shape in (one, other))
-    if first != second:
+    found = of_both(first, second)
+    if found is None:
         raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
-    return first
+    return found
 
 
 def _named(record: Record) -> Iterator[str]:
@@ -83,7 +90,7 @@ def _program(record: Record, shape: tuple[int, ...]) -> Program:
     wanted: dict[str, Ref | Given] = {}
     if record.cut is not None:
         made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
-        wanted = {"weights": Ref(record.cut.weights), "ids": builder.ids(made, record.cut.count)}
+        wanted = {"weights": Ref(record.cut.weights), "ids": record.cut.computed or builder.ids(made, record.cut.count)}
         if record.cut.entering is not None:
             wanted[ENTERING] = Ref(record.cut.entering)
         if taken := set(wanted) & names:

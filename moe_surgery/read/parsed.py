@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from moe_surgery.calling import Replayed, Result, Structure
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
-from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
 from moe_surgery.read.parse.token_output import TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
@@ -29,7 +28,8 @@ class Cut:
     """Where a record is split: at the first ``count`` ids of choices, and the operation that gives their weights.
 
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
-    gives their weighted sum, where the block's output is more than that.
+    gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
+    they are calculated from what was chosen, as those of the best expert of every group.
     """
 
     choices: tuple[int, ...]
@@ -37,6 +37,7 @@ class Cut:
     count: int
     entering: int | None = None
     routed: int | None = None
+    computed: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def parse_record(flow: Flow, dtype: torch.dtype, run: Interpreter | None = None)
         for number in range(count)
     ]
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
-    for ref in flow.positive:
-        _check_positive(run.vectors(ref).lead.reshape(-1), parsers)
+    check_above_zero(flow, run)
     choice = flow.choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
     if tokens[0].router.scoring != "own":
@@ -113,22 +113,11 @@ def attribute(path: str, name: str) -> str:
     return f"self.{path}.{name}" if path else f"self.{name}"
 
 
-def _check_positive(items: Iterable[Term], parsers: Sequence[TokenParser]) -> None:
-    """Every token's weights must be scores, which are above zero, and be scaled by no less."""
-    for term, parser in zip(items, parsers, strict=True):
-        for slot in range(term.size):
-            try:
-                read = parser.routers.parse(parser.terms.elem(term, slot), 1.0).read
-                above = read.scoring != "own" and read.scale > 0
-            except Unreadable:
-                above = False
-            if not above:
-                raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
-
-
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
     """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
     scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
+    if not len(scores):
+        raise Unreadable("it doesn't rank once per token")
     if len(scores) != count:
         return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
     ids = choice.ids.reshape(count, -1).tolist()

@@ -1,14 +1,14 @@
 """From a record to a program: what of it made some tensors, to be run again on any batch.
 
 A record was made of one batch. A number in it that is one of that batch's sizes, or a multiple of the number of its
-tokens, is taken to come of the batch; that this is so shows where records of two batches give the same program.
+tokens, may come of the batch; whether it does shows where records of two batches are held against each other.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Flow, Given, Op, Ref
-from moe_surgery.read.record.lineage import Chosen, Computed, Origin, Plain
+from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain
 from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
@@ -117,15 +117,15 @@ class Builder:
             return leaf
         tokens = torch.Size(self.shape[:-1]).numel()
         if leaf % tokens == 0:
-            return Many("tokens", leaf // tokens)
+            return Many("tokens", leaf // tokens, leaf)
         if len(self.shape) == 3 and leaf in self.shape[:-1]:
-            return Many("batch" if leaf == self.shape[0] else "sequence")
+            return Many("batch" if leaf == self.shape[0] else "sequence", was=leaf)
         return leaf
 
     def _origin(self, origin: Origin, value: Tensor) -> At:
         """The step that makes known numbers, which must be ``value`` in this record."""
         found = self._of_origin(origin)
-        made = self._value(origin)
+        made = self.value(origin)
         if made.shape != value.shape or not bool((made == value).all()):
             raise Unreadable("numbers that are written to in several places")
         return found
@@ -139,6 +139,10 @@ class Builder:
             place = self._step("numbers", (Numbers(_listed(origin.value), origin.value.dtype),))
         elif isinstance(origin, Chosen):
             place = self._chosen(origin.choice)
+        elif isinstance(origin, Asked):
+            place = self._step(
+                origin.func, [self._op(self.flow.asked[origin].index), *self._sized(origin.args)], origin.kwargs
+            )
         else:
             place = self._of_computed(origin)
         self._origins[id(origin)] = place
@@ -160,15 +164,17 @@ class Builder:
         place = self._op(index)
         return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
 
-    def _value(self, origin: Any) -> Tensor:
+    def value(self, origin: Any) -> Tensor:
         """What known numbers were in this record."""
         if isinstance(origin, Plain):
             return origin.value
         if isinstance(origin, Chosen):
             return origin.choice.ids.reshape(origin.shape)
+        if isinstance(origin, Asked):
+            return origin.value
         if id(origin) not in self._values:
             args, kwargs = (
-                _each(lambda leaf: self._value(leaf) if isinstance(leaf, Origin) else leaf, operands)
+                _each(lambda leaf: self.value(leaf) if isinstance(leaf, Origin) else leaf, operands)
                 for operands in (origin.args, origin.kwargs)
             )
             if origin.func._schema.is_mutable:
@@ -184,6 +190,37 @@ class Builder:
         fits = {number for number, op in names.items() if torch.Size(op.shape).numel() == tokens * experts}
         found = [number for number in fits if names[number].name in _MAPS and names[number].shape[-1] == experts]
         return max((number for number in found if number <= last), default=None)
+
+
+def of_both(first: Program, second: Program) -> Program | None:
+    """The program of two records of the same code, of batches of different sizes; None if they aren't of one program.
+
+    A number that is the same in both is no size of a batch, even if it happened to be one of one of them.
+    """
+    if len(first.steps) != len(second.steps):
+        return None
+    one, other = _settled(first, second), _settled(second, first)
+    return one if one == other else None
+
+
+def _settled(program: Program, other: Program) -> Program:
+    """``program`` with the plain number wherever ``other`` has the same number and says something else of it."""
+
+    def settled(mine: Any, theirs: Any) -> Any:
+        if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
+            return tuple(map(settled, mine, theirs))
+        return _was(mine) if mine != theirs and _was(mine) == _was(theirs) else mine
+
+    steps = (
+        replace(one, args=settled(one.args, two.args), kwargs=settled(one.kwargs, two.kwargs))
+        for one, two in zip(program.steps, other.steps, strict=True)
+    )
+    return replace(program, steps=tuple(steps))
+
+
+def _was(operand: Any) -> Any:
+    """An operand as it stood in its record."""
+    return operand.was if isinstance(operand, Many) else operand
 
 
 def _each(function: Callable[[Any], Any], operands: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,14 @@ class Unfollowed(Unreadable):
         """``answered``: it raised none, but its answer has another shape or dtype than its input."""
         super().__init__(reason)
         self.operations, self.answered = operations, answered
+
+
+class Mistaken(Unreadable):
+    """An objection of a record in which ``sizes`` of the batch may be others, which the code gives as plain numbers."""
+
+    def __init__(self, reason: str, sizes: Iterable[int] = ()) -> None:
+        super().__init__(reason)
+        self.sizes = frozenset(sizes)
 
 
 class Untold(Unreadable):

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
+from math import prod
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from moe_surgery.read.meaning.interpreter import Interpreter
+from moe_surgery.read.meaning.normal_form import Terms
+from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Cut, Record, parse_record
+from moe_surgery.read.program import Builder
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
-from moe_surgery.read.record.flow import Choice, Flow, Op, Ref
-from moe_surgery.read.record.lineage import chosen
+from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
+from moe_surgery.read.record.lineage import Chosen, Computed, calculated, chosen, sources
 
+_MOST_ORIGINS, _MOST_CHOSEN = 256, 64
 _MADE = frozenset(["input", "const", "param"])
 
 
@@ -29,8 +36,7 @@ def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
     Raises :class:`~moe_surgery.read.reading.Unreadable` if there is no place to split it at.
     """
     problem = Unreadable("its router makes no weights for the experts that it chooses")
-    if flow.positive:
-        raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+    check_above_zero(flow, Interpreter(flow, Terms()))
     for cut in cuts(flow):
         split, _ = given_weights(flow, cut)
         try:
@@ -47,7 +53,9 @@ def of_cut(found: Record, flow: Flow, cut: Cut) -> Record:
     """
     if any(len(token.slots) != cut.count or None in token.slots for token in found.tokens):
         raise Unreadable("not every routing weight meets an expert")
-    experts = flow.ops[flow.choices[cut.choices[0]].scores.index].shape[-1]
+    if cut.computed is not None:
+        _check_ids(found, cut)
+    experts = _scored(flow, cut)
     tokens = tuple(_of(token, cut.count, experts) for token in found.tokens)
     ranked = sum(flow.choices[number].k for number in cut.choices)
     return replace(found, tokens=tokens, ids=_ids(flow, cut), ranked=ranked, cut=cut).with_replayed(flow)
@@ -57,8 +65,31 @@ def _of(token: TokenRead, count: int, experts: int) -> TokenRead:
     return replace(token, router=replace(token.router, top_k=count, num_experts=experts))
 
 
+def _scored(flow: Flow, cut: Cut) -> int:
+    """How many experts the choices of a cut are made among."""
+    scores = [flow.ops[flow.choices[number].scores.index].shape for number in cut.choices]
+    if cut.computed is None:
+        return scores[0][-1]
+    return prod(torch.Size(shape).numel() // len(_ids(flow, cut)) for shape in scores)
+
+
+def _check_ids(found: Record, cut: Cut) -> None:
+    """Raise :class:`Unreadable` if ids that were calculated don't tell experts apart."""
+    assert cut.computed is not None
+    pairs = {
+        (expert, mlp)
+        for token, ids in zip(found.tokens, cut.computed.value.tolist(), strict=True)
+        for expert, mlp in zip(ids, token.slots, strict=True)
+    }
+    if not len(pairs) == len({expert for expert, _ in pairs}) == len({mlp for _, mlp in pairs}):
+        raise Unreadable("numbers made of what its router chose aren't those of its experts")
+
+
 def _ids(flow: Flow, cut: Cut) -> torch.Tensor:
-    """The ids [T, k] that the choices of a cut were told to take."""
+    """The ids [T, k] that the choices of a cut were told to take, or that were calculated from these."""
+    if cut.computed is not None:
+        computed: torch.Tensor = cut.computed.value
+        return computed
     choices = [flow.choices[number] for number in cut.choices]
     return torch.cat([choice.ids.reshape(-1, choice.k) for choice in choices], -1)[:, : cut.count]
 
@@ -83,6 +114,35 @@ def cuts(flow: Flow) -> Iterator[Cut]:
             floating = op.name not in _MADE and op.dtype.startswith(("float", "bfloat"))
             if place in following and floating and (one or several):
                 yield Cut(numbers, place, op.shape[-1] if ranked > 1 else 1)
+    for ids, numbers in _computed(flow, tokens):
+        count = ids.value.shape[-1]
+        following = _following(flow, {flow.choices[number].made for number in numbers})
+        for place in sorted(following, reverse=True):
+            op = flow.ops[place]
+            shaped = op.shape in ((tokens, count), (*lead, count)) or (count == 1 and op.shape in ((tokens,), lead))
+            if shaped and op.name not in _MADE and op.dtype.startswith(("float", "bfloat")):
+                yield Cut(numbers, place, count, computed=ids)
+
+
+def _computed(flow: Flow, tokens: int) -> Iterator[tuple[Given, tuple[int, ...]]]:
+    """Numbers that may be ids, [T, k], calculated from choices, the last first; and which choices these are."""
+    builder = Builder(flow, next(op.shape for op in flow.ops if op.name == "input"))
+    places = {choice.made: number for number, choice in enumerate(flow.choices)}
+    seen = [choice.ids.flatten().tolist() for choice in flow.choices]
+    for origin in islice(calculated(op.origin for op in flow.ops if op.origin is not None), _MOST_ORIGINS):
+        made = {source.choice for source in sources([origin]) if isinstance(source, Chosen)}
+        if not made or not made <= set(places):
+            continue
+        value = builder.value(origin)
+        listed = value.flatten().tolist()
+        if value.is_floating_point() or value.dtype is torch.bool or not listed or len(listed) % tokens:
+            continue
+        if listed in seen or min(listed) < 0 or len(listed) // tokens > _MOST_CHOSEN:
+            continue
+        seen.append(listed)
+        shape = [tokens, len(listed) // tokens]
+        kept = Computed(torch.ops.aten.reshape.default, (origin, shape), {}, None)
+        yield Given("ids", value.reshape(shape), (), "", kept), tuple(sorted(places[choice] for choice in made))
 
 
 def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
@@ -110,7 +170,7 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     choices = (Choice(Ref(place), cut.count, ids, True),)
     if given.shape == shaped.shape:
         ops = (*flow.ops[:place], given, *flow.ops[place + 1 :])
-        return replace(flow, ops=ops, choices=choices, results=None, kept={}), lambda index: index
+        return replace(flow, ops=ops, choices=choices, results=None, kept={}, positive=()), lambda index: index
 
     def moved(index: int) -> int:
         return index + (index >= place)
@@ -121,4 +181,4 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
 
     ops = (*flow.ops[:place], given, shaped, *map(later, flow.ops[place + 1 :]))
     output = Ref(moved(flow.output.index))
-    return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}), moved
+    return replace(flow, ops=ops, output=output, choices=choices, results=None, kept={}, positive=()), moved

@@ -18,6 +18,7 @@ import torch
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.row_moves import MEANINGS as ROW_MOVES
+from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
@@ -38,8 +39,7 @@ class Within:
 
         Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
         """
-        if flow.positive:
-            raise Unreadable("what it does depends on the values it computes (which of them are above zero)")
+        check_above_zero(flow, Interpreter(flow, Terms()))
         pairs = [
             ((first, second), entrance, cut)
             for first, entrance in enumerate(_entrances(flow))

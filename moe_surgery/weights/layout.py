@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
 class Piece:
     """A matrix inside a parameter of the block: ``parameter[index][rows[0]:rows[1]]``, then transposed if it says so.
 
-    ``path`` is relative to the block. ``index`` is None for a parameter that is itself a matrix. The matrix that a
-    piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only
-    ``out = (start, stop, step)`` are meant, where given: a band of a transposed parameter, or every other row.
+    ``path`` is relative to the block. ``index`` is None for a parameter that is itself a matrix; of one that has more
+    than three dimensions it counts the matrices. The matrix that a piece yields always maps inputs to outputs as
+    ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only ``out = (start, stop, step)`` are meant, where given: a
+    band of a transposed parameter, or every other row.
 
     ``cols = (start, stop, all)`` says that only some of the matrix's ``all`` inputs are meant: those of one expert,
     where the down projections of all lie side by side.
@@ -94,7 +96,7 @@ class Layout:
     correction_bias: Piece | None = None
     output_bias: Piece | None = None
 
-    @property
+    @cached_property
     def packed(self) -> tuple[str, str] | None:
         """``(gate_up, down)`` parameter paths if the experts are two stacked tensors in the target's own order.
 

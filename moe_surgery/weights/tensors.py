@@ -80,13 +80,18 @@ def weight(block: nn.Module, path: str) -> Tensor:
     return tensor.detach()
 
 
+def stacked(tensor: Tensor) -> Tensor:
+    """A parameter of three dimensions, or of more, as one stack of matrices."""
+    return tensor.flatten(0, -3) if tensor.ndim > 3 else tensor
+
+
 def gather(block: nn.Module, layout: Layout) -> BlockTensors:
     """Collect a block's tensors by role, without copying what already lies in the target's order."""
 
     def matrix(piece: Piece) -> Tensor:
         tensor = weight(block, piece.path)
         if piece.index is not None:
-            tensor = tensor[piece.index]
+            tensor = stacked(tensor)[piece.index]
         if piece.rows is not None:
             tensor = tensor[piece.rows[0] : piece.rows[1]]
         if piece.transposed:
@@ -123,7 +128,7 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
 
     packed = layout.packed
     if packed is not None:
-        w13, w2 = (weight(block, path)[: len(layout.experts)] for path in packed)
+        w13, w2 = (stacked(weight(block, path))[: len(layout.experts)] for path in packed)
     else:
         w13 = torch.stack([gate_up(expert) for expert in layout.experts])
         w2 = torch.stack([matrix(expert.down) for expert in layout.experts])

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import around, plain
-from .around import Alone
-from .others import STATE, block
+from .around import AROUND, Alone
+from .others import COUNTS, PLACES, RESULTS, STATE, _Kept, block, module
 
 __all__ = ["ALL"]
 
@@ -77,6 +78,237 @@ class DoublesAfterTheFirst(Dispatched):
     def forward(self, hidden_states: Tensor) -> Tensor:
         factor = 1.0 if self.hidden_shape is None else 2.0
         return super().forward(hidden_states) * factor
+
+
+# Python on counts and ids
+
+
+class InSlots(Alone):
+    """A mask of tokens, experts and ``capacity`` slots, which no token may be beyond (Hunyuan, DeepSpeed)."""
+
+    first = 0
+
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts.max())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.logits(x).softmax(-1)
+        ids = scores.topk(self.top_k, dim=-1)[1]
+        capacity = self.capacity(torch.bincount(ids.flatten(), minlength=self.num_experts))
+        sum_ = (F.one_hot(ids, self.num_experts).to(x.dtype) @ scores[..., None]).sum(1)
+        chosen = F.one_hot(ids.t().reshape(-1), self.num_experts)
+        places = (chosen.cumsum(0) * chosen - 1).view(self.top_k, -1, self.num_experts).amax(0)
+        valid = (places >= self.first) & (places < capacity)
+        slots = F.one_hot(places.masked_fill(~valid, 0), capacity).bool().masked_fill(~valid[..., None], False)
+        combined = torch.einsum("te,tec->tec", scores / sum_.clamp(min=1e-9), slots)
+        given = torch.einsum("tec,th->ech", slots.to(x.dtype), x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("tec,ech->th", combined, done).reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class SlotsForTheGreatestLoad(InSlots):
+    pass
+
+
+@block(COUNTS, "how many tokens")
+class SlotsForTwoLoads(InSlots):
+    """Not the greatest load, but at least that wherever it is one of these two."""
+
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts[-1] + counts[-2]) or int(counts.max())
+
+
+@block(COUNTS, "how many tokens")
+class SlotsForTheMeanLoad(InSlots):
+    def capacity(self, counts: Tensor) -> Any:
+        return int(counts.sum()) // self.num_experts or int(counts.max())
+
+
+@block(COUNTS, "how many tokens")
+class NoSlotForTheFirst(InSlots):
+    first = 1
+
+
+class MaskedByScores(Alone):
+    """Tokens are sent where the mask of their weights isn't zero (DeepSpeed)."""
+
+    def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        kept = scores.softmax(-1) * chosen
+        return kept / kept.sum(-1, keepdim=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(self.top_k, dim=-1)[1], True)
+        weights = self.weights(logits, chosen)
+        sent = weights.bool()
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(sent[:, number])[0]
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, number, None])
+        return out.reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class FoundByWeightsThatArentZero(MaskedByScores):
+    pass
+
+
+@block(COUNTS, "above zero")
+class FoundByLogitsThatArentZero(MaskedByScores):
+    def weights(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        return F.relu(scores) * chosen
+
+
+@block(RESULTS)
+class WithLoadsOfItsWeights(Alone):
+    """It returns how many weights are above zero, and its router is none that a spec says (LLaMA-MoE)."""
+
+    def make_more(self) -> None:
+        self.second = plain.linear(self.num_experts, self.num_experts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.second(self.gate(x).tanh())
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        dense = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, weights)
+        out = self.routed(x, weights, ids).reshape(hidden_states.shape)
+        load = (dense > 0).sum(0)
+        return out, load, load.float().var() / (load.float().mean() ** 2 + 1e-10) + dense.sum(0).var()
+
+
+@block(AROUND, "weight their inputs")
+class OwnRouterWeightsInputs(Alone):
+    """Its router is none that a spec says, and weights stand before its experts."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x).tanh()
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == number)
+            out.index_add_(0, rows, expert(x[rows] * weights[rows, slots, None]))
+        return out
+
+
+# Shapes
+
+
+@block(RESULTS)
+class TokensInOneDimension(Alone):
+    """Its output is [T, H] whatever its input (gpt-fast)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).view(-1, self.hidden)
+
+
+@block(RESULTS, "another token's input", "single tokens", "batch size")
+class TokensInAnotherOrder(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        return out.transpose(0, 1).reshape(-1, self.hidden) if out.ndim == 3 else out
+
+
+class FourDimensions(_Kept):
+    """Gate and up projections of all experts in one tensor."""
+
+    def store(self, experts: int, hidden: int, width: int) -> None:
+        self.first, self.last = plain.parameter(experts, 2, width, hidden), plain.parameter(experts, 1, hidden, width)
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.first[number, 0])) * self.up(number, x), self.last[number, 0])
+
+    def up(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.first[number, 1])
+
+
+@module(PLACES)
+class StackedInFourDimensions(FourDimensions):
+    pass
+
+
+@module(PLACES, "elements take part")
+class HalfOfFourDimensions(FourDimensions):
+    def up(self, number: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.first[number, 0])
+
+
+@module(PLACES)
+class ListsOfLayersBehindAnyRouter(nn.Module):
+    """No matrix has a row for each expert, and a module of its own holds the experts' layers (Yuan)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.router, self.count = plain.linear(sizes.hidden, 3 * sizes.experts), sizes.experts
+        self.experts = nn.Module()
+        self.experts.first = nn.ModuleList(plain.linear(sizes.hidden, 2 * sizes.width) for _ in range(sizes.experts))
+        self.experts.last = nn.ModuleList(plain.linear(sizes.width, sizes.hidden) for _ in range(sizes.experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        query, key, value = self.router(x).view(-1, self.count, 3).unbind(-1)
+        attention = (query[:, :, None] * key[:, None]).softmax(-1)
+        return (attention @ value[..., None]).squeeze(-1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.logits(x).topk(2, dim=-1)
+        weights, out = weights.softmax(-1), torch.zeros_like(x)
+        for number in range(self.count):
+            rows, slots = torch.where(ids == number)
+            gate, up = self.experts.first[number](x[rows]).chunk(2, -1)
+            out.index_add_(0, rows, self.experts.last[number](F.silu(gate) * up) * weights[rows, slots, None])
+        return out.reshape(hidden_states.shape)
+
+
+@block(AROUND, "another token", "other tokens")
+class EveryThirdTokensLogits(Alone):
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x).repeat(3, 1).view(-1, 3, self.num_experts).unbind(1)[0]
+
+
+# Ids that are calculated from what was chosen
+
+
+class BestOfEveryGroup(Alone):
+    """Each group of experts gives one, times a factor of its own (Pangu)."""
+
+    def make_more(self) -> None:
+        self.factors = plain.parameter(1, self.num_experts)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.logits(x).softmax(-1).view(len(x), 4, -1)
+        weights, places = groups.max(-1)
+        ids = self.numbered(places)
+        return weights * self.factors.expand(len(x), -1).gather(1, ids), ids
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return places + torch.arange(4) * (self.num_experts // 4)
+
+
+@block(AROUND)
+class OneOfEveryGroup(BestOfEveryGroup):
+    pass
+
+
+@block(AROUND)
+class OneOfEveryGroupInAnotherOrder(BestOfEveryGroup):
+    """Its experts have other numbers than its router's columns."""
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return (3 - torch.arange(4)) * 2 + 1 - places
+
+
+@block(AROUND, "experts", "scored by")
+class OneOfHalfOfTheGroups(BestOfEveryGroup):
+    """Two groups send their tokens to the same experts."""
+
+    def numbered(self, places: Tensor) -> Tensor:
+        return places + torch.arange(4) // 2 * 2
 
 
 ALL = around.ALL  # those above among them

@@ -293,12 +293,3 @@ def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
 def _rows(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """The scales of rows of matrices of ``shape``."""
     return None if shape is None else (*shape[:-1], 1)
-
-
-def warm_kernels(model: nn.Module) -> None:
-    """Compile all that the blocks of ``model`` may ever launch: an engine's own warm-up meets some sizes only."""
-    blocks = {block.terms: block for block in model.modules() if isinstance(block, KernelBlock)}
-    for terms, block in blocks.items():
-        from moe_surgery.kernels.warming import warm
-
-        warm(block.weights(), terms)

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
+from moe_surgery.engine.model.compiled import compile_ahead, warm_kernels
 from moe_surgery.engine.model.crossover import told
-from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine, warm_kernels
+from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
@@ -58,6 +60,8 @@ class Surgery:
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
+        folds = {step.path for step in self.plan.steps if step.target == FOLDED} if current_platform.is_cuda() else ()
+        self._compiled = compile_ahead((item for path, item in self.items.items() if path in folds), config)
         self.exams: dict[str, Proof] = {}
         self.ledger: str | None = None
         self.names: frozenset[str] = frozenset()
@@ -121,6 +125,7 @@ class Surgery:
                     judge = partial(self._judge, path)
                     examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
+        self._compiled()
         warm_kernels(self.model)  # side by side; the proofs would wait for one after the other
         relist(self.model, exchanged)
         book.arrange(self.model, self.before)

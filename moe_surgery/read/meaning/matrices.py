@@ -108,13 +108,14 @@ class Mats:
 
 
 def of(path: str, shape: Shape) -> Mats:
-    """A parameter of two or three dimensions as matrices."""
+    """A parameter of two dimensions, or of more, as matrices."""
     if len(shape) == 2:
         return Mats(objects([Piece(path)], ()), *shape, dims=((ROWS,), (COLS,)))
-    if len(shape) == 3:
-        lead = objects([Piece(path, index) for index in range(shape[0])], shape[:1])
-        return Mats(lead, *shape[1:], dims=((0,), (ROWS,), (COLS,)))
-    raise Unreadable(f"{path} has {len(shape)} dimensions")
+    if len(shape) < 2:
+        raise Unreadable(f"{path} has {len(shape)} dimensions")
+    lead = objects([Piece(path, index) for index in range(prod(shape[:-2]))], shape[:-2])
+    rows, cols = shape[-2:]
+    return Mats(lead, rows, cols, dims=(*((axis,) for axis in range(lead.ndim)), (ROWS,), (COLS,)))
 
 
 def as_rows(mats: Mats) -> list[Piece] | None:

@@ -140,6 +140,8 @@ class Terms:
         """The term between two bounds, either of which may be infinite."""
         if (low, high) == (-math.inf, math.inf):
             return arg
+        if arg.op == "vec":
+            return self._element_by_element(lambda element: self.clamp(element, low, high), (arg,))
         return self.make("clamp", (arg, low, high), arg.size)
 
     def cast(self, arg: Term, dtype: str) -> Term:
@@ -200,6 +202,11 @@ class Terms:
             return self._rebuilt(arg, [self.part(inner, start, stop, step) for inner in self.inner(arg)])
         return self.make("part", (arg, start, stop), stop - start)
 
+    def of_elements(self, element: Term) -> Term:
+        """An element of an element-wise term as that term of its arguments' elements."""
+        whole, place = element.args
+        return self._rebuilt(whole, [self.elem(inner, place) for inner in self.inner(whole)])
+
     def inner(self, term: Term) -> list[Term]:
         """The terms among a term's arguments."""
         return [arg for arg in term.args if isinstance(arg, Term)]
@@ -209,6 +216,8 @@ class Terms:
         makers: dict[str, Callable[..., Term]] = {"add": self.add, "mul": self.mul, "div": self.div}
         if term.op == "clamp":
             return self.clamp(args[0], *term.args[1:])
+        if term.op == "cast":
+            return self.cast(args[0], term.args[1])
         return makers[term.op](*args) if term.op in makers else self.fn(term.op, *args)
 
     def whole(self, element: Term, place: int, size: int) -> Term | None:

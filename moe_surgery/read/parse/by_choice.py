@@ -9,6 +9,7 @@ from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.top_k import Ranking
 
 _SCORES = ("softmax", "sigmoid", "sqrt")
+_EACH = ("div", "mul", "add", "clamp", "cast")
 
 
 class ByChoice:
@@ -26,9 +27,11 @@ class ByChoice:
 
     def _renamed(self, term: Term) -> Term:
         terms = self._terms
-        if term.op == "elem" and term.args[0].op in _SCORES:
+        if term.op == "elem" and term.args[0].op in (*_SCORES, *_EACH):
             for ranking in self._rankings:
                 if term.args[0].size == ranking.scores.size > len(ranking.ids) and term.args[1] in ranking.ids:
+                    if term.args[0].op in _EACH:
+                        return self(terms.of_elements(term))
                     return terms.elem(self._chosen(term.args[0], ranking), ranking.ids.index(term.args[1]))
         if term.op == "largest":
             for ranking in self._rankings:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.calling import Constant, Replayed, Result, Structure, Value
+from moe_surgery.calling import Alone, Constant, Replayed, Result, Structure, Value
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term
@@ -137,11 +137,23 @@ class _Results:
         )
 
 
+_TOKENS = Structure(Alone, (Result("output", frozenset(["native"]), frozenset(["flat", "batch"])),))
+
+
+def _both(one: Structure | None, other: Structure | None) -> tuple[tuple[Structure | None, Structure | None], ...]:
+    return (one, other), (other, one)
+
+
+def _alone(results: Structure | None) -> bool:
+    """Whether it is the output as tokens, which is all there is where the input is tokens."""
+    return results is not None and results.kind is Alone
+
+
 def met(results: Structure | None, other: Structure | None) -> Structure | None:
     """What two records say together. Raises :class:`Unreadable` if they contradict each other."""
     if results is None and other is None:
         return None
-    found = _met(results, other)
+    found = _met(*(_TOKENS if given is None and _alone(its) else given for given, its in _both(results, other)))
     if not isinstance(found, Structure):
         raise Unreadable(f"it returns {results or 'one tensor'} for one batch, {other or 'one tensor'} for another")
     return found

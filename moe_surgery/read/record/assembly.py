@@ -10,13 +10,13 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from moe_surgery.calling import Constant, structured
+from moe_surgery.calling import Alone, Constant, Structure, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.choices import Made, no_choice
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
 from moe_surgery.read.record.known_numbers import Kind
-from moe_surgery.read.record.lineage import chosen
+from moe_surgery.read.record.lineage import Asked, chosen, sources
 from moe_surgery.read.record.tensor_entries import tensors_in
 
 if TYPE_CHECKING:
@@ -33,15 +33,20 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     if entry.node is None:
         raise recorder.object_to("its output doesn't depend on its input")
     results = structured(answer, lambda value, where: _result(recorder, value, where, output))
-    positive = recorder.positive
+    if answer is output and tuple(output.shape) != shape and recorder.route is not no_choice:
+        results = Structure(Alone, (results,))
+    positive = [node for node, _ in recorder.positive]
     attributes = {key: _attribute(recorder, value, key[1]) for key, value in kept.items()}
-    leaves = [*(results.leaves() if answer is not output else ()), *attributes.values()]
+    several = isinstance(results, Structure)
+    leaves = [*(results.leaves() if several else ()), *attributes.values()]
     made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
     needed = _before([entry.node, *(choice.node for choice in made), *positive])
     if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
         raise recorder.object_to(objections[0])
     needed |= _before([leaf.value for leaf in leaves if _recorded(leaf)])
     needed |= _before([choice.record for choice in recorder.made()])
+    asked = _asked_for(needed, leaves)
+    needed |= _before([question.node for question in asked])
     nodes = [node for node in recorder.graph.nodes if node in needed]
     index = {node: Ref(place) for place, node in enumerate(nodes)}
     ops = tuple(_op(recorder, node, index, made) for node in nodes)
@@ -52,7 +57,8 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         choices,
         branches=tuple(recorder.branches.met),
         lone=recorder.branches.lone,
-        positive=tuple(index[node] for node in positive),
+        positive=tuple((index[node], places) for node, places in recorder.positive),
+        asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
     )
@@ -61,7 +67,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         return replace(leaf, value=index[leaf.value]) if _recorded(leaf) else leaf
 
     found = replace(found, kept={key: placed(leaf) for key, leaf in attributes.items()})
-    return found if answer is output else replace(found, results=results.mapped(placed))
+    return replace(found, results=results.mapped(placed)) if several else found
 
 
 def _recorded(leaf: Any) -> bool:
@@ -92,7 +98,7 @@ def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
         raise recorder.object_to(f"it returns a {type(answer).__name__}, not one tensor")
     for output in found:
         alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-        fits = tuple(output.shape) == shape or (alike and (recorder.route is no_choice or answer is not output))
+        fits = tuple(output.shape) == shape or alike
         if fits and output.dtype == recorder.dtype:
             return output
     first = found[0]
@@ -142,6 +148,13 @@ def _chosen_for(nodes: set[torch.fx.Node]) -> set[Made]:
     """The choices whose values or ids are among some operations."""
     found = {node.meta["choice"] for node in nodes if node.meta.get("choice") is not None}
     return found | chosen(node.meta["origin"] for node in nodes if node.meta.get("origin") is not None)
+
+
+def _asked_for(nodes: set[torch.fx.Node], leaves: list[Any]) -> list[Asked]:
+    """The questions to computed tensors that known numbers among operations and results come from."""
+    origins = [node.meta["origin"] for node in nodes if node.meta.get("origin") is not None]
+    origins += [leaf.origin for leaf in leaves if isinstance(leaf, Given) and leaf.origin is not None]
+    return [source for source in sources(origins) if isinstance(source, Asked)]
 
 
 def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref], made: list[Made]) -> Op:

@@ -126,6 +126,11 @@ class BatchSize(int):
         size._object, size._what, size.pure, size._branches = object_to, what, pure, branches
         return size
 
+    @property
+    def of_batch(self) -> bool:
+        """Whether it is a size of the batch itself, and not how many tokens an expert got."""
+        return self._what == BATCH
+
     def _like(self, value: int, pure: bool, other: object = None) -> BatchSize:
         branches = self._branches if not isinstance(other, BatchSize) or other._branches is not None else None
         return BatchSize.of(value, self._object, self._what, pure, branches)

@@ -121,14 +121,14 @@ def _once(
         raise
     except Exception as error:
         if recorder.objections:
-            raise Unreadable(recorder.objections[0]) from error
+            raise recorder.unreadable() from error
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
         raise Unfollowed(reason, len(recorder.graph.nodes)) from error
     finally:
         after = watched(block)
         written.undo()
     if recorder.objections:
-        raise Unreadable(recorder.objections[0])
+        raise recorder.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
     state = [name for name in changes(before, after) if name not in known]
     if state:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Structure
 from moe_surgery.read.record.choices import Made
-from moe_surgery.read.record.lineage import Origin
+from moe_surgery.read.record.lineage import Asked, Origin
 
 Route = Callable[[int, int, int], Tensor]
 """``(rows, choices, k) -> ids`` int64 [rows, k]: which choices a top-k is to return."""
@@ -81,7 +81,8 @@ class Flow:
 
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
     ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one.
-    ``positive`` are operations whose results the record took to be above zero.
+    ``positive`` are operations whose results the record took to be above zero in some places, and zero elsewhere.
+    ``asked`` are the operations whose results were asked for these places, by what came of it.
     ``used`` are the weights that anything of this came of.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
     or :class:`Given` for what came of the input.
@@ -94,7 +95,8 @@ class Flow:
     kept: dict[tuple[str, str], Any] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     lone: bool = False
-    positive: tuple[Ref, ...] = ()
+    positive: tuple[tuple[Ref, Tensor], ...] = ()
+    asked: Mapping[Asked, Ref] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
 
     def like(self, other: Flow) -> bool:

@@ -32,14 +32,17 @@ class Kind(IntEnum):
     """Masks made by comparing places of tokens, or numbers of them, with each other."""
     COUNT = 4
     """Numbers or places of tokens, their sums, differences and multiples. Nothing but the sign may be told."""
-    DERIVED = 5
+    PLACE = 5
+    """Counts less one: places counted from zero. Nothing but whether there is one may be told."""
+    DERIVED = 6
     """Calculated from counts. Good for indexing only."""
-    LOAD = 6
+    LOAD = 7
     """Tells one load or one place from another. Nothing may come of it."""
 
 
 _FAR = 1 << 40  # torch's own "to the end"
 _COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+COMPARISONS = frozenset(_COMPARE)
 _TURNED = {"lt": operator.gt, "le": operator.ge, "gt": operator.lt, "ge": operator.le}
 _FRESH = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split(" "))
 _MOVES = frozenset(
@@ -67,6 +70,8 @@ class Ledger:
     def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
         self.fixed, self.object_to = fixed, object_to
         self._blank = False
+        self.plain = False  # numbers of tokens that Python was given look like any others
+        self.limits: dict[int, bool] = {}  # of a number of tokens by its tensor, whether it is a size of the batch
         self.reason = LOAD  # why the last result of kind LOAD is one
 
     def before(self, name: str, args: Sequence[Any]) -> None:
@@ -100,11 +105,11 @@ class Ledger:
             return [top, max(top, Kind.COUNT)]
         if name == "nonzero" and top <= Kind.CHOSEN and not self._batchwise(name, args):
             return [Kind.VISITED]
+        if name in _COMPARE:
+            return [self._compared(name, args, top, kind_of, results[0])]
         return [self._kind(name, args, top, kind_of)] * len(results)
 
     def _kind(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
-        if name in _COMPARE:
-            return self._compared(name, args, top, kind_of)
         if name == "scatter" and self._blank and isinstance(args[3], (int, float)) and kind_of(args[0]) == Kind.PLAIN:
             return min(top, Kind.PLACED)
         if name == "index_put" and len(args) > 3 and args[3]:
@@ -113,6 +118,10 @@ class Ledger:
             return kind_of(args[0])
         if name in _MOVES:
             return top
+        if name == "sub" and top == Kind.COUNT and _is_one(args[1]) and len(args) == 2:
+            return Kind.PLACE
+        if name == "masked_fill":
+            return top if top < Kind.COUNT else Kind.DERIVED
         if name in ("add", "sub", "rsub"):
             pure = all(isinstance(arg, Tensor) and kind_of(arg) == Kind.COUNT for arg in args[:2])
             return top if top < Kind.COUNT or pure else Kind.DERIVED
@@ -129,12 +138,16 @@ class Ledger:
         sized = any(size not in self.fixed for arg in _flat(args) if isinstance(arg, Tensor) for size in arg.shape)
         return Kind.DERIVED if sized or top > Kind.PLAIN else Kind.PLAIN
 
-    def _compared(self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind]) -> Kind:
+    def _compared(
+        self, name: str, args: Sequence[Any], top: Kind, kind_of: Callable[[Tensor], Kind], result: Tensor
+    ) -> Kind:
         if top < Kind.COUNT:
             return top
+        if self.plain:
+            return Kind.PLACED
         kinds = [kind_of(arg) if isinstance(arg, Tensor) else Kind.PLAIN for arg in args[:2]]
         if min(kinds) >= Kind.COUNT:
-            return Kind.PLACED if name == "eq" else Kind.DERIVED
+            return Kind.PLACED if name == "eq" or self._always(args, kinds, result) else Kind.DERIVED
         number = args[kinds.index(min(kinds))]
         if isinstance(number, Tensor):
             alike = number.numel() > 0 and bool((number == number.reshape(-1)[0]).all())
@@ -142,9 +155,23 @@ class Ledger:
         compare = _COMPARE[name]
         if kinds[0] < kinds[1]:
             compare = _TURNED.get(name, compare)
-        if top == Kind.DERIVED or isinstance(number, str) or tells_sizes_apart(compare, number):
+        if top == Kind.DERIVED or isinstance(number, str):
+            return self._load(f"compares it with {number}")
+        if tells_sizes_apart(compare, number + 1 if top == Kind.PLACE else number):
             return self._load(f"compares it with {number}")
         return Kind.CHOSEN
+
+    def _always(self, args: Sequence[Any], kinds: Sequence[Kind], result: Tensor) -> bool:
+        """Whether places or numbers of tokens are compared with what none can reach: their own most, or all tokens.
+
+        That they are all on one side shows in every record, of crowded tokens as of spread ones.
+        """
+        found = [place for place, arg in enumerate(args[:2]) if id(arg) in self.limits]
+        if len(found) != 1 or not uniform(result) or kinds[1 - found[0]] > Kind.PLACE:
+            return False
+        limit, others = args[found[0]], args[1 - found[0]]
+        most = int(others.max()) + (kinds[1 - found[0]] == Kind.PLACE) if others.numel() else None
+        return self.limits[id(limit)] or int(limit) == most
 
     def _divided(self, args: Sequence[Any], top: Kind) -> Kind:
         if top < Kind.COUNT:
@@ -178,7 +205,7 @@ class Ledger:
 
     def single(self, name: str, args: Sequence[Any]) -> bool:
         """Whether an operation on the input takes single tokens out of the batch."""
-        if name not in ("select", "unbind"):
+        if name not in ("select", "unbind") or self.plain:
             return False
         shape = args[0].shape
         return shape[args[1] if len(args) > 1 else 0] not in self.fixed
@@ -213,6 +240,10 @@ class Ledger:
         dims = given[0] if given else -1 if name in ("sort", "argsort", "topk") and shape else None
         chosen = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         return any(shape[dim] not in self.fixed for dim in chosen)
+
+
+def _is_one(number: Any) -> bool:
+    return bool(number == 1) if not isinstance(number, Tensor) else number.numel() == 1 and bool(number == 1)
 
 
 def uniform(tensor: Tensor) -> bool:

@@ -36,6 +36,9 @@ class _Whole(type):
     def __call__(cls, *given: Any, **named: Any) -> int:
         if given and isinstance(given[0], BatchSize):
             return given[0]
+        if len(given) == 1 and isinstance(given[0], Tensor) and not given[0].is_floating_point():
+            number: int = given[0].item()  # type: ignore[assignment]
+            return number
         return builtins.int(*given, **named)
 
     def __instancecheck__(cls, value: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,18 @@ class Computed:
     place: int | None
 
 
-Origin = Chosen | Plain | Computed
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What ``func`` told of the record's own tensor ``node``: where it isn't zero. ``value`` is that in the record."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: Any
+    value: Tensor
+
+
+Origin = Chosen | Plain | Computed | Asked
 
 
 class Lineage:
@@ -58,6 +69,9 @@ class Lineage:
         kwargs = {"dtype": tensor.dtype, "device": tensor.device}
         self._known[id(tensor)] = Computed(torch.ops.aten.full.default, (list(tensor.shape), value), kwargs, None)
 
+    def asked(self, tensor: Tensor, func: Any, args: Any, kwargs: Any, node: Any) -> None:
+        self._known[id(tensor)] = Asked(func, tuple(args), dict(kwargs), node, tensor.clone())
+
     def origins(self, operands: Any) -> Any:
         """``operands`` with their origins for tensors, as they are before an operation writes to any."""
         return mapped(self.of, operands)
@@ -72,17 +86,38 @@ class Lineage:
 
 def chosen(origins: Iterable[Origin]) -> set[Made]:
     """The choices that numbers come from."""
-    found: set[Made] = set()
+    return {origin.choice for origin in sources(origins) if isinstance(origin, Chosen)}
+
+
+def calculated(origins: Iterable[Origin]) -> Iterator[Computed]:
+    """The calculations that numbers come from, the last of all first."""
+    seen: set[int] = set()
+    waiting: list[Any] = list(origins)
+    while waiting:
+        later: list[Any] = []
+        for item in waiting:
+            if isinstance(item, Computed) and id(item) not in seen:
+                seen.add(id(item))
+                yield item
+                later += [*item.args, *item.kwargs.values()]
+            elif isinstance(item, (list, tuple)):
+                later += item
+        waiting = later
+
+
+def sources(origins: Iterable[Origin]) -> list[Chosen | Asked]:
+    """The choices, and questions to computed tensors, that numbers come from."""
+    found: list[Chosen | Asked] = []
     seen: set[int] = set()
     waiting: list[Any] = list(origins)
     while waiting:
         item = waiting.pop()
-        if isinstance(item, (Chosen, Computed)):
+        if isinstance(item, (Chosen, Computed, Asked)):
             if id(item) in seen:
                 continue
             seen.add(id(item))
-            if isinstance(item, Chosen):
-                found.add(item.choice)
+            if isinstance(item, (Chosen, Asked)):
+                found.append(item)
             else:
                 waiting += [item.args, item.kwargs]
         elif isinstance(item, dict):

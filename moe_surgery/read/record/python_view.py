@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
-from moe_surgery.read.record.known_numbers import LOAD, Kind
+from moe_surgery.read.record.known_numbers import COMPARISONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
 
@@ -33,6 +33,7 @@ _SHAPERS = frozenset(
     "unflatten split split_with_sizes narrow select __getitem__ __setitem__".split(" ")
 )
 _MAKERS = frozenset(["one_hot", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"])
+_VIEWS = frozenset(["view", "reshape"])
 _NUMBERS = frozenset(["arange", "tensor", "as_tensor", "scalar_tensor", "new_tensor"])
 
 
@@ -72,6 +73,8 @@ class Sizes(TorchFunctionMode):
             raise recorder.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
         if name in ("__getitem__", "__setitem__"):
             self._check_cuts(args[0], args[1])
+        if name.strip("_") in COMPARISONS and operands and not any(map(recorder.symbolic, operands)):
+            args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
         sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
         if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
             raise recorder.object_to("it calculates with the batch size")
@@ -92,9 +95,10 @@ class Sizes(TorchFunctionMode):
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run it; one_hot's own checks of its argument's range are not the block's doing."""
-        if name in _MAKERS:  # sizes that the code gives as plain numbers
-            plain = [size for size in flat((args, kwargs)) if type(size) is int]
-            self.recorder.fixed.update(set(plain) - self.recorder.batch)
+        if name in _MAKERS or (self.marks and name in _VIEWS):  # sizes that the code gives as plain numbers
+            plain = {size for size in flat((args, kwargs)) if type(size) is int}
+            self.recorder.fixed.update(plain - self.recorder.batch)
+            self.recorder.mistaken.update(plain & self.recorder.batch - {1})
         self.recorder.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
         try:
             return func(*args, **kwargs)

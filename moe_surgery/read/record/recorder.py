@@ -23,8 +23,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_surgery.read.reading import Unreadable
-from moe_surgery.read.record.batch_size import Branches
+from moe_surgery.read.reading import Mistaken, Unreadable
+from moe_surgery.read.record.batch_size import BatchSize, Branches
 from moe_surgery.read.record.choices import Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
@@ -59,26 +59,33 @@ class Recorder(TorchDispatchMode):
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self.paused = False
-        self.positive: list[torch.fx.Node] = []
+        self.positive: list[tuple[torch.fx.Node, Tensor]] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self._unused: dict[int, Made] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
+        self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
         self._ledger = Ledger(self.fixed, self.object_to)
         self.lineage = Lineage()
         self._results = MetaResults()
+        self._limits: list[Tensor] = []  # kept alive, as they are told by identity
+
+    def unreadable(self) -> Unreadable:
+        """The first objection."""
+        return Mistaken(self.objections[0], self.mistaken) if self.mistaken else Unreadable(self.objections[0])
 
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
         return Unreadable(reason)
 
     def input(self, shape: tuple[int, ...], strided: bool) -> Tensor:
-        """The block's input; ``strided`` in its leading dimensions."""
+        """The block's input; ``strided`` in its leading dimensions in a record without marks."""
         tensor = torch.empty(shape, dtype=self.dtype, device="meta")
         if strided:
             tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=self.dtype, device="meta")
             tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
+        self._ledger.plain = strided
         self.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
         entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
         self.entries.guarded[entry.storage] = "its input"
@@ -113,6 +120,19 @@ class Recorder(TorchDispatchMode):
 
     def raise_kind(self, tensor: Tensor, kind: Kind) -> None:
         self.entry(tensor).raise_kind(kind)
+
+    def limit(self, size: BatchSize) -> Tensor:
+        """A number of tokens as a known tensor, which known tensors are compared with."""
+        self.paused = True
+        try:
+            tensor = torch.tensor(int.__index__(size))
+        finally:
+            self.paused = False
+        self.entries.enter(tensor, None, None, tensor, Kind.COUNT if size.pure else Kind.DERIVED)
+        if size.pure:
+            self._ledger.limits[id(tensor)] = size.of_batch
+            self._limits.append(tensor)
+        return tensor
 
     def uniform(self, tensor: Tensor) -> bool:
         """Whether all elements of a known tensor are the same; the question itself isn't recorded."""
@@ -222,7 +242,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
-        if (known := asked_of_support(self, name, args, entries)) is not None:
+        if (known := asked_of_support(self, func, name, args, kwargs, entries)) is not None:
             return known
         if name == "masked_select" and entries[id(args[1])].real is not None and args[0].shape == args[1].shape:
             func, name, args = torch.ops.aten.index.Tensor, "index", (args[0], [args[1]])
@@ -255,12 +275,13 @@ class Recorder(TorchDispatchMode):
         if objection:
             record.meta["objection"] = objection
         ranked = ranking(self, name, args, kwargs)
-        kept = support(func, name, args, kwargs, entries)
+        one = isinstance(result, Tensor)
+        kept = support(func, name, args, kwargs, entries, result.shape) if one and not in_place else None
         if in_place:
             entry = entries[id(args[0])]
             entry.node, entry.meta, entry.real = record, result, None
             record.meta["val"] = result
-            entry.support, entry.positive = kept
+            entry.support = kept
             return args[0]
         if name == "argmax" and ranked is not None:
             return self._choose(record, result, ranked)
@@ -268,7 +289,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             entry = self._enter(result, record, result)
             entry.single = single
-            entry.support, entry.positive = kept
+            entry.support = kept
             return result
         parts = []
         for place, part in enumerate(result):

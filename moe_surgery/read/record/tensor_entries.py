@@ -14,6 +14,14 @@ from moe_surgery.calling import structured
 from moe_surgery.read.record.known_numbers import Kind
 
 
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Where a tensor may be other than zero; ``kind`` is that of what this was calculated from."""
+
+    places: Tensor
+    kind: Kind
+
+
 @dataclass(eq=False)
 class Entry:
     """One tensor object: ``node`` (where the record made it) if it depends on the input, ``real`` data if it doesn't.
@@ -21,7 +29,7 @@ class Entry:
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
     ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one
     is one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
-    than zero, if it is known to be zero elsewhere: where positive numbers from the node ``positive`` were put.
+    than zero, if it seems to be zero elsewhere.
     """
 
     tensor: Tensor
@@ -33,8 +41,7 @@ class Entry:
     kinds: dict[int, Kind]
     shift: int = 0
     single: bool = False
-    support: Tensor | None = None
-    positive: Any = None
+    support: Support | None = None
 
     @property
     def kind(self) -> Kind:

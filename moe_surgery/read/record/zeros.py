@@ -1,49 +1,97 @@
-"""Weights put among zeros: where they are is known, and code may ask for it, as they are above zero.
+"""Numbers among zeros: where they are is known, and code may ask for it, if they are above zero.
 
-That they are is checked when the record is parsed.
+That they are, and that there are zeros elsewhere, is checked when the record is parsed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moe_surgery.read.record.known_numbers import Kind
-from moe_surgery.read.record.tensor_entries import Entry
+from moe_surgery.read.record.tensor_entries import Entry, Support
 
 if TYPE_CHECKING:
     from moe_surgery.read.record.recorder import Recorder
 
 # Operations that move elements and do nothing else.
-SHAPED = frozenset("view reshape unsqueeze squeeze expand select slice detach alias t transpose permute".split())
+SHAPED = frozenset("view reshape unsqueeze squeeze expand select slice detach alias t transpose permute clone".split())
 
 
-def support(func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]) -> tuple[Tensor | None, Any]:
-    """Where the result may be other than zero, and what stands there, if weights were put among zeros."""
+@dataclass(frozen=True, eq=False)
+class _Mask:
+    """Where an operand may be other than zero; everywhere if ``found`` is None."""
+
+    found: Tensor | None
+    kind: Kind
+
+
+def support(
+    func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], shape: torch.Size
+) -> Support | None:
+    """Where a result of ``shape`` may be other than zero, if that is known."""
+    masks = [_mask(entries.get(id(arg))) for arg in args[:2]]
+    first = masks[0] if masks else _Mask(None, Kind.PLAIN)
+    if name == "scatter":
+        return _scattered(args, entries)
+    if name == "mul" and any(mask.found is not None for mask in masks):
+        found = torch.ones(shape, dtype=torch.bool)
+        for mask in masks:
+            found = found if mask.found is None else found & mask.found
+        return Support(found, max(mask.kind for mask in masks))
+    if name == "add" and len(masks) == 2 and masks[0].found is not None and masks[1].found is not None:
+        return Support(masks[0].found | masks[1].found, max(mask.kind for mask in masks))
+    if first.found is None or (entry := entries.get(id(args[0]))) is None or entry.support is None:
+        return None
+    if name in SHAPED:
+        kept = {key: value for key, value in kwargs.items() if key == "implicit"}
+        return Support(func(first.found, *args[1:], **kept), first.kind)
+    if name == "div" and kwargs.get("rounding_mode") is None:
+        return Support(first.found.expand(shape), first.kind)
+    if name == "_to_copy":
+        return entry.support
+    if name == "sum" and len(args) > 1 and args[1]:
+        return Support(first.found.to(torch.int64).sum(*args[1:]) > 0, first.kind)
+    return None
+
+
+def _mask(entry: Entry | None) -> _Mask:
+    if entry is not None and entry.support is not None:
+        return _Mask(entry.support.places, entry.support.kind)
+    if entry is not None and entry.real is not None and entry.kind < Kind.COUNT and not bool(entry.real.all()):
+        return _Mask(entry.real != 0, entry.kind)
+    return _Mask(None, Kind.PLAIN)
+
+
+def _scattered(args: Any, entries: dict[int, Entry]) -> Support | None:
+    """Where weights were put among zeros."""
+    first, index, source = (entries.get(id(args[place])) for place in (0, 2, 3))
+    if first is None or first.real is None or index is None or index.real is None or bool(first.real.any()):
+        return None
+    if index.kind != Kind.CHOSEN or source is None or source.node is None:
+        return None
+    zeros = torch.zeros(first.real.shape, dtype=torch.bool)
+    return Support(zeros.scatter(args[1], index.real, torch.ones(index.real.shape, dtype=torch.bool)), Kind.CHOSEN)
+
+
+def asked_of_support(
+    recorder: Recorder, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]
+) -> Tensor | None:
+    """Where numbers are that were put among zeros, asked of the tensor that they were put in."""
     first = entries.get(id(args[0])) if args else None
-    if name == "scatter" and first is not None and first.real is not None and not bool(first.real.any()):
-        index, source = entries.get(id(args[2])), entries.get(id(args[3]))
-        chosen = index is not None and index.kind == Kind.CHOSEN and source is not None and source.node is not None
-        if index is not None and index.real is not None and source is not None and chosen:
-            zeros = torch.zeros(first.real.shape, dtype=torch.bool)
-            return zeros.scatter(args[1], index.real, torch.ones(index.real.shape, dtype=torch.bool)), source.node
-    if name in SHAPED and first is not None and first.support is not None:
-        return func(first.support, *args[1:], **kwargs), first.positive
-    return None, None
-
-
-def asked_of_support(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry]) -> Tensor | None:
-    """Where weights are that were put among zeros, asked of the tensor that they were put in."""
-    first = entries.get(id(args[0]))
     if first is None or first.support is None:
         return None
     number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
-    if not (name == "nonzero" or (name in ("gt", "ne") and number == 0)):
+    as_mask = (name in ("gt", "ne") and number == 0) or (name == "_to_copy" and kwargs.get("dtype") is torch.bool)
+    if name != "nonzero" and not as_mask:
         return None
-    if first.positive not in recorder.positive:
-        recorder.positive.append(first.positive)
-    real = first.support.nonzero() if name == "nonzero" else first.support.clone()
-    recorder.entries.enter(real, None, None, real, Kind.COUNT if name == "nonzero" else Kind.CHOSEN)
+    recorder.positive.append((first.node, first.support.places))
+    places = first.support.places
+    real = places.clone() if as_mask else places.nonzero()
+    kind = first.support.kind if as_mask else Kind.COUNT
+    recorder.entries.enter(real, None, None, real, kind)
+    recorder.lineage.asked(real, func, args[1:], kwargs, first.node)
     return real
