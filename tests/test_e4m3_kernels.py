@@ -155,3 +155,31 @@ def test_experts_that_a_router_of_vllms_chooses() -> None:
         got = compute(x, held(tensors), terms, routed)
     truth = reference.forward(spec, tensors, x, torch.float64, routed.ids.long())
     assert worst(got, truth) < near(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("form", [BLOCKS, ROWS])
+def test_the_operator_takes_a_block_apart_and_puts_it_together(form: str) -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig
+    from vllm.forward_context import set_forward_context
+
+    from moe_surgery.engine.model import stored_op
+    from moe_surgery.kernels.op import spread
+
+    tensors = stored_weights(GATED, DTYPES[0], DEVICE, form)
+    weights, x = held(tensors), clear_tokens(GATED, tensors, 1)
+    terms = replace(terms_of(GATED), scaled=True, by_row=form == ROWS)
+    config = VllmConfig()
+    config.compilation_config.static_forward_context["mlp.experts"] = None  # the layer, which one token doesn't need
+    with torch.no_grad(), set_forward_context(None, config, num_tokens=1):
+        wanted = stored_op.compute_stored(x, None, weights, terms, None)
+        got = stored_op._impl(x, None, "mlp.experts", *spread(weights, terms))
+    assert torch.equal(got, wanted)
+    faked = torch.ops.moe_surgery.engine_stored_moe(
+        x.to("meta"),
+        None,
+        "mlp.experts",
+        *(part.to("meta") if isinstance(part, torch.Tensor) else part for part in spread(weights, terms)),
+    )
+    assert faked.shape == x.shape

@@ -37,8 +37,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in tmp.iterdir()}
 
 
-def operated(folder: Path, run: Path, **more: object) -> Run:
-    surgery = {"run": str(run), "prove": "all", "target": "auto"}
+def operated(folder: Path, run: Path, target: str = "auto", **more: object) -> Run:
+    surgery = {"run": str(run), "prove": "all", "target": target}
     return Run(str(folder), {**OPTIONS, **more.pop("options", {})}, surgery, **more)  # type: ignore[dict-item, arg-type]
 
 
@@ -52,7 +52,8 @@ def sites(result: Result) -> list[dict[str, object]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    run = operated(checkpoints[kind + scales], tmp_path / "run", options={"enforce_eager": eager})
+    target = "folded" if scales else "auto"
+    run = operated(checkpoints[kind + scales], tmp_path / "run", target, options={"enforce_eager": eager})
     [result] = run_all([run], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
@@ -64,7 +65,8 @@ def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path
 
 def test_a_block_that_is_wrong_with_vllms_layer_alone_is_noticed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """With a scale for each row that layer computes all but few tokens; the kernels have no part in the fault."""
-    run = operated(checkpoints["naive_talker by row"], tmp_path / "run", ask=False, fault="shared expert doubled")
+    folder, fault = checkpoints["naive_talker by row"], "shared expert doubled"
+    run = operated(folder, tmp_path / "run", "folded", ask=False, fault=fault)
     [result] = run_all([run], tmp_path)
     [receipt] = result.receipts
     assert receipt["outcome"] == "failed"
