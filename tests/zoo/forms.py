@@ -207,6 +207,14 @@ class TokensInOneDimension(Alone):
         return super().forward(hidden_states).view(-1, self.hidden)
 
 
+@block(RESULTS)
+class ThreeDimensionsOfTokens(Alone):
+    """Of tokens it makes [T, 1, H], which is another block (DBRX); it is replaced for batches."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).view(hidden_states.shape[0], -1, self.hidden)
+
+
 @block(RESULTS, "another token's input", "single tokens", "batch size")
 class TokensInAnotherOrder(Alone):
     def forward(self, hidden_states: Tensor) -> Tensor:
