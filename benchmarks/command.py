@@ -8,6 +8,9 @@ from pathlib import Path
 
 
 def command() -> str:
-    """This process's own, as it was given, but for the folder of the interpreter."""
+    """This process's own, as it was given, but for the folders of the interpreter and of what it writes."""
     interpreter, *rest = sys.orig_argv
+    if "--out" in rest:
+        place = rest.index("--out")
+        rest = rest[:place] + rest[place + 2 :]
     return shlex.join([Path(interpreter).name, *rest])

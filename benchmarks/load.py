@@ -12,6 +12,7 @@ Writes results/<machine>-load.json, or -load-full.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -51,6 +52,7 @@ def full() -> Any:
 
 
 def measure(model: Any, undoable: bool) -> dict[str, Any]:
+    gc.collect()  # a model of before that is freed meanwhile would make this one's memory look less
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -91,7 +91,8 @@ class Child:
         environ = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
         one = job["options"].get("tensor_parallel_size", 1) == 1
         if one:
-            environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
         environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if one else "1"
         self.log = log
         self._child = subprocess.Popen(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -31,10 +31,14 @@ class At:
 
 @dataclass(frozen=True)
 class Many:
-    """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence")."""
+    """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
+
+    ``was`` is what it was in the record that it was found in.
+    """
 
     of: Literal["tokens", "batch", "sequence"]
     times: int = 1
+    was: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

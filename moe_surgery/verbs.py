@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,64 +12,19 @@ from torch import nn
 
 from moe_surgery import checks
 from moe_surgery.errors import UsageError
-from moe_surgery.models.checkpoint import CONFIG, Digest, digest
-from moe_surgery.operate.apply import Operation, Progress, Settings
-from moe_surgery.packs.match import Match, Miss
-from moe_surgery.packs.pack import Pack, Rule
+from moe_surgery.operate.apply import Operation
+from moe_surgery.operate.settings import Progress, Settings
 from moe_surgery.packs.registry import load_packs
-from moe_surgery.planning.costs import Costs
-from moe_surgery.planning.deciding import make_plan, trails
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.selection import Selection
 from moe_surgery.planning.survey import Surveyed, survey
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
+from moe_surgery.subject import Model, Packs, Subject, explained, planned
 from moe_surgery.targets import get_target
 
 if TYPE_CHECKING:
-    from moe_surgery.models.quantisation import Quantisation
     from moe_surgery.report.explanation import Explanation
-
-Model = nn.Module | str | Path
-Packs = Sequence[str | Path | Pack] | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Subject:
-    """A model to look at: live, or built on the meta device from a directory's or hub id's config."""
-
-    name: str
-    module: nn.Module
-    config: object
-    directory: Path | None
-    quantisation: Quantisation | None = None
-
-    @classmethod
-    def of(cls, model: Model, trust_remote_code: bool = False, dtype: str | None = None) -> _Subject:
-        if not isinstance(model, nn.Module | str | Path):
-            raise UsageError(f"a model is a module, a directory or a hub id, not {checks.shown(model)}")
-        if isinstance(model, nn.Module):
-            config = getattr(model, "config", None)
-            name = str(getattr(config, "name_or_path", "") or "")
-            directory = Path(name) if name and os.path.isfile(os.path.join(name, CONFIG)) else None
-            return cls(name or type(model).__name__, model, config, directory)
-        from moe_surgery.models.opening import open_meta
-
-        opened = open_meta(str(model), trust_remote_code=trust_remote_code, dtype=dtype)
-        return cls(opened.name, opened.module, opened.config, opened.directory, opened.quantisation)
-
-    def obstacle(self, item: Surveyed) -> str | None:
-        """Why a site that can be read can't be operated on in the numbers that its weights are kept in."""
-        if self.quantisation is None or item.reading is None:
-            return None
-        mlp = item.reading.layout.experts[0]
-        if not self.quantisation.covers(f"{item.site.path}.{mlp.gate.path.removesuffix('.weight')}"):
-            return None
-        return f"its weights are {self.quantisation.scheme}; {self.quantisation.advice}"
-
-    def digest(self) -> Digest | None:
-        """What tells the checkpoint it came from from others, if that is known."""
-        return None if self.directory is None else digest(self.directory)
 
 
 def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
@@ -92,13 +46,13 @@ def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
         ['model.layers.0.mlp', 'model.layers.1.mlp']
     """
     started = time.perf_counter()
-    subject = _Subject.of(model, trust_remote_code)
+    subject = Subject.of(model, trust_remote_code)
     steps = tuple(_scanned(item, subject) for item in survey(subject.module))
     plan_ = Plan(subject.name, "none", steps)
     return plan_.report().but(seconds=time.perf_counter() - started)
 
 
-def _scanned(item: Surveyed, subject: _Subject) -> Step:
+def _scanned(item: Surveyed, subject: Subject) -> Step:
     site, reading = item.site, item.reading
     if reading is not None:
         return Step(site.path, site.kind, "kept", subject.obstacle(item) or "readable", spec=reading.spec)
@@ -154,26 +108,9 @@ def plan(
     from moe_surgery.models.dtype_device import device_type, dtype_name
 
     kind, kept = None if device is None else device_type(device), None if dtype is None else dtype_name(dtype)
-    subject = _Subject.of(model, trust_remote_code, kept)
-    made = _plan(subject, survey(subject.module), packs, target, selection, kind or "cpu")
+    subject = Subject.of(model, trust_remote_code, kept)
+    made = planned(subject, survey(subject.module), packs, target, selection, kind or "cpu")
     return replace(made, device=kind, dtype=kept)
-
-
-def _plan(
-    subject: _Subject,
-    sites: Sequence[Surveyed],
-    packs: Packs,
-    target: str,
-    selection: Selection,
-    device: str = "cpu",
-) -> Plan:
-    """A plan; ``device`` is the type of device that a model on the meta device is planned for."""
-    started = time.perf_counter()
-    name, config, chosen = subject.name, subject.config, load_packs(packs)
-    made = make_plan(name, sites, config, chosen, target, get_target, selection, subject.obstacle, device)
-    real = next((parameter.device.type for parameter in subject.module.parameters() if not parameter.is_meta), device)
-    costs = Costs.of(subject.module, [step.path for step in made.steps if step.outcome == "replaced"], real)
-    return replace(made, checkpoint=subject.digest(), seconds=time.perf_counter() - started, costs=costs)
 
 
 def apply(
@@ -272,7 +209,7 @@ def verify(
 
 def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any]) -> Operation:
     started = time.perf_counter()
-    subject = _Subject.of(model)
+    subject = Subject.of(model)
     if made is not None and not isinstance(made, Plan):
         raise UsageError(f"plan must be a Plan, not {checks.shown(made)}; Plan.load reads a saved one")
     unknown = sorted(as_plan.keys() - {"packs", "target", "only", "skip", "expect", "strict"})
@@ -282,7 +219,7 @@ def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan:
     if made is None:
         packs, target = as_plan.pop("packs", None), as_plan.pop("target", "auto")
         only, skip = checks.texts(as_plan.pop("only", ()), "only"), checks.texts(as_plan.pop("skip", ()), "skip")
-        made = _plan(subject, sites, packs, target, Selection(only, skip, **as_plan))
+        made = planned(subject, sites, packs, target, Selection(only, skip, **as_plan))
     elif as_plan:
         raise UsageError(f"a plan is given; {', '.join(as_plan)} would have to be planned anew")
     else:
@@ -297,6 +234,10 @@ def _live(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"apply takes a loaded model, not {type(model).__name__}; the command line loads directories")
     if any(parameter.is_meta for parameter in model.parameters()):
+        if any("_hf_hook" in vars(module) for module in model.modules()):
+            raise UsageError(
+                "accelerate offloads the model's weights and brings them in for each call; load it without offloading"
+            )
         raise UsageError("the model's weights are on the meta device; load them before operating")
     return model
 
@@ -347,39 +288,6 @@ def explain(model: Model, path: str, *, packs: Packs = None, trust_remote_code: 
         >>> moe_surgery.explain(model, "model.layers.0.mlp").spec.sentence()
         'softmax top-2 of 8 renormalised · experts 64→32 silu · shared 64 silu, sigmoid gate'
     """
-    from moe_surgery.report.explanation import Explanation
-
     if not isinstance(path, str):
         raise UsageError(f"a site's path is wanted, not {checks.shown(path)}")
-    subject = _Subject.of(model, trust_remote_code)
-    sites = survey(subject.module)
-    item = next((item for item in sites if item.site.path == path), None)
-    if item is None:
-        known = ", ".join(item.site.path for item in sites[:5]) or "none"
-        raise UsageError(f"no MoE-looking site at {path!r}; there are {len(sites)}: {known}{' …' * (len(sites) > 5)}")
-    site, reading, chosen = item.site, item.reading, load_packs(packs)
-    if reading is None:
-        rules = () if item.swapped else tuple(rule for pack in chosen for rule in pack.rules)
-        glances = [(rule, Miss(site, rule.glance(site, subject.config), item.unread)) for rule in rules]
-        unread = item.unread or "already fused"
-        return Explanation(path, site.kind, None, None, unread, tuple(sorted(glances, key=_nearness)))
-    held = sorted(trails(item, chosen, subject.config), key=_nearness)
-    return Explanation(
-        path,
-        site.kind,
-        reading.spec,
-        reading.combine,
-        None,
-        tuple(held),
-        children=reading.children,
-        alike=tuple(other.site.path for other in sites if other is not item and other.reading == reading),
-        edits={
-            rule.full_name: rule.edits(found, reading, subject.config)
-            for rule, found in held
-            if isinstance(found, Miss)
-        },
-    )
-
-
-def _nearness(held: tuple[Rule, Match | Miss]) -> int:
-    return sum(not clue.held for clue in held[1].trail)
+    return explained(Subject.of(model, trust_remote_code), path, load_packs(packs))

@@ -227,8 +227,11 @@ def _answers(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def _scaled(fill: Any, parameter: Any) -> None:
-    bound = (3 / parameter.shape[-1]) ** 0.5
-    fill(parameter, low=-bound, high=bound) if parameter.ndim > 1 else parameter.fill_(1)
+    if parameter.ndim > 1:
+        bound = (3 / parameter.shape[-1]) ** 0.5
+        fill(parameter, low=-bound, high=bound)
+    else:
+        fill(parameter, low=1, high=1)
 
 
 def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:

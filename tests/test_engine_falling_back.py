@@ -13,6 +13,7 @@ from moe_surgery.report.outcomes import Step
 
 pytest.importorskip("vllm")
 from moe_surgery.engine.model.planning import _check_same, fallen_back
+from moe_surgery.engine.model.served import obstacle
 
 ROUTED = Step("layers.0.mlp", "Deep", "replaced", "4 of 64 experts", "rule", "folded")
 OTHER = replace(ROUTED, path="layers.2.mlp", reason="4 of 32 experts")
@@ -21,6 +22,27 @@ PLAN = Plan(
     "auto",
     (ROUTED, replace(ROUTED, path="layers.1.mlp"), OTHER, replace(ROUTED, path="layers.3.mlp", target="vllm")),
 )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data_parallel_size": 2}, "data parallelism: each of 2 ranks has tokens of its own"),
+        (
+            {"enable_eplb": True, "enable_expert_parallel": True, "tensor_parallel_size": 2},
+            "expert load balancing: experts move between ranks every 3000 steps, from where they were proven",
+        ),
+    ],
+)
+def test_it_is_said_why_nothing_is_swapped(
+    options: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import ParallelConfig, VllmConfig
+
+    monkeypatch.setattr("vllm.config.parallel.current_platform.is_cuda_alike", lambda: True)  # EPLB is for GPUs
+    config = VllmConfig()
+    config.parallel_config = ParallelConfig(**options)  # type: ignore[arg-type]
+    assert f"the swap is not supported under {said}" in str(obstacle(config))
 
 
 def test_all_blocks_of_a_kind_go_together() -> None:

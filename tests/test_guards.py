@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from test_apply import IDS, picture, tiny
 from torch import nn
 
 import moe_surgery
-from moe_surgery.errors import SurgeryError
+from moe_surgery.errors import SurgeryError, UsageError
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "to bfloat16": lambda model: model.to(torch.bfloat16),
@@ -120,6 +121,28 @@ def test_adapters_elsewhere_are_saved_and_loaded(undoable: bool, tmp_path: Path)
     again = PeftModel.from_pretrained(model, tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, adapted(IDS).logits)
+
+
+def test_a_hook_that_would_never_be_called_is_refused(operated: tuple[Any, Any]) -> None:
+    experts = operated[0].model.layers[0].mlp.experts
+    for register in (experts.register_forward_hook, experts.register_forward_pre_hook):
+        with pytest.raises(SurgeryError, match=r"a hook on model.layers.0.mlp.experts would never be called"):
+            register(lambda *called: None)
+
+
+def test_functions_are_applied_to_blocks_but_not_inside(operated: tuple[Any, Any]) -> None:
+    model, _ = operated
+    met: list[nn.Module] = []
+    assert model.apply(met.append) is model
+    blocks = [layer.mlp for layer in model.model.layers]
+    assert all(block in met for block in blocks)
+    assert not any(inner in met for block in blocks for inner in block.children())
+
+
+def test_offloaded_weights_are_called_so() -> None:
+    model = accelerate.cpu_offload(tiny(1), execution_device="cpu")
+    with pytest.raises(UsageError, match="accelerate offloads"):
+        moe_surgery.apply(model)
 
 
 def test_the_guards_of_somebody_else_come_back() -> None:

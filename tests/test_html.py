@@ -132,6 +132,14 @@ def test_the_ladder_has_every_distance_in_its_order(width: float) -> None:
     assert max(places.values()) <= width
 
 
+def test_wrong_blocks_are_told_apart_at_phone_width() -> None:
+    one = wrong().mutants[0]
+    names = "routed experts dropped", "routed experts doubled"
+    verdict = replace(wrong(), mutants=tuple(replace(one, name=name, family="small") for name in names))
+    drawn = ladder(verdict, 340.0)
+    assert all(f">{name} (small)<" in drawn for name in names)
+
+
 def test_a_wrong_block_stands_out_of_the_band_in_the_colour_of_failure() -> None:
     drawn = ladder(wrong(), 960.0)
     assert drawn.count('class="bad"') == 1 and 'class="tint"' in drawn

@@ -101,6 +101,41 @@ def compile_both_paths(terms: Terms, dtype: str) -> None:
 
 
 @compiles
+def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is wanted later is found in the cache: what it is kept under is the same in either process."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from moe_surgery.kernels import ahead, apart, warming
+    from moe_surgery.kernels.arguments import WIDE_ROWS, stand_ins
+
+    class Elsewhere(apart._Elsewhere):
+        def get_current_stream(self, _: int) -> int:
+            return 0
+
+    def few(terms: Terms, dtype: torch.dtype) -> list[tuple[Any, int]]:
+        rows = {row.path: row for row in rows_for(terms, dtype)}
+        return [(rows["pairs"], 2), (rows["grouped"], WIDE_ROWS + 1)]
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+
+    for module in (ahead, warming):
+        monkeypatch.setattr(module, "variants", few)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", listen)
+    terms, cpu = terms_of(SPEC), torch.device("cpu")
+    hits: list[bool] = []
+    monkeypatch.setattr(driver, "_active", Elsewhere(GPUTarget("cuda", 90, 32)))
+    jobs = ahead.specializations(terms, torch.bfloat16, cpu)
+    assert not hits and len(jobs) > 5 and knobs.runtime.jit_cache_hook is None
+    ahead.begin([terms], torch.bfloat16, cpu, 2)()
+    warming.warm(stand_ins(terms, torch.bfloat16, cpu), terms)
+    assert hits == [True] * len(jobs)
+
+
+@compiles
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_that_route(spec: MoESpec) -> None:
     compile_both_paths(terms_of(spec), "bf16")

@@ -13,7 +13,7 @@ from spec_weights import weights
 
 from moe_surgery.prove.ground import rehearse, survey
 from moe_surgery.prove.metrics import Truth, luck, slack
-from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes
+from moe_surgery.prove.probe import FAMILIES, LARGE, SMALL, UNIT, ZERO, Probes, make_probes, saturated, unit
 from moe_surgery.prove.probe_own_router import try_out
 from moe_surgery.prove.routing import route
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec
@@ -61,6 +61,19 @@ def test_every_expert_is_reached_where_rows_are_independent(
     probes = make_probes(spec, router, seed)
     unit = probes.x[probes.of(UNIT)].double() @ router.double().T
     assert set(unit.topk(k, -1).indices.flatten().tolist()) == set(range(experts))
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["independent rows", "two rows alike"])
+def test_every_second_saturated_token_chooses_among_large_logits(alike: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    router, x = (torch.randn(size, 48, generator=generator, dtype=torch.float64) for size in (8, 6))
+    if alike:
+        router[5] = router[2]
+    spec = replace(THINKER, hidden=48, router=replace(THINKER.router, num_experts=8, top_k=2))
+    found = saturated(spec, router, unit(x))
+    assert len(found) == 6
+    third = (found @ router.T).topk(3, -1).values[:, -1]
+    torch.testing.assert_close(third[1::2], 0.6 * third.new_tensor([10.0, 20.0, 40.0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

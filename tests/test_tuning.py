@@ -70,6 +70,24 @@ def test_equal_shapes_are_tuned_once_and_ranks_hold_their_share() -> None:
         shapes([SPEC], "bfloat16", 5)
 
 
+def test_shapes_in_e4m3_have_tables_of_their_own_and_are_made_of_whole_blocks() -> None:
+    spec = replace(SPEC, hidden=256, experts=replace(SPEC.experts, width=128))
+    assert spec.shared is not None
+    spec = replace(spec, shared=replace(spec.shared, width=256))
+    (found,) = shapes([spec], "bfloat16", scaled=True)
+    assert found.name == shapes([spec], "bfloat16")[0].name + "-e4m3"
+    with pytest.raises(UsageError, match="blocks of 128, of which 64 is no multiple"):
+        shapes([spec], "bfloat16", 2, scaled=True)
+
+
+@pytest.mark.parametrize("experts", [2, 8, 16, 64, 512])
+def test_scales_by_row_have_tiles_for_few_tokens_and_are_slower_for_more(experts: int) -> None:
+    choice.table.cache_clear()
+    rows = choice.rows_for(Terms(experts, 2, 2, 1024, 384, "silu", scaled=True, by_row=True), torch.bfloat16)
+    assert rows[0].tokens == 1 and [row.path for row in rows] == ["pairs"] * len(rows)
+    assert [row.slower for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
 def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own() -> None:
     spec = ROUTED["correction bias and groups"]
     (shape,) = shapes([spec], "bfloat16")

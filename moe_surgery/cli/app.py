@@ -20,20 +20,27 @@ from moe_surgery.cli import (
 from moe_surgery.cli.command import Group, command
 from moe_surgery.cli.guard import run
 from moe_surgery.cli.options import (
+    Batch,
+    BenchTokens,
     Choice,
     DType,
+    Generate,
     Html,
     Loading,
     Model,
     ModelOrPlan,
+    NewTokens,
     OnFailure,
     Output,
     Place,
+    Prompt,
     Proof,
     Prove,
     RunFolder,
+    Save,
     Svg,
     Trust,
+    TuneTokens,
     Words,
 )
 from moe_surgery.cli.packs_commands import packs
@@ -80,10 +87,7 @@ def plan(
     place: Place,
     trust: Trust,
     output: Output,
-    save: Annotated[
-        Path | None,
-        typer.Option("--save", "-o", metavar="PLAN.JSON", help="Save the plan for apply.", show_default=False),
-    ] = None,
+    save: Save = None,
     check: Annotated[bool, typer.Option("--check", help="End with 10 if the plan would change anything.")] = False,
     svg: Svg = None,
     html: Html = None,
@@ -121,24 +125,9 @@ def apply(
     proof: Proof,
     trust: Trust,
     output: Output,
-    generate: Annotated[
-        str | None,
-        typer.Option(
-            "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            metavar="TEXT",
-            help="The same from text; the model must have its tokenizer.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", metavar="N", min=1, max=1 << 20, help="How many to generate.")
-    ] = 16,
+    generate: Generate = None,
+    prompt: Prompt = None,
+    new_tokens: NewTokens = 16,
     no_undo: Annotated[
         bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
     ] = False,
@@ -190,28 +179,8 @@ def bench(
     proof: Proof,
     trust: Trust,
     output: Output,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            min=1,
-            max=1 << 20,
-            help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
-            show_default="1, 8, 64, 512",
-        ),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch",
-            metavar="N",
-            min=1,
-            max=1 << 16,
-            help="Sequences of a decoding step; repeatable.",
-            show_default="1, 8",
-        ),
-    ] = None,
+    tokens: BenchTokens = None,
+    batch: Batch = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Time the steps of a vLLM engine instead, with surgery and without.")
     ] = False,
@@ -305,12 +274,7 @@ def tune_command(
     model: Model,
     trust: Trust,
     output: Output,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens", metavar="N", min=1, help="For N tokens; repeatable.", show_default="powers of two to 8192"
-        ),
-    ] = None,
+    tokens: TuneTokens = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=1, help="How long to look, for each shape.")
     ] = 300.0,
@@ -318,13 +282,16 @@ def tune_command(
         int, typer.Option("--tensor-parallel", metavar="N", min=1, help="For what each of N ranks holds.")
     ] = 1,
     dtype: Annotated[DType, typer.Option("--dtype", help="For weights in this dtype.")] = DType.auto,
+    e4m3: Annotated[
+        bool, typer.Option("--e4m3", help="For experts in FP8 with a scale for each block, as engines fold them.")
+    ] = False,
 ) -> None:
     """Find the fastest tile sizes for MODEL's blocks on this machine's GPU; they are used from then on.
 
     Needs no weights. Tables are kept in the user's cache folder, one for each shape and GPU.
     """
     kept = None if dtype is DType.auto else dtype.value
-    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept)
+    job = tune.Job(model, tuple(tokens or ()), seconds, ranks, kept, e4m3)
     run(output, lambda screen: tune.tune(screen, job, trust))
 
 

@@ -67,6 +67,54 @@ Words = Annotated[
 RunFolder = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Where receipts go.", show_default="a temporary folder")
 ]
+Save = Annotated[
+    Path | None,
+    typer.Option("--save", "-o", metavar="PLAN.JSON", help="Save the plan for apply.", show_default=False),
+]
+Generate = Annotated[
+    str | None,
+    typer.Option(
+        "--generate", metavar="IDS", help='Token ids, such as "1,2,3": compare greedy tokens.', show_default=False
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="The same from text; the model must have its tokenizer.",
+        show_default=False,
+    ),
+]
+NewTokens = Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, max=1 << 20, help="How many to generate.")]
+BenchTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        min=1,
+        max=1 << 20,
+        help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
+        show_default="1, 8, 64, 512",
+    ),
+]
+Batch = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        max=1 << 16,
+        help="Sequences of a decoding step; repeatable.",
+        show_default="1, 8",
+    ),
+]
+TuneTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens", metavar="N", min=1, help="For N tokens; repeatable.", show_default="powers of two to 8192"
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ _DIFFERS = 1.02
 
 @dataclass(frozen=True)
 class Job:
-    """What ``tune`` was asked for: ``seconds`` for each shape, of what each of ``ranks`` holds."""
+    """What ``tune`` was asked for: ``seconds`` for each shape, of what each of ``ranks`` holds, ``e4m3`` or not."""
 
     model: str
     tokens: tuple[int, ...]
     seconds: float
     ranks: int
     dtype: str | None
+    e4m3: bool = False
 
 
 def tune(screen: Screen, job: Job, trust: Trust) -> int:
@@ -62,18 +63,19 @@ def tune(screen: Screen, job: Job, trust: Trust) -> int:
             raise UsageError(
                 f"tables are for {' and '.join(DTYPES)}; {job.model} is in {dtype}, --dtype says otherwise"
             )
-        wanted = shapes([step.spec for step in plan.report().replaced if step.spec is not None], dtype, job.ranks)
+        specs = [step.spec for step in plan.report().replaced if step.spec is not None]
+        wanted = shapes(specs, dtype, job.ranks, scaled=job.e4m3)
         if not wanted:
             raise UsageError(f"{job.model} has no block for the folded kernels; moe-surgery plan says why")
         folder, workers = own_folder(torch.cuda.get_device_name()), os.cpu_count() or 1
         with compilers(workers) as pool:
             for shape in wanted:
                 progress.phase(f"compiling candidates for {shape.name}")
-                terms = folded_terms(shape.spec, dtype)
+                terms = folded_terms(shape.spec, dtype, scaled=job.e4m3)
                 for waiting in begin_compiling(pool, workers, terms, dtype, numbers):
                     waiting.result()
                 progress.phase(f"timing {shape.name}")
-                table = tune_shape(shape.spec, dtype, numbers, job.seconds, progress=progress.step)
+                table = tune_shape(shape.spec, dtype, numbers, job.seconds, progress.step, scaled=job.e4m3)
                 path = folder / f"{shape.name}.json"
                 table.write(path, dtype)
                 found.append((shape, path, table.found))

@@ -207,6 +207,32 @@ class Offsets(NamedTuple):
     scales_w2: int = 0
 
 
+def stand_ins(terms: Terms, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Weights of the shapes, dtypes and alignment that ``terms`` are for, to compile with; they take no memory."""
+    experts, slices, hidden, width = terms.experts, terms.slices, terms.hidden, terms.width
+    rows13 = (2 if terms.up else 1) * width
+
+    def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty([1] * len(shape), device=device, dtype=dtype).expand(shape)
+
+    def expert(*shape: int) -> Tensor:
+        return of(*shape, dtype=torch.float8_e4m3fn if terms.scaled else dtype)
+
+    factors = torch.empty(1, device=device)
+    return Weights(
+        of(experts, hidden),
+        expert(experts, rows13, hidden),
+        expert(experts, hidden, width),
+        of(1, hidden) if terms.gated else None,
+        expert(rows13 // width * slices * width, hidden) if slices else None,
+        None,
+        expert(hidden, slices * width) if slices else None,
+        of(experts, rows13) if terms.biases else None,
+        of(experts, hidden) if terms.biases else None,
+        Scales(factors, factors) if terms.scaled else None,
+    )
+
+
 def next_power(size: int) -> int:
     """The least power of two that isn't below ``size``."""
     return 1 << (size - 1).bit_length()

@@ -113,7 +113,15 @@ def choose(terms: Terms, tokens: int, dtype: torch.dtype) -> Choice:
 def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The table of a block. Those of shapes are for two-byte dtypes and for e4m3; float32 takes the default's tiles."""
     named = table(shape_name(terms)) if dtype.itemsize == 2 or terms.scaled else ()
-    return named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
+    rows = named or (nearest(terms) if terms.scaled else defaults(terms, dtype))
+    return _ungrouped(rows) if terms.by_row else rows
+
+
+def _ungrouped(rows: Sequence[Choice]) -> tuple[Choice, ...]:
+    """The rows for few tokens, where there are no kernels for more: it is slower with these."""
+    few = [row for row in rows if row.path == "pairs"]
+    first = next(row for row in rows if row.path == "grouped")
+    return (*few, replace(few[-1], tokens=first.tokens, slower=True))
 
 
 @cache
@@ -138,13 +146,14 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
 
     Tiles depend on how many tokens an expert gets, and on how far its two products reach: so shapes are compared by
     the experts for each one chosen and by both widths, and a row is taken for as many tokens as give an expert as many.
-    Where vLLM's layer was faster it is taken for faster here.
+    Where vLLM's layer was faster it is taken for faster here. With scales by row there are rows for few tokens alone,
+    which don't depend on what an expert gets.
     """
     found = {path.stem: _sizes(path.stem) for path in sorted(FOLDER.glob(f"H*{_SCALED}.json"))}
     own = _sizes(shape_name(terms))
     name = min(found, key=lambda each: _unlikeness(own, found[each]))
     like = found[name]
-    more = own["E"] / own["K"] / (like["E"] / like["K"])
+    more = 1.0 if terms.by_row else own["E"] / own["K"] / (like["E"] / like["K"])
     wider = next_power(own["K"] + own["M"]) // next_power(like["K"] + like["M"])
     rows: dict[int, Choice] = {}
     for row in read_table(FOLDER / f"{name}.json"):

@@ -20,18 +20,16 @@ def warm(weights: Weights, terms: Terms, numbers: Sequence[int] | None = None) -
     With ``numbers`` of tokens, those that they need.
     """
     dtype = weights.router.dtype
-    wanted = _variants(terms, dtype) if numbers is None else ((choose(terms, n, dtype), n) for n in numbers)
+    wanted = variants(terms, dtype) if numbers is None else ((choose(terms, n, dtype), n) for n in numbers)
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for choice, tokens in wanted:
             compile_only(weights.router.new_empty(tokens, terms.hidden), weights, terms, choice)
 
 
-def _variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
+def variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
     """Every row of the table with a number of tokens for each dtype of experts' outputs that it may meet."""
     rows = rows_for(terms, dtype)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
-        if terms.by_row and row.path == "grouped":
-            continue
         if row.tokens <= WIDE_ROWS:
             yield row, 2
         if after is None or after.tokens > WIDE_ROWS + 1:

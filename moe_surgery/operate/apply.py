@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
 
 from moe_surgery.calling import output_of
-from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError
+from moe_surgery.errors import ExpectationError, ProofError, SurgeryError
 from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
+from moe_surgery.operate.fitting import check_fits
 from moe_surgery.operate.model_check import WholeModel
+from moe_surgery.operate.settings import Progress, Settings
 from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
@@ -26,67 +27,13 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import unwritten
-from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
 from moe_surgery.weights.tensors import BlockTensors
-
-Progress = Callable[[int, int, str], None]
-"""``(done, total, what)``: sites proven so far, sites in all, and the path being worked on."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to operate: ``margin`` the proof asks for, its ``seed``, and whether the originals are kept for undo.
-
-    ``model_check`` says whether the whole model is checked; arguments to call it with may be given instead of True.
-    ``expect`` blocks must be replaced in the end, and under ``strict`` all that were planned.
-    """
-
-    margin: float = 5.0
-    seed: int = 0
-    undoable: bool = True
-    progress: Progress | None = None
-    model_check: bool | Mapping[str, Any] = True
-    expect: int | None = None
-    strict: bool = False
-
-
-def check_fits(plan: Plan, sites: Sequence[Surveyed]) -> dict[str, Reading]:
-    """The readings of the sites a plan replaces. Raises :class:`PlanError` if the model isn't the one planned for."""
-    _check_place(plan, sites)
-    found = {item.site.path: item for item in sites}
-    planned = [step.path for step in plan.steps]
-    if list(found) != planned:
-        strange = sorted(set(found) ^ set(planned)) or ["their order"]
-        raise PlanError(f"the plan is for other sites than the model has: they differ in {', '.join(strange[:3])}")
-    readings = {}
-    for step in plan.steps:
-        if step.outcome != "replaced":
-            continue
-        item = found[step.path]
-        if item.reading is None:
-            raise PlanError(f"{step.path}: planned to be replaced, but now {item.unread or 'already fused'}")
-        if item.held is not None:
-            raise PlanError(f"{step.path}: planned to be replaced, but now {item.held}")
-        if item.reading.spec != step.spec:
-            wanted = step.spec.sentence() if step.spec else "nothing"
-            raise PlanError(f"{step.path}: planned as {wanted}, but now {item.reading.spec.sentence()}")
-        readings[step.path] = item.reading
-    return readings
-
-
-def _check_place(plan: Plan, sites: Sequence[Surveyed]) -> None:
-    """Raise :class:`PlanError` if the sites are on another device or in another dtype than the plan was asked for."""
-    tensors = {f"{item.site.path}.{name}": one for item in sites for name, one in item.site.module.named_parameters()}
-    dtype = own_dtype(tensors)
-    for device in sorted({tensor.device.type for tensor in tensors.values()}):
-        plan.check_place(device, str(dtype).removeprefix("torch."))
 
 
 class Operation:

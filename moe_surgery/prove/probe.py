@@ -108,7 +108,8 @@ def saturated(spec: MoESpec, weight: Tensor, x: Tensor) -> Tensor:
     raised = (torch.arange(len(x), device="cpu") % 2 == 1)[:, None]
     scale = scale.where(~raised, scale * _SPREAD)
     lift = _HEIGHT * wanted - (logits * scale).topk(k + 1, -1).values[:, -1:]
-    upwards = torch.linalg.pinv(weight) @ weight.new_ones(experts)
+    # The same by the rows' products takes a tenth of the time where experts are far fewer than dimensions.
+    upwards = weight.T @ (torch.linalg.pinv(weight @ weight.T, hermitian=True) @ weight.new_ones(experts))
     x = x * scale + (lift * upwards).where(raised, 0.0)
     return x[x.pow(2).mean(-1).sqrt() < _LARGEST]
 

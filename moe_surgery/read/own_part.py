@@ -12,7 +12,7 @@ import torch
 from moe_surgery.calling import Replayed
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.parsed import Record, attribute
-from moe_surgery.read.program import Builder
+from moe_surgery.read.program import Builder, of_both
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
@@ -64,9 +64,10 @@ def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
     first, second = (_program(ask(shape, dtype, spread), shape) for shape in (one, other))
-    if first != second:
+    found = of_both(first, second)
+    if found is None:
         raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
-    return first
+    return found
 
 
 def _named(record: Record) -> Iterator[str]:

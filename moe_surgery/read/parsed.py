@@ -116,6 +116,8 @@ def attribute(path: str, name: str) -> str:
 def _rankings(number: int, choice: Choice, run: Interpreter, terms: Terms, count: int) -> list[Ranking]:
     """A choice as each of ``count`` tokens met it; one that isn't made once per token has no ids."""
     scores = vectors(run.rows(choice.scores), terms).lead.reshape(-1)
+    if not len(scores):
+        raise Unreadable("it doesn't rank once per token")
     if len(scores) != count:
         return [Ranking(number, scores[0], choice.k, (), choice.largest)] * count
     ids = choice.ids.reshape(count, -1).tolist()

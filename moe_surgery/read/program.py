@@ -1,14 +1,14 @@
 """From a record to a program: what of it made some tensors, to be run again on any batch.
 
 A record was made of one batch. A number in it that is one of that batch's sizes, or a multiple of the number of its
-tokens, is taken to come of the batch; that this is so shows where records of two batches give the same program.
+tokens, may come of the batch; whether it does shows where records of two batches are held against each other.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,9 +117,9 @@ class Builder:
             return leaf
         tokens = torch.Size(self.shape[:-1]).numel()
         if leaf % tokens == 0:
-            return Many("tokens", leaf // tokens)
+            return Many("tokens", leaf // tokens, leaf)
         if len(self.shape) == 3 and leaf in self.shape[:-1]:
-            return Many("batch" if leaf == self.shape[0] else "sequence")
+            return Many("batch" if leaf == self.shape[0] else "sequence", was=leaf)
         return leaf
 
     def _origin(self, origin: Origin, value: Tensor) -> At:
@@ -190,6 +190,37 @@ class Builder:
         fits = {number for number, op in names.items() if torch.Size(op.shape).numel() == tokens * experts}
         found = [number for number in fits if names[number].name in _MAPS and names[number].shape[-1] == experts]
         return max((number for number in found if number <= last), default=None)
+
+
+def of_both(first: Program, second: Program) -> Program | None:
+    """The program of two records of the same code, of batches of different sizes; None if they aren't of one program.
+
+    A number that is the same in both is no size of a batch, even if it happened to be one of one of them.
+    """
+    if len(first.steps) != len(second.steps):
+        return None
+    one, other = _settled(first, second), _settled(second, first)
+    return one if one == other else None
+
+
+def _settled(program: Program, other: Program) -> Program:
+    """``program`` with the plain number wherever ``other`` has the same number and says something else of it."""
+
+    def settled(mine: Any, theirs: Any) -> Any:
+        if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
+            return tuple(map(settled, mine, theirs))
+        return _was(mine) if mine != theirs and _was(mine) == _was(theirs) else mine
+
+    steps = (
+        replace(one, args=settled(one.args, two.args), kwargs=settled(one.kwargs, two.kwargs))
+        for one, two in zip(program.steps, other.steps, strict=True)
+    )
+    return replace(program, steps=tuple(steps))
+
+
+def _was(operand: Any) -> Any:
+    """An operand as it stood in its record."""
+    return operand.was if isinstance(operand, Many) else operand
 
 
 def _each(function: Callable[[Any], Any], operands: Any) -> Any:

@@ -13,6 +13,7 @@ from moe_surgery.read.record.outside_state import scripted
 from moe_surgery.weights.layout import Layout, Piece
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (torch.bool, torch.int32, torch.int64)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -21,8 +22,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments without a
-    default, for tied weights (stacking would part them), for weights that are no floating-point numbers as they are,
-    and for weights on several devices.
+    default, for tied weights (stacking would part them), for weights that are no floating-point numbers as they are
+    (vectors of counts or a mask may be whole numbers), and for weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -45,8 +46,9 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
                 raise Unreadable(f"{owners[storage]} and {name} are tied: one tensor under two names")
             owners[storage] = name
             state[name] = tensor
-    if strange := [tensor.dtype for tensor in state.values() if tensor.dtype not in _DTYPES]:
-        raise Unreadable(f"its weights are {strange[0]}, not floating point")
+    for name, tensor in state.items():
+        if tensor.dtype not in _DTYPES and not (tensor.dtype in _NUMBERS and tensor.ndim < 2):
+            raise Unreadable(f"{name} is {tensor.dtype}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:
         raise Unreadable("its weights are on several devices")
     return state

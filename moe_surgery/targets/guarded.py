@@ -96,6 +96,11 @@ class GuardedBlock(StandingBlock):
         super()._apply(fn, recurse)
         return self
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """``fn`` of this module; those in it are the kernels' own, and may call other things by this name."""
+        fn(self)
+        return self
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         if self._likeness is None:
             raise SurgeryError(

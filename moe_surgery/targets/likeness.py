@@ -243,6 +243,16 @@ class Elsewhere(Standing):
         assert self._likeness is not None
         self._likeness.refuse("")
 
+    def _refuse_hook(self, *args: object, **kwargs: object) -> NoReturn:
+        assert self._likeness is not None
+        raise SurgeryError(
+            f"a hook on {self._likeness.path} would never be called: a swapped MoE block computes what it did; "
+            "undo first, or put the hook on the block"
+        )
+
+    register_forward_pre_hook = register_forward_hook = _refuse_hook
+    register_full_backward_pre_hook = register_full_backward_hook = register_backward_hook = _refuse_hook
+
 
 class ListElsewhere(Elsewhere):
     """A list or dict of such children."""

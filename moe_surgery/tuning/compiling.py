@@ -10,10 +10,9 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_surgery.kernels import launch
-from moe_surgery.kernels.arguments import WIDE_ROWS, Scales, Terms, Weights
+from moe_surgery.kernels.arguments import WIDE_ROWS, Terms, stand_ins
 from moe_surgery.kernels.choice import Choice
 from moe_surgery.tuning.candidates import candidates
 
@@ -45,30 +44,8 @@ def begin_compiling(
 
 def _compile(terms: Terms, dtype: str, tokens: int, rows: Sequence[dict[str, Any]]) -> None:
     """Compile each row's kernels. Nothing is launched, and the weights take no memory."""
-    like: dict[str, Any] = {"device": "cuda", "dtype": getattr(torch, dtype)}
-    experts, slices, hidden, width = terms.experts, terms.slices, terms.hidden, terms.width
-    rows13 = (2 if terms.up else 1) * width
-
-    def of(*shape: int) -> Tensor:
-        return torch.empty([1] * len(shape), **like).expand(shape)
-
-    def expert(*shape: int) -> Tensor:
-        return of(*shape).to(torch.float8_e4m3fn) if terms.scaled else of(*shape)
-
-    factors = torch.empty(1, device="cuda")
-    weights = Weights(
-        of(experts, hidden),
-        expert(experts, rows13, hidden),
-        expert(experts, hidden, width),
-        of(1, hidden) if terms.gated else None,
-        expert(rows13 // width * slices * width, hidden) if slices else None,
-        None,
-        expert(hidden, slices * width) if slices else None,
-        of(experts, rows13) if terms.biases else None,
-        of(experts, hidden) if terms.biases else None,
-        Scales(factors, factors) if terms.scaled else None,
-    )
-    x = torch.empty(tokens, hidden, **like)
+    weights = stand_ins(terms, getattr(torch, dtype), torch.device("cuda"))
+    x = weights.router.new_empty(tokens, terms.hidden)
     for row in rows:
         try:
             launch.compile_only(x, weights, terms, Choice.of(row))

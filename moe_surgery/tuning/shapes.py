@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import Terms
+from moe_surgery.kernels.arguments import BLOCK, Terms
 from moe_surgery.kernels.choice import shape_name
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.folded.fitness import beside, outside
@@ -22,18 +22,27 @@ class Shape:
     count: int
 
 
-def shapes(specs: Iterable[MoESpec], dtype: str, ranks: int = 1) -> list[Shape]:
+def shapes(specs: Iterable[MoESpec], dtype: str, ranks: int = 1, *, scaled: bool = False) -> list[Shape]:
     """The shapes of blocks in ``dtype``, each once; of what each of ``ranks`` holds under tensor parallelism.
 
-    Raises :class:`UsageError` where a width can't be shared by so many.
+    ``scaled`` ones have their experts in e4m3 with a scale for each block. Raises :class:`UsageError` where a width
+    can't be shared by so many ranks, or isn't made of whole blocks.
     """
     found: dict[str, Shape] = {}
     for spec in specs:
         part = share(spec, ranks)
-        name = shape_name(folded_terms(part, dtype))
+        if scaled:
+            _check_blocks(part)
+        name = shape_name(folded_terms(part, dtype, scaled=scaled))
         known = found.get(name, Shape(name, part, 0))
         found[name] = replace(known, count=known.count + 1)
     return list(found.values())
+
+
+def _check_blocks(spec: MoESpec) -> None:
+    for size in (spec.hidden, spec.experts.width, *([spec.shared.width] if spec.shared else [])):
+        if size % BLOCK:
+            raise UsageError(f"experts in e4m3 have blocks of {BLOCK}, of which {size} is no multiple")
 
 
 def share(spec: MoESpec, ranks: int) -> MoESpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Layout:
     correction_bias: Piece | None = None
     output_bias: Piece | None = None
 
-    @property
+    @cached_property
     def packed(self) -> tuple[str, str] | None:
         """``(gate_up, down)`` parameter paths if the experts are two stacked tensors in the target's own order.
 

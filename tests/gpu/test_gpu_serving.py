@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,11 @@ from moe_surgery.engine.receipts import check, read_all
 
 PROMPTS = [[3, 17, 90, 41, 5], [100, 2, 2, 64], [7]]
 LONG = [(17 * at * at + 5 * at) % 128 for at in range(200)]
+Served = tuple[list[list[int]], list[float]]
 EXACT = {"TRITON_F32_DEFAULT": "ieee"}
 
 
-def served(
-    folder: Path, tmp: Path, cache: Path, dtype: str, surgery: bool = True
-) -> tuple[list[list[int]], list[float]]:
+def served(folder: Path, tmp: Path, cache: Path, dtype: str, surgery: bool) -> Served:
     """Greedy tokens of :data:`PROMPTS`, and the log-probabilities of :data:`LONG`."""
     env = {**EXACT, "VLLM_CACHE_ROOT": str(cache)}
     options = ("--dtype", dtype, "--max-num-seqs", "4")  # few sizes of a batch are few graphs
@@ -38,18 +38,24 @@ def distance(found: list[float], wanted: list[float]) -> float:
     return math.sqrt(sum((one - other) ** 2 for one, other in zip(found, wanted, strict=True)) / len(wanted))
 
 
+def chain(folder: Path, tmp: Path, dtype: str, order: tuple[bool, ...]) -> list[Served]:
+    """What is served with surgery and without, one after the other, from one folder of compiled graphs."""
+    tmp.mkdir()
+    return [served(folder, tmp / str(at), tmp / "cache", dtype, surgery) for at, surgery in enumerate(order)]
+
+
 @pytest.mark.slow
 def test_tokens_are_those_without_surgery_with_caches_of_either(folders: dict[str, Path], tmp_path: Path) -> None:
     """In float32 the same tokens. In bfloat16 as near to float32's as without surgery, which is the dtype's noise."""
-    folder, cache = folders["naive_talker"], tmp_path / "cache"
-    plain = served(folder, tmp_path / "plain", cache, "float32", surgery=False)
-    swapped = served(folder, tmp_path / "swapped", cache, "float32")
-    again = served(folder, tmp_path / "again", cache, "float32", surgery=False)
+    orders = {"float32": (False, True, False), "bfloat16": (False, True, True)}
+    with ThreadPoolExecutor(len(orders)) as pool:  # a server takes the better part of a minute to start
+        started = [
+            pool.submit(chain, folders["naive_talker"], tmp_path / dtype, dtype, order)
+            for dtype, order in orders.items()
+        ]
+    (plain, swapped, again), (coarse, folded, warm) = (each.result() for each in started)
     assert swapped[0] == plain[0] == again[0]
     assert max(abs(a - b) for a, b in zip(swapped[1], plain[1], strict=True)) < 1e-4
-    coarse = served(folder, tmp_path / "coarse", cache, "bfloat16", surgery=False)
-    folded = served(folder, tmp_path / "folded", cache, "bfloat16")
     noise = distance(coarse[1], plain[1])
     assert 0 < distance(folded[1], plain[1]) < 1.5 * noise
-    warm = served(folder, tmp_path / "warm", cache, "bfloat16")
     assert warm == folded

@@ -62,6 +62,15 @@ def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path
     assert len(sites(result)) == 2
 
 
+def test_a_block_that_is_wrong_with_vllms_layer_alone_is_noticed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """With a scale for each row that layer computes all but few tokens; the kernels have no part in the fault."""
+    run = operated(checkpoints["naive_talker by row"], tmp_path / "run", ask=False, fault="shared expert doubled")
+    [result] = run_all([run], tmp_path)
+    [receipt] = result.receipts
+    assert receipt["outcome"] == "failed"
+    assert "with vLLM's layer: the new block is not what the spec says" in receipt["error"]
+
+
 def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -498,7 +498,7 @@ class ItsRouterRemembers(Base):
         return weights, ids
 
 
-@block(STATE, "can't be followed")
+@block(STATE, "which is its experts'")
 class RemembersItsOutput(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         out = super().forward(hidden_states)
@@ -514,6 +514,20 @@ class CountsInABuffer(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = super().route(x)
         self.loads += F.one_hot(ids, self.num_experts).sum((0, 1))
+        return weights, ids
+
+
+@block(STATE)
+class CountsInTraining(Base):
+    """Whole numbers, written in training only."""
+
+    def make_more(self) -> None:
+        self.register_buffer("loads", torch.zeros(self.num_experts, dtype=torch.long))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        if self.training:
+            self.loads += ids.flatten().bincount(minlength=self.num_experts)
         return weights, ids
 
 
@@ -571,6 +585,38 @@ class ByCosine(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         alike = F.normalize(x, dim=-1) @ F.normalize(self.gate.weight, dim=-1).t()
         return (alike * self.temperature.exp().clamp(max=20.0)).softmax(-1).topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS)
+class CappedAtSizesOfBatches(Base):
+    """Its caps are sizes of the batches that blocks are read with, and aren't taken for them."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(x)
+        capped = sum(logits.clamp(-size, size) for size in (3, 5, 7, 11, 13, 15, 35, 77))
+        return capped.softmax(-1).topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS)
+class WithoutSomeExperts(Base):
+    """A mask says which experts may not be chosen; at present they all may."""
+
+    def make_more(self) -> None:
+        self.register_buffer("dropped", torch.zeros(self.num_experts, dtype=torch.bool))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.logits(x).masked_fill(self.dropped, -torch.inf).softmax(-1).topk(self.top_k, dim=-1)
+
+
+@block(ROUTERS, "treats batches of other forms differently")
+class FirstOfEachHalf(Base):
+    """Each half of its experts has a choice of its own, which no one split of the block can give."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.num_experts // 2
+        first, second = (part.softmax(-1).max(-1) for part in self.logits(x).split(half, dim=-1))
+        ids = torch.stack([first.indices, second.indices + half], -1)
+        return torch.stack([first.values, second.values], -1), ids
 
 
 @block(ROUTERS)

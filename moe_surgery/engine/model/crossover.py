@@ -30,9 +30,7 @@ _MEASURED = "silu"
 
 def crosses(terms: Terms, choice: Choice) -> bool:
     """Whether the block computes with vLLM's experts where the table has ``choice``."""
-    if terms.scaled:
-        return choice.slower or (terms.by_row and choice.path == "grouped")
-    return choice.slower and terms.activation == _MEASURED
+    return choice.slower and (terms.scaled or terms.activation == _MEASURED)
 
 
 def sizes_to_ask(terms: Terms, dtype: torch.dtype) -> tuple[int, ...]:

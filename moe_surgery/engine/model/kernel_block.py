@@ -8,6 +8,7 @@ care here. All that depends on the number of tokens is inside of one operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,6 +192,7 @@ class KernelBlock(EngineBlock):
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
         self._layer_name = str(runner.layer_name)
+        self._vllm: bool | None = None
         if self.terms.scaled:
             from moe_surgery.engine.model.stored_op import compute_stored, engine_stored_moe  # needs Triton
 
@@ -242,7 +244,17 @@ class KernelBlock(EngineBlock):
             logits = first(gate(x))
         if torch.compiler.is_compiling():
             return self._of_stored_in_graphs(x, logits, self.weights(), self.terms, self._layer_name)
-        return self._of_stored(x, logits, self.weights(), self.terms, runner)
+        return self._of_stored(x, logits, self.weights(), self.terms, runner, self._vllm)
+
+    @contextmanager
+    def always(self, *, vllm: bool) -> Iterator[None]:
+        """While this lasts, quantised weights are computed with by vLLM's layer, or by the kernels, for any number of
+        tokens: so each of the two can be asked about all."""
+        self._vllm = vllm
+        try:
+            yield
+        finally:
+            self._vllm = None
 
     def _check(self) -> None:
         weights, t = self.weights(), self.terms
@@ -281,12 +293,3 @@ def _blocks(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
 def _rows(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """The scales of rows of matrices of ``shape``."""
     return None if shape is None else (*shape[:-1], 1)
-
-
-def warm_kernels(model: nn.Module) -> None:
-    """Compile all that the blocks of ``model`` may ever launch: an engine's own warm-up meets some sizes only."""
-    blocks = {block.terms: block for block in model.modules() if isinstance(block, KernelBlock)}
-    for terms, block in blocks.items():
-        from moe_surgery.kernels.warming import warm
-
-        warm(block.weights(), terms)

@@ -108,10 +108,11 @@ class Proof(Protocol):
     ``ready`` is called before vLLM lays out the experts of the new block's ``runner``, ``prove`` after that.
     """
 
-    ranks: Ranks
     verdict: Verdict | None
     seconds: float
 
+    @property
+    def ranks(self) -> Ranks: ...
     def ready(self, runner: Any) -> None: ...
     def prove(self, block: nn.Module, runner: Any, config: VllmConfig) -> None: ...
 

@@ -38,14 +38,17 @@ TRIED = frozenset(
 def obstacle(config: VllmConfig) -> str | None:
     """Why nothing can be operated on in an engine of this kind."""
     parallel = config.parallel_config
+    ranks, steps = parallel.data_parallel_size, parallel.eplb_config.step_interval
     held = {
-        "data parallelism: ranks that share out experts hold other tokens, and a proof asks all the same": (
-            parallel.data_parallel_size > 1
+        f"data parallelism: each of {ranks} ranks has tokens of its own, and a proof asks all about the same": (
+            ranks > 1
         ),
         "prefill context parallelism: ranks hold parts of a prompt, and a proof asks all the same": (
             getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
-        "expert load balancing: experts move between ranks while the engine serves": parallel.enable_eplb,
+        f"expert load balancing: experts move between ranks every {steps} steps, from where they were proven": (
+            parallel.enable_eplb
+        ),
         "sequence parallelism of MoE layers: blocks cut tokens apart before their experts": (
             parallel.use_sequence_parallel_moe
         ),

@@ -24,14 +24,17 @@ _LIBRARY = torch.library.Library("moe_surgery", "FRAGMENT")
 _LIBRARY.define(STORED_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
-def compute_stored(x: Tensor, logits: Tensor | None, weights: Weights, terms: Terms, runner: Any) -> Tensor:
+def compute_stored(
+    x: Tensor, logits: Tensor | None, weights: Weights, terms: Terms, runner: Any, vllm: bool | None = None
+) -> Tensor:
     """``x`` [T, H], contiguous, to [T, H]; ``runner`` is vLLM's layer, whose router is given the ``logits`` [T, E].
 
-    Without logits the kernels compute them, and choose experts by them.
+    Without logits the kernels compute them, and choose experts by them. The number of tokens says whether the layer
+    computes all, unless ``vllm`` does.
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    if crosses(terms, choose_tiles(terms, len(x), x.dtype)):
+    if crosses(terms, choose_tiles(terms, len(x), x.dtype)) if vllm is None else vllm:
         return _of_layer(x, logits, weights, terms, runner)
     return compute(x, weights, terms, None if logits is None else routed_by(runner.router, x, logits, weights, terms))
 

@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
-from moe_surgery.engine.model.kernel_block import KernelBlock, warm_kernels
+from moe_surgery.engine.model.compiled import compile_ahead, warm_kernels
+from moe_surgery.engine.model.crossover import told
+from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
 from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, settled
 from moe_surgery.engine.model.proving import Exam, Proof, examine, prepare, to_prove
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
+from moe_surgery.engine.model.two_ways import TwoWays
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
 from moe_surgery.report.outcomes import Step
@@ -56,6 +60,8 @@ class Surgery:
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
+        folds = {step.path for step in self.plan.steps if step.target == FOLDED} if current_platform.is_cuda() else ()
+        self._compiled = compile_ahead((item for path, item in self.items.items() if path in folds), config)
         self.exams: dict[str, Proof] = {}
         self.ledger: str | None = None
         self.names: frozenset[str] = frozenset()
@@ -105,15 +111,13 @@ class Surgery:
         with set_current_vllm_config(self.config), torch.no_grad():
             for item in self.items.values():  # all before any: exchanging may change what blocks have in common
                 check_unchanged(item)
-            self.exams |= self._rehearsed(pool)
+            rehearsed = self._rehearsed(pool)
             steps = self._steps()
             chosen = self._chosen()
             for path, item in self.items.items():
                 fold = steps[path].target == FOLDED
-                if path in chosen and path not in self.exams:
-                    # Folded weights are computed with in another way, however they are stored.
-                    parts = bool(item.stored) and not fold
-                    self.exams[path] = observe(item, self.ranks) if parts else prepare(item, self.ranks, pool)
+                if path in chosen:
+                    self.exams[path] = self._exam(item, rehearsed.get(path), pool, fold=fold)
                 built = build(item, book, fold=fold)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
@@ -121,6 +125,7 @@ class Surgery:
                     judge = partial(self._judge, path)
                     examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
+        self._compiled()
         warm_kernels(self.model)  # side by side; the proofs would wait for one after the other
         relist(self.model, exchanged)
         book.arrange(self.model, self.before)
@@ -134,6 +139,15 @@ class Surgery:
     def _chosen(self) -> tuple[str, ...]:
         """The paths of the blocks to prove."""
         return to_prove(self._steps().values(), everything=self.orders.prove == "all")
+
+    def _exam(self, item: EngineSite, rehearsed: Exam | None, pool: Executor, *, fold: bool) -> Proof:
+        """The proof of a block; folded weights are computed with in another way, however they are stored."""
+        if item.stored and not fold:
+            return observe(item, self.ranks)
+        exam = rehearsed or prepare(item, self.ranks, pool)
+        assert self.config.model_config is not None
+        two = bool(item.stored) and told(terms_in_engine(item), self.config.model_config.dtype) is not None
+        return TwoWays(exam, observe(item, self.ranks)) if two else exam
 
     def _rehearsed(self, pool: Executor) -> dict[str, Exam]:
         """The exams of blocks folded behind vLLM's own router: only its loaded weights tell whether any can be.

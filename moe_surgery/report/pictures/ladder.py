@@ -118,8 +118,9 @@ def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float,
     x, line = place(rung.value), y + 8 if narrow else y
     bold = "s b" if rung.kind != _MUTANT and rung.name != _NOISE else "s"
     parts = [title(f"{rung.name}: {rung.number}")]
-    if narrow:
-        parts.append(label(0, y - 4, fitted(rung.name, width - 110, 12), bold))
+    if narrow:  # or what wrong blocks are told apart by might be cut out of their names
+        short = rung.name.replace(" tokens)", ")")
+        parts.append(label(0, y - 4, fitted(short, width - 110, 12), bold))
         parts.append(label(width, y - 4, rung.number, "m", "end"))
     else:
         parts.append(label(0, y + 4, fitted(rung.name, left - 10, 12), bold))
