@@ -76,7 +76,8 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
     ask = Asking(block, arguments_of(block), parse)
     with own_forward(block):
         crowded = _first(ask, hidden_sizes(state), state)
-        _check_identities(slot for token in crowded.tokens for slot in token.slots)
+        split = crowded.record.cut is not None
+        _check_identities((slot for token in crowded.tokens for slot in token.slots), split)
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
@@ -96,13 +97,13 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
     first = crowded.tokens[0]
-    if first.on_input and crowded.record.cut is not None:
+    if first.on_input and split:
         raise Unreadable("its experts weight their inputs")
     experts = same_experts(records, first, router.num_experts)
-    _check_identities(experts)
+    _check_identities(experts, split)
     layout = Layout(
         router=router.piece,
-        experts=tuple(expert.pieces for expert in experts),
+        experts=tuple(expert.pieces for expert in experts if not expert.identity),
         shared=first.shared.mlp.pieces if first.shared else None,
         shared_gate=first.shared.gate if first.shared else None,
         router_bias=router.bias,
@@ -167,8 +168,9 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
     )
 
 
-def _check_identities(slots: Iterable[MLPRead | None]) -> None:
-    if any(slot is not None and slot.identity for slot in slots):
+def _check_identities(slots: Iterable[MLPRead | None], split: bool) -> None:
+    """Experts that return their input are taken where the block is split in front of all of them."""
+    if not split and any(slot is not None and slot.identity for slot in slots):
         raise Unreadable("some of what its router scores are experts that return their input")
 
 

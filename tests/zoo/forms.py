@@ -207,6 +207,14 @@ class TokensInOneDimension(Alone):
         return super().forward(hidden_states).view(-1, self.hidden)
 
 
+@block(RESULTS)
+class ThreeDimensionsOfTokens(Alone):
+    """Of tokens it makes [T, 1, H], which is another block (DBRX); it is replaced for batches."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).view(hidden_states.shape[0], -1, self.hidden)
+
+
 @block(RESULTS, "another token's input", "single tokens", "batch size")
 class TokensInAnotherOrder(Alone):
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -309,6 +317,44 @@ class OneOfHalfOfTheGroups(BestOfEveryGroup):
 
     def numbered(self, places: Tensor) -> Tensor:
         return places + torch.arange(4) // 2 * 2
+
+
+class SomeReturnTheirInput(Alone):
+    """Two of eight experts have no weights (LongCat)."""
+
+    free = (6, 7)
+
+    def make_experts(self) -> None:
+        super().make_experts()
+        for number in self.free:
+            self.experts[number] = nn.Identity()
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            done = self.freely(x[rows]) if number in self.free else self.experts[number](x[rows])
+            out.index_add_(0, rows, done * weights[rows, slots, None])
+        return out
+
+    def freely(self, x: Tensor) -> Tensor:
+        return x
+
+
+@block(AROUND)
+class TheLastReturnTheirInput(SomeReturnTheirInput):
+    pass
+
+
+@block(AROUND, "last ones")
+class TheFirstReturnTheirInput(SomeReturnTheirInput):
+    free = (0, 1)
+
+
+@block(AROUND, "experts", "weight")
+class TheLastReturnTheirInputsSquare(SomeReturnTheirInput):
+    def freely(self, x: Tensor) -> Tensor:
+        return x * x
 
 
 ALL = around.ALL  # those above among them

@@ -1469,7 +1469,7 @@ class KeywordArguments(Base):
 @near_miss("output is")
 class OtherShape(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states).flatten(0, -2)
+        return super().forward(hidden_states)[..., None, :]
 
 
 @near_miss("output is")
