@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_surgery.calling import output_of
 from moe_surgery.errors import ExpectationError, ProofError, SurgeryError
+from moe_surgery.installed.cards import cards
 from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
@@ -254,7 +255,7 @@ class Operation:
             done,
             steps,
             self.plan.fingerprint,
-            versions(),
+            versions() | cards(self.model),
             seconds + self.read,
             exit_code=exit_code,
             phases=tuple(phases.items()),

@@ -23,7 +23,7 @@ class Report(Outcomes):
         steps: One for each site, with its ``path``, ``kind``, ``outcome``, ``reason``, ``spec`` and ``verdict``.
         replaced: Those that are replaced; and so ``kept``, ``missed`` and ``refused``.
         fingerprint: The plan's.
-        versions: Name → version of what it was made with.
+        versions: Name → version of what it was made with; ``"GPU"`` → the cards that hold the model, if any does.
         seconds: How long it took; ``phases`` tells the parts of it.
         memory: Bytes that were moved, made anew and kept for ``undo``.
         exit_code: What the command line ends with.

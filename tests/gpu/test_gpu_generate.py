@@ -47,6 +47,7 @@ def test_no_graph_breaks(build: Any) -> None:
     ids = torch.arange(1, 9, device="cuda")[None]
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     report = moe_surgery.apply(model)
+    assert report.versions["GPU"] == torch.cuda.get_device_name()
     assert {step.target for step in report.replaced} == {"folded"} and len(report.replaced) == len(report.steps) > 0
     eager = model.generate(ids, **options)
     torch._dynamo.reset()

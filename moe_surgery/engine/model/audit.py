@@ -28,6 +28,7 @@ from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import engine_sites
 from moe_surgery.engine.orders import ENGINE_PLAN
 from moe_surgery.errors import ModelError, ProofError
+from moe_surgery.installed.cards import cards
 from moe_surgery.installed.versions import versions
 from moe_surgery.models.site import Site
 from moe_surgery.planning.survey import Surveyed
@@ -76,7 +77,7 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
         done="audited",
         steps=tuple(steps),
         fingerprint="",
-        versions=versions(),
+        versions=versions() | cards(model),
         seconds=round(time.perf_counter() - started, 3),
         exit_code=ProofError.exit_code if any(step.outcome == "wrong" for step in steps) else 0,
     )

@@ -37,6 +37,7 @@ from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.model.two_ways import TwoWays
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
+from moe_surgery.installed.cards import cards
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 
@@ -226,7 +227,8 @@ class Surgery:
             replace(step, verdict=verdicts[step.path]) if verdicts.get(step.path) else step for step in self.plan.steps
         )
         seconds = round(self.seconds + sum(exam.seconds for exam in self.exams.values()), 3)
-        return Report(self.plan.model, "applied", steps, self.plan.fingerprint, self.plan.versions, seconds)
+        made_with = self.plan.versions | cards(self.model)
+        return Report(self.plan.model, "applied", steps, self.plan.fingerprint, made_with, seconds)
 
 
 def relist(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module]) -> None:
