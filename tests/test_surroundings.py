@@ -76,7 +76,6 @@ UNANSWERED: dict[str, talking.Step] = {
     "type": lambda layer, x: layer.mlp(x) if type(layer.mlp) is Block else 0 * x,
     "weights": lambda layer, x: layer.mlp(x) + layer.mlp.experts[0].d.weight.sum(),
     "hasattr": lambda layer, x: layer.mlp(x) if hasattr(layer.mlp.experts[0].d, "weight") else 0 * x,
-    "child": lambda layer, x: layer.mlp(x) + layer.mlp.experts[0](x),
     "parameters": lambda layer, x: layer.mlp(x) * len(list(layer.mlp.parameters())),
     "swallowed": lambda layer, x: layer.mlp(x) + swallowed(layer),
     "writes": lambda layer, x: written(layer, x),
@@ -113,6 +112,31 @@ def test_what_cant_be_answered_rolls_back_and_names_the_layer(name: str, undoabl
     assert not any("_apply" in vars(module) or "forward" in vars(module) for module in modules)
 
 
+CALLED: dict[str, talking.Step] = {
+    "beside": lambda layer, x: layer.mlp(x) + layer.mlp.experts[1](x),
+    "instead": lambda layer, x: layer.mlp.experts[1](x),
+    "deeper": lambda layer, x: layer.mlp(x) + layer.mlp.experts[1].d(layer.mlp.experts[1].g(x)),
+}
+
+
+@pytest.mark.parametrize(("name", "undoable"), [*((name, True) for name in CALLED), ("beside", False)])
+def test_a_block_whose_child_the_model_calls_past_it_is_refused_alone(name: str, undoable: bool) -> None:
+    model = talking.model(CALLED[name])
+    report = right(model, undoable=undoable)
+    assert report is not None
+    first, second = report.steps
+    assert (first.outcome, second.outcome) == ("replaced", "refused")
+    assert second.reason.startswith("the model calls its experts.1") and " past it" in second.reason
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_router_that_goes_on_answering_may_be_called_past_the_block() -> None:
+    model = talking.model(lambda layer, x: layer.mlp(x) * layer.mlp.gate(x).sigmoid().amax(-1, keepdim=True))
+    before = outputs(model)
+    assert len(moe_surgery.apply(model, target="vllm").replaced) == 2
+    assert float((outputs(model) - before).norm() / before.norm()) < TOLERANCE
+
+
 def test_without_the_check_a_weight_that_is_asked_for_is_one_clear_sentence() -> None:
     model = talking.model(UNANSWERED["weights"])
     report = apply(model, model_check=False)
@@ -124,6 +148,11 @@ def test_without_the_check_a_weight_that_is_asked_for_is_one_clear_sentence() ->
 class Reads(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(x) + 0 * self.mlp.experts[0].d.weight.sum()
+
+
+class ReadsInCall(Layer):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 0 * self.mlp.experts[0].d.weight.sum()
 
 
 class Exactly(Layer):
@@ -194,6 +223,7 @@ HELD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tied": (holding(lambda layer, block: setattr(layer, "kept", block.gate.weight)), "(as kept) holds"),
     "class": (instead(Registry), "Registry.blocks holds 2.mlp"),
     "forward": (instead(Reads), "the forward of 2 uses"),
+    "__call__": (instead(ReadsInCall), "the forward of 2 uses"),
     "exact type": (instead(Exactly), "whether its class is exactly Block"),
     "hook": (hooked("forward_hook", expert_of), "a forward hook of 2 holds 2.mlp.experts.3"),
     "hook's object": (hooked("forward_hook", lambda layer: Holder(layer.mlp.gate).hook), "a forward hook of 2 holds"),
@@ -288,7 +318,11 @@ def test_the_router_that_is_kept_for_its_hooks_cant_be_changed() -> None:
 
 
 # Models that look at their blocks, in any combination.
-STEPS = {**{f"answered: {k}": v for k, v in ANSWERED.items()}, **{f"unanswered: {k}": v for k, v in UNANSWERED.items()}}
+STEPS = {
+    **{f"answered: {k}": v for k, v in ANSWERED.items()},
+    **{f"called: {k}": v for k, v in CALLED.items()},
+    **{f"unanswered: {k}": v for k, v in UNANSWERED.items()},
+}
 
 
 @settings(deadline=None, max_examples=12)

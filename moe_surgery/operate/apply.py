@@ -182,6 +182,9 @@ class Operation:
             tensors = gathered(block, reading)
             try:
                 new = self._build(path, tensors)
+                name = None if self.whole is None else self.whole.inner.unanswered(path, new)
+                if name is not None:
+                    raise Unanswerable(f"the model calls its {name} past it, which can't be called in a swapped block")
             except Unanswerable as error:
                 self.refused[path] = str(error)
                 return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
+from moe_surgery.operate.inner_calls import InnerCalls
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.report.outcomes import ModelCheck
@@ -60,6 +61,8 @@ class WholeModel:
     callings: Mapping[str, Calling] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     """Sites that the model calls otherwise than they were read, with the argument that it gives."""
+    inner: InnerCalls = field(default_factory=InnerCalls)
+    """What the model calls inside of sites, and not through them."""
     _played: list[_Played] = field(default_factory=list)
     _failed: list[NotRun] = field(default_factory=list)
     _seconds: float = 0.0
@@ -128,7 +131,8 @@ class WholeModel:
                         self.callings[path].taken(args, kwargs)
                     except UnreadCall as error:
                         self.unread[path] = error.argument
-                answer = inner(*args, **kwargs)
+                with self.inner.through(path):
+                    answer = inner(*args, **kwargs)
                 events.append(_Event("called", path, values, copied(answer)))
                 return answer
 
@@ -139,7 +143,8 @@ class WholeModel:
 
         try:
             sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
-            with unwritten(*sites.values()), _watched(self.model, run.path, sites, called, returned):
+            watched = _watched(self.model, run.path, sites, called, returned)
+            with unwritten(*sites.values()), self.inner.watching(sites), watched:
                 result = kept(run())
         except Exception as error:
             return error

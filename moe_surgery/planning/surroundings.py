@@ -215,13 +215,13 @@ def _moving(module: nn.Module) -> str | None:
 
 
 def reached(module: nn.Module) -> frozenset[str]:
-    """The names in the code of a module's forward and of the methods that it names in turn.
+    """The names in the code of a module's forward, of a ``__call__`` of its own, and of the methods that they name.
 
     Where that looks up names at run time, the texts among the module's attributes are names too.
     """
     kind = type(module)
     found: set[str] = set()
-    waiting: list[Any] = [module.forward]
+    waiting: list[Any] = [module.forward, _method(kind, "__call__")]
     done: set[int] = set()
     while waiting:
         for function in functions(waiting.pop()):

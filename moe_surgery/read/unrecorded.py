@@ -21,12 +21,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` for hooks, for other than ``inputs`` arguments without a
-    default, for tied weights (stacking would part them), for weights that are no floating-point numbers as they are
-    (vectors of counts or a mask may be whole numbers), and for weights on several devices.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for a ``__call__`` of its own, for hooks, for other than
+    ``inputs`` arguments without a default, for tied weights (stacking would part them), for weights that are no
+    floating-point numbers as they are (vectors of counts or a mask may be whole numbers), and for weights on several
+    devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
+    if type(block).__call__ is not nn.Module.__call__:
+        raise Unreadable("its __call__ is its own, so that its output isn't what its forward computes")
     if (script := scripted(block)) is not None:
         raise Unreadable(f"{script} is TorchScript, whose control flow can't be followed")
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
