@@ -83,6 +83,11 @@ def test_bad_dtype(write_tiny: WriteTiny, dtype: str) -> None:
         load_model(str(write_tiny("float32")), dtype=dtype)
 
 
+def test_a_dtype_that_needs_scales_is_told_apart(write_tiny: WriteTiny) -> None:
+    with pytest.raises(UsageError, match=r"'float8_e4m3fn' is a dtype that weights are kept in with scales"):
+        load_model(str(write_tiny("float32")), dtype="float8_e4m3fn")
+
+
 def test_bad_device(write_tiny: WriteTiny) -> None:
     with pytest.raises(UsageError, match="'toaster' is no device of torch"):
         load_model(str(write_tiny("float32")), device="toaster")
@@ -124,6 +129,10 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": "many"},
             r"model/config\.json: .*num_experts",
+        ),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_act": "frob"},
+            r"model/config\.json: hidden_act is 'frob', which transformers has nothing for",
         ),
         (
             {"architectures": ["MyModel"], "auto_map": {"AutoModelForCausalLM": "mine.MyModel"}},

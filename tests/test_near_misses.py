@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -64,6 +65,15 @@ def test_a_near_miss_is_replaced_by_its_equal_or_left_alone(case: nearmiss.Case)
         assert step.outcome == "replaced"
         assert isinstance(model.mlp, SwappedBlock)
     assert_same_outputs(before, outputs(model, shapes=shapes), replaced=isinstance(model.mlp, SwappedBlock))
+
+
+def test_a_model_of_no_experts_is_missed_for_what_it_is() -> None:
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_local_experts=0
+    )
+    with torch.device("meta"):
+        [found] = survey(transformers.MixtralForCausalLM(config).eval())
+    assert found.unread == "its weights have no elements, as of a model with no experts"
 
 
 def test_there_are_many_of_them() -> None:

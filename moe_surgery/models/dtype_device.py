@@ -17,6 +17,8 @@ def torch_dtype(name: object) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"{name!r} is not a floating-point dtype of torch")
+    if torch.finfo(dtype).bits < 16:
+        raise UsageError(f"{name!r} is a dtype that weights are kept in with scales; no model computes in it")
     return dtype
 
 

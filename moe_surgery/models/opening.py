@@ -69,7 +69,7 @@ def open_meta(model: str, *, trust_remote_code: bool = False, dtype: str | None 
 
     checkpoint = _find(model, trust_remote_code, weights=False)
     wanted = _dtype(checkpoint) if dtype is None else torch_dtype(dtype)
-    with _model_errors(checkpoint.directory / CONFIG), uncollected():
+    with _model_errors(checkpoint.directory / CONFIG, config=checkpoint.config), uncollected():
         kind, config = model_class(checkpoint)
         with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
             module = kind._from_config(_unquantised(config), dtype=wanted)
@@ -95,9 +95,9 @@ def load_model(
     headers = checkpoint_headers(checkpoint.directory)
     wanted = _dtype(checkpoint) if dtype is None else torch_dtype(dtype)
     place = here(device)
-    with _model_errors(checkpoint.directory / CONFIG):
+    with _model_errors(checkpoint.directory / CONFIG, config=checkpoint.config):
         kind, config = model_class(checkpoint)
-    with _model_errors(checkpoint.directory, headers), quiet_bars(), told(headers, on_read):
+    with _model_errors(checkpoint.directory, headers, checkpoint.config), quiet_bars(), told(headers, on_read):
         module, info = kind.from_pretrained(
             checkpoint.directory,
             config=config,
@@ -168,6 +168,16 @@ def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tup
             yield from _fields(value, key, f"{path}{name}.")
 
 
+def _field_of(config: Mapping[str, Any], wanted: object, path: str = "") -> str | None:
+    """The path of the first field of a config, or of a config inside it, whose value is the text ``wanted``."""
+    for name, value in config.items():
+        if isinstance(value, str) and value == wanted:
+            return path + name
+        if isinstance(value, dict) and (found := _field_of(value, wanted, f"{path}{name}.")) is not None:
+            return found
+    return None
+
+
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config states, else the one of the weights, else float32 as in transformers.
 
@@ -211,10 +221,13 @@ def _told(entry: object) -> str:
 
 
 @contextmanager
-def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
+def _model_errors(
+    where: Path, headers: Header | None = None, config: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Turn whatever transformers raises over a config or a checkpoint into one error naming the file or directory.
 
-    It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers.
+    It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers; so is in
+    the config which of its fields has a value that it has no entry for, such as an activation.
     """
     try:
         yield
@@ -227,4 +240,6 @@ def _model_errors(where: Path, headers: Header | None = None) -> Iterator[None]:
         reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
         absent = missing_expert_tensor(headers or {})
         hint = f"{absent} is missing: " if absent else ""
+        if isinstance(error, KeyError) and (field := _field_of(config or {}, error.args[0])) is not None:
+            raise ModelError(f"{where}: {field} is {error.args[0]!r}, which transformers has nothing for") from error
         raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error

@@ -28,6 +28,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
+    if not any(parameter.numel() for parameter in block.parameters()):
+        raise Unreadable("its weights have no elements, as of a model with no experts")
     if type(block).__call__ is not nn.Module.__call__:
         raise Unreadable("its __call__ is its own, so that its output isn't what its forward computes")
     if (script := scripted(block)) is not None:

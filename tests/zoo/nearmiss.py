@@ -1310,6 +1310,25 @@ class Autocast(Base):
             return super().forward(hidden_states).to(hidden_states.dtype)
 
 
+@near_miss("runs under torch.inference_mode")
+class InferenceMode(Base):
+    @torch.inference_mode()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
+@near_miss("compares with the values of numbers")
+class NumbersInABuffer(Base):
+    """Experts are told by numbers in a buffer."""
+
+    def make_more(self) -> None:
+        self.register_buffer("numbers", torch.arange(self.num_experts))
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        spread = ((ids[..., None] == self.numbers).to(x.dtype) * weights[..., None]).sum(1)
+        return sum(self.expert(e, x) * spread[:, e, None] for e in range(self.num_experts))
+
+
 @near_miss()
 class AutocastOff(Base):
     def logits(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import Array, Rows, each, objects
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.read.record.flow import Choice, Op
+from moe_surgery.read.record.flow import Choice, Op, Ref
 
 _MOST_FACTORS = 1 << 20
 
@@ -68,6 +68,10 @@ def _norm(run: Evaluation, op: Op) -> Rows:
 
 
 def _compared(run: Evaluation, op: Op) -> Rows:
+    for operand in op.args:
+        source = run.flow.ops[operand.index] if isinstance(operand, Ref) else op
+        if source.name == "param":
+            raise Unreadable(f"it compares with the values of {source.args[0]}, and no weight's values are looked at")
     raise Unreadable(f"what it does depends on the values it computes ({op.name})")
 
 

@@ -187,6 +187,8 @@ class Recorder(TorchDispatchMode):
         target = self._written(func, args, kwargs)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.object_to("it runs under autocast")
+        if torch.is_inference_mode_enabled():
+            raise self.object_to("it runs under torch.inference_mode, which leaves no record of its operations")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
