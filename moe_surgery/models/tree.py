@@ -205,7 +205,8 @@ def _block_path(
     if not certain:
         return None
     parent = path.rpartition(".")[0]
-    if bank and not takes_one(modules[path]):  # what sends tokens there is of another kind than a matrix of scores
+    # A bank alone, called with more than tokens: what sends tokens there is of another kind than a matrix of scores.
+    if bank and not takes_one(modules[path]) and not any(True for _ in _beside(modules[path], *bank)):
         around = (outer for outer in list(_outwards(path))[1 : _LEVELS + 1] if outer in modules)
         of_one = next((outer for outer in around if takes_one(modules[outer])), None)
         if of_one is not None and any(True for _ in _beside(modules[of_one], path[len(of_one) :].lstrip("."))):
@@ -214,9 +215,10 @@ def _block_path(
     return path if bank or listed or takes_one(modules[path]) else parent
 
 
-def _beside(module: nn.Module, inside: str) -> Iterator[Tensor]:
-    """The weights of ``module`` that aren't those of its child ``inside``."""
-    yield from (tensor for name, tensor in module.named_parameters() if not name.startswith(f"{inside}."))
+def _beside(module: nn.Module, *inside: str) -> Iterator[Tensor]:
+    """The weights of ``module`` that aren't those of its children ``inside``."""
+    skip = tuple(f"{name}." for name in inside)
+    yield from (tensor for name, tensor in module.named_parameters() if not name.startswith(skip))
 
 
 def takes_one(module: nn.Module) -> bool:
