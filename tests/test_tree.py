@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from zoo import plain
 
+import moe_surgery
 from moe_surgery.models.tree import find_sites
 from moe_surgery.targets.base import SwappedBlock
 
@@ -115,6 +116,41 @@ def test_finds_plain_blocks_however_they_are_stored(part: type[plain.Base]) -> N
     assert paths(stack(make(), plain.MLP(32, 48), make())) == ["layers.0.mlp", "layers.2.mlp"]
 
 
+class PointwiseMLP(nn.Module):
+    """An MLP of convolutions over one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(32, 48, 1), nn.Conv1d(48, 32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(self.up(x.t()[None]).relu())[0].t()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("experts", "outcome"), [([plain.MLP(32, 48)], "refused"), ([PointwiseMLP() for _ in range(4)], "missed")]
+)
+def test_one_expert_and_experts_of_convolutions_are_listed(experts: list[nn.Module], outcome: str) -> None:
+    class Routing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, len(experts), bias=False)
+            self.experts = nn.ModuleList(experts)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            t = x.reshape(-1, 32)
+            weights, ids = self.gate(t).softmax(-1).topk(1)
+            out = torch.zeros_like(t)
+            for e, expert in enumerate(self.experts):
+                rows, slot = torch.where(ids == e)
+                out.index_add_(0, rows, expert(t[rows]) * weights[rows, slot, None])
+            return out.reshape(x.shape)
+
+    [step] = moe_surgery.apply(stack(Routing()).eval(), target="reference").steps
+    assert (step.path, step.outcome) == ("layers.0.mlp", outcome) and step.reason
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -123,9 +159,10 @@ def test_finds_plain_blocks_however_they_are_stored(part: type[plain.Base]) -> N
         lambda: Model(heads=nn.ModuleList(nn.Linear(32, 16) for _ in range(8))),
         lambda: Model(codebooks=nn.ModuleList(nn.Embedding(16, 8) for _ in range(8))),
         lambda: Model(a=nn.Conv1d(8, 8, 3), b=nn.Conv1d(8, 8, 3)),
+        lambda: Model(tower=nn.ModuleList(PointwiseMLP() for _ in range(4)), head=nn.Linear(32, 5)),
         lambda: Model(rnn=nn.LSTM(8, 8, 2), attention=nn.MultiheadAttention(8, 2)),
     ],
-    ids=["list of MLPs", "layers", "heads", "codebooks", "convolutions", "recurrent"],
+    ids=["list of MLPs", "layers", "heads", "codebooks", "convolutions", "pointwise tower", "recurrent"],
 )
 def test_finds_nothing_in_dense_modules(module: Callable[[], nn.Module]) -> None:
     assert paths(module()) == []

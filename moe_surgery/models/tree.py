@@ -49,8 +49,8 @@ def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], i
     """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
     No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
-    equal MLPs side by side. One that isn't certain is a bank only where something scores as many experts. ``called``
-    says that the module's own name is one for experts.
+    equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank only where
+    something scores as many experts. ``called`` says that the module's own name is one for experts.
     """
     named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -64,11 +64,13 @@ def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], i
         yield (), 0, True  # experts of one row each, looked up by number
     singles: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and len(child) > 1:
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             members = [member for member in child.children() if any(True for _ in member.parameters())]
             matrices = [len(_matrices(member)) for member in members]
             named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
-            if len(members) < 2 or min(matrices) < 1 or (max(matrices) > _MOST_MATRICES and not named):
+            if len(members) < (1 if named else 2) or min(matrices) < 1:
+                continue
+            if max(matrices) > _MOST_MATRICES and not named:
                 continue
             if isinstance(child, nn.Sequential) and len(set(map(_form, members))) > 1:
                 continue
@@ -97,7 +99,8 @@ def _side_by_side(module: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.ndim == 2]
+    """The matrices of a module; a convolution over one place is one."""
+    return [p for p in module.parameters() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
 
 
 def _form(module: nn.Module) -> Hashable:
