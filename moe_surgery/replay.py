@@ -19,7 +19,7 @@ from torch import Tensor, nn
 ROUTING = ("weights", "ids")
 """The outputs of a router: routing weights and expert ids, [T, k] each."""
 ENTERING = "entering"
-"""What the routed experts are given [T, H] or [B, S, H], where that isn't the block's input."""
+"""What the routed experts are given [..., H'], where that isn't the block's input; H' may be another size than H."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class Begun:
         return {name: self.values[number] for name, number in self.program.outputs}
 
     def finished(self, routed: Tensor) -> Tensor:
-        """The block's output, of ``routed`` [..., H], in the input's shape."""
+        """The block's output [..., H], of ``routed`` [..., H']."""
         assert self.program.whole is not None
         out: Tensor = self.on(len(self.program.steps), routed).values[self.program.whole]
-        return out.reshape(routed.shape)
+        return out.reshape(*routed.shape[:-1], out.shape[-1])
 
     def on(self, until: int, routed: Tensor | None = None) -> Begun:
         """The same after the steps before ``until``."""

@@ -202,7 +202,8 @@ class MoESpec:
     is what the block returns, in words, if that isn't its output alone.
 
     ``own_rest`` says that more stands around the routed experts than is said here (a norm or a residual, several shared
-    experts, a learned mix), all of which goes on being computed by the block's own operations.
+    experts, a learned mix), all of which goes on being computed by the block's own operations. ``latent`` is the size
+    of what these give the experts and take from them, where it is another than the block's.
     """
 
     hidden: int
@@ -213,20 +214,27 @@ class MoESpec:
     output_bias: bool = False
     results: str = ""
     own_rest: bool = False
+    latent: int | None = None
+
+    @property
+    def inner(self) -> int:
+        """The size of what the routed experts are given, and return."""
+        return self.latent or self.hidden
 
     @property
     def built(self) -> MoESpec:
         """What a target builds of it: the experts alone, where the block's own router runs as it is."""
         if self.at == "experts" or not self.router.own:
             return self
-        return replace(self, at="experts", shared=None, output_bias=False, results="", own_rest=False)
+        alone = replace(self, at="experts", shared=None, output_bias=False, results="", own_rest=False)
+        return replace(alone, hidden=self.inner, latent=None)
 
     def sentence(self) -> str:
         """One line a person can read, stable enough to group sites by."""
         e, s = self.experts, self.shared
         parts = ["experts alone, behind its own router"] if self.at == "experts" else [self._routing()]
         count = f"{e.num_experts} " if self.at == "experts" else ""
-        parts.append(f"{count}experts {self.hidden}→{e.width} {e.mix}" + (" with biases" if e.biases else ""))
+        parts.append(f"{count}experts {self.inner}→{e.width} {e.mix}" + (" with biases" if e.biases else ""))
         if e.weights_on == "input":
             parts[-1] += ", weighted inputs"
         if e.identities:
@@ -294,8 +302,9 @@ class MoESpec:
         for name in _LATER:
             if data["router"][name] == _DEFAULTS[name]:
                 del data["router"][name]
-        if not self.own_rest:
-            del data["own_rest"]
+        for later in ("own_rest", "latent"):
+            if not data[later]:
+                del data[later]
         return data
 
     @classmethod
@@ -313,6 +322,7 @@ class MoESpec:
             output_bias=data.get("output_bias", False),
             results=data.get("results", ""),
             own_rest=data.get("own_rest", False),
+            latent=data.get("latent"),
         )
 
 

@@ -202,7 +202,7 @@ def measured(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> tuple[Truth | N
 
 def _slack(spec: MoESpec, dtype: torch.dtype) -> float:
     """How many times the noise a right block may be off."""
-    sizes = (spec.hidden, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
+    sizes = (spec.hidden, spec.inner, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
     return slack(max(sizes), dtype) * luck(min(sizes))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.reference import entering
 from moe_surgery.weights.tensors import BlockTensors
 
 UNIT, SMALL, LARGE, ZERO, SATURATED = range(5)
@@ -123,7 +124,8 @@ def _clamped(spec: MoESpec, tensors: BlockTensors | None, router: Tensor, x: Ten
     basis = torch.linalg.qr(router.T).Q
     away = unit(away - away @ basis @ basis.T)
     first = tensors.w13[0].detach().to("cpu", torch.float64)
-    reach = (away @ first.T).abs().median().clamp_min(1e-300)
+    given = entering(tensors, away.to(tensors.w13.device), torch.float64).cpu()
+    reach = (given @ first.T).abs().median().clamp_min(1e-300)
     return x + away * (_BEYOND_CLAMP * limit / reach)
 
 

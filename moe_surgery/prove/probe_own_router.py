@@ -78,7 +78,7 @@ def turned_up(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Probes:
     def share(scale: float) -> float:
         x = some * scale
         y = forward(spec, tensors, x, None).double()
-        rest = whole(tensors, x, torch.zeros_like(x), None).double()
+        rest = whole(tensors, x, x.new_zeros(len(x), spec.inner), None).double()
         found = (y - rest).norm(dim=-1) / y.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         return float(found.nan_to_num(0.0).median())
 

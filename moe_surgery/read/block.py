@@ -141,6 +141,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         shared=_shared_spec(first.shared),
         output_bias=first.output_bias is not None,
         own_rest=crowded.record.cut is not None and crowded.record.cut.routed is not None,
+        latent=crowded.record.inner if crowded.record.inner != width else None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in records))
     if "training" not in names_read(block):  # nothing says what else they could be for

@@ -27,7 +27,7 @@ def children(spec: MoESpec, layout: Layout) -> tuple[tuple[str, ChildShape], ...
     if layout.router.path:  # else the router is no matrix
         router = _owner((layout.router,), "router")
         found.append((router, ChildShape("matrix", (spec.router.num_experts, spec.hidden))))
-    found.append((experts, ChildShape("experts", (spec.experts.num_experts, spec.experts.width, spec.hidden))))
+    found.append((experts, ChildShape("experts", (spec.experts.num_experts, spec.experts.width, spec.inner))))
     if spec.shared:
         found.append((shared, ChildShape("mlp", (spec.shared.width, spec.hidden))))
     if gate:

@@ -34,14 +34,19 @@ def own_part(
     flat = [(torch.Size(shape[:-1]).numel(), shape[-1]) for shape in (one, other)]
     of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
     if any(record.cut for record in records):
-        _check(ask, found, of_tokens, one, dtype)
+        _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
     return replace(found, of_tokens=of_tokens)
 
 
-def _check(ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise :class:`Unreadable` if a router, or what stands around experts, differs between tokens or batches."""
+def _check(
+    ask: Asking, found: Program, of_tokens: Program | None, shape: tuple[int, ...], dtype: torch.dtype, inner: int
+) -> None:
+    """Raise :class:`Unreadable` if a router, or what stands around experts, differs between tokens or batches.
+
+    ``inner`` is the size of what the routed experts are given.
+    """
     state = {**dict(ask.block.named_parameters()), **dict(ask.block.named_buffers())}
-    trial = Trial(state, shape[-1], dtype)
+    trial = Trial(state, shape[-1], inner, dtype)
     routing = found.only(*ROUTING, ENTERING)
     if not trial.row_by_row(routing):
         raise Unreadable("its router, or what stands around its experts, looks at other tokens of the batch")

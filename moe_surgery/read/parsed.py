@@ -73,6 +73,14 @@ class Record:
         return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
+    def inner(self) -> int:
+        """The size of what the routed experts are given, and return."""
+        assert self.flow is not None
+        entering = None if self.cut is None else self.cut.entering
+        start = next(op for op in self.flow.ops if op.name == "input") if entering is None else self.flow.ops[entering]
+        return int(start.shape[-1])
+
+    @property
     def says(self) -> tuple[object, ...]:
         return self.tokens, self.results, self.kept
 

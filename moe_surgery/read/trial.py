@@ -22,20 +22,24 @@ _LOUDER = 8
 
 @dataclass(eq=False)
 class Trial:
-    """Weights made up for a block whose own are of these ``shapes``, and inputs of size ``hidden`` in ``dtype``."""
+    """Weights made up for a block whose own are of these ``shapes``, and inputs of size ``hidden`` in ``dtype``.
+
+    What its routed experts came to is of size ``inner``.
+    """
 
     shapes: Mapping[str, Tensor]
     hidden: int
+    inner: int
     dtype: torch.dtype
     _made: dict[str, Tensor] = field(default_factory=dict)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(0))
 
     def row_by_row(self, program: Program) -> bool:
         """Whether what a program makes of one token depends on neither the others nor the token's place."""
-        x, routed, other, others = self._inputs(4, _TRIED)
-        for one, two in ((x, other), (routed, others)):
-            two *= _LOUDER  # what looks at the largest of a batch would else see much the same
-            two.view(-1, self.hidden)[list(_MOVED)] = one.view(-1, self.hidden)[list(_PLACES)]
+        (x, routed), (other, others) = self._inputs(_TRIED), self._inputs(_TRIED)
+        for mine, its in ((x, other), (routed, others)):
+            its *= _LOUDER  # what looks at the largest of a batch would else see much the same
+            its.view(-1, its.shape[-1])[list(_MOVED)] = mine.view(-1, mine.shape[-1])[list(_PLACES)]
         first, second = self._run(program, x, routed), self._run(program, other, others)
         found = [(first, _PLACES), (second, _MOVED)]
         one, two = ([answer.reshape(12, -1)[list(places)] for answer in answers] for answers, places in found)
@@ -43,12 +47,13 @@ class Trial:
 
     def alike(self, program: Program, other: Program, shape: tuple[int, ...]) -> bool:
         """Whether two programs make the same of tokens [B, S, H], or [T, H], of a ``shape``."""
-        x, routed = self._inputs(2, shape[:-1])
+        x, routed = self._inputs(shape[:-1])
         flat = [answer.flatten() for answer in self._run(program, x, routed)]
         return _same(flat, [answer.flatten() for answer in self._run(other, x, routed)])
 
-    def _inputs(self, count: int, lead: tuple[int, ...]) -> Tensor:
-        return torch.randn(count, *lead, self.hidden, generator=self._generator).to(self.dtype)
+    def _inputs(self, lead: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        x, routed = (torch.randn(*lead, size, generator=self._generator) for size in (self.hidden, self.inner))
+        return x.to(self.dtype), routed.to(self.dtype)
 
     def _run(self, program: Program, x: Tensor, routed: Tensor) -> list[Tensor]:
         """What a program makes of ``x``; nothing if loads of the batch that it was recorded with are in it."""

@@ -55,9 +55,12 @@ class Within:
 
 def _parsed(flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut) -> Record | None:
     """The record with ``entrance`` and ``cut``, where its experts' sum is found."""
+    if entrance == cut.weights:
+        return None
     split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
     run = Interpreter(split, Terms())
-    for place in _sums(flow, max(cut.weights, entrance or 0)):
+    size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
+    for place in _sums(flow, max(cut.weights, entrance or 0), size):
         ended = replace(split, output=Ref(moved(place)), results=None, kept={})
         with suppress(Unreadable):
             found = parse_record(ended, dtype, run)
@@ -103,16 +106,16 @@ def _operands(operand: Any) -> tuple[Any, ...]:
 
 
 def _of_tokens(flow: Flow, op: Op) -> bool:
-    """Whether a result is one vector like the input's for each token."""
+    """Whether a result is one vector, of the input's size or another, for each token."""
     start = next(op for op in flow.ops if op.name == "input")
     tokens = torch.Size(start.shape[:-1]).numel()
-    return op.shape in (start.shape, (tokens, start.shape[-1])) and op.dtype in (start.dtype, "float32")
+    return op.shape[:-1] in (start.shape[:-1], (tokens,)) and op.dtype in (start.dtype, "float32")
 
 
-def _sums(flow: Flow, after: int) -> Iterator[int]:
-    """Operations that may give the sum of the experts' outputs, latest first."""
+def _sums(flow: Flow, after: int, size: int) -> Iterator[int]:
+    """Operations that may give the sum of the experts' outputs, vectors of a ``size``, latest first."""
     for place in range(len(flow.ops) - 1, after, -1):
-        if _of_tokens(flow, flow.ops[place]):
+        if _of_tokens(flow, flow.ops[place]) and flow.ops[place].shape[-1] == size:
             yield place
 
 

@@ -84,7 +84,9 @@ class SwappedBlock(nn.Module):
         begun = self.convention.begun(x)
         assert begun is not None
         found = begun.outputs
-        return Arguments(found.get(ENTERING, x).reshape(x.shape), found["ids"], found["weights"], x, begun)
+        entering = found.get(ENTERING, x)
+        entering = entering.reshape(*x.shape[:-1], entering.shape[-1])
+        return Arguments(entering, found["ids"], found["weights"], x, begun)
 
     def answered(self, arguments: Arguments, routed: Tensor) -> Any:
         """What a call with ``arguments`` returns whose routed experts came to ``routed`` [..., H]."""

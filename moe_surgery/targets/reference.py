@@ -257,7 +257,7 @@ def forward(
         ids = unrounded(spec, logits, scores, tensors).topk(spec.router.top_k, -1).indices
     visits = Visits(visited(spec, entering(tensors, x, dtype), scores, ids), ids.flatten(), mixer(spec.experts.mix))
     [outputs] = expert_outputs(tensors, [visits], dtype)
-    out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, x.shape[-1]))
+    out = routed_sum(spec, scores, ids, outputs.view(*ids.shape, outputs.shape[-1]))
     if spec.shared is not None:
         out = out + shared_output(spec, *shared_parts(tensors, x, mixer(spec.shared.mix), dtype))
     out = out if tensors.output_bias is None else out + tensors.output_bias.to(out.dtype)

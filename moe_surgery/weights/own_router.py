@@ -52,7 +52,8 @@ class AskedRouter:
         x = x if dtype is None else x.to(dtype)
         if all(name != ENTERING for name, _ in self.program.outputs):
             return x
-        return self.program.begin(x, self.weights, dtype=dtype).outputs[ENTERING].reshape(x.shape)
+        given = self.program.begin(x, self.weights, dtype=dtype).outputs[ENTERING]
+        return given.reshape(len(x), given.shape[-1])
 
     def whole(self, x: Tensor, routed: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The output for tokens [T, H] whose routed experts come to ``routed`` [T, H], computed likewise."""

@@ -124,6 +124,58 @@ class SharesWhatIsLeft(Alone):
         return routed * (1 - part) + self.dense(x) * part
 
 
+class Latent(Base):
+    """Experts of half the hidden size, between projections that they share."""
+
+    def make_experts(self) -> None:
+        size, self.hidden = self.hidden, self.hidden // 2
+        super().make_experts()
+        self.into, self.out_of = plain.linear(size, self.hidden), plain.linear(self.hidden, size)
+        self.hidden = size
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return self.out_of(super().routed(self.entering(x), weights, ids))
+
+    def entering(self, x: Tensor) -> Tensor:
+        return self.into(x)
+
+
+@block(AROUND)
+class SharesItsLatent(Latent):
+    pass
+
+
+@block(AROUND)
+class LatentWithANorm(Latent):
+    def make_more(self) -> None:
+        self.norm = RootMeanSquare(self.hidden // 2)
+
+    def entering(self, x: Tensor) -> Tensor:
+        return self.norm(self.into(x))
+
+
+@block(AROUND, "other tokens")
+class LatentOfAnotherToken(Latent):
+    def entering(self, x: Tensor) -> Tensor:
+        return self.into(x).roll(1, 0)
+
+
+@block(AROUND, "input of a linear map")
+class TwoLatents(Latent):
+    """Half of the experts are given another one."""
+
+    def make_more(self) -> None:
+        self.other = plain.linear(self.hidden, self.hidden // 2)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        given = [self.into(x), self.other(x)]
+        out = torch.zeros_like(given[0])
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == number)
+            out.index_add_(0, rows, expert(given[number % 2][rows]) * weights[rows, slots, None])
+        return self.out_of(out)
+
+
 @module(AROUND)
 class OneExpertOfOneLayerLess(nn.Module):
     """Top-1 of experts without gates or biases, by a router of its own: few mistakes can be made in it."""

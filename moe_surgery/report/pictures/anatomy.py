@@ -56,7 +56,7 @@ def _parts(spec: MoESpec, weights: Sequence[Route], target: str | None) -> list[
     }
     routing = _wrapped(spec.sentence().split(" · ")[0] if whole else "as it was: outside of what is replaced")
     found = [_Part("router", routing, names["router"] if whole else "", whole, "")]
-    size = f"{spec.hidden}→{experts.width}→{spec.hidden}, {experts.mix}" + (", biases" if experts.biases else "")
+    size = f"{spec.inner}→{experts.width}→{spec.inner}, {experts.mix}" + (", biases" if experts.biases else "")
     lines = [size]
     if experts.weights_on == "input":
         lines.append("routing weights on their inputs")

@@ -42,19 +42,20 @@ def _arrow(start: float, end: float, y: float) -> str:
 def _shape(spec: MoESpec, sink: str) -> str:
     """The canonical weight's shape, as ``BlockTensors`` has it."""
     e, h, i = spec.experts.num_experts, spec.hidden, spec.experts.width
+    inner = spec.inner
     s = spec.shared.width if spec.shared else 0
     rows = 2 * i if spec.experts.gated else i
     shapes = {
         "router": (spec.router.num_experts, h),
         "router bias": (spec.router.num_experts,),
         "correction bias": (spec.router.num_experts,),
-        "w13": (e, rows, h),
-        "w13 gate rows": (e, rows, h),
-        "w13 up rows": (e, rows, h),
-        "w2": (e, h, i),
+        "w13": (e, rows, inner),
+        "w13 gate rows": (e, rows, inner),
+        "w13 up rows": (e, rows, inner),
+        "w2": (e, inner, i),
         "w13 bias": (e, rows),
         "w13 bias, up rows": (e, rows),
-        "w2 bias": (e, h),
+        "w2 bias": (e, inner),
         "shared gate_proj": (s, h),
         "shared in_proj": (s, h),
         "shared up_proj": (s, h),
