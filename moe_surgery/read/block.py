@@ -93,11 +93,11 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         records += ask.if_it_takes((few[0] * few[1], width), own)
         if any(record_.lone for record_ in records) and not crowded.flat:
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
+        first = crowded.tokens[0]
+        if first.on_input and split:
+            raise Unreadable("its experts weight their inputs")
+        experts = same_experts(records, first, router.num_experts)  # what differs there decides, and not what follows
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
-    first = crowded.tokens[0]
-    if first.on_input and split:
-        raise Unreadable("its experts weight their inputs")
-    experts = same_experts(records, first, router.num_experts)
     _check_identities(experts, split)
     layout = Layout(
         router=router.piece,

@@ -357,4 +357,45 @@ class TheLastReturnTheirInputsSquare(SomeReturnTheirInput):
         return x * x
 
 
+@block(AROUND, "return nothing")
+class TheLastReturnNothing(SomeReturnTheirInput):
+    def freely(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@block(AROUND, "elsewhere another")
+class InTwoStages(Alone):
+    """One router chooses a pair of experts, and another that pair's expert: 0 or 1 whichever pair it is."""
+
+    def make_router(self) -> None:
+        self.outer = plain.linear(self.hidden, self.num_experts // 2)
+        self.inner = plain.parameter(self.num_experts // 2, 2, self.hidden)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outer, pair = self.outer(x).softmax(-1).topk(1, dim=-1)
+        logits = torch.einsum("th,tnh->tn", x, self.inner[pair[:, 0]])
+        weights, ids = logits.softmax(-1).topk(1, dim=-1)
+        return outer * weights, pair * 2 + ids
+
+
+@block(AROUND, "masked scores")
+class WeighsByMaskedScores(Alone):
+    """Weights are found by a mask of the experts in scores that are zero outside of groups (Hunyuan)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.logits(x).softmax(-1)
+        best = scores.view(len(x), 4, -1).amax(-1).topk(2, dim=-1, sorted=False).indices
+        kept = torch.zeros(len(x), 4, dtype=x.dtype).scatter(1, best, 1).bool().unsqueeze(-1)
+        kept = kept.expand(-1, -1, self.num_experts // 4).reshape(scores.shape)
+        scores = scores.masked_fill(~kept, 0.0)
+        sent = F.one_hot(scores.topk(self.top_k, dim=-1).indices, self.num_experts).sum(1).to(x.dtype)
+        scores = scores * sent
+        scores = scores / scores.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            out = out + expert(x) * scores[:, number, None]
+        return out.reshape(hidden_states.shape)
+
+
 ALL = around.ALL  # those above among them

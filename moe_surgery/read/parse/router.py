@@ -192,6 +192,8 @@ class RouterParser:
         # Every scoring that is known gives weights above zero, so that the sum is the 1-norm.
         whole = under.args[0] if under.op in ("sum", "norm") else under
         if self.bare(whole) is not self.bare(over) or (under.op not in ("sum", "norm") and over.size != 1):
+            if self._rankings.outside:
+                raise Unreadable("routing weights are divided by masked scores that aren't those that its top-k gives")
             raise Unreadable(f"routing weights are divided by {short(under)}")
         if epsilon < 0 or floor < 0:
             raise Unreadable("routing weights are divided by their sum less a constant")

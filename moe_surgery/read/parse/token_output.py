@@ -16,6 +16,8 @@ from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.weights.layout import Piece
 
+_NOTHING = "as where some experts return nothing or tokens are left out"
+
 
 @dataclass(frozen=True)
 class SharedRead:
@@ -76,6 +78,8 @@ class TokenParser:
                 slots[weight.slot] = mlp
                 on_input.add(applied)
             weights.add(replace(weight, slot=0))
+        if not (slots or shared or output_bias):
+            raise Unreadable(f"a token that it sends to experts comes to nothing, {_NOTHING}")
         if not slots:
             raise Unreadable("no routed experts (weights of a top-k times an MLP) in its output")
         if len(shared) > 1:
@@ -103,7 +107,7 @@ class TokenParser:
         if router.scoring == "own":
             return tuple(slots.get(slot) for slot in range(max(slots) + 1))
         if sorted(slots) != list(range(router.top_k)):
-            raise Unreadable(f"it uses {len(slots)} of its top-{router.top_k} routing weights")
+            raise Unreadable(f"it uses {len(slots)} of its top-{router.top_k} routing weights for a token, {_NOTHING}")
         return tuple(slots[slot] for slot in range(len(slots)))
 
     def _routed(self, term: Term) -> bool:

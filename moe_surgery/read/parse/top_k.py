@@ -35,6 +35,15 @@ class Rankings:
         """Those that were made once for the token, of its highest."""
         return [ranking for ranking in self._rankings if ranking.largest and len(ranking.ids) == ranking.count]
 
+    @property
+    def outside(self) -> bool:
+        """Whether the token was told to take some that it masks: a record chooses without looking at groups."""
+        masked = [(ranking, self._bare(ranking.scores)) for ranking in self.whole]
+        return any(
+            scores.op == "vec" and any(scores.args[place].op == "const" for place in ranking.ids)
+            for ranking, scores in masked
+        )
+
     def ungrouped(self, ranked: Term, number: int) -> tuple[Term, Groups | None]:
         """The scores that groups let through, as they are rounded, and the groups that did."""
         elements: tuple[Term, ...] = ranked.args
