@@ -329,7 +329,7 @@ class UnusedParameter(Base):
         self.unused = nn.Parameter(torch.ones(3, 3))
 
 
-@near_miss("floating point")
+@near_miss("mask_of_experts takes no part")
 class IntegerBuffer(Base):
     def make_more(self) -> None:
         self.register_buffer("mask_of_experts", torch.ones(self.num_experts, dtype=torch.long))
