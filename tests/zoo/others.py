@@ -638,7 +638,7 @@ class WithoutSomeExperts(Base):
         return self.logits(x).masked_fill(self.dropped, -torch.inf).softmax(-1).topk(self.top_k, dim=-1)
 
 
-@block(ROUTERS, "treats batches of other forms differently")
+@block(ROUTERS, "treats tokens or batches differently")
 class FirstOfEachHalf(Base):
     """Each half of its experts has a choice of its own, which no one split of the block can give."""
 
