@@ -222,6 +222,11 @@ class MoESpec:
         return self.latent or self.hidden
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The rows and columns that the experts' matrices have, the shared expert's too."""
+        return (self.hidden, self.inner, self.experts.width, *((self.shared.width,) if self.shared else ()))
+
+    @property
     def built(self) -> MoESpec:
         """What a target builds of it: the experts alone, where the block's own router runs as it is."""
         if self.at == "experts" or not self.router.own:

@@ -202,8 +202,7 @@ def measured(spec: MoESpec, tensors: BlockTensors, x: Tensor) -> tuple[Truth | N
 
 def _slack(spec: MoESpec, dtype: torch.dtype) -> float:
     """How many times the noise a right block may be off."""
-    sizes = (spec.hidden, spec.inner, spec.experts.width, *((spec.shared.width,) if spec.shared else ()))
-    return slack(max(sizes), dtype) * luck(min(sizes))
+    return slack(max(spec.sizes), dtype) * luck(min(spec.sizes))
 
 
 def _unvisited(spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Routing) -> tuple[int, ...]:

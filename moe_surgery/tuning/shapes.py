@@ -40,7 +40,7 @@ def shapes(specs: Iterable[MoESpec], dtype: str, ranks: int = 1, *, scaled: bool
 
 
 def _check_blocks(spec: MoESpec) -> None:
-    for size in (spec.hidden, spec.experts.width, *([spec.shared.width] if spec.shared else [])):
+    for size in spec.sizes:
         if size % BLOCK:
             raise UsageError(f"experts in e4m3 have blocks of {BLOCK}, of which {size} is no multiple")
 

@@ -92,7 +92,7 @@ def form_of(experts: Any) -> _Form | None:
 
 def untried(item: EngineSite) -> str | None:
     """Why a quantised block that could be folded is folded only where that was asked for, if it is."""
-    form = None if item.routed is None or not item.stored else form_of(item.routed.runner.routed_experts)
+    form = None if item.routed is None or not item.stored else form_of(item.experts)
     if form is None or form.tried:
         return None
     return f"no engine with {form.method}'s weights was folded here yet; --target folded does it"
@@ -104,11 +104,11 @@ def not_in_e4m3(item: EngineSite, config: VllmConfig) -> str | None:
 
 
 def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
-    assert item.reading is not None and item.routed is not None
+    assert item.reading is not None
     told = f"its weights are quantised ({', '.join(item.stored)})"
     if not current_platform.is_cuda():
         yield f"{told}, and are left where they are"
-    experts: Any = item.routed.runner.routed_experts
+    experts = item.experts
     form = form_of(experts)
     if form is None:
         scales = f"a scale for each {BLOCK} by {BLOCK}, or for each row and token"
@@ -128,8 +128,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
         yield f"{told}, and a rank's share of them has smaller blocks"
     if config.parallel_config.tensor_parallel_size > 1:
         yield f"{told}, and what several ranks hold of them is not put together for the proof"
-    spec = item.reading.spec
-    for size in (spec.hidden, spec.experts.width, *((spec.shared.width,) if spec.shared else ())):
+    for size in item.reading.spec.sizes:
         if size % form.size:
             yield f"{told}, and {size} is no multiple of {form.size}"
     if torch.cuda.get_device_capability() < NEEDS_CAPABILITY:

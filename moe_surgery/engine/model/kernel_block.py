@@ -76,7 +76,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
 def _backend(item: EngineSite, config: VllmConfig) -> str:
     """What lays out the block's routed experts; for those that aren't in vLLM's layer yet, what is to be expected."""
     if item.routed is not None:
-        return _layout(item.routed.runner.routed_experts)
+        return _layout(item.experts)
     wanted = config.kernel_config.moe_backend
     if wanted in ("auto", "humming"):  # the latter is for quantised experts
         return "TRITON" if torch.cuda.get_device_capability() < (10, 0) else "of this GPU"
@@ -108,8 +108,7 @@ def terms_in_engine(item: EngineSite, shared_scale: float = 1.0) -> Terms:
 
 def _by_row(item: EngineSite) -> bool:
     """Whether a quantised block's weights have a scale for each row."""
-    assert item.routed is not None
-    form = form_of(item.routed.runner.routed_experts)
+    form = form_of(item.experts)
     return form is not None and form.rows == 1
 
 

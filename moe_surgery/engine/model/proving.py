@@ -96,7 +96,7 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     spec, layout, block = item.reading.spec, item.reading.layout, item.block
     small = _small(block, layout, _routing(item), ranks)
     if item.stored:
-        small = replace(small, scales=in_e4m3.copied(block, _experts(item), layout.shared, small.router.dtype))
+        small = replace(small, scales=in_e4m3.copied(block, item.experts, layout.shared, small.router.dtype))
     settle(small.router.device)  # the copies are made on this thread's stream
     probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
     return Exam(item.site.path, spec, small, ranks, probes)
@@ -175,12 +175,6 @@ def _uncompiled() -> AbstractContextManager[object]:
     On a GPU they stop at the layer, and what is compiled within it is what will serve.
     """
     return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
-
-
-def _experts(item: EngineSite) -> Any:
-    """vLLM's routed experts in a quantised block, which always has some."""
-    assert item.routed is not None
-    return item.routed.runner.routed_experts
 
 
 def _routing(item: EngineSite) -> OwnRouting | None:

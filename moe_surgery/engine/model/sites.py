@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import MoERunner
@@ -67,6 +68,12 @@ class EngineSite:
     def block(self) -> nn.Module:
         """What was read, to which all paths in the reading are relative: the site's module, or that and its sibling."""
         return self.pair or self.site.module
+
+    @property
+    def experts(self) -> Any:
+        """vLLM's routed experts, in a block that has some."""
+        assert self.routed is not None
+        return self.routed.runner.routed_experts
 
     @property
     def place(self) -> str:

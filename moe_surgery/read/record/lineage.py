@@ -91,37 +91,28 @@ def chosen(origins: Iterable[Origin]) -> set[Made]:
 
 def calculated(origins: Iterable[Origin]) -> Iterator[Computed]:
     """The calculations that numbers come from, the last of all first."""
+    return (origin for origin in _behind(origins) if isinstance(origin, Computed))
+
+
+def sources(origins: Iterable[Origin]) -> list[Chosen | Asked]:
+    """The choices, and questions to computed tensors, that numbers come from."""
+    return [origin for origin in _behind(origins) if isinstance(origin, (Chosen, Asked))]
+
+
+def _behind(origins: Iterable[Origin]) -> Iterator[Origin]:
+    """``origins`` and all that they were calculated from, each once, the last of all first."""
     seen: set[int] = set()
     waiting: list[Any] = list(origins)
     while waiting:
         later: list[Any] = []
         for item in waiting:
-            if isinstance(item, Computed) and id(item) not in seen:
+            if isinstance(item, Origin) and id(item) not in seen:
                 seen.add(id(item))
                 yield item
-                later += [*item.args, *item.kwargs.values()]
+                if isinstance(item, Computed):
+                    later += [*item.args, *item.kwargs.values()]
+            elif isinstance(item, dict):
+                later += item.values()
             elif isinstance(item, (list, tuple)):
                 later += item
         waiting = later
-
-
-def sources(origins: Iterable[Origin]) -> list[Chosen | Asked]:
-    """The choices, and questions to computed tensors, that numbers come from."""
-    found: list[Chosen | Asked] = []
-    seen: set[int] = set()
-    waiting: list[Any] = list(origins)
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, (Chosen, Computed, Asked)):
-            if id(item) in seen:
-                continue
-            seen.add(id(item))
-            if isinstance(item, (Chosen, Asked)):
-                found.append(item)
-            else:
-                waiting += [item.args, item.kwargs]
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple)):
-            waiting += item
-    return found
