@@ -1,17 +1,18 @@
 """Reading a block: from its dataflow to a :class:`~moe_surgery.spec.MoESpec`, refusing whatever isn't accounted for.
 
-The block is recorded four times: with 3-D input (2-D where the block takes no other) in bfloat16 and every token on the
-same few experts; with many more tokens in float32 and every expert visited; with one token; and with 2-D input where
-the block takes it, in the dtype of its own weights. All records must say the same. So a branch on load, batch shape or
-dtype that one record can't show is seen as a difference between two.
+The block is recorded several times: with 3-D input (2-D where the block takes no other) in bfloat16 and every token on
+the same few experts; with many more tokens in float32 and every expert visited; and, in the dtype of its own weights,
+with one token, with a small batch that lies otherwise in memory, and with 2-D input, where the block takes these.
+All records must say the same. So a branch on load, batch shape or dtype that one record can't show is seen as a
+difference between two.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -23,9 +24,8 @@ from moe_surgery.calling import Calling
 from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.results import kept_by_both, met
-from moe_surgery.read.parse.token_output import SharedRead, TokenRead
+from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Mistaken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
@@ -36,9 +36,10 @@ from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.split import parse_split
+from moe_surgery.read.together import but_slots, check_identities, experts_spec, same_experts, shared_spec
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
-from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
+from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
@@ -75,7 +76,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
     with own_forward(block):
         crowded = _first(ask, hidden_sizes(state), state)
         split = crowded.record.cut is not None
-        _check_identities((slot for token in crowded.tokens for slot in token.slots), split)
+        check_identities((slot for token in crowded.tokens for slot in token.slots), split)
         router = crowded.tokens[0].router
         width = crowded.width
         own = own_dtype(state) or torch.float32
@@ -98,7 +99,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             raise Unreadable("its experts weight their inputs")
         experts = same_experts(records, first, router.num_experts)  # what differs there decides, and not what follows
         program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
-    _check_identities(experts, split)
+    check_identities(experts, split)
     layout = Layout(
         router=router.piece,
         experts=tuple(expert.pieces for expert in experts if not expert.identity),
@@ -138,7 +139,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             wide_matrix=check_dtypes(state, layout),
         ),
         experts=experts_spec(experts, first),
-        shared=_shared_spec(first.shared),
+        shared=shared_spec(first.shared),
         output_bias=first.output_bias is not None,
         own_rest=crowded.record.cut is not None and crowded.record.cut.routed is not None,
         latent=crowded.record.inner if crowded.record.inner != width else None,
@@ -165,12 +166,6 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         spare,
         program,
     )
-
-
-def _check_identities(slots: Iterable[MLPRead | None], split: bool) -> None:
-    """Experts that return their input are taken where the block is split in front of all of them."""
-    if not split and any(slot is not None and slot.identity for slot in slots):
-        raise Unreadable("some of what its router scores are experts that return their input")
 
 
 def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
@@ -213,7 +208,7 @@ def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Recor
     """A record of one token, or one row or column of them, of a block that may do something else with many."""
     try:
         found = ask(shape, dtype, spread, plain=True)
-        if not many.lone or _but_slots(found.tokens[0]) == _but_slots(many.tokens[0]):
+        if not many.lone or but_slots(found.tokens[0]) == but_slots(many.tokens[0]):
             return found
     except Unreadable:
         if not many.lone:
@@ -269,81 +264,3 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
 def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:
     """The shape of a batch, or of its tokens alone for blocks that take nothing else."""
     return (batch[0] * batch[1], width) if flat else (*batch, width)
-
-
-def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:
-    """Every expert's MLP, checked to be met by the routing weight of its own number, the same in all records."""
-    found: dict[int, MLPRead] = {}
-    for record_ in records:
-        for number, (token, ids) in enumerate(zip(record_.tokens, record_.ids.tolist(), strict=True)):
-            if _but_slots(token) != _but_slots(first):
-                raise Unreadable(f"it treats tokens or batches differently: {_difference(token, first)}")
-            if len(ids) != len(token.slots):
-                raise Unreadable(f"it uses {len(token.slots)} of {len(ids)} routing weights")
-            for expert, mlp in zip(ids, token.slots, strict=True):
-                if mlp is None:
-                    raise Unreadable(f"expert {expert} takes no part in the output of token {number}")
-                if found.setdefault(expert, mlp) != mlp:
-                    raise Unreadable(f"expert {expert} is {mlp.pieces.down} for token {number}, elsewhere another")
-    if sorted(found) != list(range(total)):
-        raise Unreadable(f"its router scores {total} experts, of which {len(found)} are used")
-    return tuple(found[number] for number in range(total))
-
-
-def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
-    """What all experts have in common, with those that return their input last."""
-    real = [expert for expert in experts if not expert.identity]
-    if any(expert.identity for expert in experts[: len(real)]):
-        raise Unreadable("its identity experts aren't its last ones")
-    for what, values in (
-        ("width", {expert.width for expert in real}),
-        ("activation", {str(expert.mix) for expert in real}),
-        ("biases", {tuple(bias is not None for bias in expert.pieces.biases()) for expert in real}),
-    ):
-        if len(values) > 1:
-            raise Unreadable(f"its experts differ in {what}: {', '.join(sorted(map(str, values)))}")
-    pieces, mix = real[0].pieces, real[0].mix
-    return ExpertsSpec(
-        len(real),
-        real[0].width,
-        mix.activation,
-        mix.gated,
-        mix.limit,
-        mix.limit_after,
-        mix.alpha,
-        mix.offset,
-        biases=any(bias is not None for bias in pieces.biases()),
-        weights_on="input" if first.on_input else "output",
-        identities=len(experts) - len(real),
-    )
-
-
-def _but_slots(token: TokenRead) -> tuple[object, ...]:
-    return token.router, token.shared, token.output_bias, token.on_input
-
-
-def _difference(token: TokenRead, first: TokenRead) -> str:
-    for mine, other in ((token.router, first.router), (token.shared, first.shared)):
-        if mine is not None and other is not None:
-            for field in fields(mine):
-                values = getattr(mine, field.name), getattr(other, field.name)
-                if values[0] != values[1]:
-                    return f"{field.name} is {values[0]} for one, {values[1]} for another"
-    return "not all meet a shared expert"
-
-
-def _shared_spec(shared: SharedRead | None) -> SharedSpec | None:
-    if shared is None:
-        return None
-    mlp, mix = shared.mlp, shared.mlp.mix
-    return SharedSpec(
-        mlp.width,
-        mix.activation,
-        "sigmoid" if shared.gate is not None else None,
-        shared.scale,
-        mix.gated,
-        mix.limit,
-        mix.limit_after,
-        mix.alpha,
-        mix.offset,
-    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.read.asking import spread
-from moe_surgery.read.block import experts_spec, hidden_sizes, odd_batch, same_experts
+from moe_surgery.read.block import hidden_sizes, odd_batch
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first
@@ -23,6 +23,7 @@ from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.together import experts_spec, same_experts
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece

@@ -1,0 +1,98 @@
+"""What several records of a module say together of its experts: the same of every token, and of each by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+from moe_surgery.read.parse.mlp import MLPRead
+from moe_surgery.read.parse.token_output import SharedRead, TokenRead
+from moe_surgery.read.parsed import Record
+from moe_surgery.read.reading import Unreadable
+from moe_surgery.spec import ExpertsSpec, SharedSpec
+
+
+def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:
+    """Every expert's MLP, checked to be met by the routing weight of its own number, the same in all records."""
+    found: dict[int, MLPRead] = {}
+    for record_ in records:
+        for number, (token, ids) in enumerate(zip(record_.tokens, record_.ids.tolist(), strict=True)):
+            if but_slots(token) != but_slots(first):
+                raise Unreadable(f"it treats tokens or batches differently: {_difference(token, first)}")
+            if len(ids) != len(token.slots):
+                raise Unreadable(f"it uses {len(token.slots)} of {len(ids)} routing weights")
+            for expert, mlp in zip(ids, token.slots, strict=True):
+                if mlp is None:
+                    raise Unreadable(f"expert {expert} takes no part in the output of token {number}")
+                if found.setdefault(expert, mlp) != mlp:
+                    raise Unreadable(f"expert {expert} is {mlp.pieces.down} for token {number}, elsewhere another")
+    if sorted(found) != list(range(total)):
+        raise Unreadable(f"its router scores {total} experts, of which {len(found)} are used")
+    return tuple(found[number] for number in range(total))
+
+
+def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
+    """What all experts have in common, with those that return their input last."""
+    real = [expert for expert in experts if not expert.identity]
+    if any(expert.identity for expert in experts[: len(real)]):
+        raise Unreadable("its identity experts aren't its last ones")
+    for what, values in (
+        ("width", {expert.width for expert in real}),
+        ("activation", {str(expert.mix) for expert in real}),
+        ("biases", {tuple(bias is not None for bias in expert.pieces.biases()) for expert in real}),
+    ):
+        if len(values) > 1:
+            raise Unreadable(f"its experts differ in {what}: {', '.join(sorted(map(str, values)))}")
+    pieces, mix = real[0].pieces, real[0].mix
+    return ExpertsSpec(
+        len(real),
+        real[0].width,
+        mix.activation,
+        mix.gated,
+        mix.limit,
+        mix.limit_after,
+        mix.alpha,
+        mix.offset,
+        biases=any(bias is not None for bias in pieces.biases()),
+        weights_on="input" if first.on_input else "output",
+        identities=len(experts) - len(real),
+    )
+
+
+def but_slots(token: TokenRead) -> tuple[object, ...]:
+    """What was read of a token but for its experts, which are others for another token."""
+    return token.router, token.shared, token.output_bias, token.on_input
+
+
+def _difference(token: TokenRead, first: TokenRead) -> str:
+    for mine, other in ((token.router, first.router), (token.shared, first.shared)):
+        if mine is not None and other is not None:
+            for field in fields(mine):
+                values = getattr(mine, field.name), getattr(other, field.name)
+                if values[0] != values[1]:
+                    return f"{field.name} is {values[0]} for one, {values[1]} for another"
+    return "not all meet a shared expert"
+
+
+def shared_spec(shared: SharedRead | None) -> SharedSpec | None:
+    """The spec of the shared expert that all tokens meet, if they meet one."""
+    if shared is None:
+        return None
+    mlp, mix = shared.mlp, shared.mlp.mix
+    return SharedSpec(
+        mlp.width,
+        mix.activation,
+        "sigmoid" if shared.gate is not None else None,
+        shared.scale,
+        mix.gated,
+        mix.limit,
+        mix.limit_after,
+        mix.alpha,
+        mix.offset,
+    )
+
+
+def check_identities(slots: Iterable[MLPRead | None], split: bool) -> None:
+    """Experts that return their input are taken where the block is split in front of all of them."""
+    if not split and any(slot is not None and slot.identity for slot in slots):
+        raise Unreadable("some of what its router scores are experts that return their input")
