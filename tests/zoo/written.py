@@ -183,6 +183,29 @@ class WeightsOfEverySlot(Alone):
         return out
 
 
+class ScaledByTheNumberOfTokens(Alone):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        loads = F.one_hot(ids, self.num_experts).sum((0, 1)) / (len(x) * self.top_k)
+        loss = (loads * self.logits(x).softmax(-1).sum(0) / len(x)).sum() * self.num_experts
+        return self.scaled(self.routed(x, weights, ids), len(x)).reshape(hidden_states.shape), loss
+
+    def scaled(self, out: Tensor, tokens: int) -> Tensor:
+        return out
+
+
+@block(COUNTS)
+class LossByTheNumberOfTokens(ScaledByTheNumberOfTokens):
+    """Means of a loss are sums divided by the number of tokens."""
+
+
+@block(COUNTS, "calculates with the batch size")
+class OutputByTheNumberOfTokens(ScaledByTheNumberOfTokens):
+    def scaled(self, out: Tensor, tokens: int) -> Tensor:
+        return out / tokens
+
+
 class LossBesideABranch(Alone):
     """It returns a loss, and asks for the length of the sequence on the way."""
 

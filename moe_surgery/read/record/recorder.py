@@ -62,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.paused = False
         self.one_by_one = False
         self.by_batch = False
+        self.scaled: str | None = None
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self._unused: dict[int, Made] = {}  # by the storage of their ids
@@ -310,6 +311,8 @@ class Recorder(TorchDispatchMode):
 
     def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
         """Why nothing may come of an operation on the input, if so."""
+        if self.scaled is not None:
+            return self.scaled
         for entry in entries.values():
             if entry.kind == Kind.LOAD:
                 return self._reasons[entry.storage]
