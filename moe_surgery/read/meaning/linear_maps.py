@@ -91,13 +91,13 @@ def _grouped(run: Evaluation, op: Op) -> Rows:
     value, mats = run.vectors(op.args[0]), run.value(op.args[1])
     ends = run.value(op.args[2] if len(op.args) > 2 else op.kwargs.get("offs"))
     rest = [*op.args[3:], *(kept for name, kept in op.kwargs.items() if name not in ("offs", "out_dtype"))]
-    stacked = isinstance(mats, Mats) and mats.lead.ndim == 1 and mats.dims[0] == (0,)
+    stacked = isinstance(mats, Mats) and len(mats.dims) == 3 and len(mats.dims[0]) == 1 and mats.dims[0][0] >= 0
     if not stacked or not isinstance(ends, Tensor) or value.lead.ndim != 1 or any(item is not None for item in rest):
         raise Unreadable("it multiplies groups of rows in a way that reading has no meaning for")
     groups = torch.searchsorted(ends.long(), torch.arange(value.lead.size), right=True)
     if bool((groups >= mats.shape[0]).any()):
         raise Unreadable("it multiplies fewer rows than it has")
-    chosen = replace(mats, lead=mats.lead[groups.numpy()])
+    chosen = replace(mats, lead=mats.lead.take(groups.numpy(), axis=mats.dims[0][0]))
     found = _linear(run, Rows(value.lead[:, None], value.size), chosen, op)
     return Rows(found.lead[:, 0], found.size)
 

@@ -57,6 +57,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         choices,
         branches=tuple(recorder.branches.met),
         lone=recorder.branches.lone,
+        one_by_one=recorder.one_by_one,
         positive=tuple((index[node], places) for node, places in recorder.positive),
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
@@ -98,7 +99,7 @@ def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
         raise recorder.object_to(f"it returns a {type(answer).__name__}, not one tensor")
     for output in found:
         alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-        others = recorder.route is no_choice or answer is not output or output.ndim == 2
+        others = recorder.route is no_choice or output.ndim == 2
         fits = tuple(output.shape) == shape or (alike and others)
         if fits and output.dtype == recorder.dtype:
             return output

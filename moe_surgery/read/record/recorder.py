@@ -60,6 +60,8 @@ class Recorder(TorchDispatchMode):
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self.paused = False
+        self.one_by_one = False
+        self.by_batch = False
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self.entries = Entries(block, dtype)
@@ -194,7 +196,7 @@ class Recorder(TorchDispatchMode):
             self._ledger.check_cut(name, args, self.symbolic(args[0]))
         single = any(entry.single for entry in entries.values())
         if single and name not in SHAPED and not name.endswith("_like") and not name.startswith("new_"):
-            raise self.object_to("it takes single tokens out of the batch")
+            self.one_by_one = True
         if any(entry.node is not None for entry in entries.values()):
             result = self._symbolic(func, name, args, kwargs, entries, target is not None)
         else:
@@ -222,7 +224,7 @@ class Recorder(TorchDispatchMode):
         origins = self.lineage.origins((args, kwargs))
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
-        self._ledger.before(name, args)
+        self._ledger.before(name, args, self.by_batch)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
