@@ -3,8 +3,8 @@
     python benchmarks/against_layer.py CHECKPOINT [--target auto] [--tokens 1 2 ...] [--out results]
 
 CHECKPOINT is one that benchmarks/served.py wrote (``--write --folder``). The engine runs with surgery, proven; all of
-its blocks are then called one after another in one CUDA graph, once as the kernels compute them and once as vLLM's layer
-does, which holds the same weights with the shared expert inside: what ``--target vllm`` gives.
+its blocks are then called one after another in one CUDA graph, once as the kernels compute them and once as vLLM's
+layer does, which holds the same weights with the shared expert inside: what ``--target vllm`` gives.
 Microseconds of a block are added to results/<machine>-against_layer.json.
 """
 

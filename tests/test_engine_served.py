@@ -16,6 +16,18 @@ from engine_examples import Output, Run, run_all
 from quantised_checkpoint import but, write
 
 Change = Callable[[dict[str, torch.Tensor], str], object]
+
+
+def lost(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors.pop(name, None)
+
+
+def one(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """A scalar in the tensor's place."""
+    if name in tensors:
+        tensors[name] = tensors[name].flatten()[0]
+
+
 SHARED = "model.layers.1.mlp.shared_expert"
 HALF = {"dtype": "bfloat16"}
 
@@ -67,8 +79,6 @@ def test_blocks_with_a_quantised_shared_expert(folders: dict[str, Path], tmp_pat
 
 @pytest.mark.slow
 def test_quantised_tensors_are_counted(folders: dict[str, Path], tmp_path: Path) -> None:
-    lost: Change = lambda tensors, name: tensors.pop(name, None)
-    one: Change = lambda tensors, name: tensors.update({name: tensors[name].flatten()[0]} if name in tensors else {})
     down, alone = f"{SHARED}s.down_proj.weight_scale", "model.layers.1.mlp.experts.3.up_proj.weight"
     cases: list[tuple[str, str, Change, str]] = [
         ("naive_talker-ct_int4", f"{SHARED}.up_proj.weight_packed", lost, "gate_up_proj.weight_packed: 1024 of 2048"),
