@@ -50,7 +50,8 @@ def obstacle(config: VllmConfig) -> str | None:
         f"data parallelism: {shares}; each of {data} groups of ranks has tokens of its own, {asks}": data > 1,
         f"prefill context parallelism: {shares}; each of {parts} groups has a part of a prompt, {asks}": parts > 1,
         f"expert load balancing: each of {over} ranks has its part of the experts and of "
-        f"{moving.num_redundant_experts} more, which move every {moving.step_interval} steps from where they were proven": parallel.enable_eplb,
+        f"{moving.num_redundant_experts} more, which move every {moving.step_interval} steps from where they were "
+        "proven": parallel.enable_eplb,
     }
     found = next((what for what, on in held.items() if on), None)
     return found and f"the swap is not supported under {found}"
