@@ -114,6 +114,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
         scales = f"a scale for each {BLOCK} by {BLOCK}, or for each row and token"
         yield f"{told}, and the kernels take experts in FP8 with {scales}"
         return
+    if form.rows == BLOCK and is_deep_gemm_e8m0_used():
+        yield f"{told}, and DeepGEMM has vLLM scale activations by powers of two (VLLM_USE_DEEP_GEMM_E8M0)"
     shared = item.reading.layout.shared
     for layer in () if shared is None else _layers(item.block, shared):
         kernel = form.linear(layer)
@@ -122,8 +124,6 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
             return
         if (name := type(kernel).__name__) not in form.as_loaded:
             yield f"{told}, and {name} lays them out in a way of its own"
-    if form.rows == BLOCK and is_deep_gemm_e8m0_used():
-        yield f"{told}, and activations are scaled by powers of two (VLLM_USE_DEEP_GEMM_E8M0)"
     if getattr(experts.quant_method, "weight_scale_refine", None) is not None:
         yield f"{told}, and a rank's share of them has smaller blocks"
     if config.parallel_config.tensor_parallel_size > 1:
