@@ -52,8 +52,7 @@ def sites(result: Result) -> list[dict[str, object]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    target = "folded" if scales else "auto"
-    run = operated(checkpoints[kind + scales], tmp_path / "run", target, options={"enforce_eager": eager})
+    run = operated(checkpoints[kind + scales], tmp_path / "run", options={"enforce_eager": eager})
     [result] = run_all([run], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
