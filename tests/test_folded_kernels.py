@@ -82,7 +82,7 @@ def test_between_the_products_of_a_shared_expert(activation: Activation, dtype: 
     left, right = h.double().chunk(2, dim=-1)
     wanted = ACTIVATIONS[activation](left) * right, 0.5 * torch.sigmoid(x.double() @ (gate / 8).double().T)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(act.double(), wanted[0], rtol=eps, atol=4 * eps)
+    torch.testing.assert_close(act.double(), wanted[0], rtol=2 * eps, atol=4 * eps)  # rounded twice
     # A logit of some units is rounded, which moves its sigmoid by a quarter of that at most; then both are rounded.
     assert share.dtype == dtype and share.shape == (3, 1)
     torch.testing.assert_close(share.double(), wanted[1], rtol=0, atol=2 * eps)

@@ -34,4 +34,6 @@ def mix_and_gate(
         there = place < I
         first = tl.load(h + token * (2 * I) + place, mask=there, other=0.0).to(tl.float32)
         second = tl.load(h + token * (2 * I) + I + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(act + token * I + place, mixed(first, second, ACT, True, 0.0, False, 1.0, 0.0), mask=there)
+        # Rounded twice, as vLLM's kernels do.
+        value = as_stored(mixed(first, first, ACT, False, 0.0, False, 1.0, 0.0), h)
+        tl.store(act + token * I + place, value * second, mask=there)
