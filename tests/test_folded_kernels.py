@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from spec_weights import tolerance, weights, worst
 
 from moe_surgery.kernels.choice import Choice, table
-from moe_surgery.spec import MoESpec
+from moe_surgery.spec import Activation, MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.formula import ACTIVATIONS
 from moe_surgery.targets.reference_target import ReferenceExperts
 
 ON_GPU = torch.cuda.is_available()
@@ -67,6 +68,24 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
     got = run(x, fold(tensors), terms, choice)
     assert got.dtype == dtype
     assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_between_the_products_of_a_shared_expert(activation: Activation, dtype: torch.dtype) -> None:
+    from moe_surgery.kernels.between import run_between
+
+    draw = torch.Generator().manual_seed(0)
+    h, x, gate = (torch.randn(shape, generator=draw).to(DEVICE, dtype) for shape in ((3, 600), (3, 72), (1, 72)))
+    act, share = run_between(h, x, gate / 8, 0.5, activation)
+    left, right = h.double().chunk(2, dim=-1)
+    wanted = ACTIVATIONS[activation](left) * right, 0.5 * torch.sigmoid(x.double() @ (gate / 8).double().T)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(act.double(), wanted[0], rtol=2 * eps, atol=4 * eps)  # rounded twice
+    # A logit of some units is rounded, which moves its sigmoid by a quarter of that at most; then both are rounded.
+    assert share.dtype == dtype and share.shape == (3, 1)
+    torch.testing.assert_close(share.double(), wanted[1], rtol=0, atol=2 * eps)
 
 
 @runs

@@ -100,7 +100,7 @@ def load_model(
     with _model_errors(checkpoint.directory, headers, checkpoint.config), quiet_bars(), told(headers, on_read):
         module, info = kind.from_pretrained(
             checkpoint.directory,
-            config=config,
+            config=_unquantised(config),  # its cache may be quantised, which is no matter here
             dtype=wanted,
             use_safetensors=True,
             local_files_only=True,
