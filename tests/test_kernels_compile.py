@@ -29,7 +29,7 @@ compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_ap
 INTEGERS = "counts", "lists", "ids", "places"
 FLOATS = "logits", "given", "weights", "rows_out", "scales", "factors", "act_factors"
 IN_E4M3 = "w13", "w2", "parts"
-NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "shared_scale": "fp32"}
+NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "factor": "fp32", "shared_scale": "fp32"}
 OFFSETS = ("gate", "shared", "shared_up", "shared_scales", "shared_up_scales")
 
 
@@ -174,6 +174,14 @@ def test_that_route(spec: MoESpec) -> None:
 def test_behind_a_router(spec: MoESpec) -> None:
     beside = any(True for _ in unfoldable(spec))
     compile_both_paths(terms_of(spec, given=True, beside=beside), "bf16")
+
+
+@compiles
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_beside_vllms_experts(activation: str) -> None:
+    from moe_surgery.kernels.between import between_kernel
+
+    compile_each([between_kernel(2048, 768, activation, torch.device("cpu"), torch.bfloat16)], "bf16")
 
 
 @compiles
