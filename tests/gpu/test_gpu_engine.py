@@ -71,7 +71,7 @@ def test_compiled_in_graphs_from_one_cache(folders: dict[str, Path], tmp_path: P
 
 @pytest.mark.slow
 def test_an_engine_that_goes_on_after_a_failure(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Its second block isn't proven, as the first was: the model is as it was, beside graphs of the one with surgery."""
+    """Its second block isn't proven, as the first was: it is as it was, beside graphs of an engine with surgery."""
     folder, env = folders["naive_talker"], {**EXACT, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     failing = operated(folder, tmp_path / "kept", **COMPILED)
     assert failing.surgery is not None
