@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_surgery.kernels import beside
 from moe_surgery.kernels.arguments import next_power
-from moe_surgery.kernels.launch import ALIGNMENT, Kernel
+from moe_surgery.kernels.compiled import ALIGNMENT, Kernel
 
 _TILES = {"BI": 256, "num_warps": 4}
 

@@ -73,6 +73,10 @@ class Record:
         return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
+    def one_by_one(self) -> bool:
+        return self.flow is not None and self.flow.one_by_one
+
+    @property
     def inner(self) -> int:
         """The size of what the routed experts are given, and return."""
         assert self.flow is not None
