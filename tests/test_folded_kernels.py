@@ -104,19 +104,18 @@ def test_of_equal_logits_the_lower_expert_s_is_more(path: str, dtype: torch.dtyp
     tensors.router[6:] = tensors.router[2:4]
     x = torch.randn(80, spec.hidden, generator=torch.Generator().manual_seed(2)).to(tensors.w13)
     ranked, order = (x.double() @ tensors.router[:4].double().T).sort(-1, descending=True)
-    x, order = (each[(ranked[:, :2] - ranked[:, 1:3]).amin(-1) > 0.2][:12] for each in (x, order))
-    assert len(x) == 12
+    x, order = (each[(ranked[:, :2] - ranked[:, 1:3]).amin(-1) > 0.2][:4] for each in (x, order))
+    assert len(x) == 4
     ids = torch.stack([order[:, 0], order[:, 0] + 4, order[:, 1]], -1)
     got = run(x, fold(tensors), terms_of(spec), tiles(path, dtype))
     assert worst(got, reference.forward(spec, tensors, x, torch.float64, ids)) < tolerance(spec, dtype)
 
 
 @runs
-@pytest.mark.parametrize("name", ["plain", "sizes that fit no tile"])
-def test_weights_may_be_fetched_any_number_of_tiles_ahead(name: str) -> None:
+def test_weights_may_be_fetched_any_number_of_tiles_ahead() -> None:
     from moe_surgery.kernels.launch import run
 
-    spec = SPECS[name]
+    spec = SPECS["sizes that fit no tile"]
     tensors, choice = weights(spec, torch.float32, device=DEVICE), tiles("pairs", torch.float32)
     x = clear_tokens(spec, tensors, 2)
     down = {"BH": 8, "BK": 8, "num_warps": 1, "num_stages": 1}

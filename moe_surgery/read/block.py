@@ -241,10 +241,11 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
     # A block that rounds as it should in its own dtype alone is read in that.
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
     avoid: frozenset[int] = frozenset()
+    answered: set[bool] = set()  # whether tokens alone, that is
     for dtype, flat, width in product(dtypes, (False, True), widths):
-        if flat and problem.answered:  # it takes batches, and does something else with them
+        if flat and False in answered:  # it takes batches, and does something else with them
             continue
-        if dtype != torch.bfloat16 and not problem.answered:
+        if dtype != torch.bfloat16 and not answered:
             break
         try:
             batch = odd_batch(state, 1)
@@ -260,6 +261,7 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
                 found = ask(_shape(known, width, flat), dtype, crowded_together)
             return _Crowded(found, width, flat, avoid)
         except Unfollowed as error:
+            answered |= {flat} if error.answered else set()
             problem = error if error.operations > problem.operations else problem  # it came further
     raise problem
 

@@ -117,6 +117,95 @@ class SlotsOfABlockOfTokens(SlotsOfAllTokens):
         return slots % 1024 % x.shape[0]
 
 
+class Sent:
+    """Tokens sent to experts by what is left of a table of gates, and their answers brought back (D. Rau)."""
+
+    def __init__(self, gates: Tensor) -> None:
+        found = torch.nonzero(gates)
+        in_order, places = found.sort(0)
+        self.size = len(gates)
+        _, experts = in_order.split(1, dim=1)
+        self.tokens = found[places[:, 1], 0]
+        self.loads = (gates > 0).sum(0).tolist()
+        self.weights = gates[self.tokens].gather(1, experts)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x[self.tokens].split(self.loads)
+
+    def back(self, parts: list[Tensor]) -> Tensor:
+        done = torch.cat(parts) * self.weights
+        return torch.zeros(self.size, done.shape[1], dtype=done.dtype).index_add(0, self.tokens, done)
+
+
+@block(COUNTS, shaped=False)
+class TokensWithALoss(Alone):
+    """It takes [T, H] alone, and returns a loss too."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden_states)
+        top, ids = logits.topk(self.top_k + 1, dim=1)
+        gates = torch.zeros_like(logits).scatter(1, ids[:, : self.top_k], top[:, : self.top_k].softmax(1))
+        load = (gates > 0).sum(0).float()
+        sent = Sent(gates)
+        parts = [expert(part) for expert, part in zip(self.experts, sent.parts(hidden_states), strict=True)]
+        return sent.back(parts), load.var() / load.mean() ** 2
+
+
+@block(COUNTS, "another dimension")
+class ExpertsChooseTokens(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores = self.logits(x).softmax(-1)
+        weights, tokens = scores.topk(1, dim=0)
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            done = self.expert(number, x[tokens[:, number]])
+            out.index_add_(0, tokens[:, number], done * weights[:, number, None])
+        return out.reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class WeightsOfEverySlot(Alone):
+    """Each slot's weights are added where its tokens are, of which there may be none."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            slots = ids == number
+            tokens = slots.any(-1).nonzero(as_tuple=True)[0]
+            if len(tokens) == 0:
+                continue
+            whole = torch.zeros(len(tokens), dtype=weights.dtype)
+            for slot in range(ids.shape[1]):
+                here = slots[tokens, slot]
+                whole[here] += weights[tokens[here], slot]
+            out[tokens] += whole[:, None] * self.expert(number, x[tokens])
+        return out
+
+
+class ScaledByTheNumberOfTokens(Alone):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        loads = F.one_hot(ids, self.num_experts).sum((0, 1)) / (len(x) * self.top_k)
+        loss = (loads * self.logits(x).softmax(-1).sum(0) / len(x)).sum() * self.num_experts
+        return self.scaled(self.routed(x, weights, ids), len(x)).reshape(hidden_states.shape), loss
+
+    def scaled(self, out: Tensor, tokens: int) -> Tensor:
+        return out
+
+
+@block(COUNTS)
+class LossByTheNumberOfTokens(ScaledByTheNumberOfTokens):
+    """Means of a loss are sums divided by the number of tokens."""
+
+
+@block(COUNTS, "calculates with the batch size")
+class OutputByTheNumberOfTokens(ScaledByTheNumberOfTokens):
+    def scaled(self, out: Tensor, tokens: int) -> Tensor:
+        return out / tokens
+
+
 class LossBesideABranch(Alone):
     """It returns a loss, and asks for the length of the sequence on the way."""
 

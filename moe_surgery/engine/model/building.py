@@ -138,7 +138,7 @@ def _regrouped(block: nn.Module, routed: Routed, reading: Reading, shared: nn.Mo
             1.0,
         )
         old.routed_experts.custom_routing_function = routing
-    kind = FewTokensRunner if unsorted_for_few(old.routed_experts) else MoERunner
+    kind = FewTokensRunner if unsorted_for_few(old) else MoERunner
     return kind(
         layer_name=old.layer_name,
         moe_config=config,

@@ -27,7 +27,9 @@ BLOCK = 8
 _SPARSE = 4
 """How many more experts than pairs there must be: then hardly one in eight pairs has its expert in common."""
 _METHODS = "CompressedTensorsWNA16MoEMethod", "AutoGPTQMoEMethod", "AutoAWQMoEMethod"
-"""vLLM's methods for routed experts that were seen computing so."""
+_ROUTERS = ("GroupedTopKRouter",)
+"""vLLM's methods for routed experts, and its routers, with which engines were seen computing so in graphs. Its plain
+routers have no experts for tokens that only fill a graph up."""
 _module: Any = None
 with suppress(ImportError):  # other releases have it elsewhere
     _module = import_module("vllm.model_executor.layers.fused_moe.experts.marlin_moe")
@@ -41,9 +43,10 @@ _TAKEN = frozenset(
 _KNOWN = _products is not None and set(inspect.signature(_products).parameters) >= _TAKEN
 
 
-def unsorted_for_few(experts: Any) -> bool:
-    """Whether vLLM's routed ``experts`` may be computed so; the kernels that they get are chosen later."""
-    return _KNOWN and current_platform.is_cuda() and stored(experts) in _METHODS
+def unsorted_for_few(runner: Any) -> bool:
+    """Whether the experts of vLLM's ``runner`` may be computed so; the kernels that they get are chosen later."""
+    seen = stored(runner.routed_experts) in _METHODS and type(runner.router).__name__ in _ROUTERS
+    return _KNOWN and current_platform.is_cuda() and seen
 
 
 class FewTokensRunner(MoERunner):  # type: ignore[misc]
@@ -122,7 +125,8 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
             expert_map=None,
             block_size_m=BLOCK,
             sorted_token_ids=self._rows[: ids.numel() * BLOCK],
-            expert_ids=ids.flatten(),
+            # Of tokens that are no numbers a router may choose none, and the kernels look up whatever it is.
+            expert_ids=ids.flatten().clamp(0, len(experts.w13_weight) - 1),
             num_tokens_post_padded=self._counts[ids.numel() : ids.numel() + 1],
             activation=experts.activation,
             activation_func=marlin.activation,

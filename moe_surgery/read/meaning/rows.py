@@ -160,6 +160,8 @@ def reshaped(value: Rows, shape: Shape, terms: Terms) -> Rows:
 
 def expanded(value: Rows, shape: Shape, terms: Terms) -> Rows:
     """``value`` broadcast to ``shape``."""
+    if 0 in shape:
+        return Rows(objects([], shape), None)
     value = value if value.size is not None else vectors(value, terms)
     place = len(shape) - 1 - value.after
     if value.size not in (1, shape[place]):
@@ -178,6 +180,8 @@ def combine(values: list[Rows], function: Callable[..., Term], terms: Terms) -> 
     """An element-wise function of tensors, broadcast against each other; ``function`` takes and returns terms."""
     if all(value.size is None and value.lead.ndim == 0 for value in values):
         return Rows(objects([function(*(value.lead[()] for value in values))], ()), None)
+    if 0 in (shape := np.broadcast_shapes(*(value.shape for value in values))):
+        return Rows(objects([], shape), None)
     # Those that lie another way are taken apart, so let that be the smaller ones.
     widest = max(values, key=lambda value: 0 if value.size in (None, 1) else value.lead.size * (value.size or 1))
     values = [_aligned(value, widest.after, terms) for value in values]

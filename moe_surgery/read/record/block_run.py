@@ -127,7 +127,7 @@ def _once(
     finally:
         after = watched(block)
         written.undo()
-    if recorder.objections:
+    if recorder.objections or recorder.reservations:
         raise recorder.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
     state = [name for name in changes(before, after) if name not in known]

@@ -62,7 +62,8 @@ def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int,
     if name == "topk":
         k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
         if dim not in (-1, args[0].ndim - 1):
-            raise recorder.object_to("it ranks along another dimension than the last")
+            recorder.reservations.append("it ranks along another dimension than the last")
+            return None
         return k, largest
     if name not in ("max", "argmax", "sort") or recorder.route is no_choice or not args[0].ndim:
         return None

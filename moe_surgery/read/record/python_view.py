@@ -34,6 +34,8 @@ _SHAPERS = frozenset(
 )
 _MAKERS = frozenset(["one_hot", "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty"])
 _VIEWS = frozenset(["view", "reshape"])
+_SCALES = frozenset(["truediv", "itruediv", "div", "divide", "true_divide", "mul", "rmul", "imul", "multiply"])
+_CALCULATES = "it calculates with the batch size"
 _NUMBERS = frozenset(["arange", "tensor", "as_tensor", "scalar_tensor", "new_tensor"])
 
 
@@ -77,8 +79,13 @@ class Sizes(TorchFunctionMode):
             args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
         sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
         if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
-            raise recorder.object_to("it calculates with the batch size")
-        result = self._run(func, name, args, kwargs)
+            if name.strip("_") not in _SCALES or not all(size.pure and size.of_batch for size in sizes):
+                raise recorder.object_to(_CALCULATES)
+            recorder.scaled = _CALCULATES  # a mean, say, of which no output may come
+        try:
+            result = self._run(func, name, args, kwargs)
+        finally:
+            recorder.scaled = None
         if name in _SIZES or func == _SHAPE:
             return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
         made = tensors(result) if sizes else []

@@ -56,12 +56,14 @@ class Recorder(TorchDispatchMode):
         self.dtype, self.route = dtype, route
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
+        self.reservations: list[str] = []  # which stand if the block's own code doesn't fail further on
         self.choices = Choices(route)
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self.paused = False
         self.one_by_one = False
         self.by_batch = False
+        self.scaled: str | None = None
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self.entries = Entries(block, dtype)
@@ -75,7 +77,8 @@ class Recorder(TorchDispatchMode):
 
     def unreadable(self) -> Unreadable:
         """The first objection."""
-        return Mistaken(self.objections[0], self.mistaken) if self.mistaken else Unreadable(self.objections[0])
+        first = (*self.reservations, *self.objections)[0]
+        return Mistaken(first, self.mistaken) if self.mistaken else Unreadable(first)
 
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
@@ -296,15 +299,27 @@ class Recorder(TorchDispatchMode):
             parts.append(part)
         if ranked is not None:
             parts[1] = self._choose(record, parts[1], ranked)
+        elif name == "topk":
+            parts[1] = self._first(parts[1], args[2])
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
 
     def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
         """Why nothing may come of an operation on the input, if so."""
+        if self.scaled is not None:
+            return self.scaled
         for entry in entries.values():
             if entry.kind == Kind.LOAD:
                 return self._reasons[entry.storage]
         values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
         return f"what it computes depends on {LOAD} ({name})" if values else None
+
+    def _first(self, indices: Tensor, dim: int) -> Tensor:
+        """Numbers for a top-k that isn't read, so that the code which uses them runs."""
+        count = indices.shape[dim]
+        real = torch.arange(count).reshape([-1, *[1] * (indices.ndim - 1)]).transpose(0, dim).expand(indices.shape)
+        real = real.contiguous()
+        self.entries.enter(real, None, None, real, Kind.CHOSEN)
+        return real
 
     def _choose(self, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
         scores: Any = record.args[0]
