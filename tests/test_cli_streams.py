@@ -234,6 +234,21 @@ def test_a_signal_ends_with_130_and_is_not_taken_twice(number: signal.Signals) -
     assert (out, err) == ("", "put back\nerror: interrupted; nothing was left half done\n")
 
 
+def test_an_interrupt_before_a_command_has_begun_ends_with_130_too() -> None:
+    code = """if True:
+    import os, signal, sys
+    class Interrupts:
+        def find_spec(self, name, *rest):
+            if name == "typer":
+                os.kill(os.getpid(), signal.SIGINT)
+    sys.meta_path.insert(0, Interrupts())
+    from moe_surgery.cli import main
+    main()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(typer.Exit):

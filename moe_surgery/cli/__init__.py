@@ -8,6 +8,16 @@ import sys
 
 def main() -> None:
     """Run the command line; this is what the ``moe-surgery`` script calls."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # before a command has begun, or after it has ended
+        from moe_surgery.cli import exits
+
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(exits.INTERRUPTED)
+
+
+def _run() -> None:
     from moe_surgery.cli import exits
     from moe_surgery.cli.app import app
 
