@@ -225,6 +225,14 @@ class PassedOn(Base):
         return self.route(x)
 
 
+class NeedsIds(Base):
+    """Token ids, which most layers are called without (DeepSeek-V4)."""
+
+    def forward(self, hidden_states: Tensor, input_ids: Tensor | None) -> Any:
+        out = super().forward(hidden_states)
+        return out if input_ids is None else out * input_ids.reshape(*hidden_states.shape[:-1], 1)
+
+
 @block(ARGUMENTS, "batch size")
 class Varied(Base):
     def forward(self, hidden_states: Tensor, *, batch_size: int | None = None) -> Any:
@@ -853,7 +861,7 @@ class FirstOfAllSorted(Base):
         return weights / weights.sum(-1, keepdim=True), order[:, : self.top_k]
 
 
-@block(VALUE, "routing weight")
+@block(VALUE)
 class SecondAndThird(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.logits(x).softmax(-1).topk(self.top_k + 1, dim=-1)
