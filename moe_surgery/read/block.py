@@ -24,10 +24,10 @@ from moe_surgery.calling import Calling
 from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.results import kept_by_both, met
+from moe_surgery.read.parse.results import all_say, kept_by_both
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Mistaken, Outside, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import Broken, Mistaken, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
@@ -174,7 +174,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, ins
         spare = frozenset()
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
-    results = reduce(met, [record_.results for record_ in records])
+    results = all_say((record_.results, record_.lead) for record_ in records)
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
     above = layout.correction_bias if router.above_zero else None
@@ -257,13 +257,17 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
 def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
     """The first record; it also finds the input's width, the number of experts and top-k, and sizes to avoid.
 
-    With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
+    With a wrong width the block's own forward fails, unless its code gives the width as a number of which that is a
+    multiple: what can't be read with the likeliest width is tried with others in the same way.
     """
     problem = Unfollowed("it has no weights", -1)
+    deciding: tuple[Unreadable, torch.dtype, bool] | None = None
     # A block that rounds as it should in its own dtype alone is read in that.
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
     avoid: frozenset[int] = frozenset()
     for dtype, flat, width in product(dtypes, (False, True), widths):
+        if deciding is not None and deciding[1:] != (dtype, flat):
+            break
         if flat and problem.answered:  # it takes batches, and does something else with them
             continue
         if dtype != torch.bfloat16 and not problem.answered:
@@ -283,7 +287,11 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
             return _Crowded(found, width, flat, avoid)
         except Unfollowed as error:
             problem = error if error.operations > problem.operations else problem  # it came further
-    raise problem
+        except Broken:
+            raise
+        except Unreadable as error:
+            deciding = deciding or (error, dtype, flat)
+    raise problem if deciding is None else deciding[0]
 
 
 def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:

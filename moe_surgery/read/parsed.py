@@ -79,6 +79,12 @@ class Record:
         return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The input's dimensions before the last."""
+        assert self.flow is not None
+        return next(op.shape[:-1] for op in self.flow.ops if op.name == "input")
+
+    @property
     def first(self) -> TokenRead:
         """A token that meets an expert."""
         return next(token for token in self.tokens if not token.silent)

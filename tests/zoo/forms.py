@@ -452,6 +452,19 @@ class InTwoStagesThatOverlap(InTwoStages):
 
 
 @block(AROUND)
+class TwiceAsWideInside(Alone):
+    """Its experts are given twice the input's size, which its code gives as a number."""
+
+    def make_experts(self) -> None:
+        self.enter, self.leave = plain.linear(32, 64), plain.linear(64, 32)
+        self.experts = nn.ModuleList(plain.MLP(64, self.width) for _ in range(self.num_experts))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, 32)
+        return self.leave(self.routed(self.enter(x), *self.route(x))).view(hidden_states.shape)
+
+
+@block(AROUND)
 class MostWeightsAreOne(Alone):
     """A softmax over those logits alone that come within two percent of the largest (Phi-3.5-MoE)."""
 

@@ -189,6 +189,13 @@ class TupleForMany(Base):
         return (out, None) if hidden_states.ndim == 2 else out
 
 
+@block(RESULTS, "as tokens for one batch")
+class FlatForSeveralRows(Base):
+    def forward(self, hidden_states: Tensor) -> Any:
+        out = super().forward(hidden_states)
+        return out.reshape(-1, self.hidden) if len(hidden_states) > 1 else out
+
+
 # Arguments beside the input
 
 ARGUMENTS = "arguments"
