@@ -47,7 +47,7 @@ test: $(READY)
 
 # The set-up is for CPUs, so this takes what is on the machine.
 test-gpu:
-	@$(GPU_PYTHON) -m pytest tests/gpu tests/test_folded_kernels.py $(ARGS)
+	@$(GPU_PYTHON) -m pytest tests/gpu tests/test_folded_kernels.py tests/test_e4m3_kernels.py $(ARGS)
 
 fuzz: $(READY)
 	@while $(BIN)/python -m pytest -q -x -n 2 --hypothesis-profile=fuzz -m hypothesis $(ARGS); do :; done; false

@@ -1,10 +1,10 @@
 """Folded blocks of a quantised model in an engine, by this library's kernels and by vLLM's own layer, for more tokens.
 
-    python benchmarks/against_layer.py CHECKPOINT [--tokens 1 2 ...] [--out results]
+    python benchmarks/against_layer.py CHECKPOINT [--target auto] [--tokens 1 2 ...] [--out results]
 
-CHECKPOINT is one that benchmarks/served.py wrote (``--write --folder``). The engine runs with surgery and ``--target
-auto``, proven; all of its blocks are then called one after another in one CUDA graph, once as the kernels compute them
-and once as vLLM's layer does, which holds the same weights with the shared expert inside: what ``--target vllm`` gives.
+CHECKPOINT is one that benchmarks/served.py wrote (``--write --folder``). The engine runs with surgery, proven; all of
+its blocks are then called one after another in one CUDA graph, once as the kernels compute them and once as vLLM's
+layer does, which holds the same weights with the shared expert inside: what ``--target vllm`` gives.
 Microseconds of a block are added to results/<machine>-against_layer.json.
 """
 
@@ -65,6 +65,7 @@ def measured(model: nn.Module, config: Any, numbers: list[int]) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--target", default="auto", choices=("auto", "folded"))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
@@ -77,7 +78,7 @@ def main() -> None:
 
         import moe_surgery
 
-        handle = moe_surgery.install(target="auto", run=str(Path(name) / "run"), prove="all")
+        handle = moe_surgery.install(target=arguments.target, run=str(Path(name) / "run"), prove="all")
         llm = vllm.LLM(
             str(arguments.checkpoint),
             skip_tokenizer_init=True,

@@ -1,6 +1,6 @@
 """One MoE block on a GPU: folded, against transformers' implementations and vLLM's layers.
 
-    python benchmarks/block.py [--case talker] [--tokens 1 8 ...] [--impls ...]
+    python benchmarks/block.py [--case talker ...] [--tokens 1 8 ...] [--impls ...]
 
 Random weights at a published size, bfloat16. Every implementation has as many layers as the others, each with weights
 of its own (transformers' and ours share them), and is timed in a CUDA graph of all layers ("graph") and called layer
@@ -8,7 +8,7 @@ after layer without one ("eager"); the time of one block is that of the stack ov
 Implementations take turns, and a row is the median. Before timing, each is compared with a float32 reference. "floor"
 is the time that reading each weight that is hit once takes, at the rate of a large copy or sum.
 
-Writes results/<machine>-block.json and .svg; with --case other than talker, results/<machine>-block-<case>.json.
+Writes results/<machine>-block.json and .svg for the talker, results/<machine>-block-<case>.json for each other case.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def transformers_block(spec: MoESpec, tensors: BlockTensors, implementation: str
     return block
 
 
-def build(spec: MoESpec, stack: list[BlockTensors], impl: str) -> list[Callable[[Tensor], Tensor]]:
+def build(spec: MoESpec, stack: list[BlockTensors], impl: str, case: str) -> list[Callable[[Tensor], Tensor]]:
     """One block for each layer of the stack; all take and return [T, H]."""
     if impl == OURS:
         target = FoldedTarget()
@@ -98,7 +98,7 @@ def build(spec: MoESpec, stack: list[BlockTensors], impl: str) -> list[Callable[
     from vllm_layers import VllmBlock
 
     fused = impl == "vllm"
-    return [VllmBlock(spec, tensors, f"{impl}.{i}", fused=fused) for i, tensors in enumerate(stack)]
+    return [VllmBlock(spec, tensors, f"{case}.{impl}.{i}", fused=fused) for i, tensors in enumerate(stack)]
 
 
 def errors(spec: MoESpec, tensors: BlockTensors, blocks: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -162,7 +162,7 @@ def run(case: str, impls: list[str], tokens: list[int], modes: list[str], budget
     spec, layers = CASES[case].spec, CASES[case].layers
     rate = memory_rate()
     stack = [random_tensors(spec, seed=seed) for seed in range(layers)]
-    blocks = {impl: build(spec, stack, impl) for impl in impls}
+    blocks = {impl: build(spec, stack, impl, case) for impl in impls}
     found_errors = errors(spec, stack[0], blocks)
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -203,25 +203,34 @@ def main() -> None:
     have_vllm = find_spec("vllm") is not None
     known = [*TRANSFORMERS, *(VLLM if have_vllm else ()), OURS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="talker", choices=list(CASES))
+    parser.add_argument("--case", nargs="+", default=["talker"], choices=list(CASES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--modes", nargs="+", default=["graph", "eager"], choices=["graph", "eager"])
     parser.add_argument("--impls", nargs="+", choices=known)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each mode and number of tokens")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
-    impls = arguments.impls or [impl for impl in known if arguments.case == "talker" or impl not in TRANSFORMERS]
+    wanted = {
+        case: arguments.impls or [impl for impl in known if case == "talker" or impl not in TRANSFORMERS]
+        for case in arguments.case
+    }
     with ExitStack() as context:
         context.enter_context(torch.inference_mode())
-        if set(impls) & set(VLLM):
+        if any(set(VLLM).intersection(impls) for impls in wanted.values()):
             from vllm_layers import without_engine
 
             context.enter_context(without_engine())
-        result = run(arguments.case, impls, arguments.tokens, arguments.modes, arguments.seconds)
-    suffix = "" if arguments.case == "talker" else f"-{arguments.case}"
-    arguments.out.mkdir(exist_ok=True)
-    path = arguments.out / f"{machine_name()}-block{suffix}.json"
-    result = {**describe(), "command": command(), **result}
+        for case, impls in wanted.items():
+            result = run(case, impls, arguments.tokens, arguments.modes, arguments.seconds)
+            write(case, {**describe(), "command": command(), **result}, arguments.out)
+            torch.cuda.empty_cache()
+
+
+def write(case: str, result: dict[str, Any], out: Path) -> None:
+    """Store a case's result in ``out``, and its chart beside it."""
+    suffix = "" if case == "talker" else f"-{case}"
+    out.mkdir(exist_ok=True)
+    path = out / f"{machine_name()}-block{suffix}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".svg").write_text(chart.draw(as_chart(result)), encoding="utf-8")
     print(path)

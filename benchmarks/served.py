@@ -64,6 +64,8 @@ EAGER: dict[str, dict[str, Any]] = {
     # Without graphs, and with the operators that graphs would be made of.
     "native": {"compilation_config": {"mode": 0, "cudagraph_mode": "NONE", "custom_ops": ["none"]}},
 }
+RAN = {"no": "in graphs", "yes": "eagerly", "native": "eagerly, as for graphs"}
+"""What the table says of each."""
 LAYERS = {"naive_talker": 6, "unfused_deepseek": 4, "gpt_oss": 2}
 EXPERTS = {"naive_talker": 128, "unfused_deepseek": 64, "gpt_oss": 8}
 GROUP = 128
@@ -283,7 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         same = {True: "equal", None: ""}.get(found["tokens_equal"], f"apart at gaps of {found['apart']}")
         ratio = "" if found["decode_ratio"] is None else f"{found['decode_ratio']:.2f} ×"
         parallel, target = {"1": "one GPU"}.get(found["parallel"], found["parallel"]), found["target"]
-        ran = "in graphs" if found["eager"] == "no" else "eagerly"
+        ran = RAN[found["eager"]]
         cells = (form, parallel, target, found["model"], ran, found["outcome"], proven, same, ratio)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

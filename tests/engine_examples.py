@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -71,6 +72,11 @@ class Output:
     tokens: list[int]
     logprobs: list[float]
     prompt_logprobs: list[float]
+
+
+def distance(found: list[float], wanted: list[float]) -> float:
+    """The root of the mean square difference of log-probabilities."""
+    return math.sqrt(sum((one - other) ** 2 for one, other in zip(found, wanted, strict=True)) / len(wanted))
 
 
 @dataclass(frozen=True)

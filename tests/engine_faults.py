@@ -74,13 +74,17 @@ def _doubled(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, x: 2 * original(self, x)
 
 
+def _exchanged(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, marlin, x, weights, ids: original(self, marlin, x, weights, ids.roll(1, -1).contiguous())
+
+
 @contextmanager
 def faulty(name: str | None) -> Iterator[None]:
     """While this lasts, something fails: reading a block, building, loading or proving one; or one is built wrong."""
     if name is None:
         yield
         return
-    from moe_surgery.engine.model import blocks, ledger, proving, sites, surgery
+    from moe_surgery.engine.model import blocks, few_tokens, ledger, proving, sites, surgery
 
     places: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
         "reading": (sites, "read", lambda original: _fails_at(1, original, "reading")),
@@ -92,6 +96,7 @@ def faulty(name: str | None) -> Iterator[None]:
         "loading": (ledger.Ledger, "_note", lambda original: _fails_at(40, original, "loading")),
         "proving": (proving, "prove_swapped", lambda original: _fails_at(2, original, "proving")),
         "shared expert doubled": (blocks.SharedExpert, "forward", _doubled),
+        "few tokens' experts exchanged": (few_tokens.FewTokensRunner, "_unsorted", _exchanged),
         "a stale layer": (surgery.LayerBook, "release", lambda original: lambda self, block: None),
     }
     what, _, rank = name.partition("@")

@@ -11,8 +11,10 @@ from quantised_checkpoint import FORMATS
 from spec_weights import weights
 from torch import Tensor
 
+from moe_surgery.kernels.arguments import Scales, Weights
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.e4m3 import dequantised
+from moe_surgery.targets.folded.fold import fold
 from moe_surgery.weights.tensors import BlockScales, BlockTensors
 
 GATED = replace(but(SPEC, experts={"width": 128}, shared={"width": 256}), hidden=256)
@@ -29,6 +31,11 @@ def stored_weights(spec: MoESpec, dtype: torch.dtype, device: str = "cpu", form:
     held = {name: each["weight"] for name, each in found.items() if each}
     scales = {name: each["scale"] for name, each in found.items() if each}
     return replace(tensors, **held, scales=BlockScales(dtype, **scales))  # type: ignore[arg-type]
+
+
+def held(tensors: BlockTensors) -> Weights:
+    """As the kernels take them."""
+    return replace(fold(tensors), scales=Scales(*(getattr(tensors.scales, name) for name in PARTS)))
 
 
 def wide(tensors: BlockTensors) -> BlockTensors:

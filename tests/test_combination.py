@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ WRONG: dict[str, Combine] = {
 }
 
 
-def judged(new: Combine, old: Combine = right, spec: MoESpec = SPEC, **more: float) -> Verdict:
+def judged(new: Combine, old: Combine = right, spec: MoESpec = SPEC, **more: Any) -> Verdict:
     probes = make_tokens(H, DTYPE, torch.device("cpu"), 0)
     return prove_combination(Block(old).observed, Block(new), spec, probes, **more)
 
@@ -86,6 +87,12 @@ def test_a_wrong_new_block_fails(name: str) -> None:
     verdict = judged(WRONG[name])
     assert not verdict.passed and not verdict.powerless
     assert verdict.reason.startswith("the new block is not what the spec says")
+
+
+def test_what_is_wrong_for_few_tokens_alone_is_seen_where_so_many_are_asked_about() -> None:
+    few: Combine = lambda r, s, g: (2 if len(r.reshape(-1, H)) == 5 else 1) * right(r, s, g)  # noqa: E731
+    assert judged(few).passed
+    assert not judged(few, sizes=(5,)).passed
 
 
 def test_a_wrong_reading_fails() -> None:

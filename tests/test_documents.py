@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -77,6 +78,15 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 def test_the_pack_that_is_printed_can_be_read() -> None:
     pack = parse_pack(fenced(ROOT / "docs" / "packs.md", "toml")[0].encode(), "docs/packs.md")
     assert pack.rules
+
+
+def test_the_table_of_served_engines_is_that_of_the_recorded_runs() -> None:
+    result = ROOT / "benchmarks" / "results" / "h100-served.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "served.py"), "--table", str(result)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert f"\n\n{table}\n\n" in (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    for row in json.loads(result.read_text(encoding="utf-8"))["rows"]:
+        assert row["outcome"] == "kept" or row["proof"]["mutants"] >= 10, row
 
 
 def test_the_exit_codes_that_are_printed_are_those_of_the_command_line() -> None:

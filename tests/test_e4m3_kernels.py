@@ -14,14 +14,13 @@ import pytest
 import torch
 from folded_blocks import DEEPSEEK, but, clear_tokens
 from spec_weights import tolerance, worst
-from stored_blocks import BLOCKS, GATED, PARTS, ROWS, stored_weights, wide
+from stored_blocks import BLOCKS, GATED, ROWS, held, stored_weights, wide
 from test_folded_kernels import APART, DEVICE, INTERPRETED, ON_GPU, runs
 
-from moe_surgery.kernels.arguments import Routed, Scales, Weights
+from moe_surgery.kernels.arguments import Routed
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets import reference
-from moe_surgery.targets.folded.fold import fold, terms_of
-from moe_surgery.weights.tensors import BlockTensors
+from moe_surgery.targets.folded.fold import terms_of
 
 SPECS = {
     "two slices, gated": GATED,
@@ -59,11 +58,6 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-
-
-def held(tensors: BlockTensors) -> Weights:
-    """As the kernels take them."""
-    return replace(fold(tensors), scales=Scales(*(getattr(tensors.scales, name) for name in PARTS)))
 
 
 def near(spec: MoESpec, dtype: torch.dtype) -> float:

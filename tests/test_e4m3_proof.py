@@ -102,6 +102,14 @@ def test_weights_that_are_no_numbers_are_told() -> None:
     assert survey(GATED, tensors, 0) == "the weights in w2 are not all finite, so no output can be compared"
 
 
+@pytest.mark.parametrize("form", [BLOCKS, ROWS])
+def test_scales_that_are_no_numbers_are_told(form: str) -> None:
+    tensors = stored_weights(GATED, torch.bfloat16, form=form)
+    assert tensors.scales is not None and tensors.scales.w2 is not None
+    tensors = changed(tensors, w2=tensors.scales.w2.index_fill(0, torch.tensor([3]), torch.inf))
+    assert survey(GATED, tensors, 0) == "the scales of w2 are not all finite, so no output can be compared"
+
+
 def test_what_meets_them_is_rounded() -> None:
     """In float32 that is plain to see."""
     tensors = stored_weights(GATED, torch.float32)

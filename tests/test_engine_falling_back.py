@@ -27,10 +27,24 @@ PLAN = Plan(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data_parallel_size": 2}, "data parallelism: each of 2 ranks has tokens of its own"),
         (
-            {"enable_eplb": True, "enable_expert_parallel": True, "tensor_parallel_size": 2},
-            "expert load balancing: experts move between ranks every 3000 steps, from where they were proven",
+            {"data_parallel_size": 2, "tensor_parallel_size": 2},
+            "data parallelism: experts are shared out over 4 ranks, a shared expert over 2; each of 2 groups of "
+            "ranks has tokens of its own",
+        ),
+        (
+            {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+            "sequence parallelism of MoE layers: each rank takes n / 2 of n tokens to its experts",
+        ),
+        (
+            {
+                "enable_eplb": True,
+                "enable_expert_parallel": True,
+                "tensor_parallel_size": 2,
+                "eplb_config": {"num_redundant_experts": 8},
+            },
+            "expert load balancing: each of 2 ranks has its part of the experts and of 8 more, which move every 3000 "
+            "steps from where they were proven",
         ),
     ],
 )

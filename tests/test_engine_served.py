@@ -5,13 +5,28 @@ On x86 vLLM runs quantised linear layers, but no quantised routed experts: bench
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from engine.make_checkpoint import make
 from engine_examples import Output, Run, run_all
-from quantised_checkpoint import without, write
+from quantised_checkpoint import but, write
+
+Change = Callable[[dict[str, torch.Tensor], str], object]
+
+
+def lost(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors.pop(name, None)
+
+
+def one(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """A scalar in the tensor's place."""
+    if name in tensors:
+        tensors[name] = tensors[name].flatten()[0]
+
 
 SHARED = "model.layers.1.mlp.shared_expert"
 HALF = {"dtype": "bfloat16"}
@@ -64,17 +79,21 @@ def test_blocks_with_a_quantised_shared_expert(folders: dict[str, Path], tmp_pat
 
 @pytest.mark.slow
 def test_quantised_tensors_are_counted(folders: dict[str, Path], tmp_path: Path) -> None:
-    cases = {
-        ("naive_talker-ct_int4", f"{SHARED}.up_proj.weight_packed"): "gate_up_proj.weight_packed: 1024 of 2048",
-        ("naive_talker-ct_int4", f"{SHARED}.down_proj.weight_scale"): "down_proj.weight_scale: never loaded",
-    }
+    down, alone = f"{SHARED}s.down_proj.weight_scale", "model.layers.1.mlp.experts.3.up_proj.weight"
+    cases: list[tuple[str, str, Change, str]] = [
+        ("naive_talker-ct_int4", f"{SHARED}.up_proj.weight_packed", lost, "gate_up_proj.weight_packed: 1024 of 2048"),
+        ("naive_talker-ct_int4", f"{SHARED}.down_proj.weight_scale", lost, "down_proj.weight_scale: never loaded"),
+        ("unfused_deepseek-ct_fp8_channel", down, one, f"{down} [] can't be loaded into {down} [128, 1]: AssertionErr"),
+        # vLLM's routed layer fills all of a matrix with it, without a word.
+        ("naive_talker", alone, one, f"65536 elements were written where 61441 came, 1 of them as {alone}"),
+    ]
     runs = []
-    for number, (name, tensor) in enumerate(cases):
-        folder = without(folders[name], tensor, tmp_path / str(number))
+    for number, (name, tensor, change, _) in enumerate(cases):
+        folder = but(folders[name], tmp_path / str(number), partial(change, name=tensor))
         runs.append(operated(folder, tmp_path, f"run-{number}", ask=False))
-    for words, result in zip(cases.values(), run_all(runs, tmp_path), strict=True):
+    for (*_, words), result in zip(cases, run_all(runs, tmp_path), strict=True):
         [receipt] = result.receipts
-        assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 13)
+        assert (receipt["outcome"], receipt["exit_code"]) == ("failed", 13), receipt["error"]
         assert words in receipt["error"], receipt["error"]
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from folded_blocks import ROUTED, SPEC, SPECS, clear_tokens
+from folded_blocks import ROUTED, SPEC, SPECS, but, clear_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spec_weights import tolerance, weights, worst
 
 from moe_surgery.kernels.choice import Choice, table
-from moe_surgery.spec import MoESpec
+from moe_surgery.spec import Activation, MoESpec
 from moe_surgery.targets import reference
 from moe_surgery.targets.folded.fold import fold, terms_of
+from moe_surgery.targets.formula import ACTIVATIONS
 from moe_surgery.targets.reference_target import ReferenceExperts
 
 ON_GPU = torch.cuda.is_available()
@@ -67,6 +68,62 @@ def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.d
     got = run(x, fold(tensors), terms, choice)
     assert got.dtype == dtype
     assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_between_the_products_of_a_shared_expert(activation: Activation, dtype: torch.dtype) -> None:
+    from moe_surgery.kernels.between import run_between
+
+    draw = torch.Generator().manual_seed(0)
+    h, x, gate = (torch.randn(shape, generator=draw).to(DEVICE, dtype) for shape in ((3, 600), (3, 72), (1, 72)))
+    act, share = run_between(h, x, gate / 8, 0.5, activation)
+    left, right = h.double().chunk(2, dim=-1)
+    wanted = ACTIVATIONS[activation](left) * right, 0.5 * torch.sigmoid(x.double() @ (gate / 8).double().T)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(act.double(), wanted[0], rtol=2 * eps, atol=4 * eps)  # rounded twice
+    # A logit of some units is rounded, which moves its sigmoid by a quarter of that at most; then both are rounded.
+    assert share.dtype == dtype and share.shape == (3, 1)
+    torch.testing.assert_close(share.double(), wanted[1], rtol=0, atol=2 * eps)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", ["pairs", "grouped"])
+def test_of_equal_logits_the_lower_expert_s_is_more(path: str, dtype: torch.dtype) -> None:
+    """Keys that experts are ranked by are of another size in dtypes of two bytes."""
+    from moe_surgery.kernels.launch import run
+
+    if path == "grouped" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter can't multiply matrices in bfloat16")
+    spec = but(top_k=3)
+    tensors = weights(spec, dtype, device=DEVICE)
+    tensors.router[4:] = tensors.router[:4]
+    tensors.router[2:4] = -tensors.router[:2]  # so there are as many below zero
+    tensors.router[6:] = tensors.router[2:4]
+    x = torch.randn(80, spec.hidden, generator=torch.Generator().manual_seed(2)).to(tensors.w13)
+    ranked, order = (x.double() @ tensors.router[:4].double().T).sort(-1, descending=True)
+    x, order = (each[(ranked[:, :2] - ranked[:, 1:3]).amin(-1) > 0.2][:12] for each in (x, order))
+    assert len(x) == 12
+    ids = torch.stack([order[:, 0], order[:, 0] + 4, order[:, 1]], -1)
+    got = run(x, fold(tensors), terms_of(spec), tiles(path, dtype))
+    assert worst(got, reference.forward(spec, tensors, x, torch.float64, ids)) < tolerance(spec, dtype)
+
+
+@runs
+@pytest.mark.parametrize("name", ["plain", "sizes that fit no tile"])
+def test_weights_may_be_fetched_any_number_of_tiles_ahead(name: str) -> None:
+    from moe_surgery.kernels.launch import run
+
+    spec = SPECS[name]
+    tensors, choice = weights(spec, torch.float32, device=DEVICE), tiles("pairs", torch.float32)
+    x = clear_tokens(spec, tensors, 2)
+    down = {"BH": 8, "BK": 8, "num_warps": 1, "num_stages": 1}
+    wanted = run(x, fold(tensors), terms_of(spec), replace(choice, down=down))
+    for ahead in (2, 4):
+        got = run(x, fold(tensors), terms_of(spec), replace(choice, down={**down, "AHEAD": ahead}))
+        assert torch.equal(got, wanted)
 
 
 @runs

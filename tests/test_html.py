@@ -142,13 +142,20 @@ def test_wrong_blocks_are_told_apart_at_phone_width() -> None:
 
 def test_a_wrong_block_stands_out_of_the_band_in_the_colour_of_failure() -> None:
     drawn = ladder(wrong(), 960.0)
-    assert drawn.count('class="bad"') == 1 and 'class="tint"' in drawn
-    assert 'class="bad"' not in ladder(replace(wrong(), build_error=2e-7, passed=True), 960.0)
+    shapes = ElementTree.fromstring(drawn)
+    band, flaw, bar = (shapes.find(f".//*[@class='{kind}']") for kind in ("tint", "flaw", "bad"))
+    assert band is not None and flaw is not None and bar is not None
+    assert bar.get("x") == f"{float(band.get('x', '')) + float(band.get('width', '')):g}", (
+        "it starts at the band's edge"
+    )
+    assert float(bar.get("width", "")) > 100 and drawn.count(">✗ new block<") == 1 and "✗ old" not in drawn
+    right = ladder(replace(wrong(), build_error=2e-7, passed=True), 960.0)
+    assert not any(told in right for told in ('class="flaw"', 'class="bad"', "✗"))
 
 
 def test_a_block_that_is_judged_alone_is_neither_old_nor_new() -> None:
     drawn = ladder(replace(wrong(), build_error=None), 960.0)
-    assert ">the block<" in drawn and "old block" not in drawn and "new block" not in drawn
+    assert ">✗ the block<" in drawn and "old block" not in drawn and "new block" not in drawn
 
 
 def test_an_audit_has_its_own_outcomes() -> None:
@@ -217,7 +224,7 @@ def _light(colour: str) -> float:
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])
 def test_text_can_be_read_in_both_schemes(scheme: dict[str, str]) -> None:
     pairs = [(tone, "paper") for tone in {*TONES.values(), "ink", "muted"}]
-    pairs += [("ink", "panel"), ("muted", "panel"), ("bad", "panel")]
+    pairs += [("ink", "panel"), ("muted", "panel"), ("bad", "panel"), ("bad", "flaw")]
     for text, ground in pairs:
         low, high = sorted((_light(scheme[text]), _light(scheme[ground])))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)

@@ -29,7 +29,7 @@ compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_ap
 INTEGERS = "counts", "lists", "ids", "places"
 FLOATS = "logits", "given", "weights", "rows_out", "scales", "factors", "act_factors"
 IN_E4M3 = "w13", "w2", "parts"
-NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "shared_scale": "fp32"}
+NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "factor": "fp32", "shared_scale": "fp32"}
 OFFSETS = ("gate", "shared", "shared_up", "shared_scales", "shared_up_scales")
 
 
@@ -130,7 +130,7 @@ def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(driver, "_active", Elsewhere(GPUTarget("cuda", 90, 32)))
     jobs = ahead.specializations(terms, torch.bfloat16, cpu)
     assert not hits and len(jobs) > 5 and knobs.runtime.jit_cache_hook is None
-    ahead.begin([terms], torch.bfloat16, cpu, 2)()
+    ahead.Compilers(cpu, 2).begin([terms], torch.bfloat16)()
     warming.warm(stand_ins(terms, torch.bfloat16, cpu), terms)
     assert hits == [True] * len(jobs)
 
@@ -143,7 +143,24 @@ def test_what_fails_ahead_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no driver")
 
     monkeypatch.setattr(ahead, "specializations", fails)
-    ahead.begin([terms_of(SPEC)], torch.bfloat16, torch.device("cpu"), 2)()
+    ahead.Compilers(torch.device("cpu"), 2).begin([terms_of(SPEC)], torch.bfloat16)()
+
+
+@compiles
+@pytest.mark.parametrize(
+    "process", [("/bin/false",), ("/bin/cat",), ("/bin/nothing",)], ids=["ends", "echoes", "is not"]
+)
+def test_processes_that_do_nothing_hold_nothing_up(process: tuple[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from moe_surgery.kernels import ahead, apart
+
+    monkeypatch.setattr(driver, "_active", apart._Elsewhere(GPUTarget("cuda", 90, 32)))
+    monkeypatch.setattr(ahead, "specializations", lambda *_: [("module", "name", "data")])
+    monkeypatch.setattr(ahead, "_COMMAND", process)
+    ahead.Compilers(torch.device("cpu"), 2).begin([terms_of(SPEC)], torch.bfloat16)()
+    ahead.Compilers(torch.device("cpu"), 2).end()  # where it turns out that nothing is folded
 
 
 @compiles
@@ -157,6 +174,14 @@ def test_that_route(spec: MoESpec) -> None:
 def test_behind_a_router(spec: MoESpec) -> None:
     beside = any(True for _ in unfoldable(spec))
     compile_both_paths(terms_of(spec, given=True, beside=beside), "bf16")
+
+
+@compiles
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_beside_vllms_experts(activation: str) -> None:
+    from moe_surgery.kernels.between import between_kernel
+
+    compile_each([between_kernel(2048, 768, activation, torch.device("cpu"), torch.bfloat16)], "bf16")
 
 
 @compiles

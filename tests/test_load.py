@@ -244,6 +244,14 @@ def test_truncated_shard(omni_copy: Path, keep: int) -> None:
             struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}' + bytes(4),
             r"a \[2\] F32 takes 8 bytes, not 4",
         ),
+        (
+            struct.pack("<Q", 61) + b'{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}' + bytes(4),
+            "a is of 'F33', which is no dtype of safetensors",
+        ),
+        (
+            struct.pack("<Q", 61) + b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}' + bytes(8),
+            "a begins at byte 4 of the data, where byte 0 is wanted",
+        ),
     ],
 )
 def test_corrupt_file(tmp_path: Path, data: bytes, message: str) -> None:
@@ -276,6 +284,14 @@ def test_tensor_that_the_index_promises_is_absent(omni_copy: Path) -> None:
 def test_missing_tensor_never_becomes_random(omni_copy: Path, name: str) -> None:
     drop(omni_copy, name, from_index=True)
     with pytest.raises(ModelError, match=f"({name} is missing|missing from the checkpoint, first {name})"):
+        load_model(str(omni_copy))
+
+
+def test_an_expert_of_another_shape_than_the_others_is_named(omni_copy: Path) -> None:
+    shard = omni_copy / index_of(omni_copy)[EXPERT]
+    tensors = load_file(shard)
+    save_file(tensors | {EXPERT: tensors[EXPERT].T.contiguous()}, shard, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{EXPERT} is \[64, 32\], and that of other experts \[32, 64\]"):
         load_model(str(omni_copy))
 
 

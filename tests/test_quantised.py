@@ -65,6 +65,25 @@ def test_a_file_beside_the_config_says_it_too(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt", "fp8"])
+def test_a_quantised_cache_is_none_of_weights(tmp_path: Path, method: str) -> None:
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    data = {"quant_method": method, "quant_algo": None, "config_groups": {}, "kv_cache_scheme": cache}
+    found = quantisation_of(tmp_path, {"quantization_config": data})
+    assert (found is None) == (method != "fp8")  # whose weights always are
+
+
+def test_a_model_with_a_quantised_cache_is_loaded(tmp_path: Path) -> None:
+    model, _ = build("qwen2_moe")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    written = json.loads((tmp_path / "config.json").read_text())
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    written["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": cache}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert {step.outcome for step in moe_surgery.plan(tmp_path).steps} == {"replaced"}
+    assert load_model(str(tmp_path)).module is not None
+
+
 @pytest.mark.parametrize(
     "pattern, path, covered",
     [

@@ -32,6 +32,7 @@ from moe_surgery.cli.options import (
     NewTokens,
     OnFailure,
     Output,
+    Packs,
     Place,
     Prompt,
     Proof,
@@ -107,10 +108,7 @@ def explain(
     site: Annotated[str, typer.Argument(metavar="SITE", help="A site's path, as scan lists it.", show_default=False)],
     trust: Trust,
     output: Output,
-    pack: Annotated[
-        list[str] | None,
-        typer.Option("--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default=False),
-    ] = None,
+    pack: Packs = None,
     rule: Annotated[str | None, typer.Option("--rule", metavar="R", help="Only this rule.", show_default=False)] = None,
 ) -> None:
     """Say how SITE was read, and which clause of which rule holds or fails there. Needs no weights."""
@@ -201,12 +199,7 @@ def bench(
 def run_command(
     words: Words,
     output: Output,
-    pack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default="all installed"
-        ),
-    ] = None,
+    pack: Packs = None,
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="PLAN.JSON", help="A saved plan that models must fit.", show_default=False),

@@ -54,6 +54,10 @@ Model = Annotated[
 ModelOrPlan = Annotated[
     str, typer.Argument(metavar="MODEL|PLAN.JSON", help="A model, or a plan that was saved.", show_default=False)
 ]
+Packs = Annotated[
+    list[str] | None,
+    typer.Option("--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default="all installed"),
+]
 Svg = Annotated[
     Path | None, typer.Option("--svg", metavar="FILE", help="Also write the report as a picture.", show_default=False)
 ]
@@ -142,12 +146,7 @@ class Choice:
 
     panel: ClassVar[str] = "Which sites"
 
-    pack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pack", metavar="P", help="A pack's name or .toml file; repeatable.", show_default="all installed"
-        ),
-    ] = None
+    pack: Packs = None
     only: Annotated[
         list[str] | None,
         typer.Option(

@@ -10,9 +10,9 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +26,105 @@ from moe_surgery.kernels.launch import compile_only
 from moe_surgery.kernels.warming import variants
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-_CHILD = (
-    "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['path']; from moe_surgery.kernels import apart"
-)
-_COMMAND = (sys.executable, "-E", "-S", "-c", f"{_CHILD}; apart.compile_all(**job['do'])")
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from moe_surgery.kernels import apart"
+_COMMAND = (sys.executable, "-E", "-S", "-c", f"{_CHILD}; apart.serve()")
 """Nothing that is to happen whenever Python starts happens in it; it finds modules where this process does."""
 _HANG = 300.0
-"""Seconds after which a process is given up."""
+"""Seconds after which the processes are given up."""
+
+Job = tuple[str, str, str]
+"""Module and name of a function of Triton's, and its specialisation, as Triton writes that down."""
 
 
-def begin(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> Callable[[], None]:
-    """Begin to compile every kernel that blocks of these ``terms`` may ever launch, in at most so many processes.
+class Compilers:
+    """At most so many processes that make themselves ready at once, and compile when it is known what.
 
-    Returns what waits for them to end, in whichever way: what couldn't be compiled is compiled where it is wanted.
+    Whatever fails in it holds nothing up: what couldn't be compiled is compiled where it is wanted.
     """
-    pool = ThreadPoolExecutor(1)
-    done = pool.submit(_compiled, terms, dtype, device, most)
-    pool.shutdown(wait=False)
 
-    def wait() -> None:
-        done.exception()
+    def __init__(self, device: torch.device, most: int) -> None:
+        """Returns at once."""
+        self._device = device
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pool = ThreadPoolExecutor(most + 2)
+        self._target = self._pool.submit(self._start, most)
+        self._pool.submit(triton_key)  # a digest of half a gigabyte, which Triton keeps
 
-    return wait
+    def begin(self, terms: Sequence[Terms], dtype: torch.dtype) -> Callable[[], None]:
+        """Begin to compile every kernel that blocks of these ``terms`` may ever launch; may be called once.
 
+        Returns what waits for that, and for the processes to end.
+        """
+        done = self._pool.submit(self._compile, terms, dtype)
 
-def _compiled(terms: Sequence[Terms], dtype: torch.dtype, device: torch.device, most: int) -> None:
-    """What a thread does of it lets go of Python's lock: Triton builds a module for its driver, and reads itself."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        jobs = [job for each in terms for job in specializations(each, dtype, device)]
-        target = vars(driver.active.get_current_target())
-    processes = []
-    for share in (jobs[first::most] for first in range(most)):
-        with suppress(OSError):  # where no more processes are to be had
-            processes += [_started({"jobs": share, "target": target})] if share else []
-    triton_key()  # a digest of half a gigabyte, which Triton keeps
-    for process in processes:
-        try:
-            process.wait(_HANG)
-        except subprocess.TimeoutExpired:
+        def wait_for_it() -> None:
+            done.exception()
+            self.end()
+
+        return wait_for_it
+
+    def end(self) -> None:
+        """Have the processes end, whatever they do. May be called again."""
+        self._target.exception()  # none is started after this
+        for process in self._processes:
             process.kill()
             process.wait()
+        self._pool.shutdown()
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self._processes.clear()
+
+    def _start(self, most: int) -> dict[str, Any]:
+        """The GPU that is compiled for. Triton builds a module to ask its driver for it, in a process of its own."""
+        for _ in range(most):
+            with suppress(OSError):  # where no more processes are to be had
+                self._processes.append(_started())
+        with self._on_device():
+            return vars(driver.active.get_current_target())
+
+    def _compile(self, terms: Sequence[Terms], dtype: torch.dtype) -> None:
+        target = self._target.result()
+        with self._on_device():
+            found = dict.fromkeys(job for each in terms for job in specializations(each, dtype, self._device))
+        jobs = iter([*reversed(found)])  # those for many tokens take longest
+        served: list[Future[None]] = [self._pool.submit(_serve, each, target, jobs) for each in self._processes]
+        wait(served, _HANG)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
-def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> list[tuple[str, str, str]]:
-    """Module, name, and what Triton would compile of it, as it writes that down; nothing is compiled."""
-    found: dict[tuple[str, str, str], None] = {}
+def _serve(process: subprocess.Popen[bytes], target: dict[str, Any], jobs: Iterator[Job]) -> None:
+    """Give a process one job after the other, as long as there are any and it does them."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(OSError):
+        _tell(process, target)
+        for job in jobs:
+            _tell(process, job)
+            if not process.stdout.readline():
+                break
+
+
+def _tell(process: subprocess.Popen[bytes], what: Any) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(what).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _started() -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    with suppress(BrokenPipeError):
+        _tell(process, [_ROOT, *sys.path])
+    return process
+
+
+def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> list[Job]:
+    """All that Triton would compile for blocks of these ``terms``; nothing is compiled."""
+    found: dict[Job, None] = {}
     own, others = threading.get_ident(), knobs.runtime.jit_cache_hook
 
     def note(*, fn: Any, compile: dict[str, Any], **more: Any) -> Any:
@@ -87,12 +141,3 @@ def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> l
     finally:
         knobs.runtime.jit_cache_hook = others
     return list(found)
-
-
-def _started(job: dict[str, Any]) -> subprocess.Popen[bytes]:
-    nowhere = subprocess.DEVNULL
-    process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
-    assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(json.dumps({"path": [_ROOT, *sys.path], "do": job}).encode())
-    return process

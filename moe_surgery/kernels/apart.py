@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+import sys
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 
 class _Elsewhere:
@@ -24,9 +26,17 @@ class _Elsewhere:
         return self._target
 
 
-def compile_all(jobs: Iterable[tuple[str, str, str]], target: dict[str, Any]) -> None:
-    """Fill Triton's cache with each job: module and name of a function of Triton's, and its specialisation."""
-    driver.set_active(_Elsewhere(GPUTarget(**target)))
-    for module, name, data in jobs:
-        with suppress(Exception):  # what doesn't compile is told where it is called
-            getattr(import_module(module), name).preload(data)
+def serve() -> None:
+    """Fill Triton's cache with each job that a line of stdin tells, after one of the target; a line answers each.
+
+    A job is the module and the name of a function of Triton's, and its specialisation.
+    """
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # what libraries print is no answer
+        triton_key()  # takes as long as some kernels, and jobs may be long in coming
+        driver.set_active(_Elsewhere(GPUTarget(**json.loads(sys.stdin.readline()))))
+        for line in sys.stdin:
+            module, name, data = json.loads(line)
+            with suppress(Exception):  # what doesn't compile is told where it is called
+                getattr(import_module(module), name).preload(data)
+            print(file=out, flush=True)

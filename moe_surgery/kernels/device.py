@@ -82,46 +82,70 @@ def keyed(values, index, there, SIZE: tl.constexpr):
 
 
 @triton.jit
-def ranking_keys(row, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr):
-    """Keys [BE] of one token's experts, by score."""
-    index = tl.arange(0, BE)
-    return keyed(score(row, index, E, BY_SIGMOID), index, index < E, BE)
+def keyed_in_two_bytes(values, like, index, there, SIZE: tl.constexpr):
+    """The same in int32, of ``values`` that are rounded to the two-byte dtype that ``like`` points to.
+
+    A warp finds the greatest of those by one instruction.
+    """
+    bits = values.to(like.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32)
+    bits ^= (bits >> 31) & 0x7FFF
+    last = SIZE - 1 - index
+    return tl.where(there, (bits << 16) | last, -(1 << 31) + last)
 
 
 @triton.jit
-def without(keys, best, BE: tl.constexpr):
+def ranking_keys(row, like, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr):
+    """Keys [BE] of one token's experts, by score; NATIVE logits are rounded to the dtype that ``like`` points to."""
+    index = tl.arange(0, BE)
+    values = score(row, index, E, BY_SIGMOID)
+    if NATIVE and not BY_SIGMOID and like.dtype.element_ty.primitive_bitwidth == 16:
+        keys = keyed_in_two_bytes(values, like, index, index < E, BE)
+    else:
+        keys = keyed(values, index, index < E, BE)
+    return keys
+
+
+@triton.jit
+def without(keys, best):
     """The keys with the best one made less than all others."""
-    return tl.where(keys == best, -(1 << 63), keys)
+    least: tl.constexpr = -(1 << (keys.dtype.primitive_bitwidth - 1))
+    return tl.where(keys == best, least, keys)
 
 
 @triton.jit
 def expert_of(key, BE: tl.constexpr):
     """The expert that a key names."""
-    return BE - 1 - (key & 0x7FFFFFFF).to(tl.int32)
+    return BE - 1 - (key & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
-def score_of(key):
+def score_of(key, like):
     """The score that a key holds."""
-    bits = (key >> 32).to(tl.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    return bits.to(tl.float32, bitcast=True)
+    if key.dtype.primitive_bitwidth == 32:
+        bits = key >> 16
+        bits ^= (bits >> 31) & 0x7FFF
+        value = bits.to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        bits = (key >> 32).to(tl.int32)
+        bits ^= (bits >> 31) & 0x7FFFFFFF
+        value = bits.to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
 def choose(
-    row, slots, scale, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr,
-    BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    row, like, slots, scale, E: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr,
+    BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One token's experts and their routing weights, by slot; slots of K and beyond hold zeros."""
-    keys = ranking_keys(row, E, BE, BY_SIGMOID)
+    keys = ranking_keys(row, like, E, BE, BY_SIGMOID, NATIVE)
     experts = tl.zeros_like(slots)
     scores = tl.zeros_like(slots).to(tl.float32)
     for slot in tl.static_range(0, K):
         best = tl.max(keys, axis=0)
-        keys = without(keys, best, BE)
+        keys = without(keys, best)
         experts = tl.where(slots == slot, expert_of(best, BE), experts)
-        scores = tl.where(slots == slot, score_of(best), scores)
+        scores = tl.where(slots == slot, score_of(best, like), scores)
     values = scores
     if SIGMOID and not BY_SIGMOID:
         values = tl.sigmoid(scores)

@@ -248,7 +248,7 @@ def group_sum_shared(
     act, w2, shared: tl.int64, weights, rows_out, ids, out, tokens, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr,
     I: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`group_sum` of the first K rows, plus the shared expert. Grid: (cdiv(tokens, BM) * cdiv(H, BH),).
+    """The shared expert, plus the first K rows in the order of their slots. Grid: (cdiv(tokens, BM) * cdiv(H, BH),).
 
     Its slices' inputs lie side by side in ``act``, and all have one weight. Its product needs nothing of the kernel
     before this one, and begins while that runs.
@@ -271,16 +271,15 @@ def group_sum_shared(
             value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
             w = tl.load(at + k, mask=(rows < H)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(value, w, total, input_precision="ieee")
-    gate = tl.load(weights + token * (K + M) + K, mask=valid, other=0.0, cache_modifier=".cg")
+    total *= tl.load(weights + token * (K + M) + K, mask=valid, other=0.0, cache_modifier=".cg")[:, None]
     wait(PDL)
     let_next_start(PDL)
-    result = tl.zeros([BM, BH], tl.float32)
-    for slot in tl.static_range(0, K):
+    # Not unrolled: the rows of all slots at once would take the registers of larger tiles.
+    for slot in tl.range(0, K, num_stages=2):
         there = valid
         if GIVEN:
             there = there & (tl.load(ids + token * K + slot, mask=valid, other=-1) >= 0)
         row = rows_out + (token * (K + M) + slot)[:, None] * H + rows[None, :]
-        result += tl.load(row, mask=there[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)
-    result += total * gate[:, None]
+        total += tl.load(row, mask=there[:, None] & (rows < H)[None, :], other=0.0).to(tl.float32)
     to = out + token[:, None] * H + rows[None, :]
-    tl.store(to, result.to(out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])
+    tl.store(to, total.to(out.dtype.element_ty), mask=valid[:, None] & (rows < H)[None, :])

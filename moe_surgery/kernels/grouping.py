@@ -48,17 +48,20 @@ def group_logits(
 
 @triton.jit(do_not_specialize=["tokens"])
 def group_route(
-    logits, weights, counts, lists, tokens, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    logits, x, weights, counts, lists, tokens, scale, shared_scale, R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    NATIVE: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``weights`` [T, K+M] by slot; each expert's ``lists`` [E, T] of pairs ``t * (K+M) + slot``. Grid: (tokens,)."""
+    """``weights`` [T, K+M] by slot; each expert's ``lists`` [E, T] of pairs ``t * (K+M) + slot``. Grid: (tokens,).
+
+    Of the tokens ``x`` only the dtype is asked for.
+    """
     wait(PDL)
     let_next_start(PDL)
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * R
     slots = tl.arange(0, P)
-    experts, values = choose(row, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
+    experts, values = choose(row, x, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, NATIVE, RENORMALIZE)
     chosen = slots < K
     pair = token * (K + M) + slots
     place = tl.atomic_add(counts + experts, 1, mask=chosen, sem="relaxed")

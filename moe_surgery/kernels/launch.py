@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,62 +13,9 @@ from torch import Tensor
 from moe_surgery.kernels import grouped, grouping, pairs
 from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights, next_power
 from moe_surgery.kernels.choice import Choice, Tiles
-
-ALIGNMENT = 16
-"""Bytes. Compiled kernels take pointers and offsets for multiples of it where the first ones they got were."""
-
+from moe_surgery.kernels.compiled import ALIGNMENT, Kernel, Unlaunched
 
 _EXPERTS_PER_WARP = 512
-
-
-class Kernel:
-    """A Triton function with its compile-time arguments, which follow the others in its signature.
-
-    Triton looks up the compiled kernel anew at every call, from all arguments. That takes most of the time of a launch,
-    and with ``aligned`` arguments of the same dtypes it always finds the same one; so it is asked once, and what it
-    found is run as Triton itself does, but for its profilers' hooks.
-    """
-
-    def __init__(self, function: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self.function, self.constants, self.options = function, constants, options
-        self.last = tuple(constants[name] for name in function.arg_names if name in constants)
-        self.compiled: Any = None
-
-    @classmethod
-    def of(cls, function: Any, known: Mapping[str, Any], tiles: Tiles, *, overlaps: bool) -> Kernel:
-        """With those of the ``known`` numbers and ``tiles`` that it takes.
-
-        ``overlaps`` where it may start before the kernel that is launched before it ends.
-        """
-        chosen = {**known, **tiles, "PDL": overlaps}
-        constants = {name: chosen[name] for name in function.arg_names if name in chosen}
-        options: dict[str, Any] = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
-        return cls(function, constants, {**options, "launch_pdl": True} if overlaps else options)
-
-    def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
-        found = self.compiled
-        if found is not None and aligned:
-            stream = _current_stream(torch.cuda.current_device())
-            found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *arguments, *self.last)
-            return
-        compiled = self.function[grid](*arguments, **self.constants, **self.options)
-        if aligned:
-            self.compiled = compiled
-
-
-def _current_stream(device: int) -> int:
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
-    return stream
-
-
-class Unlaunched(Kernel):
-    """One that is compiled when it is called, and not launched."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        super().__init__(kernel.function, kernel.constants, kernel.options)
-
-    def __call__(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
-        self.function.warmup(*arguments, grid=grid, **self.constants, **self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +153,7 @@ def _route(
         kernels.logits(grid, aligned, x, weights.router, at.gate, logits, counts, tokens)
     else:
         kernels.logits((_tiles(terms.rows, one["BR"]), tokens, 1), aligned, x, weights.router, at.gate, logits, counts)
-    kernels.route((tokens, 1, 1), aligned, logits, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
+    kernels.route((tokens, 1, 1), aligned, logits, x, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
     return routing, counts, lists
 
 
@@ -261,7 +208,7 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         "GATED": terms.gated, "NATIVE": terms.native, "CLEAR": ranked if choice.path == "grouped" else 0,
         "UP": int(terms.up), "LIMIT": terms.limit, "AFTER": terms.limit_after, "ALPHA": terms.alpha,
         "OFFSET": terms.offset, "BIAS": terms.biases, "GIVEN": terms.given, "ON_INPUT": terms.on_input,
-        "BY_ROW": terms.by_row, "TOKEN": next_power(terms.hidden),
+        "BY_ROW": terms.by_row, "TOKEN": next_power(terms.hidden), "AHEAD": 1,
     }  # fmt: skip
 
     def kernel(function: Any, tiles: Tiles, *, first: bool = False) -> Kernel:

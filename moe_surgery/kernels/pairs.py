@@ -72,7 +72,7 @@ def pair_gate_up(
     H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
     BE: tl.constexpr, TOKEN: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr,
     AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
-    ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr, PDL: tl.constexpr,
+    ON_INPUT: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[t, slot] = act(W_gate x) * (W_up x)``. Grid: (tokens * (K + M), cdiv(I, BI)).
 
@@ -92,9 +92,9 @@ def pair_gate_up(
         if GIVEN:
             expert = tl.maximum(tl.load(logits + token * K + slot), 0)
         else:
-            keys = ranking_keys(logits + token * R, E, BE, BY_SIGMOID)
+            keys = ranking_keys(logits + token * R, x, E, BE, BY_SIGMOID, NATIVE)
             for _ in range(slot):
-                keys = without(keys, tl.max(keys, axis=0), BE)
+                keys = without(keys, tl.max(keys, axis=0))
             expert = expert_of(tl.max(keys, axis=0), BE)
     let_next_start(PDL)
     columns = tl.arange(0, BK)
@@ -168,13 +168,15 @@ def pair_gate_up(
 def pair_down(
     act, logits, given, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, out, scale, shared_scale,
     R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
-    I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    I: tl.constexpr, G: tl.constexpr, BY_ROW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+    BE: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr,
+    RENORMALIZE: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum over slots of weight * W_down act[t, slot]``. Grid: (tokens, cdiv(H, BH)); P = next power of K+M.
 
-    The experts are known before ``act`` is, so the first weights are fetched before waiting for it.
+    The experts are known before ``act`` is, so weights are fetched before waiting for it: the first AHEAD tiles, and
+    from then on as many before they are needed.
     """
     token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, P)
@@ -187,7 +189,9 @@ def pair_down(
         if ON_INPUT:
             weights = tl.where(slots < K, 1.0, weights)
     else:
-        experts, weights = choose(logits + token * R, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, RENORMALIZE)
+        experts, weights = choose(
+            logits + token * R, out, slots, scale, E, BE, K, SIGMOID, BY_SIGMOID, NATIVE, RENORMALIZE
+        )
     experts = tl.where(slots < K, experts, E + slots - K)
     if M > 0 and not GIVEN:
         gate = shared_scale
@@ -200,7 +204,9 @@ def pair_down(
     inner = rows[None, :, None] * (row_pitch(experts[:, None, None], E, I, M))
     at = w2 + offset[:, None, None] + inner + columns[None, None, :]
     inside = there[:, None, None] & (rows < H)[None, :, None]
-    w = tl.load(at, mask=inside & (columns < I)[None, None, :], other=0.0)
+    fetched = ()
+    for k in tl.static_range(0, min(AHEAD * BK, I), BK):
+        fetched += (tl.load(at + k, mask=inside & (k + columns < I)[None, None, :], other=0.0),)
     if G > 0:
         block = tl.program_id(1) * BH // G * row_pitch(experts, E, I // G, M)
         its_scale = scales + expert_offset(experts, (H // G) * (I // G), shared_scales, I // G, E) + block
@@ -228,10 +234,10 @@ def pair_down(
             a = tl.reshape(parts * factor[:, :, None], [P, BK])
         if BY_ROW:
             a = in_e4m3(a, factors[:, None]).to(tl.float32)
-        total += tl.sum(w.to(tl.float32) * a[:, None, :], axis=2)
-        if k + BK < I:
-            more = k + BK + columns
-            w = tl.load(at + k + BK, mask=inside & (more < I)[None, None, :], other=0.0)
+        total += tl.sum(fetched[k // BK].to(tl.float32) * a[:, None, :], axis=2)
+        if k + AHEAD * BK < I:
+            more = k + AHEAD * BK
+            fetched += (tl.load(at + more, mask=inside & (more + columns < I)[None, None, :], other=0.0),)
     if BY_ROW:
         by = scales + expert_offset(experts, H, shared_scales, 0, E)[:, None] + rows[None, :]
         total *= factors[:, None] * tl.load(by, mask=there[:, None] & (rows < H)[None, :], other=0.0)

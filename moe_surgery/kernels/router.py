@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import expert_of, keyed, let_next_start, score_of, wait
+from moe_surgery.kernels.device import expert_of, keyed, let_next_start, score_of, wait, without
 
 
 @triton.jit
@@ -51,9 +51,9 @@ def in_best_groups(
     zero."""
     keys = keyed(by, tl.arange(0, SP)[None, :], there, SP)
     best = tl.max(keys, axis=1)
-    score = score_of(best)
+    score = score_of(best, by)
     if TOP2:
-        score += score_of(tl.max(tl.where(keys == best[:, None], -(1 << 63), keys), axis=1))
+        score += score_of(tl.max(without(keys, best[:, None]), axis=1), by)
     group = tl.arange(0, GP)
     ranks = keyed(score, group, group < GROUPS, GP)
     inside = tl.zeros([GP], tl.int32)
@@ -117,7 +117,7 @@ def route(
     for slot in tl.static_range(0, K):
         best = best_of_all(keys)
         its = tl.sum(tl.sum(tl.where(keys == best, score, 0.0), axis=1), axis=0)
-        keys = tl.where(keys == best, -(1 << 63), keys)
+        keys = without(keys, best)
         chosen = tl.where(slots == slot, expert_of(best, GP * SP), chosen)
         values = tl.where(slots == slot, its, values)
     if RENORMALIZE:

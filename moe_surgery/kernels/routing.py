@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_surgery.kernels import grouping, pairs, router
 from moe_surgery.kernels.arguments import Routed, RouterTerms
 from moe_surgery.kernels.choice import Tiles
-from moe_surgery.kernels.launch import ALIGNMENT, Kernel, choosing
+from moe_surgery.kernels.compiled import ALIGNMENT, Kernel
+from moe_surgery.kernels.launch import choosing
 
 
 def run_router(

@@ -7,8 +7,9 @@ import json
 import math
 import re
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ _OF_NO_MEANING = ("transformers_version", "_name_or_path")
 # The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
 _ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+_SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 # Far above any real header (a model of 200,000 tensors has about 25 MB); a corrupt length must not be allocated.
 _LONGEST_HEADER = 100_000_000
 
@@ -164,17 +167,23 @@ def _sha(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def missing_expert_tensor(headers: Header) -> str | None:
-    """The first tensor that one numbered expert of a block lacks and another one of the same block has, if any."""
-    blocks: dict[str, set[tuple[int, str]]] = defaultdict(set)
-    for name in headers:
+def uneven_expert(headers: Header) -> str | None:
+    """What one numbered expert of a block has otherwise than the others of that block, in words, if anything.
+
+    That is a tensor that only others have, or one of another shape than most have.
+    """
+    blocks: dict[str, dict[str, dict[int, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    for name, (_, shape) in headers.items():
         if match := re.fullmatch(r"(.*\.experts\.)(\d+)\.(.+)", name):
-            blocks[match[1]].add((int(match[2]), match[3]))
+            blocks[match[1]][match[3]][int(match[2])] = shape
     for prefix, held in sorted(blocks.items()):
-        for number in range(max(number for number, _ in held) + 1):
-            for suffix in sorted({suffix for _, suffix in held}):
-                if (number, suffix) not in held:
-                    return f"{prefix}{number}.{suffix}"
+        count = max(number for shapes in held.values() for number in shapes) + 1
+        for number, (suffix, shapes) in product(range(count), sorted(held.items())):
+            common = Counter(shapes.values()).most_common(1)[0][0]
+            if number not in shapes:
+                return f"{prefix}{number}.{suffix} is missing"
+            if shapes[number] != common:
+                return f"{prefix}{number}.{suffix} is {list(shapes[number])}, and that of other experts {list(common)}"
     return None
 
 
@@ -201,15 +210,22 @@ def _header(path: Path, complete: bool) -> Header:
         raise ModelError(f"{path}: not safetensors: the header isn't readable") from None
     for name, (dtype, shape, _) in entries.items():
         _check_extent(path, name, dtype, shape, ends[name])
-    wanted = 8 + length + max((end for _, end in ends.values()), default=0)
+    at = 0
+    for name, (begin, end) in sorted(ends.items(), key=lambda item: item[1]):
+        if begin != at:
+            raise ModelError(f"{path}: {name} begins at byte {begin} of the data, where byte {at} is wanted")
+        at = end
+    wanted = 8 + length + at
     if complete and size != wanted:
         raise ModelError(f"{path}: {size} bytes, but the header asks for {wanted}: the file is damaged or cut short")
     return {name: (dtype, shape) for name, (dtype, shape, _) in entries.items()}
 
 
 def _check_extent(path: Path, name: str, dtype: str, shape: tuple[int, ...], extent: tuple[int, int]) -> None:
-    if dtype not in _ITEM_SIZES:
+    if dtype in _SUB_BYTE:
         return
+    if dtype not in _ITEM_SIZES:
+        raise ModelError(f"{path}: {name} is of {dtype!r}, which is no dtype of safetensors")
     size = tensor_bytes(dtype, shape)
     if extent[1] - extent[0] != size or extent[0] < 0:
         raise ModelError(f"{path}: {name} {list(shape)} {dtype} takes {size} bytes, not {extent[1] - extent[0]}")

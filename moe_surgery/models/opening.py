@@ -22,9 +22,9 @@ from moe_surgery.models.checkpoint import (
     INDEX,
     Header,
     checkpoint_headers,
-    missing_expert_tensor,
     read_config,
     refuse_pickles,
+    uneven_expert,
 )
 from moe_surgery.models.classes import Checkpoint, model_class
 from moe_surgery.models.dtype_device import here, torch_dtype
@@ -100,7 +100,7 @@ def load_model(
     with _model_errors(checkpoint.directory, headers, checkpoint.config), quiet_bars(), told(headers, on_read):
         module, info = kind.from_pretrained(
             checkpoint.directory,
-            config=config,
+            config=_unquantised(config),  # its cache may be quantised, which is no matter here
             dtype=wanted,
             use_safetensors=True,
             local_files_only=True,
@@ -226,8 +226,8 @@ def _model_errors(
 ) -> Iterator[None]:
     """Turn whatever transformers raises over a config or a checkpoint into one error naming the file or directory.
 
-    It stacks experts while loading and doesn't say which one it missed, so that is looked up in the headers; so is in
-    the config which of its fields has a value that it has no entry for, such as an activation.
+    It stacks experts while loading and doesn't say which one it missed, or can't stack, so that is looked up in the
+    headers; so is in the config which of its fields has a value that it has no entry for, such as an activation.
     """
     try:
         yield
@@ -238,8 +238,8 @@ def _model_errors(
         # torch lets stack frames follow, and transformers advice.
         text = " ".join(str(error).partition("Exception raised from")[0].split())
         reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
-        absent = missing_expert_tensor(headers or {})
-        hint = f"{absent} is missing: " if absent else ""
+        uneven = uneven_expert(headers or {})
+        hint = f"{uneven}: " if uneven else ""
         if isinstance(error, KeyError) and (field := _field_of(config or {}, error.args[0])) is not None:
             raise ModelError(f"{where}: {field} is {error.args[0]!r}, which transformers has nothing for") from error
         raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error

@@ -14,6 +14,8 @@ from moe_surgery.models.checkpoint import CONFIG, read_json
 FIELD = "quantization_config"
 MODELOPT = "hf_quant_config.json"
 _EXCLUDED = ("ignore", "ignored_layers", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")
+_SAYING_OF_WHAT = "compressed-tensors", "modelopt"
+"""Methods that may be of something else than weights, and say so."""
 _TYPES = {"float": "FP", "int": "int"}
 
 
@@ -49,10 +51,17 @@ def quantisation_of(directory: Path, config: Mapping[str, Any]) -> Quantisation 
 def _found(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key, value in config.items():
         if isinstance(value, dict):
-            if key == FIELD and value:
+            if key == FIELD and value and not _of_cache_alone(value):
                 yield f"{within}{key}", value
             else:
                 yield from _found(value, f"{within}{key}.")
+
+
+def _of_cache_alone(data: Mapping[str, Any]) -> bool:
+    """Whether a scheme is for what attention keeps of keys and values, and for no weights."""
+    caches = data.get("kv_cache_scheme"), data.get("kv_cache_quant_algo")
+    weights = data.get("config_groups"), data.get("quant_algo"), data.get("quantized_layers")
+    return data.get("quant_method") in _SAYING_OF_WHAT and any(caches) and not any(weights)
 
 
 def _scheme(data: Mapping[str, Any]) -> str:

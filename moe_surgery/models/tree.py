@@ -197,6 +197,8 @@ def _block_path(
     """
     if not count or _scores(modules[path], count, without=bank):
         return path
+    if not bank and (whole := _around_shards(modules, path, count)) is not None:
+        return whole
     block_like = certain and takes_one(modules[path])
     if not (block_like and bank):
         for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
@@ -216,6 +218,15 @@ def _block_path(
             return of_one
     listed = not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict))
     return path if bank or listed or takes_one(modules[path]) else parent
+
+
+def _around_shards(modules: dict[str, nn.Module], path: str, count: int) -> str | None:
+    """The module around a list of equal modules, each with the same ``count`` of experts stacked, that scores all."""
+    listed = path.rpartition(".")[0]
+    outer, _, name = listed.rpartition(".")
+    members = list(modules[listed].children()) if listed and isinstance(modules[listed], nn.ModuleList) else []
+    alike = len(set(map(_form, members))) == 1
+    return outer if alike and _scores(modules[outer], count * len(members), without=(name,)) else None
 
 
 def _beside(module: nn.Module, *inside: str) -> Iterator[Tensor]:

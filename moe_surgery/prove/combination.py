@@ -12,7 +12,7 @@ its input makes much of a last bit. Mutants are of the combination.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,16 +106,18 @@ def prove_combination(
     inside: float = 1.0,
     ranks: int = 1,
     margin: float = 5.0,
+    sizes: Iterable[int] = (),
 ) -> Verdict:
     """Judge ``new`` as a replacement of the block that ``old`` observes, both over the same experts.
 
     ``inside`` is the scale that the routed experts' observed output has in it already. Where ``ranks`` share the work,
-    partial sums that are put together wrongly are among the mutants. A block that raises fails the proof.
+    partial sums that are put together wrongly are among the mutants. ``sizes`` are further numbers of tokens to ask
+    about. A block that raises fails the proof.
     """
     assert spec.shared is not None
     with torch.no_grad(), torch.autocast(probes.x.device.type, enabled=False):
         try:
-            found = _ask(old, new, spec, probes, inside, ranks)
+            found = _ask(old, new, spec, probes, inside, ranks, sizes)
         except Misconduct as misconduct:
             return Verdict.of_nothing(
                 f"the block {misconduct}", tokens=len(probes.x), powerless=False, reference="parts"
@@ -125,13 +127,15 @@ def prove_combination(
         return _judge(found, margin, len(probes.x))
 
 
-def _ask(old: Observed, new: Block, spec: MoESpec, probes: Probes, inside: float, ranks: int) -> _Answers | str:
+def _ask(
+    old: Observed, new: Block, spec: MoESpec, probes: Probes, inside: float, ranks: int, sizes: Iterable[int]
+) -> _Answers | str:
     combine = _Combination(spec, inside, ranks)
     rows: dict[str, list[Tensor]] = {}
     wrong: dict[str, list[Tensor]] = {}
     places: dict[str, list[Tensor]] = {}
     where: list[str] = []
-    for call in calls(probes, new=True, empty=False):
+    for call in calls(probes, new=True, empty=False, sizes=sizes):
         parts, again = old(call.x.clone(), shaken=False), old(call.x.clone(), shaken=True)
         y = ask(new, call)
         finite = parts.output.isfinite().all(-1)

@@ -89,6 +89,9 @@ def survey(
     for name, weight in vars(tensors).items():
         if isinstance(weight, Tensor) and not _finite(weight):
             return f"the weights in {name} are not all finite, so no output can be compared"
+    for name, scale in vars(tensors.scales).items() if tensors.scales is not None else ():
+        if isinstance(scale, Tensor) and not _finite(scale):
+            return f"the scales of {name} are not all finite, so no output can be compared"
     with torch.no_grad(), torch.autocast(tensors.router.device.type, enabled=False):
         if probes is None:
             probes = make_probes(spec, tensors.router, seed, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -35,24 +36,33 @@ class Asking:
     inside: bool = False
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
-        how: dict[str, Any] = {"plain": plain, "calling": self.calling, "inside": self.inside}
-        flow = record(self.block, shape, dtype, route, **how)
         try:
-            found = self.parse(flow, dtype)
+            found, others = self.on_all_branches(shape, dtype, route, plain=plain)
         except Silent:  # the few that it was sent to come to nothing
             if route is crowded_together:
                 raise
             return self(shape, dtype, crowded_together, plain=plain)
-        for turned in _some(flow.branches):
-            number = min(turned).rpartition(" ")[2]
-            try:
-                other = record(self.block, shape, dtype, route, turned=turned, **how)
-                same = set(other.branches) <= set(flow.branches) and self.parse(other, dtype).says == found.says
-            except Unreadable:
-                same = False
-            if not same:
-                raise Unreadable(f"{DEPENDS} (compares it with {number})")
+        for turned, other in others:
+            if other is None or other.says != found.says:
+                raise Unreadable(f"{DEPENDS} (compares it with {min(turned).rpartition(' ')[2]})")
         return found
+
+    def on_all_branches(
+        self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False
+    ) -> tuple[Record, list[tuple[frozenset[str], Record | None]]]:
+        """A record, and those in which some comparisons are answered the other way; None for one that can't be read."""
+        how: dict[str, Any] = {"plain": plain, "calling": self.calling, "inside": self.inside}
+        flow = record(self.block, shape, dtype, route, **how)
+        found = self.parse(flow, dtype)
+        others: list[tuple[frozenset[str], Record | None]] = []
+        for turned in _some(flow.branches):
+            other = None
+            with suppress(Unreadable):
+                turned_flow = record(self.block, shape, dtype, route, turned=turned, **how)
+                if set(turned_flow.branches) <= set(flow.branches):
+                    other = self.parse(turned_flow, dtype)
+            others.append((turned, other))
+        return found, others
 
     def if_it_takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> list[Record]:
         """A record; none where the block's own forward doesn't take such an input."""

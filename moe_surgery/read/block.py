@@ -44,6 +44,7 @@ from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
+_ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
 
 def read(block: nn.Module) -> Reading:
@@ -118,6 +119,8 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, ins
         records += ask.if_it_takes((few[0] * few[1], width), own)
         if any(record_.lone for record_ in records) and not crowded.flat:
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
+        if any(record_.one_by_one for record_ in records):  # the number of a row may be branched on unseen
+            records.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
         if first.on_input and split:
             raise Unreadable("its experts weight their inputs")
         # What differs there decides, and not what follows.

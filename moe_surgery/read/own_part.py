@@ -75,10 +75,20 @@ def _check(
 
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
-    first, second = (_program(ask(shape, dtype, spread), shape) for shape in (one, other))
+    first, second = (_on_all_branches(ask, shape, dtype) for shape in (one, other))
     found = of_both(first, second)
     if found is None:
         raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
+    return found
+
+
+def _on_all_branches(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
+    """The program of a batch, which must be the same whatever the block finds where it compares the batch's size."""
+    record, others = ask.on_all_branches(shape, dtype, spread)
+    found = _program(record, shape)
+    for _, other in others:
+        if other is None or other.says != record.says or of_both(found, _program(other, shape)) is None:
+            raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     return found
 
 
@@ -91,7 +101,7 @@ def _named(record: Record) -> Iterator[str]:
 def _program(record: Record, shape: tuple[int, ...]) -> Program:
     flow, names = record.flow, set(_named(record))
     assert flow is not None
-    if flow.branches or flow.lone:  # what a branch does is compared as far as it is read, and this isn't
+    if flow.lone:  # what one token does is compared as far as it is read, and this isn't
         raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     router = record.first.router
     given = {

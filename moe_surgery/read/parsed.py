@@ -79,6 +79,10 @@ class Record:
         return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
+    def one_by_one(self) -> bool:
+        return self.flow is not None and self.flow.one_by_one
+
+    @property
     def lead(self) -> tuple[int, ...]:
         """The input's dimensions before the last."""
         assert self.flow is not None

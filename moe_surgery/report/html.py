@@ -114,7 +114,10 @@ def _figures(report: Outcomes) -> str:
 
 
 def _key(report: Outcomes) -> str:
-    items = [tag("span", chip(letter, tone) + safe(name)) for letter, name, tone in legend(report)]
+    items = [
+        tag("span", chip(letter, tone) + safe(_WORDS.get((report.done, name), name)))
+        for letter, name, tone in legend(report)
+    ]
     if has_gaps(report):
         items.append(tag("span", "an empty cell has no site that looks like a sparse-MoE block"))
     return tag("div", "".join(items), class_="key")

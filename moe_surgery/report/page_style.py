@@ -46,10 +46,9 @@ pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);padding
 dl{{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;margin:0}}
 dt{{color:var(--muted)}} dd{{margin:0;overflow-wrap:anywhere}}
 .held{{color:var(--good)}} .fails{{color:var(--bad)}}
-footer{{margin-top:56px;padding-top:14px;border-top:1px solid var(--rule);color:var(--muted);font-size:13px}}
 @media (max-width:640px){{
 main{{padding:24px 16px 48px}} h1{{font-size:24px}} .wide{{display:none}} .narrow{{display:block}}
-.counts{{gap:8px 28px}} .counts b{{font-size:32px}}
+.counts{{gap:8px 22px}} .counts b{{font-size:32px}} .counts div{{min-width:66px}}
 .stack thead{{display:none}} .stack tr{{display:block;border-bottom:1px solid var(--rule);padding:8px 0}}
 .stack td{{display:block;border:0;padding:1px 0;text-align:left!important;white-space:normal!important}}
 .stack td[data-h]:before{{content:attr(data-h) " ";color:var(--muted)}}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from engine_examples import distance
 from served import complete, prompt_logprobs, server
 
 from moe_surgery.engine.receipts import check, read_all
@@ -31,11 +31,6 @@ def served(folder: Path, tmp: Path, cache: Path, dtype: str, surgery: bool) -> S
         assert report is not None
         assert {(site["outcome"], site["target"]) for site in report["sites"]} == {("replaced", "folded")}
     return tokens, logprobs
-
-
-def distance(found: list[float], wanted: list[float]) -> float:
-    """The root of the mean square difference."""
-    return math.sqrt(sum((one - other) ** 2 for one, other in zip(found, wanted, strict=True)) / len(wanted))
 
 
 def chain(folder: Path, tmp: Path, dtype: str, order: tuple[bool, ...]) -> list[Served]:

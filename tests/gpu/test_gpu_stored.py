@@ -52,8 +52,7 @@ def sites(result: Result) -> list[dict[str, object]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_folded(kind: str, scales: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    target = "folded" if scales else "auto"
-    run = operated(checkpoints[kind + scales], tmp_path / "run", target, options={"enforce_eager": eager})
+    run = operated(checkpoints[kind + scales], tmp_path / "run", options={"enforce_eager": eager})
     [result] = run_all([run], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "folded")
@@ -86,6 +85,23 @@ def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
         assert "not folded, as it can't be proven: no probe is surely routed to expert 5" in str(site["reason"])
         proof = site["proof"]
         assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_few_tokens_experts_are_not_sorted(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """What Marlin's kernels make of one, of the most and of one more is proven; a fault there shows."""
+    folder, options = tmp_path / "int4", {"enforce_eager": eager}
+    quantised(checkpoints["unfused_deepseek-source"], folder, "ct_int4", group=128)
+    fault = operated(folder, tmp_path / "fault", ask=False, options=options, fault="few tokens' experts exchanged")
+    right = operated(folder, tmp_path / "run", options=options)
+    result, *wrong = run_all([right, fault] if eager else [right], tmp_path)
+    for site in sites(result):
+        assert (site["outcome"], site["target"]) == ("replaced", "vllm")
+        proof = site["proof"]
+        assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts" and proof["margin"] > 5
+    for each in wrong:
+        [receipt] = each.receipts
+        assert receipt["outcome"] == "failed" and "the new block is not what the spec says" in receipt["error"]
 
 
 def test_a_shared_expert_that_is_stored_otherwise(checkpoints: dict[str, Path], tmp_path: Path) -> None:

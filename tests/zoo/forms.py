@@ -215,7 +215,7 @@ class ThreeDimensionsOfTokens(Alone):
         return super().forward(hidden_states).view(hidden_states.shape[0], -1, self.hidden)
 
 
-@block(RESULTS, "another token's input", "single tokens", "batch size")
+@block(RESULTS, "another token's input", "batch size")
 class TokensInAnotherOrder(Alone):
     def forward(self, hidden_states: Tensor) -> Tensor:
         out = super().forward(hidden_states)

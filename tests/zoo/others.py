@@ -903,7 +903,7 @@ class IdleExpertsRunOnZeros(Base):
         return out
 
 
-@block(VALUE, "single tokens")
+@block(VALUE, "other tokens")
 class FirstTokenForAll(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return super().routed(x, weights, ids) + x[0]

@@ -17,10 +17,12 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.platforms import current_platform
 
+from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
 from moe_surgery.spec import Activation, MoESpec, RouterSpec
@@ -134,6 +136,7 @@ class SharedExpert(nn.Module):
         act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
         # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
         self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
+        self._activation: str = spec.activation
         self.factor = spec.scale / copies(self.down)
         if isinstance(self.down, LinearBase):
             self.down.reduce_results = False
@@ -162,15 +165,26 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
+        weight = None if self.gate is None or len(x) == 0 else _bare(self.gate, x)
+        if weight is None:
+            return self._by_layers(x)
+        from moe_surgery.kernels.between import run_between  # needs Triton
+
+        mixed, share = run_between(self._both(x).contiguous(), x, weight, self.factor, self._activation)
+        return first(self.down(mixed)).mul_(share)
+
+    def _by_layers(self, x: Tensor) -> Tensor:
         # First, while the routed experts, beside which this runs, are being chosen: later it would be waited for.
         weight = None if (gate := self.gate) is None else torch.sigmoid(first(gate(x)))
-        h = first(self.gate_up(x))
-        if (up := self.up) is not None:
-            h = torch.cat([h, first(up(x))], dim=-1)
-        y = first(self.down(self.act(h)))
+        y = first(self.down(self.act(self._both(x))))
         if weight is not None:
             y = weight * y
         return y if self.factor == 1.0 else y * self.factor
+
+    def _both(self, x: Tensor) -> Tensor:
+        """Gate and up projections, side by side."""
+        h = first(self.gate_up(x))
+        return h if (up := self.up) is None else torch.cat([h, first(up(x))], dim=-1)
 
 
 class Absorbed(nn.Module):
@@ -188,6 +202,20 @@ class Absorbed(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> float:
         return -0.0  # of which the sum with any number is that number, to the sign of a zero
+
+
+def _bare(gate: Any, x: Tensor) -> Tensor | None:
+    """The weight of a ``gate`` of which a kernel may compute what it does with ``x``; None if it must be called.
+
+    Adapters are put around it, and others may have their say in its call.
+    """
+    plain = type(gate) is nn.Linear or (type(gate) is ReplicatedLinear and stored(gate) is None)
+    if not (plain and x.is_cuda and x.is_contiguous() and getattr(gate, "bias", None) is None):
+        return None
+    weight = getattr(gate, "weight", None)
+    whole = isinstance(weight, Tensor) and weight.dtype == x.dtype and weight.is_contiguous()
+    called = "forward" in vars(gate) or gate._forward_hooks or gate._forward_pre_hooks
+    return weight if whole and not called else None
 
 
 def unfit(item: EngineSite, config: VllmConfig) -> str | None:

@@ -25,6 +25,7 @@ from moe_surgery.engine.model.blocks import (
     owner,
     owner_path,
 )
+from moe_surgery.engine.model.few_tokens import FewTokensRunner, unsorted_for_few
 from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
 from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.layer_book import LayerBook
@@ -137,7 +138,8 @@ def _regrouped(block: nn.Module, routed: Routed, reading: Reading, shared: nn.Mo
             1.0,
         )
         old.routed_experts.custom_routing_function = routing
-    return MoERunner(
+    kind = FewTokensRunner if unsorted_for_few(old.routed_experts) else MoERunner
+    return kind(
         layer_name=old.layer_name,
         moe_config=config,
         router=router,

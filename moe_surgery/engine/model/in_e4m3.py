@@ -28,7 +28,7 @@ class _Form:
 
     ``scale`` is the name of a linear layer's; ``linear`` gives the kernel of one, None if it is stored otherwise.
     ``as_loaded`` are the kernels for linear layers that leave weights and scales as they were. A scale is that of
-    ``rows`` rows; sizes must be multiples of ``size``. An engine was operated with it on a GPU if it was ``tried``.
+    ``rows`` rows; sizes must be multiples of ``size``.
     """
 
     method: str
@@ -38,7 +38,6 @@ class _Form:
     as_loaded: tuple[str, ...]
     rows: int
     size: int
-    tried: bool
 
 
 def _linear_in_blocks(layer: Any) -> object | None:
@@ -69,7 +68,6 @@ _FORMS = (
         as_loaded=("CutlassFp8BlockScaledMMKernel", "TritonFp8BlockScaledMMKernel"),
         rows=BLOCK,
         size=BLOCK,
-        tried=True,
     ),
     _Form(
         method="CompressedTensorsW8A8Fp8MoEMethod",
@@ -79,7 +77,6 @@ _FORMS = (
         as_loaded=("CutlassFP8ScaledMMLinearKernel",),  # transposed, but not in memory
         rows=1,
         size=16,  # others are filled up
-        tried=False,
     ),
 )
 
@@ -88,14 +85,6 @@ def form_of(experts: Any) -> _Form | None:
     """How vLLM's routed ``experts`` hold e4m3, if that is a way which the kernels take."""
     method = experts.quant_method
     return next((form for form in _FORMS if stored(experts) == form.method and form.experts(method)), None)
-
-
-def untried(item: EngineSite) -> str | None:
-    """Why a quantised block that could be folded is folded only where that was asked for, if it is."""
-    form = None if item.routed is None or not item.stored else form_of(item.experts)
-    if form is None or form.tried:
-        return None
-    return f"no engine with {form.method}'s weights was folded here yet; --target folded does it"
 
 
 def not_in_e4m3(item: EngineSite, config: VllmConfig) -> str | None:
@@ -114,6 +103,8 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
         scales = f"a scale for each {BLOCK} by {BLOCK}, or for each row and token"
         yield f"{told}, and the kernels take experts in FP8 with {scales}"
         return
+    if form.rows == BLOCK and is_deep_gemm_e8m0_used():
+        yield f"{told}, and DeepGEMM has vLLM scale activations by powers of two (VLLM_USE_DEEP_GEMM_E8M0)"
     shared = item.reading.layout.shared
     for layer in () if shared is None else _layers(item.block, shared):
         kernel = form.linear(layer)
@@ -122,8 +113,6 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
             return
         if (name := type(kernel).__name__) not in form.as_loaded:
             yield f"{told}, and {name} lays them out in a way of its own"
-    if form.rows == BLOCK and is_deep_gemm_e8m0_used():
-        yield f"{told}, and activations are scaled by powers of two (VLLM_USE_DEEP_GEMM_E8M0)"
     if getattr(experts.quant_method, "weight_scale_refine", None) is not None:
         yield f"{told}, and a rank's share of them has smaller blocks"
     if config.parallel_config.tensor_parallel_size > 1:

@@ -9,6 +9,7 @@ and zero points alike. The model's own loader runs as it is, on the tree that it
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
@@ -32,12 +33,15 @@ class _Sink:
     """One parameter of a block to be swapped, and the loads it has seen: what part of it, from which tensor.
 
     ``blank``: whether it was made so. ``before`` is what stood in it before, where it may be left without a load.
+    ``sizes`` says of how many elements each was, of which one goes to no more than ``spread`` places.
     """
 
     name: str
     parameter: Tensor
     numel: int
+    spread: int = 1
     loads: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    sizes: dict[tuple[Any, ...], int] = field(default_factory=dict)
     blank: bool = False
     before: Tensor | None = None
 
@@ -64,20 +68,24 @@ class Ledger:
         self.opened = False
         self.written: list[Tensor] = []
         for path, block in blocks.items():
+            finer = _finer(block, path)
             for name, parameter in block.named_parameters(prefix=path):
-                self._watch(path, name, parameter)
+                self._watch(path, name, parameter, finer.get(name.rpartition(".")[0], 1))
             if known is not None:
                 for name, buffer in block.named_buffers(prefix=path):
                     self._watch(path, name, buffer)
 
-    def _watch(self, path: str, name: str, parameter: Tensor) -> None:
-        sink = _Sink(name, parameter, int(getattr(parameter, "weight_loader_numel", parameter.numel())))
+    def _watch(self, path: str, name: str, parameter: Tensor, spread: int = 1) -> None:
+        sink = _Sink(name, parameter, int(getattr(parameter, "weight_loader_numel", parameter.numel())), spread)
         self._sinks.append(sink)
         own = getattr(parameter, "weight_loader", None)
         load = own or default_weight_loader
 
         def weight_loader(*args: Any, **kwargs: Any) -> Any:
-            result = load(*args, **kwargs)
+            try:
+                result = load(*args, **kwargs)
+            except Exception as error:
+                raise LedgerError(self._unfit(sink, _loaded(args, kwargs), error)) from error
             self._note(path, sink, args, kwargs, taken=result is not False)
             return result
 
@@ -92,15 +100,12 @@ class Ledger:
         self._restores.append(restore)
 
     def _note(self, path: str, sink: _Sink, args: tuple[Any, ...], kwargs: dict[str, Any], *, taken: bool) -> None:
-        given = dict(zip(("param", "loaded_weight"), args, strict=False)) | kwargs
-        loaded = given.get("loaded_weight")
-        source = self._current
-        if isinstance(loaded, Tensor):
-            source = self._sources.of(loaded) or source
+        loaded = _loaded(args, kwargs)
+        source = self._source(loaded)
         if not taken:
             self._elsewhere.add(source)  # an expert of another rank
             return
-        rest = [*args[2:], *(given[key] for key in sorted(kwargs) if key not in _NO_PART)]
+        rest = [*args[2:], *(kwargs[key] for key in sorted(kwargs) if key not in _NO_PART)]
         part = tuple(value for value in rest if isinstance(value, (int, str)) and not isinstance(value, bool))
         # (param, weight, name, shard, expert), and not (param, weight, shard)
         if len(args) > 2 and isinstance(args[2], str) and len(rest) > 1:
@@ -109,7 +114,18 @@ class Ledger:
             which = f" (part {', '.join(map(str, part))})" if part else ""
             self._problems.append(f"{sink.name}{which} was loaded twice: from {sink.loads[part]} and {source}")
         sink.loads[part] = source
+        sink.sizes[part] = loaded.numel() if isinstance(loaded, Tensor) else sink.numel
         self._used[source] = path
+
+    def _source(self, loaded: object) -> str:
+        """The name of what is being loaded."""
+        return (self._sources.of(loaded) if isinstance(loaded, Tensor) else None) or self._current
+
+    def _unfit(self, sink: _Sink, loaded: object, error: Exception) -> str:
+        shape = f" {list(loaded.shape)}" if isinstance(loaded, Tensor) else ""
+        reason = f": {error}" if str(error) else ""
+        into = f"{sink.name} {list(sink.parameter.shape)}"
+        return f"{self._source(loaded)}{shape} can't be loaded into {into}: {type(error).__name__}{reason}"
 
     def stream(self, weights: Iterable[tuple[str, Tensor]], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors on their way to the model's own loader; more may follow, until it is closed.
@@ -181,7 +197,12 @@ class Ledger:
             self._problems += [] if sink.loads or not data.numel() else [f"{sink.name}: never loaded"]
             return
         empty = blank(data)
-        if not (count := int(empty.sum())):
+        count = int(empty.sum())
+        if sink.loads and (written := data.numel() - count) > sum(sink.sizes.values()) * sink.spread:
+            size, source = min((size, sink.loads[part]) for part, size in sink.sizes.items())
+            came = f"{sum(sink.sizes.values())} came, {size} of them as {source}"
+            self._problems.append(f"{sink.name}: {written} elements were written where {came}")
+        if not count:
             return
         missing = count - (data.numel() - sink.numel)
         if missing > 0:
@@ -222,6 +243,18 @@ def _says_nothing(name: str, tensor: Tensor) -> bool:
         return False
     size = int((tensor == tensor[0]).sum())
     return bool((tensor == torch.arange(len(tensor), device=tensor.device) // size).all())
+
+
+def _loaded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What a ``weight_loader`` was given to load."""
+    return (dict(zip(("param", "loaded_weight"), args, strict=False)) | kwargs).get("loaded_weight")
+
+
+def _finer(block: nn.Module, prefix: str) -> dict[str, int]:
+    """By path the layers of a block that cut blocks of scales finer, and into how many: an element counts for each."""
+    methods = ((path, getattr(module, "quant_method", None)) for path, module in block.named_modules(prefix=prefix))
+    refined = ((path, getattr(method, "weight_scale_refine", None)) for path, method in methods)
+    return {path: math.prod(times) for path, times in refined if times is not None}
 
 
 _NO_PART = frozenset(["param", "loaded_weight", "weight_name", "return_success"])

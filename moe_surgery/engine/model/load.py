@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_surgery.engine.model.agreement import Ranks
     from moe_surgery.engine.model.layer_book import Snapshot
     from moe_surgery.engine.model.surgery import Surgery
+    from moe_surgery.kernels.ahead import Compilers
     from moe_surgery.report.outcomes import Outcomes
 
 UNBUILT = "model"
@@ -39,6 +40,7 @@ class Load:
     ranks: Ranks
     number: int = 0
     surgery: Surgery | None = None
+    compilers: Compilers | None = None
     again: Callable[[], nn.Module] | None = None
     depth: int = 0
     off: bool = False

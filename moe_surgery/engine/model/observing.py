@@ -55,6 +55,7 @@ class Observation:
             make_tokens(spec.hidden, *like, SEED),
             inside=float(self.routed.routed_scaling_factor),
             ranks=self.ranks.size,
+            sizes=getattr(runner, "sizes_to_ask", ()),
         )
 
     def _observed(self, config: VllmConfig) -> Observed:

@@ -16,7 +16,6 @@ from vllm.platforms import current_platform
 from moe_surgery.engine.model.blocks import unfit
 from moe_surgery.engine.model.crossover import told
 from moe_surgery.engine.model.folded_router import not_folded
-from moe_surgery.engine.model.in_e4m3 import untried
 from moe_surgery.engine.model.kernel_block import not_on_kernels, terms_in_engine
 from moe_surgery.engine.model.served import obstacle, unfolded, unserved
 from moe_surgery.engine.model.sites import EngineSite
@@ -174,7 +173,7 @@ def _decide(
         said = f"{said} · {', '.join(item.stored)}"
     # On a CPU vLLM's layer was measured to be slower than what stands beside its block without it.
     if wanted == FOLDED or (wanted == AUTO and (current_platform.is_cuda() or item.pair is not None)):
-        reason = unfolded(item, config) or (untried(item) if wanted == AUTO else None)
+        reason = unfolded(item, config)
         if reason is None:
             reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
         if reason is None:

@@ -117,8 +117,18 @@ class Proof(Protocol):
     def prove(self, block: nn.Module, runner: Any, config: VllmConfig) -> None: ...
 
 
-def examine(proof: Proof, block: nn.Module, runner: Any, config: VllmConfig, judge: Callable[[], None]) -> None:
-    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged."""
+def examine(
+    proof: Proof,
+    block: nn.Module,
+    runner: Any,
+    config: VllmConfig,
+    kernels: Callable[[], None],
+    judge: Callable[[], None],
+) -> None:
+    """Have ``block`` proven as soon as vLLM has laid out the experts of its ``runner``, and the verdict judged.
+
+    ``kernels`` waits for those that blocks launch; no block is asked before.
+    """
     method = runner.routed_experts.quant_method
     lay_out = method.process_weights_after_loading
 
@@ -126,6 +136,7 @@ def examine(proof: Proof, block: nn.Module, runner: Any, config: VllmConfig, jud
         del method.process_weights_after_loading  # the instance's, which is this function
         started = time.perf_counter()
         proof.ready(runner)
+        kernels()
         proof.seconds += time.perf_counter() - started
         lay_out(layer)
         started = time.perf_counter()

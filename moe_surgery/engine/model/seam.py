@@ -93,6 +93,8 @@ class _Seam:
                 return _again(load, lambda: original(loader, vllm_config, *args, **kwargs))
             finally:
                 self.load = None
+                if load.compilers is not None:
+                    load.compilers.end()
 
         return load_model
 
@@ -106,16 +108,19 @@ class _Seam:
                 raise UnsupportedError(
                     "a model is built by a loader that is not known here, so nothing would be done with it"
                 )
+            from moe_surgery.engine.model.compiled import compilers
+            from moe_surgery.engine.model.surgery import Surgery
+
+            load.compilers = compilers(load.orders)
             load.depth += 1
             try:
                 model = original(*args, **kwargs)
             finally:
                 load.depth -= 1
-            from moe_surgery.engine.model.surgery import Surgery
 
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
             with torch.device("cpu"):
-                load.surgery = Surgery(model, config, load.orders, load.before, load.ranks)
+                load.surgery = Surgery(model, config, load.orders, load.before, load.ranks, load.compilers)
                 load.surgery.watch()
             load.again = self._builder(original, args, kwargs)
             load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")

@@ -37,21 +37,21 @@ TRIED = frozenset(
 
 def obstacle(config: VllmConfig) -> str | None:
     """Why nothing can be operated on in an engine of this kind."""
-    parallel = config.parallel_config
-    ranks, steps = parallel.data_parallel_size, parallel.eplb_config.step_interval
+    parallel, moving = config.parallel_config, config.parallel_config.eplb_config
+    tensor, data = parallel.tensor_parallel_size, parallel.data_parallel_size
+    parts = getattr(parallel, "prefill_context_parallel_size", 1)
+    over = tensor * data * parts
+    shares = f"experts are shared out over {over} ranks, a shared expert over {tensor}"
+    asks = "and a proof asks all ranks about the same"
     held = {
-        f"data parallelism: each of {ranks} ranks has tokens of its own, and a proof asks all about the same": (
-            ranks > 1
-        ),
-        "prefill context parallelism: ranks hold parts of a prompt, and a proof asks all the same": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1
-        ),
-        f"expert load balancing: experts move between ranks every {steps} steps, from where they were proven": (
-            parallel.enable_eplb
-        ),
-        "sequence parallelism of MoE layers: blocks cut tokens apart before their experts": (
+        f"sequence parallelism of MoE layers: each rank takes n / {tensor} of n tokens to its experts, {asks}": (
             parallel.use_sequence_parallel_moe
         ),
+        f"data parallelism: {shares}; each of {data} groups of ranks has tokens of its own, {asks}": data > 1,
+        f"prefill context parallelism: {shares}; each of {parts} groups has a part of a prompt, {asks}": parts > 1,
+        f"expert load balancing: each of {over} ranks has its part of the experts and of "
+        f"{moving.num_redundant_experts} more, which move every {moving.step_interval} steps from where they were "
+        "proven": parallel.enable_eplb,
     }
     found = next((what for what, on in held.items() if on), None)
     return found and f"the swap is not supported under {found}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from moe_surgery.installed.cards import cards
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 
+if TYPE_CHECKING:
+    from moe_surgery.kernels.ahead import Compilers
+
 KEY = "moe_surgery"
 THREADS = min(8, os.cpu_count() or 1)
 """How many blocks' probes are made at a time."""
@@ -49,7 +52,15 @@ THREADS = min(8, os.cpu_count() or 1)
 class Surgery:
     """The operation on one model that ``initialize_model`` has just returned. ``before`` is the book before it."""
 
-    def __init__(self, model: nn.Module, config: VllmConfig, orders: Orders, before: Snapshot, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: VllmConfig,
+        orders: Orders,
+        before: Snapshot,
+        ranks: Ranks,
+        compilers: Compilers | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.model, self.config, self.orders, self.before, self.ranks = model, config, orders, before, ranks
         self.architecture = type(model).__name__
@@ -62,7 +73,9 @@ class Surgery:
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
         folds = {step.path for step in self.plan.steps if step.target == FOLDED} if current_platform.is_cuda() else ()
-        self._compiled = compile_ahead((item for path, item in self.items.items() if path in folds), config)
+        folded = (item for path, item in self.items.items() if path in folds)
+        self._compiled = compile_ahead(folded, config, compilers)
+        self._warm = False
         self.exams: dict[str, Proof] = {}
         self.ledger: str | None = None
         self.names: frozenset[str] = frozenset()
@@ -123,15 +136,21 @@ class Surgery:
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
+                    whole, runner = built.whole(item), _runner(built.block)
                     judge = partial(self._judge, path)
-                    examine(self.exams[path], built.whole(item), _runner(built.block), self.config, judge)
+                    examine(self.exams[path], whole, runner, self.config, self._ready_kernels, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
-        self._compiled()
-        warm_kernels(self.model)  # side by side; the proofs would wait for one after the other
         relist(self.model, exchanged)
         book.arrange(self.model, self.before)
         book.check(self.model, self.before)
         self.items.clear()
+
+    def _ready_kernels(self) -> None:
+        """Once, all that the new blocks may launch, side by side: the proofs would wait for one after the other."""
+        if not self._warm:
+            self._compiled()
+            warm_kernels(self.model)
+            self._warm = True
 
     def _steps(self) -> dict[str, Step]:
         """Those of the blocks that are exchanged."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import Rows
-from moe_surgery.read.record.flow import Flow
+from moe_surgery.read.record.flow import Flow, Op
 
 
 class Evaluation(Protocol):
@@ -23,3 +24,7 @@ class Evaluation(Protocol):
 
     def vectors(self, operand: Any) -> Rows:
         """An operand with one term per vector along the last dimension."""
+
+
+Meaning = Callable[[Evaluation, Op], Any]
+"""What an operation comes to."""

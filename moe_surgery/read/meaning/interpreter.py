@@ -1,7 +1,8 @@
 """What a record means: every operation evaluated on rows of terms.
 
 An operation that no meaning is known for can't be read, and the block is left alone with that operation as the reason.
-What an operation means is in ``arithmetic.py``, ``row_moves.py`` (rows moved about) and ``matrices.py`` (weights).
+What an operation means is in ``arithmetic.py``, ``linear_maps.py``, ``row_moves.py`` (rows moved about) and
+``matrices.py`` (weights).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.read.meaning import arithmetic, matrices, row_moves, rows
+from moe_surgery.read.meaning import arithmetic, linear_maps, matrices, row_moves, rows
 from moe_surgery.read.meaning.matrices import Mats
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import Rows, objects
@@ -94,7 +95,7 @@ class Interpreter:
         first = op.args[0][0] if op.args and isinstance(op.args[0], (list, tuple)) and op.args[0] else op.args[0]
         first = self.value(first)
         by_kind = matrices.MEANINGS if isinstance(first, Mats) else _ON_ROWS
-        handler = arithmetic.PRODUCTS.get(op.name) or by_kind.get(op.name)
+        handler = linear_maps.MEANINGS.get(op.name) or by_kind.get(op.name)
         if handler is None and isinstance(first, Mats) and matrices.as_rows(first) is not None:
             handler = _ON_ROWS.get(op.name)
         if handler is None:

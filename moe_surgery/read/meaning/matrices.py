@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
-from moe_surgery.read.meaning.evaluation import Evaluation
+from moe_surgery.read.meaning.evaluation import Evaluation, Meaning
 from moe_surgery.read.meaning.row_moves import known_places, order, parts, span
 from moe_surgery.read.meaning.rows import Array, Rows, Shape, each, objects
 from moe_surgery.read.meaning.term import Term
@@ -247,10 +245,9 @@ def _joined(run: Evaluation, op: Op) -> Mats:
     return replace(first, lead=lead, dims=(*first.dims[:dim], (new, *first.dims[dim]), *first.dims[dim + 1 :]))
 
 
-_Meaning = Callable[[Evaluation, Op], Any]
 _VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"]
 
-MEANINGS: dict[str, _Meaning] = {
+MEANINGS: dict[str, Meaning] = {
     **dict.fromkeys(["detach", "alias", "clone", "contiguous", "lift_fresh", "_to_copy"], _same),
     **dict.fromkeys(["permute", "transpose", "t"], _permute),
     **dict.fromkeys(["split", "split_with_sizes"], _split),

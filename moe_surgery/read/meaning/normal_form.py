@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from moe_surgery.read.meaning import sums
+from moe_surgery.read.meaning import sums, wholes
 from moe_surgery.read.meaning.spelled_out import twice
-from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.meaning.term import WHOLE, Term
 from moe_surgery.weights.layout import Piece
 
-# Terms whose elements don't come each from the same element of their arguments.
-_WHOLE = frozenset(
-    ["x", "given", "outer", "param", "lin", "softmax", "sum", "norm", "largest", "chosen", "part", "elem", "vec", "cat"]
-)
 _FOLDED: dict[str, Callable[[float], float]] = {
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > -700 else 0.0,
     "silu": lambda x: x / (1 + math.exp(-x)) if x > -700 else 0.0,
@@ -193,7 +188,7 @@ class Terms:
             return self.cast(self.part(arg.args[0], start, stop, step), arg.args[1])
         if arg.op == "vec":
             return self.vec(list(arg.args[start:stop:step]))
-        if step != 1 and arg.op in _WHOLE:
+        if step != 1 and arg.op in WHOLE:
             return self.vec([self.elem(arg, place) for place in range(start, stop, step)])
         if arg.op == "cat":
             width, *terms = arg.args
@@ -207,20 +202,20 @@ class Terms:
             return self.part(arg.args[0], arg.args[1] + start, arg.args[1] + stop)
         if stop - start == 1:
             return self.make("elem", (arg, start), 1)
-        if arg.op not in _WHOLE:
-            return self._rebuilt(arg, [self.part(inner, start, stop, step) for inner in self.inner(arg)])
+        if arg.op not in WHOLE:
+            return self.rebuilt(arg, [self.part(inner, start, stop, step) for inner in self.inner(arg)])
         return self.make("part", (arg, start, stop), stop - start)
 
     def of_elements(self, element: Term) -> Term:
         """An element of an element-wise term as that term of its arguments' elements."""
         whole, place = element.args
-        return self._rebuilt(whole, [self.elem(inner, place) for inner in self.inner(whole)])
+        return self.rebuilt(whole, [self.elem(inner, place) for inner in self.inner(whole)])
 
     def inner(self, term: Term) -> list[Term]:
         """The terms among a term's arguments."""
         return [arg for arg in term.args if isinstance(arg, Term)]
 
-    def _rebuilt(self, term: Term, args: list[Term]) -> Term:
+    def rebuilt(self, term: Term, args: list[Term]) -> Term:
         """An element-wise term with other arguments."""
         makers: dict[str, Callable[..., Term]] = {"add": self.add, "mul": self.mul, "div": self.div}
         if term.op == "clamp":
@@ -228,30 +223,6 @@ class Terms:
         if term.op == "cast":
             return self.cast(args[0], term.args[1])
         return makers[term.op](*args) if term.op in makers else self.fn(term.op, *args)
-
-    def whole(self, element: Term, place: int, size: int) -> Term | None:
-        """The vector of ``size`` elements that ``element`` is number ``place`` of, if it can be one."""
-        return self.extended(element, place, size)
-
-    def extended(self, term: Term, start: int, size: int) -> Term | None:
-        """The vector of ``size`` elements that ``term`` is the elements from ``start`` of, if it can be one."""
-        if term.op == "const" or (term.size, start) == (size, 0):
-            return term
-        if term.op in ("elem", "part"):
-            return self.extended(term.args[0], start - term.args[1], size)
-        if term.op in ("lin", "param"):
-            piece = term.args[-2] if term.op == "lin" else term.args[0]
-            complete = replace(piece, rows=None, out=None)
-            if complete.outputs(start, start + term.size) != piece:
-                return None
-            if term.op == "param":
-                return self.param(complete, size)
-            return self.lin(term.args[0], complete, size, term.args[2])
-        parts = [self.extended(arg, start, size) for arg in self.inner(term)]
-        if not parts or term.op in _WHOLE or any(part is None for part in parts):
-            return None
-        known = [part for part in parts if part is not None]
-        return self.cast(known[0], term.args[1]) if term.op == "cast" else self._rebuilt(term, known)
 
     def elem(self, arg: Term, index: int) -> Term:
         """One element of a vector, as a scalar."""
@@ -264,31 +235,7 @@ class Terms:
             return first
         if width == 1:
             return self.vec(parts)
-        whole = self._whole(parts, width)
-        return whole or self.make("cat", (width, *parts), width * len(parts))
-
-    def _whole(self, parts: list[Term], width: int) -> Term | None:
-        """The vector that the parts are neighbouring parts of, if they are."""
-        first = parts[0]
-        if any(part.op != first.op or part.args[0] is not first.args[0] for part in parts):
-            return None
-        if first.op == "part":
-            start = first.args[1]
-            if [part.args[1] for part in parts] == list(range(start, start + width * len(parts), width)):
-                return self.part(first.args[0], start, start + width * len(parts))
-        if first.op == "lin":
-            inner, piece, dtype = first.args
-            start = piece.rows[0] if piece.rows else 0
-            bands = [(start + place * width, start + (place + 1) * width) for place in range(len(parts))]
-            if (
-                piece.rows
-                and piece.out is None
-                and all(
-                    part.args[1:] == (replace(piece, rows=band), dtype) for part, band in zip(parts, bands, strict=True)
-                )
-            ):
-                return self.lin(inner, replace(piece, rows=(start, bands[-1][1])), width * len(parts), dtype)
-        return None
+        return wholes.neighbours(self, parts, width) or self.make("cat", (width, *parts), width * len(parts))
 
     def vec(self, scalars: list[Term]) -> Term:
         """A vector of scalars; the elements of one vector in their order are that vector."""

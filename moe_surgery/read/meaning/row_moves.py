@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_surgery.read.meaning import rows
-from moe_surgery.read.meaning.evaluation import Evaluation
+from moe_surgery.read.meaning.evaluation import Evaluation, Meaning
 from moe_surgery.read.meaning.rows import Array, Rows, each, objects
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.flow import Op
@@ -218,10 +218,9 @@ def _scatter(run: Evaluation, op: Op) -> Rows:
     return Rows(_write(run, target.lead, places, items, adds), target.size)
 
 
-_Meaning = Callable[[Evaluation, Op], Any]
 _VIEWS = ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"]
 
-MEANINGS: dict[str, _Meaning] = {
+MEANINGS: dict[str, Meaning] = {
     **dict.fromkeys(_VIEWS, _reshape),
     **dict.fromkeys(["detach", "alias", "clone", "contiguous", "lift_fresh"], _same),
     **dict.fromkeys(["split", "split_with_sizes"], _split),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.meaning.wholes import extended
 
 if TYPE_CHECKING:
     from moe_surgery.read.meaning.normal_form import Terms
@@ -48,6 +49,6 @@ def _end_to_end(terms: Terms, parts: list[Term]) -> Term | None:
     place, size = 0, sum(part.size for part in parts)
     found = set()
     for part in parts:
-        found.add(terms.extended(part, place, size))
+        found.add(extended(terms, part, place, size))
         place += part.size
     return found.pop() if len(found) == 1 else None

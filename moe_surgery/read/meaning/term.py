@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+WHOLE = frozenset(
+    ["x", "given", "outer", "param", "lin", "softmax", "sum", "norm", "largest", "chosen", "part", "elem", "vec", "cat"]
+)
+"""Operations whose elements don't come each from the same element of their arguments."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Term:

@@ -150,7 +150,7 @@ def all_say(records: Iterable[tuple[Structure | None, tuple[int, ...]]]) -> Stru
 
 
 def _of_shape(results: Structure | None, lead: tuple[int, ...]) -> Structure:
-    """An output that has its input's shape, spelled out: of tokens, that is what a block of tokens alone returns too."""
+    """An output that has its input's shape, spelled out; of tokens, a block that returns tokens returns it too."""
     leads = ["batch", "flat"] if len(lead) == 1 else ["batch"]
     return results or Structure(Alone, (Result("output", frozenset(["native"]), frozenset(leads)),))
 

@@ -8,6 +8,7 @@ from typing import cast
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.meaning.wholes import extended
 from moe_surgery.read.parse.mlp import short
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Groups, GroupScore
@@ -50,10 +51,9 @@ class Rankings:
         kept = [place for place, element in enumerate(elements) if element.op != "const"]
         if not kept:
             raise Unreadable("no expert may be chosen")
-        whole = self._terms.whole(elements[kept[0]], kept[0], len(elements))
-        if whole is None or any(
-            self._terms.whole(elements[place], place, len(elements)) is not whole for place in kept
-        ):
+        vectors = {extended(self._terms, elements[place], place, len(elements)) for place in kept}
+        whole = vectors.pop()
+        if whole is None or vectors:
             raise Unreadable(f"experts are ranked by {short(ranked)}")
         base = self._bare(whole)
         outside = {element.args[0] for element in elements if element.op == "const"}

@@ -44,7 +44,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
         raise recorder.object_to(objections[0])
     needed |= _before([leaf.value for leaf in leaves if _recorded(leaf)])
-    needed |= _before([choice.record for choice in recorder.made()])
+    needed |= _before([choice.record for choice in recorder.choices.made()])
     asked = _asked_for(needed, leaves)
     needed |= _before([question.node for question in asked])
     nodes = [node for node in recorder.graph.nodes if node in needed]
@@ -57,6 +57,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         choices,
         branches=tuple(recorder.branches.met),
         lone=recorder.branches.lone,
+        one_by_one=recorder.one_by_one,
         positive=tuple((index[node], places) for node, places in recorder.positive),
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
@@ -99,7 +100,7 @@ def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
         raise recorder.object_to(f"it returns a {type(answer).__name__}, not one tensor")
     for output in found:
         alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-        others = recorder.route is no_choice or answer is not output or output.ndim == 2
+        others = recorder.route is no_choice or output.ndim == 2
         fits = tuple(output.shape) == shape or (alike and others)
         if fits and output.dtype == recorder.dtype:
             return output
@@ -138,12 +139,12 @@ def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -
 
 def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:
     """The choices that were made, but for those that only other results than the output came of."""
-    if len(recorder.made()) < 2 or not leaves:
-        return recorder.made()
+    if len(recorder.choices.made()) < 2 or not leaves:
+        return recorder.choices.made()
     beside = _chosen_for(_before([leaf.value for leaf in leaves if _recorded(leaf)]))
     beside |= chosen(leaf.origin for leaf in leaves if leaf.origin is not None)
     beside -= _chosen_for(_before(output))
-    return [choice for choice in recorder.made() if choice not in beside] or recorder.made()
+    return [choice for choice in recorder.choices.made() if choice not in beside] or recorder.choices.made()
 
 
 def _chosen_for(nodes: set[torch.fx.Node]) -> set[Made]:

@@ -152,6 +152,10 @@ class BatchSize(int):
     __floordiv__ = _calculation(operator.floordiv)
     __mod__ = _calculation(operator.mod)
 
+    def __hash__(self) -> int:
+        # No objection: code that remembers what it did for a shape can do without, and is held against plain numbers.
+        raise TypeError(f"{self._what} is no key")
+
     def __neg__(self) -> BatchSize:
         return self._like(-int.__index__(self), self.pure)
 
@@ -159,7 +163,7 @@ class BatchSize(int):
     __pow__ = __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _objection("calculates with")
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _objection("calculates with")
     __abs__ = __round__ = __trunc__ = __ceil__ = __floor__ = _objection("calculates with")
-    __int__ = __float__ = __hash__ = _objection("makes a plain number of")
+    __int__ = __float__ = _objection("makes a plain number of")
     __str__ = __repr__ = __format__ = _objection("makes text of")
     bit_length = bit_count = to_bytes = as_integer_ratio = conjugate = _objection("calculates with")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_surgery.read.reading import Broken, Unreadable
 
 if TYPE_CHECKING:
+    from moe_surgery.read.record.flow import Route
     from moe_surgery.read.record.recorder import Recorder
 
 
@@ -24,6 +25,33 @@ class Made:
     ids: Tensor
     largest: bool
     used: bool = True
+
+
+class Choices:
+    """The choices of a run; ``route`` says which of how many each takes."""
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._found: list[Made] = []
+        self._unread: dict[int, Made] = {}  # by the storage of their ids
+
+    def ids(self, rows: int, count: int, k: int) -> Tensor:
+        """The ids [rows, k] that the next choice among ``count`` comes to: each choice is told by its own."""
+        return (self._route(rows, count, k) + len(self._found)) % count
+
+    def add(self, choice: Made, storage: int) -> None:
+        """Another choice, whose ids have that storage."""
+        self._found.append(choice)
+        self._unread[storage] = choice
+
+    def read(self, storage: int) -> None:
+        """Something comes of the tensors of that storage."""
+        if (choice := self._unread.pop(storage, None)) is not None:
+            choice.used = True
+
+    def made(self) -> list[Made]:
+        """Those that anything came of."""
+        return [choice for choice in self._found if choice.used]
 
 
 def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:

@@ -43,6 +43,7 @@ class Kind(IntEnum):
 _FAR = 1 << 40  # torch's own "to the end"
 _COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 COMPARISONS = frozenset(_COMPARE)
+DIVISIONS = frozenset(["mod", "remainder", "floordiv", "floor_divide", "div", "divide"])
 _TURNED = {"lt": operator.gt, "le": operator.ge, "gt": operator.lt, "ge": operator.le}
 _FRESH = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split(" "))
 _MOVES = frozenset(
@@ -52,7 +53,7 @@ _MOVES = frozenset(
     "bitwise_and bitwise_or bitwise_xor bitwise_not logical_and logical_or logical_xor logical_not".split(" ")
 )
 _PICKS = frozenset("index index_select gather take masked_select".split(" "))
-_LIMITS = frozenset("clamp clamp_min clamp_max minimum maximum where fmod pow div".split(" "))
+_LIMITS = frozenset("clamp clamp_min clamp_max minimum maximum where fmod pow".split(" "))
 _COUNTS = frozenset("sum cumsum count_nonzero argsort nonzero".split(" "))
 _EXTREMES = frozenset("all amax amin max min argmax argmin mean prod median mode".split(" "))
 _TALLIES = frozenset("bincount histc scatter_add index_add".split(" "))
@@ -70,12 +71,14 @@ class Ledger:
     def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
         self.fixed, self.object_to = fixed, object_to
         self._blank = False
+        self._by_batch = False
         self.plain = False  # numbers of tokens that Python was given look like any others
         self.limits: dict[int, bool] = {}  # of a number of tokens by its tensor, whether it is a size of the batch
         self.reason = LOAD  # why the last result of kind LOAD is one
 
-    def before(self, name: str, args: Sequence[Any]) -> None:
-        """Look at what the next operation may write to."""
+    def before(self, name: str, args: Sequence[Any], by_batch: bool) -> None:
+        """Look at what the next operation may write to. ``by_batch`` says that it divides by a size of the batch."""
+        self._by_batch = by_batch
         self._blank = name == "scatter" and uniform(args[0])
 
     def kinds(
@@ -125,8 +128,8 @@ class Ledger:
         if name in ("add", "sub", "rsub"):
             pure = all(isinstance(arg, Tensor) and kind_of(arg) == Kind.COUNT for arg in args[:2])
             return top if top < Kind.COUNT or pure else Kind.DERIVED
-        if name in ("floor_divide", "remainder"):
-            return self._divided(args, top)
+        if name in ("floor_divide", "remainder", "div"):  # a quotient is rounded before it can be an index
+            return self._divided(name, args, top)
         if name in _LIMITS:
             if top >= Kind.COUNT:
                 return self._load(f"aten.{name}")
@@ -173,11 +176,13 @@ class Ledger:
         most = int(others.max()) + (kinds[1 - found[0]] == Kind.PLACE) if others.numel() else None
         return self.limits[id(limit)] or int(limit) == most
 
-    def _divided(self, args: Sequence[Any], top: Kind) -> Kind:
+    def _divided(self, name: str, args: Sequence[Any], top: Kind) -> Kind:
         if top < Kind.COUNT:
             return top
         by = args[1].item() if isinstance(args[1], Tensor) and args[1].numel() == 1 else args[1]
-        if by not in self.fixed:
+        if isinstance(by, Tensor):
+            return self._load(f"aten.{name}")
+        if by not in self.fixed and not (self._by_batch or self.plain):  # by T, of a place among k * T: a token's
             return self._load(f"divides it by {by}")
         return Kind.DERIVED
 
@@ -204,7 +209,7 @@ class Ledger:
         )
 
     def single(self, name: str, args: Sequence[Any]) -> bool:
-        """Whether an operation on the input takes single tokens out of the batch."""
+        """Whether an operation on the input takes single tokens, or rows of them, out of the batch by their place."""
         if name not in ("select", "unbind") or self.plain:
             return False
         shape = args[0].shape

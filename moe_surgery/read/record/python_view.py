@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
-from moe_surgery.read.record.known_numbers import COMPARISONS, LOAD, Kind
+from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
 
@@ -100,10 +100,12 @@ class Sizes(TorchFunctionMode):
             self.recorder.fixed.update(plain - self.recorder.batch)
             self.recorder.mistaken.update(plain & self.recorder.batch - {1})
         self.recorder.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
+        by = args[1] if name.strip("_") in DIVISIONS and len(args) > 1 else None
+        self.recorder.by_batch = isinstance(by, BatchSize) and by.pure and by.of_batch
         try:
             return func(*args, **kwargs)
         finally:
-            self.recorder.lenient = False
+            self.recorder.lenient = self.recorder.by_batch = False
 
     def _mark(self, size: int) -> int:
         return (

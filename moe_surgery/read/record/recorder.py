@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
-from moe_surgery.read.record.choices import Made, check_top_k, ranking
+from moe_surgery.read.record.choices import Choices, Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage
 from moe_surgery.read.record.masked import moved_inside, open_places
+from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
@@ -63,13 +64,14 @@ class Recorder(TorchDispatchMode):
         self.inside, self.outside = inside, False
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
-        self.choices: list[Made] = []
+        self.choices = Choices(route)
         self.consts: dict[str, Tensor] = {}
         self.lenient = False
         self.paused = False
+        self.one_by_one = False
+        self.by_batch = False
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
-        self._unused: dict[int, Made] = {}  # by the storage of their ids
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
@@ -109,7 +111,7 @@ class Recorder(TorchDispatchMode):
         self.entries.guarded[entry.storage] = "its ids"
         self.fixed.add(ids.shape[-1])
         node = self.entry(weights).node
-        self.choices.append(Made(node, node, ids.shape[-1], ids, True))
+        self.choices.add(Made(node, node, ids.shape[-1], ids, True), entry.storage)
         return real, weights
 
     def symbolic(self, tensor: Tensor) -> bool:
@@ -159,8 +161,7 @@ class Recorder(TorchDispatchMode):
         if tensor.is_meta and not self.entries.knows(tensor):
             raise self.object_to("it makes a tensor of numbers in a way that can't be followed")
         entry = self.entries.find(tensor, lambda name: self.graph.create_node("get_attr", name))
-        if (choice := self._unused.pop(entry.storage, None)) is not None:
-            choice.used = True
+        self.choices.read(entry.storage)
         if entry.node is not None:
             entry.node.meta.setdefault("val", entry.meta)
         if self.entries.stale(entry):
@@ -203,7 +204,7 @@ class Recorder(TorchDispatchMode):
             self._ledger.check_cut(name, args, self.symbolic(args[0]))
         single = any(entry.single for entry in entries.values())
         if single and name not in SHAPED and not name.endswith("_like") and not name.startswith("new_"):
-            raise self.object_to("it takes single tokens out of the batch")
+            self.one_by_one = True
         if any(entry.node is not None for entry in entries.values()):
             result = self._symbolic(func, name, args, kwargs, entries, target is not None)
         else:
@@ -231,7 +232,7 @@ class Recorder(TorchDispatchMode):
         origins = self.lineage.origins((args, kwargs))
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
-        self._ledger.before(name, args)
+        self._ledger.before(name, args, self.by_batch)
         result = func(*args, **kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -254,19 +255,14 @@ class Recorder(TorchDispatchMode):
     def _symbolic(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry], in_place: bool) -> Any:
         if (known := asked_of_support(self, func, name, args, kwargs, entries)) is not None:
             return known
-        if name == "masked_select" and entries[id(args[1])].real is not None and args[0].shape == args[1].shape:
-            func, name, args = torch.ops.aten.index.Tensor, "index", (args[0], [args[1]])
+        func, name, args = as_index(func, name, args, entries)
         if name in _READS_BACK:
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
         objection = self._objection(name, [*args, *kwargs.values()], entries)
-        if name in ("index", "index_put"):  # a mask has no meta result; the places it selects do
-            args = (args[0], [_selected(entries.get(id(index)), index) for index in args[1]], *args[2:])
-            args = (args[0], [index for group in args[1] for index in group], *args[2:])
-            for index in args[1]:
-                if isinstance(index, Tensor) and id(index) not in entries:
-                    entries[id(index)] = self.entries.enter(index, None, None, index, Kind.COUNT)
+        if name in ("index", "index_put"):
+            args = (args[0], by_places(args[1], entries, self.entries), *args[2:])
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
         if name == "topk":
             check_top_k(*args[:3])
@@ -318,16 +314,11 @@ class Recorder(TorchDispatchMode):
         values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
         return f"what it computes depends on {LOAD} ({name})" if values else None
 
-    def made(self) -> list[Made]:
-        """The choices that anything came of."""
-        return [choice for choice in self.choices if choice.used]
-
     def _choose(self, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
         scores: Any = record.args[0]
         shape = scores.meta["val"].shape
         k, largest = ranked
-        # Not the same ids for two choices of one size, so that each is told by its own.
-        ids = (self.route(shape[:-1].numel(), shape[-1], k) + len(self.choices)) % shape[-1]
+        ids = self.choices.ids(shape[:-1].numel(), shape[-1], k)
         places = open_places(scores, self.consts) if largest else None
         if places is not None:
             places = places.reshape(-1, shape[-1])
@@ -335,16 +326,9 @@ class Recorder(TorchDispatchMode):
             self.outside |= not bool(places.gather(1, ids).all())
         self.fixed.update((k, shape[-1]))
         choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
-        self.choices.append(choice)
         record.meta["choice"] = choice
         real = ids.reshape(indices.shape).clone()
         self.lineage.chose(real, choice)
         entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
-        self._unused[entry.storage] = choice
+        self.choices.add(choice, entry.storage)
         return real
-
-
-def _selected(entry: Entry | None, index: Any) -> list[Any]:
-    if entry is None or entry.real is None or entry.real.dtype not in (torch.bool, torch.uint8):
-        return [index]
-    return list(entry.real.nonzero().unbind(1))

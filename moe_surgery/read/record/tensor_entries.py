@@ -28,7 +28,7 @@ class Entry:
 
     ``storage`` is the same for all views of one tensor, ``version`` counts the writes to it that this tensor knows, and
     ``kinds`` holds every storage's kind. ``shift`` is where in that storage the tensor's own begins. A ``single`` one
-    is one token of the batch, of which nothing but the shape may be used. ``support`` tells where a tensor may be other
+    is one token, or one row of them, taken out of the batch by its place. ``support`` tells where a tensor may be other
     than zero, if it seems to be zero elsewhere.
     """
 

@@ -28,17 +28,23 @@ class _Rung:
 def ladder(verdict: Verdict, width: float) -> str:
     """Every distance from the reference that the proof measured; the band is what a right block may be off.
 
-    A mutant's line starts where the block itself is on the tokens that show the mutant best.
+    A mutant's line starts where the block itself is on the tokens that show the mutant best. The row of a wrong block
+    is in the colour of failure, with a bar from the band's edge to where the block is.
     """
     rungs = _rungs(verdict)
     narrow = width < 600
-    left, right = (0.0, width) if narrow else (0.34 * width, width - _NUMBERS)
+    left, right = (0.0, width) if narrow else (0.36 * width, width - _NUMBERS)
     row = _TALL if narrow else _ROW
     place, decades = _axis(rungs, verdict.bound, left + 14, right - 14)
     bottom = _TOP + row * len(rungs)
     # Where names stand above their lines, neither band nor grid runs through them.
     spans = [(_TOP + row * n + 16, _TOP + row * n + 36) for n in range(len(rungs))] if narrow else [(_TOP - 6, bottom)]
-    parts = []
+    # Below band and grid, which go on being seen.
+    parts = [
+        element("rect", x=0, y=_TOP + row * n, width=width, height=row, class_="flaw")
+        for n, rung in enumerate(rungs)
+        if rung.kind == "bad"
+    ]
     step = math.ceil(len(decades) / ((right - left) / 46))
     for top, end in spans:
         if verdict.bound > 0:
@@ -51,6 +57,9 @@ def ladder(verdict: Verdict, width: float) -> str:
         parts.append(label(width, _TOP - 12, "distance · margin", "s q", "end"))
     for number, rung in enumerate(rungs):
         y = _TOP + row * number + row / 2
+        if rung.kind == "bad" and 0 < verdict.bound < rung.value:
+            start, line = place(verdict.bound), y + 8 if narrow else y
+            parts.append(element("rect", x=start, y=line - 2, width=place(rung.value) - start, height=4, class_="bad"))
         parts.append(_drawn(rung, y, place, width, left, narrow))
     measured = ", ".join(f"{rung.name} {rung.number}" for rung in rungs if rung.kind != _MUTANT)
     told = f"distances from the reference: {measured}, and {len(verdict.mutants)} wrong blocks"
@@ -116,15 +125,14 @@ def _axis(
 
 def _drawn(rung: _Rung, y: float, place: Callable[[float], float], width: float, left: float, narrow: bool) -> str:
     x, line = place(rung.value), y + 8 if narrow else y
-    bold = "s b" if rung.kind != _MUTANT and rung.name != _NOISE else "s"
+    wrong = rung.kind == "bad"
     parts = [title(f"{rung.name}: {rung.number}")]
+    name, room, base = rung.name, left - 10, y + 4
     if narrow:  # or what wrong blocks are told apart by might be cut out of their names
-        short = rung.name.replace(" tokens)", ")")
-        parts.append(label(0, y - 4, fitted(short, width - 110, 12), bold))
-        parts.append(label(width, y - 4, rung.number, "m", "end"))
-    else:
-        parts.append(label(0, y + 4, fitted(rung.name, left - 10, 12), bold))
-        parts.append(label(width, y + 4, rung.number, "m", "end"))
+        name, room, base = rung.name.replace(" tokens)", ")"), width - 110, y - 4
+    bold = "s b bad" if wrong else "s b" if rung.kind != _MUTANT and rung.name != _NOISE else "s"
+    parts.append(label(0, base, fitted(f"✗ {name}" if wrong else name, room, 12), bold))
+    parts.append(label(width, base, rung.number, "m b bad" if wrong else "m", "end"))
     if rung.own is not None:
         start = place(rung.own)
         parts.append(element("line", x1=start, x2=x, y1=line, y2=line, class_="flow"))

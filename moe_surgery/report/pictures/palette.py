@@ -15,6 +15,7 @@ LIGHT: Mapping[str, str] = {
     "doubt": "#855600",
     "bad": "#b0231b",
     "tint": "#e3f1ec",
+    "flaw": "#fbe9e7",
 }
 DARK: Mapping[str, str] = {
     "paper": "#101318",
@@ -27,6 +28,7 @@ DARK: Mapping[str, str] = {
     "doubt": "#e2b15c",
     "bad": "#ff8d83",
     "tint": "#15302a",
+    "flaw": "#3a1b1a",
 }
 TONES: Mapping[str, str] = {
     "replaced": "good",
@@ -53,7 +55,7 @@ svg .q{{fill:var(--muted)}} svg .s{{font-size:12px}} svg .b{{font-weight:600}}
 svg .i{{fill:var(--paper);font-weight:600;font-size:12px}}
 svg .paper{{fill:var(--paper)}} svg .box{{fill:var(--panel);stroke:var(--rule)}}
 svg .line{{fill:none;stroke:var(--rule)}} svg .flow{{fill:none;stroke:var(--muted)}} svg .tip{{fill:var(--muted)}}
-svg .frame{{fill:none;stroke:var(--good);stroke-width:1.5}} svg .tint{{fill:var(--tint)}}
+svg .frame{{fill:none;stroke:var(--good);stroke-width:1.5}} svg .tint{{fill:var(--tint)}} svg .flaw{{fill:var(--flaw)}}
 svg .hollow{{fill:var(--paper);stroke:var(--muted);stroke-width:1.5}}
 svg .limit{{stroke:var(--good);stroke-dasharray:3 3}}
 """.strip()
