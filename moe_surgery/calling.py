@@ -24,7 +24,7 @@ class Argument:
     """One argument of a block's forward. ``many`` is "*" or "**" for those that gather others.
 
     "unused" ones are named by no code of the forward, so that any value will do; "fixed" ones must be what they were
-    when the block was read, ``default``, or nothing where there are ``many``.
+    when the block was read, ``default``, or nothing where there are ``many``; ``required`` ones must be given as that.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Argument:
     many: Literal["", "*", "**"] = ""
     default: Any = field(default=None, compare=False)
     by_name_only: bool = False
+    required: bool = False
 
 
 class UnreadCall(SurgeryError):
@@ -70,7 +71,9 @@ class Calling:
         }
         values = [given.get(argument.name, argument.default) for argument in wanted]
         last = max(number for number, argument in enumerate(wanted) if argument.name in given)
-        needed = [number for number, argument in enumerate(wanted) if argument.default is dataclasses.MISSING]
+        needed = [
+            n for n, argument in enumerate(wanted) if argument.required or argument.default is dataclasses.MISSING
+        ]
         values = [None if value is dataclasses.MISSING else value for value in values]
         return tuple(values[: max([last, *needed]) + 1])
 
@@ -95,8 +98,9 @@ class Calling:
             if argument.role == "fixed" and (argument.many or not _same(value, argument.default)):
                 raise UnreadCall(f"{argument.many}{argument.name}")
         tensors: dict[str, Any] = {argument.role: value for argument, value in found if argument.role in _TENSORS}
+        there = {argument.name for argument, _ in found}
         for argument in self.arguments:
-            if argument.role in _TENSORS and argument.role not in tensors:
+            if (argument.role in _TENSORS or argument.required) and argument.name not in there:
                 raise TypeError(f"the block needs its argument {argument.name!r}")
         return tensors
 

@@ -65,6 +65,16 @@ class Step:
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
 
+    def moved(self, after: int, by: int) -> Step:
+        """The same where results of steps later than ``after`` are those of steps ``by`` later."""
+
+        def operand(leaf: Any) -> Any:
+            if isinstance(leaf, tuple):
+                return tuple(map(operand, leaf))
+            return At(leaf.number + by) if isinstance(leaf, At) and leaf.number > after else leaf
+
+        return replace(self, args=operand(self.args), kwargs=operand(self.kwargs))
+
 
 @dataclass(frozen=True)
 class Program:
@@ -120,6 +130,25 @@ class Program:
     ) -> dict[str, Tensor]:
         """What comes of ``x`` [B, S, H], or [T, H], by name, without the routed experts; see :meth:`begin`."""
         return self.begin(x, weights, shaken).outputs
+
+    def renumbered(self, numbers: tuple[int, ...]) -> Program:
+        """The same with expert ``e`` called ``numbers[e]`` among the ids that it gives."""
+        ids = dict(self.outputs)["ids"]
+        steps, table = list(self.steps[: ids + 1]), Numbers(numbers, torch.int64)
+        steps += [Step("numbers", (table,)), Step(torch.ops.aten.index.Tensor, (At(ids + 1), (At(ids),)))]
+        steps += [step.moved(ids, 2) for step in self.steps[ids + 1 :]]
+
+        def moved(number: int) -> int:
+            return number + 2 * (number > ids)
+
+        return replace(
+            self,
+            steps=tuple(steps),
+            outputs=tuple((name, ids + 2 if name == "ids" else moved(number)) for name, number in self.outputs),
+            logits=None if self.logits is None else moved(self.logits),
+            whole=None if self.whole is None else moved(self.whole),
+            of_tokens=None if self.of_tokens is None else self.of_tokens.renumbered(numbers),
+        )
 
     def only(self, *names: str) -> Program:
         """The same for some of its outputs."""

@@ -154,7 +154,8 @@ class ExpertsSpec:
     """The routed experts: ``num_experts`` MLPs of one width. ``biases`` says that every matrix has one.
 
     ``weights_on`` is where routing weights apply: to the experts' outputs or to their inputs. Ids from ``num_experts``
-    up to ``num_experts + identities - 1`` are experts that return their input.
+    up to ``num_experts + identities - 1`` are experts that return their input, and the ``empty`` ids after those add
+    nothing: no expert of theirs is among the routed ones.
     """
 
     num_experts: int
@@ -168,6 +169,17 @@ class ExpertsSpec:
     biases: bool = False
     weights_on: Literal["output", "input"] = "output"
     identities: int = 0
+    empty: int = 0
+
+    @property
+    def acting(self) -> int:
+        """How many ids stand for experts that add something."""
+        return self.num_experts + self.identities
+
+    @property
+    def total(self) -> int:
+        """How many experts a router chooses from."""
+        return self.acting + self.empty
 
     @property
     def mix(self) -> Mix:
@@ -244,6 +256,8 @@ class MoESpec:
             parts[-1] += ", weighted inputs"
         if e.identities:
             parts[-1] += f", {e.identities} identity experts"
+        if e.empty:
+            parts[-1] += f", {e.empty} ids for no routed expert"
         if s is not None:
             gate = f", {s.gate} gate" if s.gate else ""
             scale = f", ×{s.scale:g}" if s.scale != 1.0 else ""
@@ -294,6 +308,7 @@ class MoESpec:
             "biases in its experts": e.biases,
             "weighted inputs": e.weights_on == "input",
             "identity experts": e.identities > 0,
+            "ids for no routed expert": e.empty > 0,
             "a shared expert of another kind": s is not None and not s.mix.plain,
             "an output bias": self.output_bias,
             "more around its experts": self.own_rest,
@@ -307,9 +322,9 @@ class MoESpec:
         for name in _LATER:
             if data["router"][name] == _DEFAULTS[name]:
                 del data["router"][name]
-        for later in ("own_rest", "latent"):
-            if not data[later]:
-                del data[later]
+        for later, held in (("own_rest", data), ("latent", data), ("empty", data["experts"])):
+            if not held[later]:
+                del held[later]
         return data
 
     @classmethod

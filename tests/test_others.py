@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import others
+from zoo import others, plain
 from zoo.same import distance, inputs
 from zoo.written import ALL
 
@@ -109,6 +110,35 @@ def test_arguments_are_never_ignored() -> None:
     assert torch.equal(passed_on(x, torch.arange(6)), passed_on(x))
     unused = replaced("Unused")
     assert torch.equal(unused(x, 3, cache=object()), unused(x))
+
+
+class Telling(Layer):
+    """A model that gives its block what ``told`` makes of the input too."""
+
+    def __init__(self, told: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__(plain.make(plain.block_class(others.NeedsIds, *others.LISTED, name="NeedsIds")))
+        self.told = told
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mlp(x, self.told(x))
+
+
+def test_an_argument_that_is_needed_may_be_none_and_nothing_else() -> None:
+    x = torch.randn(2, 3, 32)
+    model = Telling(lambda x: None).eval()
+    before = model(x)
+    [step] = moe_surgery.apply(model, target="reference", model_check={"x": x}).steps
+    assert step.outcome == "replaced", step.reason
+    assert distance(model(x), before) < 64
+    with pytest.raises(SurgeryError, match="input_ids"):
+        model.mlp(x, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="needs its argument 'input_ids'"):
+        model.mlp(x)
+    model = Telling(lambda x: torch.full(x.shape[:-1], 2)).eval()
+    before = model(x)
+    [step] = moe_surgery.apply(model, target="reference", model_check={"x": x}).steps
+    assert step.outcome == "refused" and "input_ids" in step.reason
+    assert torch.equal(model(x), before)
 
 
 class Masking(Layer):

@@ -14,6 +14,7 @@ import moe_surgery
 from moe_surgery.errors import ProofError
 from moe_surgery.read.program import Builder
 from moe_surgery.replay import Begun, Replay
+from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.targets.own_part import OwnPart
 
@@ -42,6 +43,22 @@ def operated(name: str, attribute: str = "", target: str = "reference") -> tuple
 
 def close(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_weights_apply_is_proven_though_most_of_them_are_one(dtype: torch.dtype) -> None:
+    model = Reader("MostWeightsAreOne").to(dtype).eval()
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "replaced", step.reason
+    assert "weights on the inputs" in {mutant.name for mutant in step.verdict.mutants}
+
+
+def test_ids_that_stand_for_no_routed_expert_are_told_from_those_that_return_their_input() -> None:
+    _, model, report = operated("OfThreeKindsWithoutWeights")
+    experts = model.mlp.spec.experts
+    assert (experts.num_experts, experts.identities, experts.empty) == (4, 1, 3)
+    assert "ids for no routed expert return their input" in {m.name for m in report.steps[0].verdict.mutants}
+    assert MoESpec.from_json(model.mlp.spec.to_json()) == model.mlp.spec
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ FACTS: dict[str, Fact] = {
     "biases": Fact(bool, lambda spec: spec.experts.biases),
     "weights_on": Fact(("output", "input"), lambda spec: spec.experts.weights_on),
     "identities": Fact(int, lambda spec: spec.experts.identities),
+    "empty": Fact(int, lambda spec: spec.experts.empty),
     "shared_gated": Fact(bool, lambda spec: spec.shared.gated if spec.shared else None),
     "shared_limit": Fact(float, lambda spec: spec.shared.limit if spec.shared else None),
     "shared_limit_after": Fact(bool, lambda spec: spec.shared.limit_after if spec.shared else None),

@@ -21,7 +21,7 @@ def behind_a_router(
     spec: MoESpec, tensors: BlockTensors, seed: int, *modules: Callable[..., Tensor]
 ) -> tuple[MoESpec, BlockTensors, tuple[Callable[[Tensor], Tensor], ...]]:
     """``modules`` of experts as blocks, which all ask the same router, with the spec and tensors of such a block."""
-    total = spec.experts.num_experts + spec.experts.identities
+    total = spec.experts.acting
     router = RouterSpec(total, min(_MOST, total), "sigmoid", False, scale=spec.router.scale, logits_dtype="float32")
     generator = torch.Generator("cpu").manual_seed(seed)
     weight = torch.randn(total, spec.hidden, generator=generator, device="cpu") / spec.hidden**0.5

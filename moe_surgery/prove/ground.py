@@ -23,6 +23,7 @@ from moe_surgery.targets.reference import (
     Visits,
     entering,
     expert_outputs,
+    given,
     routed_sum,
     router_scores,
     visited,
@@ -215,7 +216,7 @@ def _unvisited(spec: MoESpec, tensors: BlockTensors, probes: Probes, routing: Ro
     sure = torch.arange(k, device=some.device) < routing.sure[some][:, None]
     visits = torch.bincount(routing.order[some, :k][sure], minlength=spec.router.num_experts)
     never = unreachable(spec, tensors)
-    return tuple(expert for expert in (visits == 0).nonzero().flatten().tolist() if expert not in never)
+    return tuple(n for n in (visits[: spec.experts.acting] == 0).nonzero().flatten().tolist() if n not in never)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +249,7 @@ def _evaluate(
     # The other choices of near ties may need experts of a lower rank than depth.
     tokens, ranks, ids = routing.tokens, routing.ranks, routing.ids()
     deep = ranks >= depth
-    extra = Visits(x[tokens].repeat_interleave(deep.sum(-1), 0), ids[deep], plain)
+    extra = Visits(given(spec, x[tokens].repeat_interleave(deep.sum(-1), 0), ids[deep]), ids[deep], plain)
     flat, extras, *visited_ = expert_outputs(tensors, [base, extra, *more], dtype)
     outputs = flat.view(len(x), depth, -1)
     chosen = outputs[tokens[:, None], ranks.clamp_max(depth - 1)]

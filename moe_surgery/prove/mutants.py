@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.prove.probe import LARGE, UNIT, Probes
+from moe_surgery.prove.probe import LARGE, ONE, UNIT, Probes
 from moe_surgery.prove.routing import Routing
 from moe_surgery.prove.truth_parts import F64, Parts, recombined
 from moe_surgery.prove.wrong_choices import chosen_otherwise
@@ -28,6 +28,7 @@ from moe_surgery.targets.reference import (
     Visits,
     applied_weights,
     entering,
+    given,
     routing_weights,
     visited,
     weighted_sum,
@@ -63,6 +64,15 @@ def few_tokens(probes: Probes) -> Tensor:
     """The tokens on which mutants that need new expert outputs are judged."""
     large = probes.of(LARGE)
     return torch.cat([probes.of(UNIT)[:_FEW], large[:_FEW], large[_FEW:][-_FEW:]])
+
+
+def telling_weights(probes: Probes, weights: Tensor, few: Tensor) -> Tensor:
+    """Tokens on which it shows where routing weights [N, k] apply: the ``few``, or unit ones if theirs are all 1."""
+    told = ((weights != 0) * (1 - weights).abs()).amax(-1)
+    if bool((told[few] > ONE).any()):
+        return few
+    unit = probes.of(UNIT)
+    return unit[told[unit].topk(min(_FEW, len(unit))).indices]
 
 
 def other_activation(mix: Mix) -> Activation:
@@ -123,7 +133,8 @@ def requests(
     if ranks > 1:
         wanted["routed experts not reduced"] = visit(ids[few], first_share(plain, ranks))
     if experts > 1:
-        wanted["router rows shifted by one expert"] = visit((ids[few] + 1) % experts)
+        shifted = (ids[few] + 1) % experts
+        wanted["router rows shifted by one expert"] = visit(shifted, x=given(spec, inputs, shifted.flatten()))
     if real > 1:
         unit, others = torch.cat([probes.of(UNIT), probes.of(LARGE)]), siblings(tensors, seed)
         full = weights.new_zeros(len(unit), experts).scatter(1, ids[unit], weights[unit])[:, :real]
@@ -131,21 +142,22 @@ def requests(
         # For each expert those unit tokens that choose it where exchanging it moves the most weight.
         moved = (full - full[:, others]).abs().where(full != 0, -1.0)
         chosen = moved.topk(count, 0).indices
-        given = entering(tensors, probes.x[unit[chosen.flatten()]], F64)
+        entered = entering(tensors, probes.x[unit[chosen.flatten()]], F64)
         if spec.experts.weights_on == "input":
-            given = given * full.gather(0, chosen).reshape(-1, 1)
-        wanted["experts exchanged"] = unit[chosen].flatten(), Visits(given, others.repeat(count), plain)
+            entered = entered * full.gather(0, chosen).reshape(-1, 1)
+        wanted["experts exchanged"] = unit[chosen].flatten(), Visits(entered, others.repeat(count), plain)
     if k < experts and not spec.router.own:  # else there is no other choice
         lowest = routing.order[few][:, -k:]
         wanted["lowest scores chosen"] = visit(lowest, x=visited(spec, x, routing.scores[few], lowest))
     for name, (tokens, chosen) in chosen_otherwise(spec, tensors, probes, routing).items():
-        given = visited(spec, entering(tensors, probes.x[tokens], F64), routing.scores[tokens], chosen)
-        wanted[name] = visit(chosen, x=given, tokens=tokens)
+        entered = visited(spec, entering(tensors, probes.x[tokens], F64), routing.scores[tokens], chosen)
+        wanted[name] = visit(chosen, x=entered, tokens=tokens)
     if not (_one_weight(spec) or _scales(spec)):
-        raw = x.repeat_interleave(k, 0)
+        some = telling_weights(probes, weights, few)
+        raw = given(spec, entering(tensors, probes.x[some], F64).repeat_interleave(k, 0), ids[some].flatten())
         on_input = spec.experts.weights_on == "input"
         name = f"weights on the {'outputs' if on_input else 'inputs'}"
-        wanted[name] = visit(ids[few], x=raw if on_input else raw * weights[few].reshape(-1, 1))
+        wanted[name] = visit(ids[some], x=raw if on_input else raw * weights[some].reshape(-1, 1), tokens=some)
     return wanted
 
 
@@ -223,8 +235,11 @@ def _zeroed(parts: Parts, everyone: Tensor) -> Twin:
     """One expert zeroed, for every expert."""
     ranks = range(parts.ids.shape[1])
     left = torch.cat([parts.routed - parts.weights[:, j, None] * parts.outputs[:, j] for j in ranks])
-    tokens = everyone.repeat(len(ranks))
-    return Twin("expert {case} zeroed", parts.output(left, tokens), tokens, parts.ids.T.flatten())
+    tokens, experts = everyone.repeat(len(ranks)), parts.ids.T.flatten()
+    if parts.spec.experts.empty:
+        acting = experts < parts.spec.experts.acting
+        left, tokens, experts = left[acting], tokens[acting], experts[acting]
+    return Twin("expert {case} zeroed", parts.output(left, tokens), tokens, experts)
 
 
 def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twin:

@@ -25,6 +25,8 @@ from moe_surgery.weights.tensors import BlockTensors
 UNIT, SMALL, LARGE, ZERO, SATURATED = range(5)
 FAMILIES = ("unit", "small", "large", "zero", "saturated")
 SCALES = (1.0, 2.0**-4, 2.0**3, 0.0)
+ONE = 0.05
+"""A routing weight is about 1 if it is no further from it: where it applies makes no difference that shows."""
 
 _RANDOM = 64
 _SCALED = 16

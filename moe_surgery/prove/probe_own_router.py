@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_surgery.prove.probe import UNIT, Probes, towards, unit
+from moe_surgery.prove.probe import ONE, UNIT, Probes, towards, unit
 from moe_surgery.prove.routing import route
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.reference import forward, router_scores, whole
@@ -34,7 +34,8 @@ def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> 
     router = tensors.router.detach().to("cpu", torch.float64)
     for _ in range(_ROUNDS):
         mine = probes.keep(probes.family == UNIT)
-        missing = (_surely(spec, tensors, mine).sum(0) < _FEWEST).nonzero().flatten().cpu()
+        sure = _surely(spec, tensors, mine)[:, : spec.experts.acting]  # what adds nothing needs no tokens
+        missing = (sure.sum(0) < _FEWEST).nonzero().flatten().cpu()
         if len(missing) == 0:
             break
         candidates = _pushed(router, missing, generator).to(probes.x.dtype).to(probes.x.device)
@@ -46,7 +47,33 @@ def try_out(spec: MoESpec, tensors: BlockTensors, probes: Probes, seed: int) -> 
         sure = _surely(spec, tensors, tried)
         found = torch.cat([sure[:, expert].nonzero().flatten()[-_TOKENS:] for expert in missing.tolist()]).unique()
         probes = Probes(torch.cat([probes.x, tried.x[found]]), torch.cat([probes.family, tried.family[found]]))
-    return probes
+    return _weighed(spec, tensors, probes, router, generator)
+
+
+def _weighed(
+    spec: MoESpec, tensors: BlockTensors, probes: Probes, router: Tensor, generator: torch.Generator
+) -> Probes:
+    """``probes``, and random tokens with weights other than 1 where few of the probes have any, if some are found.
+
+    Some routers give most tokens' experts a weight of 1 (Phi-3.5-MoE), which is left out or misplaced unseen.
+    """
+    mine = probes.keep(probes.family == UNIT)
+    if int(_between(spec, tensors, mine).sum()) >= _TOKENS:
+        return probes
+    candidates = unit(torch.randn(_RANDOM, router.shape[1], generator=generator, dtype=torch.float64, device="cpu"))
+    candidates = candidates.to(probes.x.dtype).to(probes.x.device)
+    tried = Probes(candidates, torch.full_like(candidates[:, 0], UNIT).to(probes.family.dtype))
+    tried = tried.keep(_between(spec, tensors, tried))
+    if len(tried.x) == 0:
+        return probes
+    tried = tried.keep(_surely(spec, tensors, tried).any(-1))
+    return Probes(torch.cat([probes.x, tried.x[:_TRIED]]), torch.cat([probes.family, tried.family[:_TRIED]]))
+
+
+def _between(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Tensor:
+    """Which tokens [N] have a weight that is neither 0 nor about 1."""
+    _, scores = router_scores(spec, tensors.router, probes.x, None, tensors.routing, tensors.router_bias)
+    return ((scores != 0) & ((scores - 1).abs() > ONE)).any(-1)
 
 
 def _pushed(router: Tensor, experts: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from moe_surgery.prove.probe import Probes
 from moe_surgery.prove.routing import Routing
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.targets.formula import EXACT
-from moe_surgery.targets.reference import applied_weights, routing_weights, scores_of, weighted_sum, whole
+from moe_surgery.targets.reference import applied_weights, entering, routing_weights, scores_of, weighted_sum, whole
 from moe_surgery.targets.shared_expert import shared_output
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -155,5 +155,9 @@ def _without(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         yield "down biases left out", parts.output(routed - weighted_sum(biases, parts.weights * real, F64))
     if tensors.output_bias is not None:
         yield "output bias left out", parts.output(routed) - tensors.output_bias.to(F64)
+    if spec.experts.empty:
+        entered = entering(tensors, parts.probes.x, F64)
+        absent = parts.weights.where(parts.ids >= spec.experts.acting, 0.0).sum(-1, keepdim=True)
+        yield "ids for no routed expert return their input", parts.output(routed + absent * entered)
     if spec.experts.identities:
         yield "identity experts left out", parts.output(weighted_sum(parts.outputs, parts.weights * real, F64))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Unfollowed, Unreadable
+from moe_surgery.read.reading import Silent, Unfollowed, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.flow import Flow, Route
@@ -25,14 +25,23 @@ _MOST_BRANCHES = 3  # each doubles the records
 
 @dataclass(frozen=True, eq=False)
 class Asking:
-    """A block that is asked with inputs of many shapes: ``calling`` is how, ``parse`` what its records are read by."""
+    """A block that is asked with inputs of many shapes: ``calling`` is how, ``parse`` what its records are read by.
+
+    ``inside``: it is sent to experts of the groups that it chose.
+    """
 
     block: nn.Module
     calling: Calling
     parse: Callable[[Flow, torch.dtype], Record] = parse_record
+    inside: bool = False
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
-        found, others = self.on_all_branches(shape, dtype, route, plain=plain)
+        try:
+            found, others = self.on_all_branches(shape, dtype, route, plain=plain)
+        except Silent:  # the few that it was sent to come to nothing
+            if route is crowded_together:
+                raise
+            return self(shape, dtype, crowded_together, plain=plain)
         for turned, other in others:
             if other is None or other.says != found.says:
                 raise Unreadable(f"{DEPENDS} (compares it with {min(turned).rpartition(' ')[2]})")
@@ -42,7 +51,7 @@ class Asking:
         self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False
     ) -> tuple[Record, list[tuple[frozenset[str], Record | None]]]:
         """A record, and those in which some comparisons are answered the other way; None for one that can't be read."""
-        how: dict[str, Any] = {"plain": plain, "calling": self.calling}
+        how: dict[str, Any] = {"plain": plain, "calling": self.calling, "inside": self.inside}
         flow = record(self.block, shape, dtype, route, **how)
         found = self.parse(flow, dtype)
         others: list[tuple[frozenset[str], Record | None]] = []
@@ -78,8 +87,10 @@ def _some(branches: tuple[str, ...]) -> list[frozenset[str]]:
 
 
 def crowded_together(rows: int, choices: int, k: int) -> Tensor:
-    """Every token on one of two sets of experts, in descending order."""
-    return (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
+    """Every token on one of two sets of experts, in descending order; but the first on the first experts."""
+    ids = (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
+    ids[:1] = k - 1 - torch.arange(k)
+    return ids
 
 
 def spread(rows: int, choices: int, k: int) -> Tensor:

@@ -24,10 +24,10 @@ from moe_surgery.calling import Calling
 from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.results import kept_by_both, met
+from moe_surgery.read.parse.results import all_say, kept_by_both
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Mistaken, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import Broken, Mistaken, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.batch_size import DEPENDS
@@ -35,8 +35,8 @@ from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
-from moe_surgery.read.split import parse_split
-from moe_surgery.read.together import but_slots, check_identities, experts_spec, same_experts, shared_spec
+from moe_surgery.read.split import Splitting
+from moe_surgery.read.together import but_slots, check_identities, experts_spec, renumbered, same_experts, shared_spec
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
 from moe_surgery.spec import MoESpec, RouterSpec
@@ -52,7 +52,13 @@ def read(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
-    return _read(block, parse_record)
+    try:
+        return _read(block, parse_record)
+    except Outside as error:
+        try:
+            return _read(block, parse_record, inside=True)
+        except Unreadable:
+            raise error from None
 
 
 def read_around(block: nn.Module) -> Reading:
@@ -60,7 +66,7 @@ def read_around(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read(block, parse_split)
+    return _read_in_parts(block, Splitting())
 
 
 def read_within(block: nn.Module) -> Reading:
@@ -68,20 +74,38 @@ def read_within(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read(block, Within())
+    return _read_in_parts(block, Within())
 
 
-def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Reading:
+def _read_in_parts(block: nn.Module, parse: Splitting | Within) -> Reading:
+    """A block read where it can be cut; the first reason is told, if it can't be anywhere."""
+    problem: Unreadable | None = None
+    while True:
+        try:
+            return _read(block, parse)
+        except Unreadable as error:
+            problem = problem or error
+            if not parse.otherwise():
+                raise problem from None
+
+
+def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, inside: bool = False) -> Reading:
     state = check_site(block)
-    ask = Asking(block, arguments_of(block), parse)
+    ask = Asking(block, arguments_of(block, absent=True), parse, inside)
     with own_forward(block):
-        crowded = _first(ask, hidden_sizes(state), state)
+        try:
+            crowded = _first(ask, hidden_sizes(state), state)
+        except Unfollowed:
+            arguments_of(block)  # which says that it takes more than one tensor
+            raise
         split = crowded.record.cut is not None
         check_identities((slot for token in crowded.tokens for slot in token.slots), split)
-        router = crowded.tokens[0].router
+        first = crowded.record.first
+        router = first.router
         width = crowded.width
         own = own_dtype(state) or torch.float32
-        more = crowded.record.ranked > router.top_k
+        cut = crowded.record.cut
+        more = crowded.record.ranked > router.top_k and not (cut is not None and cut.computed)
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid)
         records = [
@@ -97,15 +121,16 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in records):  # the number of a row may be branched on unseen
             records.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
-        first = crowded.tokens[0]
         if first.on_input and split:
             raise Unreadable("its experts weight their inputs")
-        experts = same_experts(records, first, router.num_experts)  # what differs there decides, and not what follows
-        program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own)
+        # What differs there decides, and not what follows.
+        experts = same_experts(records, first, router.num_experts, split=split)
+        numbers = renumbered(experts)
+        program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own, numbers)
     check_identities(experts, split)
     layout = Layout(
         router=router.piece,
-        experts=tuple(expert.pieces for expert in experts if not expert.identity),
+        experts=tuple(expert.pieces for expert in experts if expert is not None and not expert.identity),
         shared=first.shared.mlp.pieces if first.shared else None,
         shared_gate=first.shared.gate if first.shared else None,
         router_bias=router.bias,
@@ -115,7 +140,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
     # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
-    precisions = (first if own == torch.float32 else records[2].tokens[0]).precisions
+    precisions = (first if own == torch.float32 else records[2].first).precisions
     if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
         raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
     spec = MoESpec(
@@ -152,7 +177,7 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record]) -> Rea
         spare = frozenset()
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
-    results = reduce(met, [record_.results for record_ in records])
+    results = all_say((record_.results, record_.lead) for record_ in records)
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in records])
     above = layout.correction_bias if router.above_zero else None
@@ -211,7 +236,7 @@ def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Recor
     """A record of one token, or one row or column of them, of a block that may do something else with many."""
     try:
         found = ask(shape, dtype, spread, plain=True)
-        if not many.lone or but_slots(found.tokens[0]) == but_slots(many.tokens[0]):
+        if not many.lone or but_slots(found.first) == but_slots(many.first):
             return found
     except Unreadable:
         if not many.lone:
@@ -235,14 +260,18 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
 def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded:
     """The first record; it also finds the input's width, the number of experts and top-k, and sizes to avoid.
 
-    With a wrong width the block's own forward fails; whatever else is wrong is wrong with any width.
+    With a wrong width the block's own forward fails, unless its code gives the width as a number of which that is a
+    multiple: what can't be read with the likeliest width is tried with others in the same way.
     """
     problem = Unfollowed("it has no weights", -1)
+    deciding: tuple[Unreadable, torch.dtype, bool] | None = None
     # A block that rounds as it should in its own dtype alone is read in that.
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
     avoid: frozenset[int] = frozenset()
     answered: set[bool] = set()  # whether tokens alone, that is
     for dtype, flat, width in product(dtypes, (False, True), widths):
+        if deciding is not None and deciding[1:] != (dtype, flat):
+            break
         if flat and False in answered:  # it takes batches, and does something else with them
             continue
         if dtype != torch.bfloat16 and not answered:
@@ -255,7 +284,7 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
                 avoid = error.sizes
                 batch = odd_batch(state, 1, *avoid)
                 found = ask(_shape(batch, width, flat), dtype, crowded_together)
-            router = found.tokens[0].router
+            router = found.first.router
             known = odd_batch(state, 1, router.top_k, router.num_experts, *avoid)
             if known != batch:  # the batch could have been mistaken for top-k
                 found = ask(_shape(known, width, flat), dtype, crowded_together)
@@ -263,7 +292,11 @@ def _first(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> _Crowded
         except Unfollowed as error:
             answered |= {flat} if error.answered else set()
             problem = error if error.operations > problem.operations else problem  # it came further
-    raise problem
+        except Broken:
+            raise
+        except Unreadable as error:
+            deciding = deciding or (error, dtype, flat)
+    raise problem if deciding is None else deciding[0]
 
 
 def _shape(batch: tuple[int, int], width: int, flat: bool) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.tensor_entries import own_dtype
-from moe_surgery.read.together import experts_spec, same_experts
+from moe_surgery.read.together import experts_spec, renumbered, same_experts
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece
@@ -99,9 +99,9 @@ def _of_size(module: nn.Module, calling: Calling, state: dict[str, Tensor], widt
     ]
     with suppress(Unfollowed):  # some modules take no single choice
         records.append(_record(module, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
-    router = records[0].tokens[0].router
+    first = records[0].first
+    router = first.router
     identities = _beyond(module, calling, width, total, own)
-    first = records[0].tokens[0]
     if any(record.results is not None for record in records):
         raise Unreadable("its experts return more than one tensor")
     if first.shared is not None or first.output_bias is not None:
@@ -109,7 +109,9 @@ def _of_size(module: nn.Module, calling: Calling, state: dict[str, Tensor], widt
     if first.on_input:
         raise Unreadable("its experts weight their inputs")
     experts = same_experts(records, first, total)
-    layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts))
+    if renumbered(experts) != tuple(range(total)):
+        raise Unreadable("its identity experts aren't its last ones")
+    layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts if expert is not None))
     check_complete(state, layout, range(total, total + identities))
     check_dtypes(state, layout)
     found = replace(experts_spec(experts, first), identities=identities)

@@ -22,10 +22,16 @@ from moe_surgery.weights.layout import Layout
 
 
 def own_part(
-    ask: Asking, records: Iterable[Record], one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype
+    ask: Asking,
+    records: Iterable[Record],
+    one: tuple[int, ...],
+    other: tuple[int, ...],
+    dtype: torch.dtype,
+    numbers: tuple[int, ...],
 ) -> Program | None:
     """The program of a block in ``dtype``, as records of batches of two shapes give it; None if nothing needs one.
 
+    ``numbers`` are those that its experts have in the spec.
     Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
     """
     if not any(record.cut or any(_named(record)) for record in records):
@@ -35,7 +41,8 @@ def own_part(
     of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
     if any(record.cut for record in records):
         _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
-    return replace(found, of_tokens=of_tokens)
+    found = replace(found, of_tokens=of_tokens)
+    return found if numbers == tuple(range(len(numbers))) else found.renumbered(numbers)
 
 
 def _check(
@@ -96,7 +103,7 @@ def _program(record: Record, shape: tuple[int, ...]) -> Program:
     assert flow is not None
     if flow.lone:  # what one token does is compared as far as it is read, and this isn't
         raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
-    router = record.tokens[0].router
+    router = record.first.router
     given = {
         **{leaf.where: leaf for leaf in (flow.results.leaves() if flow.results else ()) if isinstance(leaf, Given)},
         **{attribute(*key): leaf for key, leaf in flow.kept.items() if isinstance(leaf, Given)},

@@ -16,9 +16,10 @@ from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
 from moe_surgery.read.parse.token_output import TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
-from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.reading import Outside, Silent, Unreadable
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.flow import Choice, Flow, Given
+from moe_surgery.read.record.lineage import form
 
 NO_TOP_K = "it has no top-k"
 
@@ -38,6 +39,11 @@ class Cut:
     entering: int | None = None
     routed: int | None = None
     computed: Given | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is alike in the cuts of two records of one block."""
+        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,17 @@ class Record:
         return self.flow is not None and self.flow.one_by_one
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The input's dimensions before the last."""
+        assert self.flow is not None
+        return next(op.shape[:-1] for op in self.flow.ops if op.name == "input")
+
+    @property
+    def first(self) -> TokenRead:
+        """A token that meets an expert."""
+        return next(token for token in self.tokens if not token.silent)
+
+    @property
     def inner(self) -> int:
         """The size of what the routed experts are given, and return."""
         assert self.flow is not None
@@ -91,6 +108,17 @@ class Record:
 
 def parse_record(flow: Flow, dtype: torch.dtype, run: Interpreter | None = None) -> Record:
     """What a record says of every token. ``run`` is what its operations mean, where that is known."""
+    try:
+        return _parsed(flow, dtype, run)
+    except Silent:
+        raise
+    except Unreadable as error:
+        if flow.outside:
+            raise Outside(str(error)) from error
+        raise
+
+
+def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     run = run or Interpreter(flow, Terms())
     terms = run.terms
     if not flow.choices:
@@ -100,15 +128,18 @@ def parse_record(flow: Flow, dtype: torch.dtype, run: Interpreter | None = None)
     native = str(dtype).removeprefix("torch.")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
+    given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
     parsers = [
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings])
+        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings], given)
         for number in range(count)
     ]
     tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
     check_above_zero(flow, run)
+    if all(token.silent for token in tokens):
+        raise Silent("no routed experts (weights of a top-k times an MLP) in its output")
     choice = flow.choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
-    if tokens[0].router.scoring != "own":
+    if not given:
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(flow, run, native, tokens[0].router, parsers, lead)

@@ -35,6 +35,14 @@ class Mistaken(Unreadable):
         self.sizes = frozenset(sizes)
 
 
+class Outside(Unreadable):
+    """A record chose some of what it masks, which may be why it can't be read."""
+
+
+class Silent(Unreadable):
+    """Every token of a record was sent to experts that come to nothing, so that nothing shows what the others do."""
+
+
 class Untold(Unreadable):
     """Nothing in a record can be told to be routed experts."""
 

@@ -8,9 +8,10 @@ finds ids and weights, as it always did, and the experts are replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import prod
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,44 +22,77 @@ from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.program import Builder
-from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.reading import Silent, Unreadable
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
 from moe_surgery.read.record.lineage import Chosen, Computed, calculated, chosen, sources
 
 _MOST_ORIGINS, _MOST_CHOSEN = 256, 64
+_MOST_LEFT_OUT = 2
 _MADE = frozenset(["input", "const", "param"])
 
 
-def parse_split(flow: Flow, dtype: torch.dtype) -> Record:
-    """What a record says of every token, of a block that is split at its ids and weights.
+@dataclass(eq=False)
+class Trying:
+    """What was found in the records of one block so far: ``found`` is where they were cut, which is tried first.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` if there is no place to split it at.
+    Few tokens may tell less than many. Where a cut turns out to be wrong, the block is read again without it.
     """
-    problem = Unreadable("its router makes no weights for the experts that it chooses")
-    check_above_zero(flow, Interpreter(flow, Terms()))
-    for cut in cuts(flow):
-        split, _ = given_weights(flow, cut)
-        try:
-            return of_cut(parse_record(split, dtype), flow, cut)
-        except Unreadable as error:
-            problem = error
-    raise problem
+
+    found: tuple[Any, ...] = ()
+    left_out: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def otherwise(self) -> bool:
+        """Whether there is something else to try. What was found is left out from now on."""
+        if not self.found or len(self.left_out) == _MOST_LEFT_OUT:
+            return False
+        self.left_out.add(self.found)
+        self.found = ()
+        return True
+
+
+class Splitting(Trying):
+    """Parses the records of one block that is split at its ids and weights.
+
+    Of one token, a weight on its way to an expert looks like all weights: those that are found in the first record's
+    place are tried first.
+    """
+
+    weights = -1
+
+    def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
+        """What a record says of every token.
+
+        Raises :class:`~moe_surgery.read.reading.Unreadable` if there is no place to split it at.
+        """
+        problem, silent = Unreadable("its router makes no weights for the experts that it chooses"), False
+        check_above_zero(flow, Interpreter(flow, Terms()))
+        others = (cut for cut in cuts(flow) if cut.kind not in self.left_out)
+        for cut in sorted(others, key=lambda cut: (cut.kind != self.found, cut.weights != self.weights)):
+            split, _ = given_weights(flow, cut)
+            try:
+                found = of_cut(parse_record(split, dtype), flow, cut)
+            except Unreadable as error:
+                problem = error
+            else:
+                if not self.found:
+                    self.found, self.weights = cut.kind, cut.weights
+                return found
+            silent |= isinstance(problem, Silent)
+        raise Silent(str(problem)) if silent else problem
 
 
 def of_cut(found: Record, flow: Flow, cut: Cut) -> Record:
     """What was ``found`` of a record that is split at ``cut``, of ``flow``, which is the record as it was.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` if some weight meets no expert.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` if ids don't tell experts apart.
     """
-    if any(len(token.slots) != cut.count or None in token.slots for token in found.tokens):
-        raise Unreadable("not every routing weight meets an expert")
-    if cut.computed is not None:
-        _check_ids(found, cut)
+    ids = _ids(flow, cut)
+    _check_ids(found, ids)
     experts = _scored(flow, cut)
     tokens = tuple(_of(token, cut.count, experts) for token in found.tokens)
     ranked = sum(flow.choices[number].k for number in cut.choices)
-    return replace(found, tokens=tokens, ids=_ids(flow, cut), ranked=ranked, cut=cut).with_replayed(flow)
+    return replace(found, tokens=tokens, ids=ids, ranked=ranked, cut=cut).with_replayed(flow)
 
 
 def _of(token: TokenRead, count: int, experts: int) -> TokenRead:
@@ -73,15 +107,16 @@ def _scored(flow: Flow, cut: Cut) -> int:
     return prod(torch.Size(shape).numel() // len(_ids(flow, cut)) for shape in scores)
 
 
-def _check_ids(found: Record, cut: Cut) -> None:
-    """Raise :class:`Unreadable` if ids that were calculated don't tell experts apart."""
-    assert cut.computed is not None
+def _check_ids(found: Record, ids: torch.Tensor) -> None:
+    """Raise :class:`Unreadable` if ids [T, k] don't tell experts apart: others may, that come of these."""
     pairs = {
         (expert, mlp)
-        for token, ids in zip(found.tokens, cut.computed.value.tolist(), strict=True)
-        for expert, mlp in zip(ids, token.slots, strict=True)
+        for token, chosen in zip(found.tokens, ids.tolist(), strict=True)
+        for expert, mlp in zip(chosen, token.slots, strict=True)
+        if mlp is not None
     }
-    if not len(pairs) == len({expert for expert, _ in pairs}) == len({mlp for _, mlp in pairs}):
+    weighty = [mlp for _, mlp in pairs if not mlp.identity]
+    if len(pairs) != len({expert for expert, _ in pairs}) or len(weighty) != len(set(weighty)):
         raise Unreadable("numbers made of what its router chose aren't those of its experts")
 
 
@@ -128,7 +163,7 @@ def _computed(flow: Flow, tokens: int) -> Iterator[tuple[Given, tuple[int, ...]]
     """Numbers that may be ids, [T, k], calculated from choices, the last first; and which choices these are."""
     builder = Builder(flow, next(op.shape for op in flow.ops if op.name == "input"))
     places = {choice.made: number for number, choice in enumerate(flow.choices)}
-    seen = [choice.ids.flatten().tolist() for choice in flow.choices]
+    seen: list[tuple[set[Any], Any]] = [({choice.made}, choice.ids.flatten().tolist()) for choice in flow.choices]
     for origin in islice(calculated(op.origin for op in flow.ops if op.origin is not None), _MOST_ORIGINS):
         made = {source.choice for source in sources([origin]) if isinstance(source, Chosen)}
         if not made or not made <= set(places):
@@ -137,9 +172,9 @@ def _computed(flow: Flow, tokens: int) -> Iterator[tuple[Given, tuple[int, ...]]
         listed = value.flatten().tolist()
         if value.is_floating_point() or value.dtype is torch.bool or not listed or len(listed) % tokens:
             continue
-        if listed in seen or min(listed) < 0 or len(listed) // tokens > _MOST_CHOSEN:
+        if (made, listed) in seen or min(listed) < 0 or len(listed) // tokens > _MOST_CHOSEN:
             continue
-        seen.append(listed)
+        seen.append((made, listed))
         shape = [tokens, len(listed) // tokens]
         kept = Computed(torch.ops.aten.reshape.default, (origin, shape), {}, None)
         yield Given("ids", value.reshape(shape), (), "", kept), tuple(sorted(places[choice] for choice in made))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from moe_surgery.read.parse.mlp import MLPRead
@@ -12,30 +12,47 @@ from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import ExpertsSpec, SharedSpec
 
 
-def same_experts(records: Iterable[Record], first: TokenRead, total: int) -> tuple[MLPRead, ...]:
-    """Every expert's MLP, checked to be met by the routing weight of its own number, the same in all records."""
-    found: dict[int, MLPRead] = {}
+def same_experts(
+    records: Iterable[Record], first: TokenRead, total: int, *, split: bool = False
+) -> tuple[MLPRead | None, ...]:
+    """Every expert's MLP, checked to be met by the routing weight of its own number, the same in all records.
+
+    None for one that no token sent to it meets, which only a block may have that is ``split``.
+    """
+    found: dict[int, MLPRead | None] = {}
     for record_ in records:
         for number, (token, ids) in enumerate(zip(record_.tokens, record_.ids.tolist(), strict=True)):
-            if but_slots(token) != but_slots(first):
+            if _alike(token) != _alike(first, token):
                 raise Unreadable(f"it treats tokens or batches differently: {_difference(token, first)}")
             if len(ids) != len(token.slots):
                 raise Unreadable(f"it uses {len(token.slots)} of {len(ids)} routing weights")
             for expert, mlp in zip(ids, token.slots, strict=True):
-                if mlp is None:
+                if mlp is None and not split:
                     raise Unreadable(f"expert {expert} takes no part in the output of token {number}")
                 if found.setdefault(expert, mlp) != mlp:
-                    raise Unreadable(f"expert {expert} is {mlp.pieces.down} for token {number}, elsewhere another")
+                    raise Unreadable(f"expert {expert} is {_named(mlp)} for token {number}, elsewhere another")
     if sorted(found) != list(range(total)):
         raise Unreadable(f"its router scores {total} experts, of which {len(found)} are used")
     return tuple(found[number] for number in range(total))
 
 
-def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
-    """What all experts have in common, with those that return their input last."""
-    real = [expert for expert in experts if not expert.identity]
-    if any(expert.identity for expert in experts[: len(real)]):
-        raise Unreadable("its identity experts aren't its last ones")
+def _named(mlp: MLPRead | None) -> str:
+    return "none" if mlp is None else "its input" if mlp.identity else str(mlp.pieces.down)
+
+
+def renumbered(experts: tuple[MLPRead | None, ...]) -> tuple[int, ...]:
+    """The new number of each expert: those that have weights come first, then identities, then those that are none."""
+    kinds = [2 if expert is None else int(expert.identity) for expert in experts]
+    order = sorted(range(len(experts)), key=lambda number: kinds[number])
+    return tuple(order.index(number) for number in range(len(experts)))
+
+
+def experts_spec(experts: Sequence[MLPRead | None], first: TokenRead) -> ExpertsSpec:
+    """What all experts have in common."""
+    acting = [expert for expert in experts if expert is not None]
+    real = [expert for expert in acting if not expert.identity]
+    if not real:
+        raise Unreadable("none of its experts has weights")
     for what, values in (
         ("width", {expert.width for expert in real}),
         ("activation", {str(expert.mix) for expert in real}),
@@ -55,8 +72,15 @@ def experts_spec(experts: tuple[MLPRead, ...], first: TokenRead) -> ExpertsSpec:
         mix.offset,
         biases=any(bias is not None for bias in pieces.biases()),
         weights_on="input" if first.on_input else "output",
-        identities=len(experts) - len(real),
+        identities=len(acting) - len(real),
+        empty=len(experts) - len(acting),
     )
+
+
+def _alike(token: TokenRead, other: TokenRead | None = None) -> tuple[object, ...]:
+    """What must be the same of two tokens: less, if either of them meets no expert."""
+    alone = token.silent or (other is not None and other.silent)
+    return (token.shared, token.output_bias) if alone else but_slots(token)
 
 
 def but_slots(token: TokenRead) -> tuple[object, ...]:

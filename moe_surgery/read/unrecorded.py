@@ -21,10 +21,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer of the block by name, after checks that no record of its forward would show.
 
-    Raises :class:`~moe_surgery.read.reading.Unreadable` for a ``__call__`` of its own, for hooks, for other than
-    ``inputs`` arguments without a default, for tied weights (stacking would part them), for weights that are no
-    floating-point numbers as they are (vectors of counts or a mask may be whole numbers), and for weights on several
-    devices.
+    Raises :class:`~moe_surgery.read.reading.Unreadable` for a ``__call__`` of its own, for hooks, for fewer than
+    ``inputs`` arguments without a default, or more if there are several, for tied weights (stacking would part them),
+    for weights that are no floating-point numbers as they are (vectors of counts or a mask may be whole numbers), and
+    for weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -39,7 +39,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
     for name, module in block.named_modules():
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             raise Unreadable(f"{name or 'the block'} has a hook")
-    arguments_of(block, inputs)
+    arguments_of(block, inputs, absent=inputs == 1)
     state: dict[str, Tensor] = {}
     owners: dict[object, str] = {}
     for source in (block.named_parameters(remove_duplicate=False), block.named_buffers(remove_duplicate=False)):

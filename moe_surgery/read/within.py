@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +19,24 @@ from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.row_moves import MEANINGS as ROW_MOVES
 from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parsed import Cut, Record, parse_record
-from moe_surgery.read.reading import Unreadable, Untold
+from moe_surgery.read.reading import Silent, Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
-from moe_surgery.read.split import cuts, given_weights, of_cut
+from moe_surgery.read.split import Trying, cuts, given_weights, of_cut
 
 _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
 
 
 @dataclass(eq=False)
-class Within:
-    """Parses the records of one block. Where its first record was cut is where the others are tried first."""
+class Within(Trying):
+    """Parses the records of one block.
 
-    _found: tuple[int, int] = (0, 0)
+    Where the experts' sum ended in its first record, counted from the record's end, is tried first in the others: of
+    tokens that visit no expert after it, it would end later.
+    """
+
+    _left: int = 0
+    _silent: bool = False
 
     def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
         """What a record says of every token's routed experts.
@@ -40,33 +44,39 @@ class Within:
         Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
         """
         check_above_zero(flow, Interpreter(flow, Terms()))
+        self._silent = False
         pairs = [
-            ((first, second), entrance, cut)
-            for first, entrance in enumerate(_entrances(flow))
-            for second, cut in enumerate(cuts(flow))
+            ((number, cut.kind), entrance, cut)
+            for number, entrance in enumerate(_entrances(flow))
+            for cut in cuts(flow)
         ]
-        for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self._found):
-            found = _parsed(flow, dtype, entrance, cut)
+        pairs = [pair for pair in pairs if pair[0] not in self.left_out]
+        for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self.found):
+            found = self._parsed(flow, dtype, entrance, cut)
             if found is not None:
-                self._found = place
+                self.found = self.found or place
                 return found
-        raise Untold("its routed experts can't be told from what stands around them")
+        raise (Silent if self._silent else Untold)("its routed experts can't be told from what stands around them")
 
-
-def _parsed(flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut) -> Record | None:
-    """The record with ``entrance`` and ``cut``, where its experts' sum is found."""
-    if entrance == cut.weights:
+    def _parsed(self, flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut) -> Record | None:
+        """The record with ``entrance`` and ``cut``, where its experts' sum is found."""
+        if entrance == cut.weights:
+            return None
+        split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
+        run = Interpreter(split, Terms())
+        size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
+        places = _sums(flow, max(cut.weights, entrance or 0), size)
+        for place in sorted(places, key=lambda place: len(flow.ops) - place != self._left):
+            ended = replace(split, output=Ref(moved(place)), results=None, kept={})
+            try:
+                found = parse_record(ended, dtype, run)
+                if all(token.shared is None and token.output_bias is None for token in found.tokens):
+                    record = of_cut(found, flow, replace(cut, entering=entrance, routed=place))
+                    self._left = len(flow.ops) - place
+                    return record
+            except Unreadable as error:
+                self._silent |= isinstance(error, Silent)
         return None
-    split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
-    run = Interpreter(split, Terms())
-    size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
-    for place in _sums(flow, max(cut.weights, entrance or 0), size):
-        ended = replace(split, output=Ref(moved(place)), results=None, kept={})
-        with suppress(Unreadable):
-            found = parse_record(ended, dtype, run)
-            if all(token.shared is None and token.output_bias is None for token in found.tokens):
-                return of_cut(found, flow, replace(cut, entering=entrance, routed=place))
-    return None
 
 
 def _entrances(flow: Flow) -> Iterator[int | None]:

@@ -132,7 +132,7 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
     """
     work, total, scales = dtype or visits[0].x.dtype, tensors.w13.shape[0], tensors.scales
     sizes = [len(visit.experts) for visit in visits]
-    # What no expert below fills in belongs to experts that return their input.
+    # What no expert below fills in belongs to experts that return their input, or add nothing and were given zeros.
     rows = torch.cat([visit.x for visit in visits]).to(work)
     experts = torch.cat([visit.experts for visit in visits]).clamp_max(total)
     counts = torch.bincount(experts, minlength=total).tolist()[:total]
@@ -234,9 +234,14 @@ def within(ids: Tensor, weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(beyond, 0), weights.masked_fill(beyond, 0)
 
 
+def given(spec: MoESpec, rows: Tensor, experts: Tensor) -> Tensor:
+    """What ``experts`` [P] make their outputs of: ``rows`` [P, H], but zeros for those that add nothing."""
+    return rows.masked_fill((experts >= spec.experts.acting)[:, None], 0) if spec.experts.empty else rows
+
+
 def visited(spec: MoESpec, x: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
     """What the experts ``ids`` [T, k] are given: tokens [T, H], repeated [T * k, H], weighted where weights go in."""
-    wide = x.repeat_interleave(ids.shape[1], 0)
+    wide = given(spec, x.repeat_interleave(ids.shape[1], 0), ids.flatten())
     if spec.experts.weights_on == "output":
         return wide
     weights = routing_weights(spec, scores, ids).reshape(-1, 1)

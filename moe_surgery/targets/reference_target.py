@@ -54,8 +54,8 @@ class ReferenceExperts(ReferenceBlock):
         x, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
         work = torch.promote_types(x.dtype, torch.float32)
         flat, count = x.reshape(-1, x.shape[-1]), ids.shape[-1]
-        total = self.spec.experts.num_experts + self.spec.experts.identities
-        ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), total)
+        acting = self.spec.experts.acting
+        ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), acting)
         visits = Visits(flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix))
         [outputs] = expert_outputs(self._tensors(), [visits], work)
         scaled = weights.to(work) * self.spec.router.scale
@@ -102,7 +102,7 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def _misfit(experts: ExpertsSpec, spec: MoESpec) -> str | None:
-    total = experts.num_experts + experts.identities
+    total = experts.total
     if total != spec.router.num_experts:
         return f"the router scores {spec.router.num_experts} experts, but there are {total}"
     if not 1 <= spec.router.top_k <= total:

@@ -346,24 +346,86 @@ class TheLastReturnTheirInput(SomeReturnTheirInput):
     pass
 
 
-@block(AROUND, "last ones")
+@block(AROUND)
 class TheFirstReturnTheirInput(SomeReturnTheirInput):
     free = (0, 1)
 
 
-@block(AROUND, "experts", "weight")
+@block(AROUND)
 class TheLastReturnTheirInputsSquare(SomeReturnTheirInput):
+    """What the experts without weights return, the block's own operations go on computing."""
+
     def freely(self, x: Tensor) -> Tensor:
         return x * x
 
 
-@block(AROUND, "return nothing")
+@block(AROUND, "can't be told from", "times a routing weight")
+class TheFirstReturnTheirInputsSquare(TheLastReturnTheirInputsSquare):
+    free = (0, 1)
+
+
+@block(AROUND)
 class TheLastReturnNothing(SomeReturnTheirInput):
     def freely(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-@block(AROUND, "elsewhere another")
+@block(AROUND)
+class SomeInTheMiddleReturnNothing(TheLastReturnNothing):
+    free = (2, 5)
+
+
+@block(AROUND)
+class OfThreeKindsWithoutWeights(SomeReturnTheirInput):
+    """Zeros, copies, and mixes of the input with a constant (MoE++)."""
+
+    free = (4, 5, 6, 7)
+
+    def make_more(self) -> None:
+        self.mix, self.constant = plain.linear(self.hidden, 2), plain.parameter(self.hidden)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            done = self.kinds(number, x[rows]) if number in self.free else self.experts[number](x[rows])
+            out.index_add_(0, rows, done * weights[rows, slots, None])
+        return out
+
+    def kinds(self, number: int, x: Tensor) -> Tensor:
+        if number < 6:
+            return torch.zeros_like(x) if number == 4 else x
+        shares = self.mix(x).softmax(-1)
+        return torch.einsum("t,th->th", shares[:, 0], x) + torch.einsum("t,h->th", shares[:, 1], self.constant)
+
+
+@block(AROUND, "comes to nothing", "elsewhere another", "stands in the batch")
+class TheLastDropTheirOddTokens(SomeReturnTheirInput):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        odd = torch.arange(len(x)) % 2 == 1
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            sent = ids == number
+            rows, slots = torch.where(sent & odd[:, None] if number in self.free else sent)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out
+
+
+@block(AROUND, "comes to nothing", "cuts the batch")
+class TheLastServeTheirFirstTwo(SomeReturnTheirInput):
+    """Their others come to nothing."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == number)
+            if number in self.free:
+                rows, slots = rows[:2], slots[:2]
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out
+
+
+@block(AROUND)
 class InTwoStages(Alone):
     """One router chooses a pair of experts, and another that pair's expert: 0 or 1 whichever pair it is."""
 
@@ -375,10 +437,50 @@ class InTwoStages(Alone):
         outer, pair = self.outer(x).softmax(-1).topk(1, dim=-1)
         logits = torch.einsum("th,tnh->tn", x, self.inner[pair[:, 0]])
         weights, ids = logits.softmax(-1).topk(1, dim=-1)
-        return outer * weights, pair * 2 + ids
+        return outer * weights, self.numbered(pair, ids)
+
+    def numbered(self, pair: Tensor, ids: Tensor) -> Tensor:
+        return pair * 2 + ids
 
 
-@block(AROUND, "masked scores")
+@block(AROUND, "multiplied by chosen")
+class InTwoStagesThatOverlap(InTwoStages):
+    """The second of one pair is the first of the next; some experts are never chosen."""
+
+    def numbered(self, pair: Tensor, ids: Tensor) -> Tensor:
+        return pair + ids
+
+
+@block(AROUND)
+class TwiceAsWideInside(Alone):
+    """Its experts are given twice the input's size, which its code gives as a number."""
+
+    def make_experts(self) -> None:
+        self.enter, self.leave = plain.linear(32, 64), plain.linear(64, 32)
+        self.experts = nn.ModuleList(plain.MLP(64, self.width) for _ in range(self.num_experts))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, 32)
+        return self.leave(self.routed(self.enter(x), *self.route(x))).view(hidden_states.shape)
+
+
+@block(AROUND)
+class MostWeightsAreOne(Alone):
+    """A softmax over those logits alone that come within two percent of the largest (Phi-3.5-MoE)."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(x)
+        first, best = self.within(logits)
+        second, other = self.within(logits.scatter(-1, best, float("-inf")))
+        return torch.cat([first, second], -1), torch.cat([best, other], -1)
+
+    def within(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        largest, best = logits.max(dim=-1, keepdim=True)
+        far = (largest - logits) / logits.abs().clamp(min=largest) > 0.02
+        return logits.masked_fill(far, float("-inf")).softmax(-1).gather(-1, best), best
+
+
+@block(AROUND)
 class WeighsByMaskedScores(Alone):
     """Weights are found by a mask of the experts in scores that are zero outside of groups (Hunyuan)."""
 

@@ -189,6 +189,13 @@ class TupleForMany(Base):
         return (out, None) if hidden_states.ndim == 2 else out
 
 
+@block(RESULTS, "as tokens for one batch")
+class FlatForSeveralRows(Base):
+    def forward(self, hidden_states: Tensor) -> Any:
+        out = super().forward(hidden_states)
+        return out.reshape(-1, self.hidden) if len(hidden_states) > 1 else out
+
+
 # Arguments beside the input
 
 ARGUMENTS = "arguments"
@@ -223,6 +230,14 @@ class PassedOn(Base):
 
     def chosen(self, x: Tensor, input_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.route(x)
+
+
+class NeedsIds(Base):
+    """Token ids, which most layers are called without (DeepSeek-V4)."""
+
+    def forward(self, hidden_states: Tensor, input_ids: Tensor | None) -> Any:
+        out = super().forward(hidden_states)
+        return out if input_ids is None else out * input_ids.reshape(*hidden_states.shape[:-1], 1)
 
 
 @block(ARGUMENTS, "batch size")
@@ -853,7 +868,7 @@ class FirstOfAllSorted(Base):
         return weights / weights.sum(-1, keepdim=True), order[:, : self.top_k]
 
 
-@block(VALUE, "routing weight")
+@block(VALUE)
 class SecondAndThird(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.logits(x).softmax(-1).topk(self.top_k + 1, dim=-1)

@@ -5,8 +5,9 @@ Whatever else it returns its own operations must go on computing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -137,26 +138,34 @@ class _Results:
         )
 
 
-_TOKENS = Structure(Alone, (Result("output", frozenset(["native"]), frozenset(["flat", "batch"])),))
+def all_say(records: Iterable[tuple[Structure | None, tuple[int, ...]]]) -> Structure | None:
+    """What records say together, each with the dimensions of its input before the last.
+
+    Raises :class:`Unreadable` if they contradict each other.
+    """
+    found = reduce(_both_say, [_of_shape(results, lead) for results, lead in records])
+    [output, *others] = found.leaves()
+    plain = found.kind is Alone and not others and isinstance(output, Result) and "batch" in output.leads
+    return None if plain else found
 
 
-def _both(one: Structure | None, other: Structure | None) -> tuple[tuple[Structure | None, Structure | None], ...]:
-    return (one, other), (other, one)
+def _of_shape(results: Structure | None, lead: tuple[int, ...]) -> Structure:
+    """An output that has its input's shape, spelled out; of tokens, a block that returns tokens returns it too."""
+    leads = ["batch", "flat"] if len(lead) == 1 else ["batch"]
+    return results or Structure(Alone, (Result("output", frozenset(["native"]), frozenset(leads)),))
 
 
-def _alone(results: Structure | None) -> bool:
-    """Whether it is the output as tokens, which is all there is where the input is tokens."""
-    return results is not None and results.kind is Alone
-
-
-def met(results: Structure | None, other: Structure | None) -> Structure | None:
-    """What two records say together. Raises :class:`Unreadable` if they contradict each other."""
-    if results is None and other is None:
-        return None
-    found = _met(*(_TOKENS if given is None and _alone(its) else given for given, its in _both(results, other)))
+def _both_say(results: Structure, other: Structure) -> Structure:
+    found = _met(results, other)
     if not isinstance(found, Structure):
-        raise Unreadable(f"it returns {results or 'one tensor'} for one batch, {other or 'one tensor'} for another")
+        raise Unreadable(f"it returns {_named(results)} for one batch, {_named(other)} for another")
     return found
+
+
+def _named(results: Structure) -> str:
+    [output, *_] = results.leaves()
+    alike = results.kind is Alone and isinstance(output, Result) and "batch" in output.leads
+    return "one tensor of its input's shape" if alike else str(results)
 
 
 def kept_by_both(one: Attributes, other: Attributes) -> Attributes:

@@ -50,6 +50,10 @@ class RouterRead:
     above_zero: bool = False
 
 
+OWN = RouterRead(Piece(""), 0, 0, "own", renormalize=False, scale=1.0)
+"""A router that gives weights, however it finds them."""
+
+
 @dataclass(frozen=True)
 class Precisions:
     """What the fields ``…_dtype`` of a :class:`~moe_surgery.spec.RouterSpec` say."""
@@ -103,7 +107,7 @@ class RouterParser:
         """The weight ``factor`` times ``scale``."""
         vector, slot = self._slot(self.bare(factor))
         if vector.op == "given":
-            return Weight(RouterRead(Piece(""), 0, 0, "own", False, scale), Precisions(), slot)
+            return Weight(replace(OWN, scale=scale), Precisions(), slot)
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.mlp import IDENTITY, MLPParser, MLPRead, short
-from moe_surgery.read.parse.router import SCORED, Precisions, RouterParser, RouterRead, Weight
+from moe_surgery.read.parse.router import OWN, SCORED, Precisions, RouterParser, RouterRead, Weight
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.weights.layout import Piece
@@ -30,7 +30,10 @@ class SharedRead:
 
 @dataclass(frozen=True)
 class TokenRead:
-    """What one token's output is. ``slots[j]`` is the expert met with the j-th routing weight; None for none."""
+    """What one token's output is. ``slots[j]`` is the expert met with the j-th routing weight; None for none.
+
+    A ``silent`` one meets none, so that its experts' part of the output tells nothing of how experts are weighted.
+    """
 
     router: RouterRead
     precisions: Precisions
@@ -39,12 +42,19 @@ class TokenRead:
     output_bias: Piece | None = None
     on_input: bool = False
 
+    @property
+    def silent(self) -> bool:
+        return not any(self.slots)
+
 
 class TokenParser:
-    """Parses the output term of one token, whose input row is ``x``, in a record made at dtype ``native``."""
+    """Parses the output term of one token, whose input row is ``x``, in a record made at dtype ``native``.
 
-    def __init__(self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking]) -> None:
-        self.x, self.terms = x, terms
+    ``given`` is how many routing weights the record starts with, of tokens that may meet no expert; zero if it chooses.
+    """
+
+    def __init__(self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking], given: int = 0) -> None:
+        self.x, self.terms, self.given = x, terms, given
         self.mlps = MLPParser(x, native)
         self.routers = RouterParser(x, native, terms, rankings)
         self.bare = self.mlps.bare
@@ -78,14 +88,18 @@ class TokenParser:
                 slots[weight.slot] = mlp
                 on_input.add(applied)
             weights.add(replace(weight, slot=0))
-        if not (slots or shared or output_bias):
+        silent = self.given > 0 and not (slots or biases)
+        if not (slots or shared or output_bias or silent):
             raise Unreadable(f"a token that it sends to experts comes to nothing, {_NOTHING}")
-        if not slots:
+        if not (slots or silent):
             raise Unreadable("no routed experts (weights of a top-k times an MLP) in its output")
         if len(shared) > 1:
             raise Unreadable("it adds a second shared expert")
         if len(output_bias) > 1:
             raise Unreadable("it adds two biases to its output")
+        beside = (shared[0] if shared else None, output_bias[0] if output_bias else None)
+        if silent:
+            return TokenRead(OWN, Precisions(), (None,) * self.given, *beside)
         if len(weights) != 1 or len(on_input) != 1:
             raise Unreadable("its experts are weighted in different ways")
         weight = weights.pop()
@@ -94,18 +108,11 @@ class TokenParser:
                 raise Unreadable(f"it adds {bias} times a routing weight")
             slots[slot] = replace(slots[slot], pieces=replace(slots[slot].pieces, down_bias=bias))
         order = self._order(slots, weight.read)
-        return TokenRead(
-            weight.read,
-            weight.precisions,
-            order,
-            shared[0] if shared else None,
-            output_bias[0] if output_bias else None,
-            on_input.pop(),
-        )
+        return TokenRead(weight.read, weight.precisions, order, *beside, on_input.pop())
 
     def _order(self, slots: dict[int, MLPRead], router: RouterRead) -> tuple[MLPRead | None, ...]:
         if router.scoring == "own":
-            return tuple(slots.get(slot) for slot in range(max(slots) + 1))
+            return tuple(slots.get(slot) for slot in range(self.given))
         if sorted(slots) != list(range(router.top_k)):
             raise Unreadable(f"it uses {len(slots)} of its top-{router.top_k} routing weights for a token, {_NOTHING}")
         return tuple(slots[slot] for slot in range(len(slots)))

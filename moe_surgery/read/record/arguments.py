@@ -18,9 +18,10 @@ _READS_ALL = frozenset(["locals", "vars", "eval", "exec", "inspect", "sys"])
 _ROLES: dict[int, tuple[Any, ...]] = {1: ("hidden_states",), 3: ("hidden_states", "ids", "weights")}
 
 
-def arguments_of(module: nn.Module, inputs: int = 1) -> Calling:
+def arguments_of(module: nn.Module, inputs: int = 1, *, absent: bool = False) -> Calling:
     """How ``module`` is called with ``inputs`` tensors: the block's input alone, or tokens, ids and weights.
 
+    With ``absent``, whatever else it needs is to be None (token ids, in layers that don't route by them).
     Raises :class:`~moe_surgery.read.reading.Unreadable` if more arguments are needed, or fewer.
     """
     parameters = list(inspect.signature(module.forward).parameters.values())
@@ -33,14 +34,17 @@ def arguments_of(module: nn.Module, inputs: int = 1) -> Calling:
         many = _MANY.get(parameter.kind, "")
         default = MISSING if parameter.default is parameter.empty else parameter.default
         role: Any = "fixed" if many or default is not MISSING else "needed"
+        required = False
         if named is not None and parameter.name not in named:
             role = "unused"
         if role == "needed":
-            role = next(roles, None)
+            role = next(roles, "fixed" if absent else None)
+            required = role == "fixed"
+            default = None if required else default
         by_name = parameter.kind is parameter.KEYWORD_ONLY
         if role is None or (by_name and default is MISSING):
             raise Unreadable(_not_so(parameters, inputs))
-        found.append(Argument(parameter.name, role, many, default, by_name))
+        found.append(Argument(parameter.name, role, many, default, by_name, required))
     if next(roles, None) is not None:
         raise Unreadable(_not_so(parameters, inputs))
     return Calling(tuple(found))

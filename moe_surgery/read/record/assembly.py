@@ -62,6 +62,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
+        outside=recorder.outside,
     )
 
     def placed(leaf: Any) -> Any:

@@ -42,13 +42,15 @@ def record(
     calling: Calling = PLAIN,
     more: Mapping[str, Any] | None = None,
     turned: frozenset[str] = frozenset(),
+    inside: bool = False,
 ) -> Flow:
     """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
 
     Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
     batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
     depends on its size; it is made with strided leading dimensions and with gradients enabled, to be held against one
-    made without. Of ``turned`` comparisons of the batch size the other branch is recorded. Raises :class:`Unreadable`
+    made without. Of ``turned`` comparisons of the batch size the other branch is recorded. ``inside``: of scores that
+    are masked, some are chosen that aren't. Raises :class:`Unreadable`
     for anything that a record can't hold, also if the block's own code caught the first exception, and
     :class:`Unfollowed` if the block raises an error of its own.
     """
@@ -56,7 +58,7 @@ def record(
     def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
         return calling.placed({"hidden_states": hidden_states, **(more or {})})
 
-    return _recorded(partial(Recorder, block, dtype, route, turned), block, shape, plain, inputs)
+    return _recorded(partial(Recorder, block, dtype, route, turned, inside), block, shape, plain, inputs)
 
 
 def record_experts(

@@ -84,6 +84,7 @@ class Flow:
     and ``one_by_one`` if it takes tokens, or rows of them, out of the batch.
     ``positive`` are operations whose results the record took to be above zero in some places, and zero elsewhere.
     ``asked`` are the operations whose results were asked for these places, by what came of it.
+    ``outside``: it chose some that it masks, since a record chooses without looking at what is ranked.
     ``used`` are the weights that anything of this came of.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
     or :class:`Given` for what came of the input.
@@ -100,6 +101,7 @@ class Flow:
     positive: tuple[tuple[Ref, Tensor], ...] = ()
     asked: Mapping[Asked, Ref] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
+    outside: bool = False
 
     def like(self, other: Flow) -> bool:
         """Whether another record of the same call did the same."""

@@ -99,6 +99,15 @@ def sources(origins: Iterable[Origin]) -> list[Chosen | Asked]:
     return [origin for origin in _behind(origins) if isinstance(origin, (Chosen, Asked))]
 
 
+def form(origin: Any) -> tuple[Any, ...]:
+    """What of a number's origin is the same in records of other batches: which operations it came of, in order."""
+    if not isinstance(origin, Computed):
+        return (type(origin).__name__,)
+    operands = [*origin.args, *origin.kwargs.values()]
+    listed = [item for operand in operands for item in (operand if isinstance(operand, (list, tuple)) else (operand,))]
+    return str(origin.func), *(form(item) for item in listed if isinstance(item, Origin))
+
+
 def _behind(origins: Iterable[Origin]) -> Iterator[Origin]:
     """``origins`` and all that they were calculated from, each once, the last of all first."""
     seen: set[int] = set()

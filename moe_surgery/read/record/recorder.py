@@ -29,6 +29,7 @@ from moe_surgery.read.record.choices import Choices, Made, check_top_k, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage
+from moe_surgery.read.record.masked import moved_inside, open_places
 from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
@@ -45,15 +46,22 @@ class Recorder(TorchDispatchMode):
     """Runs operations on meta tensors or, where they don't depend on the input, on real ones, and writes them down.
 
     ``fixed`` are sizes that don't come from the batch: those of the weights, the number of experts, top-k, and what
-    the code gives as plain numbers. ``batch`` are the input's own.
+    the code gives as plain numbers. ``batch`` are the input's own. With ``inside``, what is ranked of masked scores is
+    chosen among those that no mask covers; ``outside`` says that some were not.
     """
 
     def __init__(
-        self, block: nn.Module, dtype: torch.dtype, route: Route, turned: frozenset[str] = frozenset()
+        self,
+        block: nn.Module,
+        dtype: torch.dtype,
+        route: Route,
+        turned: frozenset[str] = frozenset(),
+        inside: bool = False,
     ) -> None:
         super().__init__()
         self.branches = Branches(turned)
         self.dtype, self.route = dtype, route
+        self.inside, self.outside = inside, False
         self.graph = torch.fx.Graph()
         self.objections: list[str] = []
         self.reservations: list[str] = []  # which stand if the block's own code doesn't fail further on
@@ -326,6 +334,11 @@ class Recorder(TorchDispatchMode):
         shape = scores.meta["val"].shape
         k, largest = ranked
         ids = self.choices.ids(shape[:-1].numel(), shape[-1], k)
+        places = open_places(scores, self.consts) if largest else None
+        if places is not None:
+            places = places.reshape(-1, shape[-1])
+            ids = moved_inside(ids, places) if self.inside else ids
+            self.outside |= not bool(places.gather(1, ids).all())
         self.fixed.update((k, shape[-1]))
         choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
         record.meta["choice"] = choice

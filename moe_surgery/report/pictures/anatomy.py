@@ -62,6 +62,8 @@ def _parts(spec: MoESpec, weights: Sequence[Route], target: str | None) -> list[
         lines.append("routing weights on their inputs")
     if experts.identities:
         lines.append(f"and {experts.identities} that return their input")
+    if experts.empty:
+        lines.append(f"and {experts.empty} ids for none of them")
     chosen = (router.top_k, experts.num_experts) if whole else None
     count = f"{experts.num_experts} routed experts"
     found.append(_Part(count, tuple(lines), names["experts"], True, "Σ", chosen))

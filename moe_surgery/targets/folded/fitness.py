@@ -30,7 +30,7 @@ _KNOWN = {
     | {"bias", "soft_cap", "correction_bias", "groups", "epsilon", "floor", "norm", "cap_dtype"}
     | {"wide_matrix"},
     "experts": {"num_experts", "width", "activation", "gated", "limit", "limit_after", "alpha", "offset"}
-    | {"biases", "weights_on", "identities"},
+    | {"biases", "weights_on", "identities", "empty"},
     "shared": {"width", "activation", "gate", "scale", "gated", "limit", "limit_after", "alpha", "offset"},
 }
 # The same of what one operator computes, its own choice of experts included.
@@ -58,11 +58,10 @@ def objections(spec: MoESpec, context: Context) -> Iterator[str]:
         yield f"a clamp at {experts.limit:g}, which is not above zero"
     if experts.identities and experts.weights_on == "input":
         yield "experts that return their input, weighted on the input"
-    total = experts.num_experts + experts.identities
-    if router.num_experts != total:
-        yield f"the router scores {router.num_experts} experts, there are {total}"
-    if not 1 <= router.top_k <= total:
-        yield f"top-{router.top_k} of {total} experts"
+    if router.num_experts != experts.total:
+        yield f"the router scores {router.num_experts} experts, there are {experts.total}"
+    if not 1 <= router.top_k <= experts.total:
+        yield f"top-{router.top_k} of {experts.total} experts"
     if experts.num_experts > MOST_EXPERTS:
         yield f"{experts.num_experts} experts are more than the {MOST_EXPERTS} that the folded kernels take"
     if router.top_k > MOST_PAIRS:

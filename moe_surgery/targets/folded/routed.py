@@ -54,7 +54,7 @@ class _RoutedBlock(GuardedBlock):
             slots = torch.cat([slots, self._shared_weight(x).expand(-1, self.folded_terms.slices)], dim=-1)
         out = self._visited(x, Routed(kept.contiguous(), slots.contiguous()))
         if experts.identities:
-            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            own = (ids >= experts.num_experts) & (ids < experts.acting)
             out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
         return out
 
@@ -106,7 +106,7 @@ class RoutedMoEBlock(_RoutedBlock):
     def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
         inside = next(routed_in_torch(spec, str(tensors.w13.dtype).removeprefix("torch.")), None) is None
         super().__init__(spec, tensors, f"moe-surgery kernels behind a router in {'one' if inside else 'torch'}")
-        mixed = self._beside or spec.experts.identities > 0
+        mixed = self._beside or spec.experts.total > spec.experts.num_experts
         self.folded_router = router_terms_of(spec, beside=mixed) if inside else None
         self.folded_router_bias, self.folded_output_bias = _frozen(tensors.router_bias), _frozen(tensors.output_bias)
         self.folded_correction_bias = _frozen(tensors.correction_bias)
@@ -125,7 +125,8 @@ class RoutedMoEBlock(_RoutedBlock):
             gate = self.folded_shared_gate_weight if self.folded_router.gated else None
             given = self.fused_router, self.folded_router_bias, self.folded_correction_bias, gate
             routed = choose(x, *given, self.folded_router)
-            out = self._experts(x, *routed) if self.spec.experts.identities else self._visited(x, routed)
+            held = self.spec.experts.total == self.spec.experts.num_experts
+            out = self._visited(x, routed) if held else self._experts(x, *routed)
         if self._beside:
             out = out + self._shared_output(x)
         if self.folded_output_bias is not None:

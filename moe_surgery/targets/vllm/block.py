@@ -72,7 +72,7 @@ class FusedExperts(FusedMoEBlock):
         kept, scaled = within(ids, weights, experts.num_experts)
         out: Tensor = self.fused(x, handed(scaled, kept))
         if experts.identities:
-            own = (ids >= experts.num_experts) & (ids < experts.num_experts + experts.identities)
+            own = (ids >= experts.num_experts) & (ids < experts.acting)
             out = out + (x * weights.where(own, 0.0).sum(-1, keepdim=True)).to(x.dtype)
         return self.answered(arguments, out.view(hidden_states.shape))
 

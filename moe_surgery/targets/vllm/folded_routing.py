@@ -74,6 +74,7 @@ def objections(spec: MoESpec) -> Iterator[str]:
         "biases in its experts": experts.biases,
         "weighted inputs": experts.weights_on == "input",
         "identity experts": experts.identities > 0,
+        "ids for no routed expert": experts.empty > 0,
     }
     for what, value in held.items():
         if value:

@@ -87,7 +87,7 @@ class VllmTarget:
             return Refusal(f"vLLM's layer is hosted in a plain model on cpu only; this one is on {context.device}")
         if context.dtype not in DTYPES:
             return Refusal(f"dtype {context.dtype} is none of {', '.join(DTYPES)}")
-        experts, router = spec.experts.num_experts + spec.experts.identities, spec.router
+        experts, router = spec.experts.total, spec.router
         if router.num_experts != experts:
             return Refusal(f"the router scores {router.num_experts} experts, there are {experts}")
         if not 1 <= router.top_k <= experts:
