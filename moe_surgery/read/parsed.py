@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.calling import Replayed, Result, Structure
+from moe_surgery.calling import Replayed, Result, Structure, Updated
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
@@ -148,7 +148,13 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
 
 def replayed(kept: Attributes) -> Attributes:
     """Attributes, with what came of the input named."""
-    return {key: Replayed(attribute(*key)) if isinstance(value, Given) else value for key, value in kept.items()}
+
+    def named(key: tuple[str, str], value: Any) -> Any:
+        if not isinstance(value, Given):
+            return value
+        return (Updated if value.state else Replayed)(attribute(*key))
+
+    return {key: named(key, value) for key, value in kept.items()}
 
 
 def attribute(path: str, name: str) -> str:

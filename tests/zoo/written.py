@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import forms, plain
 from .around import Alone
-from .others import COUNTS, PLACES, RESULTS, block, module
+from .others import COUNTS, PLACES, RESULTS, STATE, block, module
 
 __all__ = ["ALL"]
 
@@ -294,6 +294,123 @@ class RemembersShapes(Alone):
         except TypeError:
             shape = _flat(hidden_states.shape)
         return super().forward(hidden_states.reshape(shape)).reshape(hidden_states.shape)
+
+
+class WeightsItsInputs(Alone):
+    wide = torch.float32
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, slot = torch.where(ids == number)
+            given = x[token].to(self.wide) * weights[token, slot, None].to(self.wide)
+            out.index_add_(0, token, self.expert(number, given.to(x.dtype)))
+        return out
+
+
+@block(PLACES)
+class WeightsItsInputsInFloat32(WeightsItsInputs):
+    """They are rounded afterwards (torchtitan)."""
+
+
+@block(PLACES, "float16")
+class WeightsItsInputsInFloat16(WeightsItsInputs):
+    wide = torch.float16
+
+
+class Counting(Alone):
+    """Loads are counted in every call, for somebody who balances them (torchtitan)."""
+
+    dtype = torch.float32
+
+    def make_more(self) -> None:
+        self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=self.dtype))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        with torch.no_grad():
+            self.count(x, ids, torch.bincount(ids.flatten(), minlength=self.num_experts))
+        return weights, ids
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        raise NotImplementedError
+
+
+@block(STATE)
+class CountsByHistogram(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        size = self.num_experts
+        self.tokens_per_expert.add_(torch.histc(ids.float().view(-1), bins=size, min=0, max=size))
+
+
+@block(STATE)
+class CountsAndForgets(Counting):
+    """A running mean of loads, the calls, and a running mean of the tokens."""
+
+    def make_more(self) -> None:
+        super().make_more()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("mean", torch.zeros(self.hidden))
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.calls += 1
+        self.tokens_per_expert.mul_(0.9).add_(loads / loads.sum(), alpha=0.1)
+        self.mean.lerp_(x.mean(0), 0.5)
+
+
+@block(STATE)
+class CountsInPlaces(Counting):
+    dtype = torch.int64
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+
+
+@block(STATE, "writes to tokens_per_expert")
+class CountsThroughAView(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert[1:] += loads[1:]
+
+
+@block(STATE, "tokens_per_expert")
+class CountsByAnotherName(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert.data.add_(loads)
+
+
+@block(STATE, "batch size")
+class CountsAllTokens(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += x.shape[0]
+
+
+@block(STATE, "depends on how many tokens")
+class ALoadThatIsTooMuch(Counting):
+    """What was counted decides what it does."""
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += loads
+
+    def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        return routed.where(self.tokens_per_expert.max() < 100, 0.0)
+
+
+@block(STATE, "writes to gate.calls")
+class ItsRouterCounts(Counting):
+    """Others may call the router too, which counts as a call."""
+
+    def make_more(self) -> None:
+        super().make_more()
+        self.gate.register_buffer("calls", torch.zeros(()))
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.gate.calls += 1
+
+
+@block(STATE, "no probe changes a buffer")
+class CountsNothing(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += loads * 0
 
 
 ALL = forms.ALL  # those above among them

@@ -65,7 +65,8 @@ class Choice:
 class Given:
     """A tensor that is returned, or kept, as ``where``.
 
-    ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output.
+    ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output. ``state``: it is what a
+    buffer of the block was changed to.
     """
 
     where: str
@@ -73,6 +74,7 @@ class Given:
     shape: tuple[int, ...]
     dtype: str
     origin: Origin | None = None
+    state: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Flow:
     ``outside``: it chose some that it masks, since a record chooses without looking at what is ranked.
     ``used`` are the weights that anything of this came of.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
-    or :class:`Given` for what came of the input.
+    or :class:`Given` for what came of the input; so are buffers that it changed.
     """
 
     ops: tuple[Op, ...]

@@ -10,7 +10,8 @@ recorded. Two things make control flow safe to follow:
 * Sizes that come from the batch are marked. Code that compares such a size with a number branches on the batch size,
   which one record can't show; this, and everything else that a record can't hold (random numbers, a value read back
   to Python, a write to the input or to a weight, a tensor from outside), is written down as an objection. Objections
-  stand even if the block's own code catches the exception.
+  stand even if the block's own code catches the exception. A write to a buffer of the block is none yet: what it is
+  changed to is one of the results.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
-from moe_surgery.read.record.choices import Choices, Made, check_top_k, ranking
+from moe_surgery.read.record.choices import Choices, Made, check_top_k, no_choice, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
-from moe_surgery.read.record.lineage import Lineage
+from moe_surgery.read.record.lineage import Lineage, done
 from moe_surgery.read.record.masked import moved_inside, open_places
 from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
@@ -73,6 +74,7 @@ class Recorder(TorchDispatchMode):
         self.by_batch = False
         self.scaled: str | None = None
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
+        self.changed: dict[str, None] = {}  # buffers of the block
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
@@ -225,8 +227,11 @@ class Recorder(TorchDispatchMode):
         if len(targets) != 1 or targets[0] is not args[0]:
             raise self.object_to(f"{func} writes to an argument")
         guarded = self.entries.guarded.get(self.entry(args[0]).storage)
-        if guarded is not None:
+        if guarded is None:
+            return args[0]
+        if self.entries.vectors.get(guarded) is not args[0] or self.route is no_choice:
             raise self.object_to(f"it writes to {guarded}")
+        self.changed[guarded] = None
         return args[0]
 
     def _concrete(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]) -> Any:
@@ -236,7 +241,7 @@ class Recorder(TorchDispatchMode):
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
         self._ledger.before(name, args, self.by_batch)
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if self.entries.device.type == "cpu" else done(func, args, kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
         self.lineage.made(func, origins, result)
