@@ -108,13 +108,13 @@ def test_what_is_counted_goes_on_being_counted(name: str, dtype: torch.dtype) ->
 
 def test_a_wrong_count_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     model = counting("CountsByHistogram")
-    right = StandingBlock.update
+    right = StandingBlock.write_buffer
 
     def wrong(self: StandingBlock, name: str, value: Tensor) -> None:
         right(self, name, value + (self.get_buffer(name) > 60))
 
     for update in (wrong, lambda self, name, value: None):
-        monkeypatch.setattr(StandingBlock, "update", update)
+        monkeypatch.setattr(StandingBlock, "write_buffer", update)
         with pytest.raises(ProofError, match="buffer tokens_per_expert"):
             moe_surgery.apply(model, target="reference")
         assert torch.equal(model.mlp.tokens_per_expert, torch.full((8,), 2.0))

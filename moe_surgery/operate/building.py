@@ -36,7 +36,7 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     likeness = Likeness.of(block, path)
     if overlap := new.overlap(likeness):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
-    new.hold(block, state := changing(reading))
+    new.hold_buffers(block, state := changing(reading))
     own = own_part(block, reading, tensors, new._buffers if state else {})
     if own is not None:
         new.add_module("own_part", own)
@@ -130,7 +130,7 @@ class Double(StandingBlock):
                 self.add_module(name, child)
         likeness = block.likeness
         assert likeness is not None
-        self.hold(block, [name for name, _ in block.convention.state] if block.convention is not None else [])
+        self.hold_buffers(block, [name for name, _ in block.convention.state] if block.convention is not None else [])
         self.stand_for(likeness)
         self.eval()
 

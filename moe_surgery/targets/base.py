@@ -104,13 +104,13 @@ class SwappedBlock(nn.Module):
         for (path, name), where in self.convention.written:
             self.write(path, name, x.shape if where is None else replayed[where])
         for name, where in self.convention.state:
-            self.update(name, replayed[where])
+            self.write_buffer(name, replayed[where])
         return self.convention.answer(x, output, replayed)
 
     def write(self, path: str, name: str, value: Any) -> None:
         """Give the attribute ``name`` of the old block's module ``path`` a value. By default it has none."""
 
-    def update(self, name: str, value: Tensor) -> None:
+    def write_buffer(self, name: str, value: Tensor) -> None:
         """Change the old block's buffer ``name``, as every call of it did. By default there is none."""
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -127,17 +127,17 @@ class StandingBlock(Standing, SwappedBlock):
         for attributes in self.attributes(path):
             attributes[name] = value
 
-    def update(self, name: str, value: Tensor) -> None:
+    def write_buffer(self, name: str, value: Tensor) -> None:
         with torch.no_grad():
             self.get_buffer(name).copy_(value)
 
-    def hold(self, block: nn.Module, names: Iterable[str]) -> None:
+    def hold_buffers(self, block: nn.Module, names: Iterable[str]) -> None:
         """Have those buffers of ``block`` under their ``names``, by reference; call this before :meth:`stand_for`."""
         for name in names:
             lasting = name not in block._non_persistent_buffers_set
             self.register_buffer(name, block.get_buffer(name), persistent=lasting)
 
-    def hand_back(self, block: nn.Module) -> None:
+    def hand_back_buffers(self, block: nn.Module) -> None:
         """Give ``block``, which stood here and does again, its buffers as they are now."""
         for name in block._buffers.keys() & self._buffers.keys():
             block._buffers[name] = self._buffers[name]
