@@ -83,6 +83,19 @@ class Record:
         return self.flow is not None and self.flow.one_by_one
 
     @property
+    def within(self) -> frozenset[int]:
+        return frozenset() if self.flow is None else self.flow.within
+
+    @property
+    def beyond(self) -> frozenset[tuple[int, int]]:
+        return frozenset() if self.flow is None else self.flow.beyond
+
+    def with_beyond(self, more: frozenset[tuple[int, int]]) -> Record:
+        """The same where another branch has cuts beyond the batch too."""
+        assert self.flow is not None
+        return replace(self, flow=replace(self.flow, beyond=self.flow.beyond | more)) if more else self
+
+    @property
     def lead(self) -> tuple[int, ...]:
         """The input's dimensions before the last."""
         assert self.flow is not None

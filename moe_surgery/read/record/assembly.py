@@ -68,6 +68,8 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
         outside=recorder.outside,
+        within=frozenset(recorder.ledger.within),
+        beyond=frozenset(recorder.ledger.beyond),
     )
 
     def placed(leaf: Any) -> Any:

@@ -80,7 +80,8 @@ class Recorder(TorchDispatchMode):
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
         self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
-        self._ledger = Ledger(self.fixed, self.object_to)
+        self.ledger = Ledger(self.fixed, self.object_to)
+        self.ledger.whole = route is no_choice
         self.lineage = Lineage()
         self._results = MetaResults()
         self._limits: list[Tensor] = []  # kept alive, as they are told by identity
@@ -100,7 +101,7 @@ class Recorder(TorchDispatchMode):
         if strided:
             tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=self.dtype, device="meta")
             tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
-        self._ledger.plain = strided
+        self.ledger.plain = strided
         self.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
         entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
         self.entries.guarded[entry.storage] = "its input"
@@ -145,7 +146,7 @@ class Recorder(TorchDispatchMode):
             self.paused = False
         self.entries.enter(tensor, None, None, tensor, Kind.COUNT if size.pure else Kind.DERIVED)
         if size.pure:
-            self._ledger.limits[id(tensor)] = size.of_batch
+            self.ledger.limits[id(tensor)] = size.of_batch
             self._limits.append(tensor)
         return tensor
 
@@ -206,7 +207,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
-            self._ledger.check_cut(name, args, self.symbolic(args[0]))
+            self.ledger.check_cut(name, args, self.symbolic(args[0]))
         single = any(entry.single for entry in entries.values())
         if single and name not in SHAPED and not name.endswith("_like") and not name.startswith("new_"):
             self.one_by_one = True
@@ -240,7 +241,7 @@ class Recorder(TorchDispatchMode):
         origins = self.lineage.origins((args, kwargs))
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
-        self._ledger.before(name, args, self.by_batch)
+        self.ledger.before(name, args, self.by_batch)
         result = func(*args, **kwargs) if self.entries.device.type == "cpu" else done(func, args, kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
@@ -248,9 +249,9 @@ class Recorder(TorchDispatchMode):
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
-            found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+            found = self.ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
         dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
-        reason = (dead or [self._ledger.reason])[0]
+        reason = (dead or [self.ledger.reason])[0]
         for leaf, kind in zip(made, found, strict=True):
             if kind == Kind.LOAD:
                 self._reasons.setdefault(storage(leaf), reason)
@@ -299,7 +300,7 @@ class Recorder(TorchDispatchMode):
             return args[0]
         if name == "argmax" and ranked is not None:
             return self._choose(record, result, ranked)
-        single = self._ledger.single(name, args) or any(entry.single for entry in entries.values())
+        single = self.ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
             entry = self._enter(result, record, result)
             entry.single = single
@@ -323,7 +324,7 @@ class Recorder(TorchDispatchMode):
         for entry in entries.values():
             if entry.kind == Kind.LOAD:
                 return self._reasons[entry.storage]
-        values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
+        values = self.ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
         return f"what it computes depends on {LOAD} ({name})" if values else None
 
     def _first(self, indices: Tensor, dim: int) -> Tensor:
