@@ -976,7 +976,7 @@ class CapacityInPython(Base):
         return super().routed(x, weights, ids)
 
 
-@near_miss("batch size", "how many tokens")
+@near_miss("no routed experts", "comes to nothing")
 class CapacityBySlice(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1210,7 +1210,7 @@ class CumulativeInput(Base):
         return super().forward(hidden_states.cumsum(-2))
 
 
-@near_miss("cuts the batch")
+@near_miss("comes to nothing")
 class MaskOverPositions(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         mask = torch.zeros(hidden_states.shape[-2], dtype=hidden_states.dtype)
