@@ -172,6 +172,11 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class Updated(Replayed):
+    """A buffer that every call changes in place, to what the block's own operations make of it and of the input."""
+
+
+@dataclass(frozen=True)
 class ShapeOfInput:
     """An attribute that is the shape of the input of the last call."""
 

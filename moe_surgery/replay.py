@@ -223,12 +223,19 @@ class Begun:
 
 
 class Replay(nn.Module):
-    """A program with the weights that it takes, by reference."""
+    """A program with the weights that it takes, by reference.
 
-    def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
+    Those in ``state`` change between calls: they are looked up there in each.
+    """
+
+    def __init__(
+        self, program: Program, weights: Mapping[str, Tensor], state: Mapping[str, Tensor | None] | None = None
+    ) -> None:
         super().__init__()
         self.program = program
-        self._held = {name: f"weight_{number}" for number, name in enumerate(program.weights)}
+        self._state = {} if state is None else state
+        fixed = [name for name in program.weights if name not in self._state]
+        self._held = {name: f"weight_{number}" for number, name in enumerate(fixed)}
         for name, own in self._held.items():
             self.register_parameter(own, nn.Parameter(weights[name], requires_grad=False))
         # Not made anew in every call: a CUDA graph can't hold a copy from the host.
@@ -241,5 +248,6 @@ class Replay(nn.Module):
     def forward(self, x: Tensor) -> Begun:
         """See :meth:`Program.begin`."""
         weights = {name: getattr(self, own) for name, own in self._held.items()}
+        weights |= {name: tensor for name, tensor in self._state.items() if tensor is not None}
         numbers = {key: getattr(self, own) for key, own in self._numbers.items()}
         return self.program.begin(x, weights, numbers=numbers)

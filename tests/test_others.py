@@ -15,7 +15,7 @@ from zoo.written import ALL
 import moe_surgery
 from moe_surgery.calling import structured
 from moe_surgery.errors import ProofError, SurgeryError
-from moe_surgery.targets.base import SwappedBlock
+from moe_surgery.targets.base import StandingBlock, SwappedBlock
 
 SHAPES = ((2, 3), (1, 1), (5, 13))
 
@@ -69,6 +69,55 @@ def test_what_others_write_is_replaced_or_left_alone_for_a_reason(case: others.C
         assert isinstance(model.get_submodule(paths[0]), SwappedBlock)
     for one, other in zip(before, answers(model), strict=True):
         assert_same(one, other, exactly=bool(case.words))
+
+
+COUNTING = ["CountsByHistogram", "CountsAndForgets", "CountsInPlaces"]
+
+
+def counting(name: str, dtype: torch.dtype = torch.float32) -> Layer:
+    model = Layer(next(case for case in ALL if case.name == name).make()).to(dtype)
+    with torch.no_grad():
+        for number, buffer in enumerate(model.buffers()):
+            buffer.fill_(number + 2)
+    return model
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_counted_goes_on_being_counted(name: str, dtype: torch.dtype) -> None:
+    model, old = counting(name, dtype), counting(name, dtype)
+    held = dict(model.mlp.named_buffers())
+    report = moe_surgery.apply(model, target="reference")
+    assert isinstance(model.mlp, SwappedBlock), report.steps[0].reason
+    for x in inputs(shapes=SHAPES):
+        for buffer, counted in old.mlp.named_buffers():  # before the first call: the proof's own calls don't count
+            assert getattr(model.mlp, buffer) is held[buffer]
+            assert torch.equal(held[buffer], counted), buffer
+        with torch.no_grad():
+            model(x.to(dtype)), old(x.to(dtype))
+    model.mlp.tokens_per_expert = torch.zeros_like(held["tokens_per_expert"])
+    model(x.to(dtype))
+    assert model.mlp.tokens_per_expert.any() and model.mlp.tokens_per_expert is not held["tokens_per_expert"]
+    saved = model.state_dict()
+    assert torch.equal(saved["mlp.tokens_per_expert"], model.mlp.tokens_per_expert)
+    assert set(saved) == set(old.state_dict())
+    counted = model.mlp.tokens_per_expert.clone()
+    moe_surgery.undo(report)
+    assert torch.equal(model.mlp.tokens_per_expert, counted)
+
+
+def test_a_wrong_count_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = counting("CountsByHistogram")
+    right = StandingBlock.write_buffer
+
+    def wrong(self: StandingBlock, name: str, value: Tensor) -> None:
+        right(self, name, value + (self.get_buffer(name) > 60))
+
+    for update in (wrong, lambda self, name, value: None):
+        monkeypatch.setattr(StandingBlock, "write_buffer", update)
+        with pytest.raises(ProofError, match="buffer tokens_per_expert"):
+            moe_surgery.apply(model, target="reference")
+        assert torch.equal(model.mlp.tokens_per_expert, torch.full((8,), 2.0))
 
 
 @pytest.mark.parametrize("name", ["WithLogitsAndIds", "WithAllOfTheRouter", "Unused"])

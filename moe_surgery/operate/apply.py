@@ -16,7 +16,7 @@ from moe_surgery.errors import ExpectationError, ProofError, SurgeryError
 from moe_surgery.installed.cards import cards
 from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
-from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over
+from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over, uncounted
 from moe_surgery.operate.fitting import check_fits
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.settings import Progress, Settings
@@ -63,7 +63,7 @@ class Operation:
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
-        with self._ahead() as ahead:
+        with uncounted(self.model, self.readings), self._ahead() as ahead:
             for path in self._paths():
                 self._proven(path, ahead)
         self._check_counts("verified")
@@ -76,6 +76,10 @@ class Operation:
         Raises :class:`ProofError` with the report if a block is wrong, or the model around the new blocks does anything
         else than before, and :class:`ExpectationError` if fewer can be proven than the settings ask for.
         """
+        with uncounted(self.model, self.readings):
+            return self._applied()
+
+    def _applied(self) -> Report:
         wanted = self.settings.model_check
         if wanted is not False and self.readings:
             hidden = next(iter(self.readings.values())).spec.hidden

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Replayed, ShapeOfInput
+from moe_surgery.calling import Replayed, ShapeOfInput, Updated
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -28,13 +31,15 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
 
     Raises :class:`Unanswerable` if it can't, and what the target raises.
     """
-    spec, own = reading.spec, own_part(block, reading, tensors)
+    spec = reading.spec
     new = target.build(spec.built, tensors if spec.built == spec else tensors.of_experts(), prefix=path)
-    if own is not None:
-        new.add_module("own_part", own)
     likeness = Likeness.of(block, path)
     if overlap := new.overlap(likeness):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
+    new.hold_buffers(block, state := changing(reading))
+    own = own_part(block, reading, tensors, new._buffers if state else {})
+    if own is not None:
+        new.add_module("own_part", own)
     shaped = any(isinstance(value, ShapeOfInput) for _, value in reading.kept)
     if spec.at == "experts" or own or shaped or not (reading.calling.plain and reading.results is None):
         new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
@@ -42,9 +47,29 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     if owner and "." not in owner:
         router = block.get_submodule(owner)
         new.observe(owner, ObservedRouter(router, Likeness.of(router, f"{path}.{owner}")))
-    new.stand_for(likeness)
+    new.stand_for(likeness.without(state))
     take_over(new, block, reading)
     return new
+
+
+def changing(reading: Reading) -> list[str]:
+    """The buffers of a block that every call changes."""
+    return [name for (_, name), value in reading.kept if isinstance(value, Updated)]
+
+
+@contextmanager
+def uncounted(model: nn.Module, readings: Mapping[str, Reading]) -> Iterator[None]:
+    """Afterwards the buffers that every call of a block changes hold what they held: no call of ours counts."""
+    buffers = [
+        model.get_submodule(path).get_buffer(name) for path, reading in readings.items() for name in changing(reading)
+    ]
+    held = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer, values in zip(buffers, held, strict=True):
+                buffer.copy_(values)
 
 
 def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
@@ -55,6 +80,8 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
     weights = dict(block.named_parameters())
     device, dtype = next(iter(weights.values())).device, own_dtype(weights)
     for (inside, name), value in reading.kept:
+        if isinstance(value, Updated):  # the very same tensor
+            continue
         held = vars(block.get_submodule(inside))
         for attributes in new.attributes(inside):
             if not isinstance(value, (Replayed, ShapeOfInput)):
@@ -65,12 +92,14 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
                 attributes.pop(name, None)
 
 
-def own_part(block: nn.Module, reading: Reading, tensors: BlockTensors) -> OwnPart | None:
-    """The part of ``block`` that its own operations go on computing, if there is any."""
+def own_part(
+    block: nn.Module, reading: Reading, tensors: BlockTensors, state: Mapping[str, Tensor | None]
+) -> OwnPart | None:
+    """The part of ``block`` that its own operations go on computing, if there is any; buffers in ``state`` change."""
     if reading.program is None:
         return None
     weights = {name: weight(block, name) for name in reading.program.weights}
-    return OwnPart(Replay(reading.program, weights), reading.spec, tensors)
+    return OwnPart(Replay(reading.program, weights, state), reading.spec, tensors)
 
 
 def gathered(block: nn.Module, reading: Reading) -> BlockTensors:
@@ -101,6 +130,7 @@ class Double(StandingBlock):
                 self.add_module(name, child)
         likeness = block.likeness
         assert likeness is not None
+        self.hold_buffers(block, [name for name, _ in block.convention.state] if block.convention is not None else [])
         self.stand_for(likeness)
         self.eval()
 

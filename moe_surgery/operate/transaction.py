@@ -79,6 +79,7 @@ class Transaction:
             self._guards.remove()
             for swap in self.swaps:
                 if swap.old is not None:
+                    swap.new.hand_back_buffers(swap.old)
                     swap.place(swap.old)
                     swap.new.keep_original(None)
 

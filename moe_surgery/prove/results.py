@@ -24,6 +24,7 @@ from moe_surgery.weights.tensors import BlockTensors
 _SLACK = 8.0
 _NOTHING = 1e-9
 UNSURE = "every probe is within the router's noise, so that nothing is known of its results"
+UNCHANGED = "no probe changes a buffer that it writes to, so that nothing is known of what it holds"
 
 
 def prove_block(
@@ -41,11 +42,15 @@ def prove_block(
     calling, results = convention.calling, convention.results
     asked = [_asked(block, calling, results) for block in (old, new)]
     verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin, probes=probes)
-    if not verdict.passed or (results is None and not convention.written):
+    if not verdict.passed or (results is None and not convention.written and not convention.state):
         return verdict
     with torch.no_grad():
         fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
-    return verdict if fault is None else replace(verdict, passed=False, reason=fault, powerless=fault == UNSURE)
+    return (
+        verdict
+        if fault is None
+        else replace(verdict, passed=False, reason=fault, powerless=fault in (UNSURE, UNCHANGED))
+    )
 
 
 def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Callable[..., Any]:
@@ -79,7 +84,10 @@ def _faults(
     if not bool(sure.any()):
         yield UNSURE
     most = torch.finfo(x.dtype).eps * spec.hidden**0.5
-    for batch in _batches(old, x, convention.calling):
+    batches = _batches(old, x, convention.calling)
+    if convention.state:
+        yield from _otherwise_changed(old, new, convention, (*batches, x[None, :2]) if len(batches) > 1 else (x, x[:2]))
+    for batch in batches:
         answers = [block(*convention.calling.placed({"hidden_states": batch})) for block in (old, new)]
         if _form(answers[0]) != _form(answers[1]):
             yield f"the new block returns {_form(answers[1])}, the old one {_form(answers[0])}"
@@ -96,6 +104,33 @@ def _faults(
             elif leaf.value != "output":
                 given = [values[number].reshape(len(x), -1) for values in found]
                 yield from _unlike(leaf, given, exact, rounded, sure, margin, most)
+
+
+def _otherwise_changed(
+    old: nn.Module, new: nn.Module, convention: Convention, batches: tuple[Tensor, ...]
+) -> Iterator[str]:
+    """How the buffers that calls change differ between two blocks after several calls that began with the same."""
+    names = [name for name, _ in convention.state]
+    told = set()
+    for begun in (torch.zeros_like, _counted):
+        after: list[dict[str, Tensor]] = []
+        for block in (old, new):
+            for name in names:
+                block.get_buffer(name).copy_(begun(block.get_buffer(name)))
+            for batch in batches:
+                block(*convention.calling.placed({"hidden_states": batch}))
+            after.append({name: block.get_buffer(name).clone() for name in names})
+        for name in names:
+            yield from _apart(f"buffer {name}", after[0][name], after[1][name])
+        told |= {name for name in names if not torch.equal(after[0][name], begun(after[0][name]))}
+    if told != set(names):
+        yield UNCHANGED
+
+
+def _counted(like: Tensor) -> Tensor:
+    """Numbers of which no two that stand together are the same."""
+    places = torch.arange(like.numel(), device=like.device).view(like.shape)
+    return (places % (2 if like.dtype is torch.bool else 5)).to(like.dtype) + torch.zeros_like(like)
 
 
 def _batches(block: nn.Module, x: Tensor, calling: Calling) -> tuple[Tensor, ...]:

@@ -45,6 +45,7 @@ class Asking:
         for turned, other in others:
             if other is None or other.says != found.says:
                 raise Unreadable(f"{DEPENDS} (compares it with {min(turned).rpartition(' ')[2]})")
+            found = found.with_beyond(other.beyond)
         return found
 
     def on_all_branches(
@@ -91,6 +92,11 @@ def crowded_together(rows: int, choices: int, k: int) -> Tensor:
     ids = (choices - 1 - torch.arange(k)[None, :] - torch.arange(rows)[:, None] % 2) % choices
     ids[:1] = k - 1 - torch.arange(k)
     return ids
+
+
+def together(rows: int, choices: int, k: int) -> Tensor:
+    """Every token on the same experts, far from each other."""
+    return (torch.arange(k) * choices // k).expand(rows, k).contiguous()
 
 
 def spread(rows: int, choices: int, k: int) -> Tensor:

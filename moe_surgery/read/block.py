@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread
+from moe_surgery.read.asking import FEW, Asking, crowded_together, rolled, spread, together
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, kept_by_both
@@ -44,6 +44,7 @@ from moe_surgery.weights.layout import Layout
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
+_LONGEST_PART = 2048  # of a batch that is cut: twice as many tokens are recorded
 _ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
 
@@ -121,6 +122,8 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, ins
             records += [_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in records):  # the number of a row may be branched on unseen
             records.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
+        if beyond := {end for record_ in records for end, _ in record_.beyond}:
+            records += _of_parts(ask, crowded, beyond, own)
         if first.on_input and split:
             raise Unreadable("its experts weight their inputs")
         # What differs there decides, and not what follows.
@@ -242,6 +245,28 @@ def _of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Recor
         if not many.lone:
             raise
     raise Unreadable(f"{DEPENDS} (asks whether it is one)")
+
+
+def _of_parts(ask: Asking, crowded: _Crowded, beyond: set[int], dtype: torch.dtype) -> list[Record]:
+    """Records of batches so large that they are cut ``beyond`` the others, and that more than once, of whichever size.
+
+    An expert's tokens may be cut too: first all are sent to the same experts, then to each some.
+    """
+    reason = f"{DEPENDS} (cuts the batch at {min(beyond)})"
+    if max(beyond) > _LONGEST_PART:
+        raise Unreadable(reason)
+    tokens = 2 * max(beyond) + 3
+    leads = [(tokens,)] if crowded.flat else [(1, tokens), (tokens, 1)]
+    how: dict[str, Any] = {"plain": True, "calling": ask.calling, "inside": ask.inside}
+    found = [
+        ask.parse(record(ask.block, (*lead, crowded.width), dtype, route, **how), dtype)
+        for lead, route in [(leads[0], together), *((lead, rolled) for lead in leads)]
+    ]
+    reached = {end for record_ in found for end in record_.within}
+    left = {end for end, size in found[0].beyond if size}
+    if beyond - reached or beyond & left:
+        raise Unreadable(reason)
+    return found
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Replayed
 from moe_surgery.read.asking import FEW, Asking, spread
@@ -42,7 +43,18 @@ def own_part(
     if any(record.cut for record in records):
         _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
     found = replace(found, of_tokens=of_tokens)
+    _check_cuts(found, {end for record in records for end, _ in record.beyond})
     return found if numbers == tuple(range(len(numbers))) else found.renumbered(numbers)
+
+
+def _check_cuts(program: Program, beyond: set[int]) -> None:
+    """Raise :class:`Unreadable` if a program cuts the batch ``beyond`` the one that it was recorded of."""
+    for part in (program, program.of_tokens):
+        steps = part.steps if part is not None else ()
+        if cut := beyond.intersection(leaf for step in steps for leaf in tree_leaves((step.args, step.kwargs))):
+            raise Unreadable(
+                f"{DEPENDS} (cuts the batch at {min(cut)}), and its own operations are to go on computing part of it"
+            )
 
 
 def _check(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.calling import Replayed, Result, Structure
+from moe_surgery.calling import Replayed, Result, Structure, Updated
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
@@ -83,6 +83,19 @@ class Record:
         return self.flow is not None and self.flow.one_by_one
 
     @property
+    def within(self) -> frozenset[int]:
+        return frozenset() if self.flow is None else self.flow.within
+
+    @property
+    def beyond(self) -> frozenset[tuple[int, int]]:
+        return frozenset() if self.flow is None else self.flow.beyond
+
+    def with_beyond(self, more: frozenset[tuple[int, int]]) -> Record:
+        """The same where another branch has cuts beyond the batch too."""
+        assert self.flow is not None
+        return replace(self, flow=replace(self.flow, beyond=self.flow.beyond | more)) if more else self
+
+    @property
     def lead(self) -> tuple[int, ...]:
         """The input's dimensions before the last."""
         assert self.flow is not None
@@ -148,7 +161,13 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
 
 def replayed(kept: Attributes) -> Attributes:
     """Attributes, with what came of the input named."""
-    return {key: Replayed(attribute(*key)) if isinstance(value, Given) else value for key, value in kept.items()}
+
+    def named(key: tuple[str, str], value: Any) -> Any:
+        if not isinstance(value, Given):
+            return value
+        return (Updated if value.state else Replayed)(attribute(*key))
+
+    return {key: named(key, value) for key, value in kept.items()}
 
 
 def attribute(path: str, name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Flow, Given, Op, Ref
-from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain
+from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain, done
 from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
@@ -179,7 +179,7 @@ class Builder:
             )
             if origin.func._schema.is_mutable:
                 args = [args[0].clone(), *args[1:]]
-            result = origin.func(*args, **kwargs)
+            result = done(origin.func, args, kwargs)
             self._values[id(origin)] = result if origin.place is None else result[origin.place]
         return self._values[id(origin)]
 

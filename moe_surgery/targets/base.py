@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moe_surgery.replay import ENTERING, Begun
@@ -102,10 +103,15 @@ class SwappedBlock(nn.Module):
         replayed = begun.outputs if begun is not None else {}
         for (path, name), where in self.convention.written:
             self.write(path, name, x.shape if where is None else replayed[where])
+        for name, where in self.convention.state:
+            self.write_buffer(name, replayed[where])
         return self.convention.answer(x, output, replayed)
 
     def write(self, path: str, name: str, value: Any) -> None:
         """Give the attribute ``name`` of the old block's module ``path`` a value. By default it has none."""
+
+    def write_buffer(self, name: str, value: Tensor) -> None:
+        """Change the old block's buffer ``name``, as every call of it did. By default there is none."""
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise :class:`SurgeryError` if ``fn``, which ``Module.to`` and the like apply to every tensor, can't be."""
@@ -120,6 +126,21 @@ class StandingBlock(Standing, SwappedBlock):
     def write(self, path: str, name: str, value: Any) -> None:
         for attributes in self.attributes(path):
             attributes[name] = value
+
+    def write_buffer(self, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.get_buffer(name).copy_(value)
+
+    def hold_buffers(self, block: nn.Module, names: Iterable[str]) -> None:
+        """Have those buffers of ``block`` under their ``names``, by reference; call this before :meth:`stand_for`."""
+        for name in names:
+            lasting = name not in block._non_persistent_buffers_set
+            self.register_buffer(name, block.get_buffer(name), persistent=lasting)
+
+    def hand_back_buffers(self, block: nn.Module) -> None:
+        """Give ``block``, which stood here and does again, its buffers as they are now."""
+        for name in block._buffers.keys() & self._buffers.keys():
+            block._buffers[name] = self._buffers[name]
 
     def attributes(self, path: str) -> Iterator[dict[str, Any]]:
         """Wherever the plain attributes of the old block's module ``path`` are, to be written to."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import Calling, Constant, Replayed, Result, ShapeOfInput, Structure
+from moe_surgery.calling import Calling, Constant, Replayed, Result, ShapeOfInput, Structure, Updated
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -25,12 +25,14 @@ class Convention:
 
     Tensors are the router's own, by reference. ``own`` is the part of the block that its own operations go on
     computing; ``written`` are attributes, by module and name, that come of it, or None for the input's shape.
+    ``state`` are the buffers of the block that every call changes, and what of ``own`` they are changed to.
     """
 
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
     written: tuple[tuple[tuple[str, str], str | None], ...] = ()
+    state: tuple[tuple[str, str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
@@ -47,11 +49,17 @@ class Convention:
         kept: Sequence[tuple[tuple[str, str], Any]] = (),
     ) -> Convention:
         """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
+        state = tuple((name, value.where) for (_, name), value in kept if isinstance(value, Updated))
         coming = [(place, value) for place, value in kept if isinstance(value, (Replayed, ShapeOfInput))]
-        written = tuple((place, value.where if isinstance(value, Replayed) else None) for place, value in coming)
+        written = tuple(
+            (place, value.where if isinstance(value, Replayed) else None)
+            for place, value in coming
+            if not isinstance(value, Updated)
+        )
         if results is None:
-            return cls(calling, None, own, written)
-        return cls(calling, results, own, written, spec, tensors.router, tensors.router_bias, tensors.correction_bias)
+            return cls(calling, None, own, written, state)
+        router = tensors.router, tensors.router_bias, tensors.correction_bias
+        return cls(calling, results, own, written, state, spec, *router)
 
     def answer(self, x: Tensor, output: Tensor, replayed: Mapping[str, Tensor]) -> Any:
         """The results of a call with ``x`` [..., H] whose output is ``output``, and what was ``replayed`` of it."""

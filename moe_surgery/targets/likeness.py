@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -58,6 +58,10 @@ class Likeness:
             children,
             {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items() if tensor is not None},
         )
+
+    def without(self, names: Iterable[str]) -> Likeness:
+        """The same for a block that has the buffers ``names`` itself."""
+        return replace(self, moved=self.moved.difference(names))
 
     def answer(self, name: str, standing: nn.Module) -> Any:
         """The attribute ``name`` for ``standing``, which stands where the module stood.
@@ -174,13 +178,16 @@ class Standing(nn.Module):
         """
         if self._likeness is None:
             return super().state_dict(*args, **kwargs)
+        prefix, path = kwargs.get("prefix", ""), self._likeness.path
         if self._original is not None:
-            return self._original.state_dict(*args, **kwargs)
-        destination = kwargs.get("destination")
-        found: Any = OrderedDict() if destination is None else destination
-        path = self._likeness.path
-        for name, (shape, dtype) in self._likeness.tensors().items():
-            found[f"{kwargs.get('prefix', '')}{name}"] = GivenUp.of(f"{path}.{name}", shape, dtype)
+            found = self._original.state_dict(*args, **kwargs)
+        else:
+            found = OrderedDict() if kwargs.get("destination") is None else kwargs["destination"]
+            for name, (shape, dtype) in self._likeness.tensors().items():
+                found[f"{prefix}{name}"] = GivenUp.of(f"{path}.{name}", shape, dtype)
+        for name, tensor in self._buffers.items():  # which the module has itself, as they are now
+            if name in self._likeness.shapes and tensor is not None:
+                found[f"{prefix}{name}"] = tensor if kwargs.get("keep_vars") else tensor.detach()
         return found
 
     def _load_from_state_dict(

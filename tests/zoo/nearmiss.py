@@ -336,24 +336,27 @@ class IntegerBuffer(Base):
 
 
 @near_miss("calls")
-class CountingBuffer(Base):
+class EveryOtherCall(Base):
     def make_more(self) -> None:
         self.register_buffer("calls", torch.zeros(1))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
         self.calls += 1
-        return super().forward(hidden_states)
+        return super().combine(x, routed * (self.calls % 2), shared)
 
 
-@near_miss("tokens_per_expert")
-class CountingTokens(Base):
+@near_miss("writes to tokens_per_expert, of which something else comes too")
+class LessOfTheBusy(Base):
+    """Its ranking is corrected by the loads of the calls before."""
+
     def make_more(self) -> None:
         self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weights, ids = super().route(x)
+        scores = self.logits(x).softmax(-1)
+        ids = (scores - 0.01 * self.tokens_per_expert).topk(self.top_k, dim=-1).indices
         self.tokens_per_expert.add_(torch.bincount(ids.flatten(), minlength=self.num_experts))
-        return weights, ids
+        return scores.gather(1, ids), ids
 
 
 # Clamps, caps and other functions of values
@@ -973,7 +976,7 @@ class CapacityInPython(Base):
         return super().routed(x, weights, ids)
 
 
-@near_miss("batch size", "how many tokens")
+@near_miss("no routed experts", "comes to nothing")
 class CapacityBySlice(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1207,7 +1210,7 @@ class CumulativeInput(Base):
         return super().forward(hidden_states.cumsum(-2))
 
 
-@near_miss("cuts the batch")
+@near_miss("comes to nothing")
 class MaskOverPositions(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         mask = torch.zeros(hidden_states.shape[-2], dtype=hidden_states.dtype)

@@ -522,7 +522,7 @@ class RemembersItsOutput(Base):
         return out
 
 
-@block(STATE, "is written to", "writes to")
+@block(STATE)
 class CountsInABuffer(Base):
     def make_more(self) -> None:
         self.register_buffer("loads", torch.zeros(self.num_experts))

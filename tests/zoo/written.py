@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from . import forms, plain
 from .around import Alone
-from .others import COUNTS, PLACES, RESULTS, block, module
+from .others import COUNTS, PLACES, RESULTS, STATE, block, module
 
 __all__ = ["ALL"]
 
@@ -294,6 +295,249 @@ class RemembersShapes(Alone):
         except TypeError:
             shape = _flat(hidden_states.shape)
         return super().forward(hidden_states.reshape(shape)).reshape(hidden_states.shape)
+
+
+class WeightsItsInputs(Alone):
+    wide = torch.float32
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, slot = torch.where(ids == number)
+            given = x[token].to(self.wide) * weights[token, slot, None].to(self.wide)
+            out.index_add_(0, token, self.expert(number, given.to(x.dtype)))
+        return out
+
+
+@block(PLACES)
+class WeightsItsInputsInFloat32(WeightsItsInputs):
+    """They are rounded afterwards (torchtitan)."""
+
+
+@block(PLACES, "float16")
+class WeightsItsInputsInFloat16(WeightsItsInputs):
+    wide = torch.float16
+
+
+PART = 80
+
+
+class InParts(Alone):
+    """So many tokens at a time, as they take memory on their way."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        parts = zip(x.split(PART), weights.split(PART), ids.split(PART), strict=True)
+        return torch.cat([self.part(number, *part) for number, part in enumerate(parts)])
+
+    def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().routed(x, weights, ids)
+
+
+@block(COUNTS)
+class PartsOfTokens(InParts):
+    pass
+
+
+@block(COUNTS, "differently", "different ways")
+class ThirdPartTwice(InParts):
+    def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().part(number, x, weights, ids) * (2 if number == 2 else 1)
+
+
+@block(COUNTS, "another token", "adds x")
+class PartsWithTheirFirstToken(InParts):
+    def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().part(number, x, weights, ids) + x[:1]
+
+
+@block(COUNTS, "its output is", "cuts the batch")
+class OnlyTheFirstPart(InParts):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states[:, :PART])
+
+
+@block(COUNTS)
+class PartsByTheirPlaces(InParts):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[0], PART):
+            part = slice(start, min(start + PART, x.shape[0]))
+            out[part] = self.part(start, x[part], weights[part], ids[part])
+        return out
+
+
+@block(COUNTS, "differently", "different ways")
+class PartsOfOtherWeights(PartsByTheirPlaces):
+    def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().part(number, x, weights * (1 + number // PART), ids)
+
+
+@block(COUNTS, "elsewhere another", "treats tokens")
+class OtherExpertsForLaterParts(PartsByTheirPlaces):
+    def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        others = torch.tensor([0, 1, 2, 7, 4, 5, 6, 3])
+        return super().part(number, x, weights, others[ids] if number else ids)
+
+
+@block(COUNTS, "rank once per token")
+class RoutedInParts(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        return torch.cat([self.routed(part, *self.route(part)) for part in x.split(PART)]).reshape(hidden_states.shape)
+
+
+@block(COUNTS)
+class PartsOfAnExpertsTokens(Alone):
+    """Of a block with a router of its own (a port of MiniMax-M2)."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.logits(x).sigmoid() + 0.1 * self.logits(x).tanh()).topk(self.top_k, dim=-1)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            tokens, slots = torch.where(ids == number)
+            for start in range(0, tokens.shape[0], PART):
+                token, slot = tokens[start : start + PART], slots[start : start + PART]
+                out.index_add_(
+                    0, token, self.weighted(start, self.expert(number, x[token]), weights[token, slot, None])
+                )
+        return out
+
+    def weighted(self, start: int, done: Tensor, weights: Tensor) -> Tensor:
+        return done * weights
+
+
+@block(COUNTS, "differently", "told from", "is used", "elsewhere", "uses")
+class LaterTokensOfAnExpertTwice(PartsOfAnExpertsTokens):
+    def weighted(self, start: int, done: Tensor, weights: Tensor) -> Tensor:
+        return done * weights * (2 if start else 1)
+
+
+@block(COUNTS, "takes no part", "comes to nothing", "uses")
+class NoMoreThanAPartForAnExpert(Alone):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, slot = (places[:PART] for places in torch.where(ids == number))
+            out.index_add_(0, token, self.expert(number, x[token]) * weights[token, slot, None])
+        return out
+
+
+@block(COUNTS, "its own operations")
+class ALossOfParts(InParts):
+    def forward(self, hidden_states: Tensor) -> Any:
+        logits = self.logits(hidden_states.reshape(-1, self.hidden))
+        return super().forward(hidden_states), sum(part.softmax(-1).mean() for part in logits.split(PART))
+
+
+@block(COUNTS, "cuts the batch", "rank once per token")
+class ARouterInParts(PartsOfAnExpertsTokens):
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [super(ARouterInParts, self).route(part) for part in x.split(PART)]
+        return torch.cat([weights for weights, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+@block(COUNTS, "cuts the batch at 4096")
+class LongerPartsThanAreAsked(Alone):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        parts = zip(x.split(4096), weights.split(4096), ids.split(4096), strict=True)
+        return torch.cat([super(LongerPartsThanAreAsked, self).routed(*part) for part in parts])
+
+
+class Counting(Alone):
+    """Loads are counted in every call, for somebody who balances them (torchtitan)."""
+
+    dtype = torch.float32
+
+    def make_more(self) -> None:
+        self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=self.dtype))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(x)
+        with torch.no_grad():
+            self.count(x, ids, torch.bincount(ids.flatten(), minlength=self.num_experts))
+        return weights, ids
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        raise NotImplementedError
+
+
+@block(STATE)
+class CountsByHistogram(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        size = self.num_experts
+        self.tokens_per_expert.add_(torch.histc(ids.float().view(-1), bins=size, min=0, max=size))
+
+
+@block(STATE)
+class CountsAndForgets(Counting):
+    """A running mean of loads, the calls, and a running mean of the tokens."""
+
+    def make_more(self) -> None:
+        super().make_more()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("mean", torch.zeros(self.hidden))
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.calls += 1
+        self.tokens_per_expert.mul_(0.9).add_(loads / loads.sum(), alpha=0.1)
+        self.mean.lerp_(x.mean(0), 0.5)
+
+
+@block(STATE)
+class CountsInPlaces(Counting):
+    dtype = torch.int64
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+
+
+@block(STATE, "writes to tokens_per_expert")
+class CountsThroughAView(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert[1:] += loads[1:]
+
+
+@block(STATE, "tokens_per_expert")
+class CountsByAnotherName(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert.data.add_(loads)
+
+
+@block(STATE, "batch size")
+class CountsAllTokens(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += x.shape[0]
+
+
+@block(STATE, "depends on how many tokens")
+class ALoadThatIsTooMuch(Counting):
+    """What was counted decides what it does."""
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += loads
+
+    def combine(self, x: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        return routed.where(self.tokens_per_expert.max() < 100, 0.0)
+
+
+@block(STATE, "writes to gate.calls")
+class ItsRouterCounts(Counting):
+    """Others may call the router too, which counts as a call."""
+
+    def make_more(self) -> None:
+        super().make_more()
+        self.gate.register_buffer("calls", torch.zeros(()))
+
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.gate.calls += 1
+
+
+@block(STATE, "no probe changes a buffer")
+class CountsNothing(Counting):
+    def count(self, x: Tensor, ids: Tensor, loads: Tensor) -> None:
+        self.tokens_per_expert += loads * 0
 
 
 ALL = forms.ALL  # those above among them

@@ -162,11 +162,13 @@ class Terms:
         """A linear map, computed in ``dtype``. Scalar factors of the input are taken out: W(s·v) = s·(W v)."""
         if arg.op == "const" and arg.args[0] == 0.0:
             return arg
-        if arg.op == "mul":
-            scalars = [part for part in arg.args if part.size == 1]
-            vectors = [part for part in arg.args if part.size != 1]
+        product = arg.args[0] if arg.op == "cast" else arg
+        if product.op == "mul":
+            scalars = [part for part in product.args if part.size == 1]
+            vectors = [part for part in product.args if part.size != 1]
             if scalars and vectors and arg.size != 1:
-                return self.mul(*scalars, self.lin(self.mul(*vectors), matrix, rows, dtype))
+                rest = self.mul(*vectors) if product is arg else self.cast(self.mul(*vectors), arg.args[1])
+                return self.mul(*scalars, self.lin(rest, matrix, rows, dtype))
         if arg.op == "cat" and any(part.op == "const" for part in arg.args[1:]):  # of parts that only some make
             width, *parts = arg.args
             pieces = [matrix.inputs(n * width, (n + 1) * width, arg.size) for n in range(len(parts))]

@@ -47,6 +47,11 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     needed |= _before([choice.record for choice in recorder.choices.made()])
     asked = _asked_for(needed, leaves)
     needed |= _before([question.node for question in asked])
+    state = _state(recorder, needed)
+    attributes |= {("", name): leaf for name, leaf in state.items()}
+    needed |= _before([leaf.value for leaf in state.values()])
+    asked = _asked_for(needed, [*leaves, *state.values()])
+    needed |= _before([question.node for question in asked])
     nodes = [node for node in recorder.graph.nodes if node in needed]
     index = {node: Ref(place) for place, node in enumerate(nodes)}
     ops = tuple(_op(recorder, node, index, made) for node in nodes)
@@ -63,6 +68,8 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
         outside=recorder.outside,
+        within=frozenset(recorder.ledger.within),
+        beyond=frozenset(recorder.ledger.beyond),
     )
 
     def placed(leaf: Any) -> Any:
@@ -91,6 +98,23 @@ def _before(ends: list[torch.fx.Node]) -> set[torch.fx.Node]:
 def _attribute(recorder: Recorder, value: Any, name: str) -> Any:
     """An attribute that the block wrote, as :func:`_result` puts it."""
     return _result(recorder, value, name, None) if isinstance(value, Tensor) else value
+
+
+def _state(recorder: Recorder, needed: set[torch.fx.Node]) -> dict[str, Given]:
+    """What the buffers that a call changed were changed to, by name.
+
+    Nothing ``needed`` for anything else may know them: then the block does the same in every call.
+    """
+    found = {}
+    for name in recorder.changed:
+        entry = recorder.entry(recorder.entries.vectors[name])
+        known = any(node.op == "get_attr" and node.target == name for node in needed)
+        if entry.node is None or entry.node.op == "get_attr" or known:
+            more = ", of which something else comes too" if known else ""
+            raise recorder.object_to(f"it writes to {name}{more}")
+        dtype = str(entry.tensor.dtype).removeprefix("torch.")
+        found[name] = Given(name, entry.node, tuple(entry.tensor.shape), dtype, state=True)
+    return found
 
 
 def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:

@@ -65,7 +65,8 @@ class Choice:
 class Given:
     """A tensor that is returned, or kept, as ``where``.
 
-    ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output.
+    ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output. ``state``: it is what a
+    buffer of the block was changed to.
     """
 
     where: str
@@ -73,6 +74,7 @@ class Given:
     shape: tuple[int, ...]
     dtype: str
     origin: Origin | None = None
+    state: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +87,10 @@ class Flow:
     ``positive`` are operations whose results the record took to be above zero in some places, and zero elsewhere.
     ``asked`` are the operations whose results were asked for these places, by what came of it.
     ``outside``: it chose some that it masks, since a record chooses without looking at what is ranked.
+    ``within`` and ``beyond`` are fixed places at which it cuts the batch, or would cut a larger one.
     ``used`` are the weights that anything of this came of.
     ``kept`` are attributes that the block wrote, by module and name, with the values that they have after every call,
-    or :class:`Given` for what came of the input.
+    or :class:`Given` for what came of the input; so are buffers that it changed.
     """
 
     ops: tuple[Op, ...]
@@ -102,6 +105,8 @@ class Flow:
     asked: Mapping[Asked, Ref] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
     outside: bool = False
+    within: frozenset[int] = frozenset()
+    beyond: frozenset[tuple[int, int]] = frozenset()
 
     def like(self, other: Flow) -> bool:
         """Whether another record of the same call did the same."""

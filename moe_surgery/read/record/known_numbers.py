@@ -66,10 +66,17 @@ _PLACES |= {"scatter": 2, "scatter_add": 2, "scatter_reduce": 2, "_grouped_mm": 
 
 
 class Ledger:
-    """Decides kinds. ``fixed`` are sizes that don't come from the batch; ``object_to`` makes the exception to raise."""
+    """Decides kinds. ``fixed`` are sizes that don't come from the batch; ``object_to`` makes the exception to raise.
+
+    ``within`` are fixed places at which the batch was cut, ``beyond`` those that it doesn't reach, with its size there:
+    a larger one would be cut, which only a record of such a one can show.
+    """
 
     def __init__(self, fixed: set[int], object_to: Callable[[str], Exception]) -> None:
         self.fixed, self.object_to = fixed, object_to
+        self.within: set[int] = set()
+        self.beyond: set[tuple[int, int]] = set()
+        self.whole = False  # whether no other record shows larger batches
         self._blank = False
         self._by_batch = False
         self.plain = False  # numbers of tokens that Python was given look like any others
@@ -216,7 +223,7 @@ class Ledger:
         return shape[args[1] if len(args) > 1 else 0] not in self.fixed
 
     def check_cut(self, name: str, args: Sequence[Any], symbolic: bool) -> None:
-        """Object to parts of a batch that begin or end at a fixed place beyond this one."""
+        """Note where parts of a batch begin or end at a fixed place."""
         shape = args[0].shape
         if name not in ("slice", "split", "squeeze"):
             return
@@ -231,8 +238,17 @@ class Ledger:
             return
         ends = args[2:4] if name == "slice" else [args[1]] if name == "split" and isinstance(args[1], int) else []
         for end in ends:
-            if end is not None and size < abs(end) < _FAR:
-                raise self.object_to(f"{DEPENDS} (cuts the batch at {end})")
+            if end is not None and abs(end) < _FAR:
+                self.cut(end, size)
+
+    def cut(self, end: int, size: int) -> None:
+        """Note that a dimension of the batch, of a ``size``, is cut at ``end``."""
+        if abs(end) <= size:
+            self.within.add(end)
+        elif end < 0 or self.whole:
+            raise self.object_to(f"{DEPENDS} (cuts the batch at {end})")
+        else:
+            self.beyond.add((end, size))
 
     def _batchwise(self, name: str, args: Sequence[Any]) -> bool:
         """Whether a reduction goes along a dimension whose size comes from the batch."""

@@ -84,6 +84,15 @@ class Lineage:
                 self._known[id(tensor)] = Computed(func, tuple(args), kwargs, place if several else None)
 
 
+def done(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operation on known numbers, which are calculated on the CPU wherever the block is.
+
+    There torch counts no whole numbers in a histogram, as it does on a GPU.
+    """
+    whole = func is torch.ops.aten.histc.default and not args[0].is_floating_point()
+    return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype) if whole else func(*args, **kwargs)
+
+
 def chosen(origins: Iterable[Origin]) -> set[Made]:
     """The choices that numbers come from."""
     return {origin.choice for origin in sources(origins) if isinstance(origin, Chosen)}

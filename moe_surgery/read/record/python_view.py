@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.read.record.batch_size import DEPENDS, BatchShape, BatchSize
+from moe_surgery.read.record.batch_size import BatchShape, BatchSize
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
@@ -125,7 +125,7 @@ class Sizes(TorchFunctionMode):
         return any(size not in self.recorder.fixed for size in tensor.shape)
 
     def _check_cuts(self, tensor: Tensor, index: Any) -> None:
-        """Object to plain numbers beyond the end of the batch, which torch silently takes for the end."""
+        """Note plain numbers beyond the end of the batch, which torch silently takes for the end."""
         items = list(index) if isinstance(index, tuple) else [index]
         taken = sum(_dims(item) for item in items)
         dim = 0
@@ -133,7 +133,7 @@ class Sizes(TorchFunctionMode):
             if isinstance(item, slice) and dim < tensor.ndim and tensor.shape[dim] not in self.recorder.fixed:
                 for bound in (item.start, item.stop):
                     if type(bound) is int and abs(bound) > tensor.shape[dim]:
-                        raise self.recorder.object_to(f"{DEPENDS} (cuts the batch at {bound})")
+                        self.recorder.ledger.cut(bound, tensor.shape[dim])
             dim += tensor.ndim - taken if item is Ellipsis else _dims(item)
 
     def _places(self, index: Any) -> Any:

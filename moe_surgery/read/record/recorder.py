@@ -10,7 +10,8 @@ recorded. Two things make control flow safe to follow:
 * Sizes that come from the batch are marked. Code that compares such a size with a number branches on the batch size,
   which one record can't show; this, and everything else that a record can't hold (random numbers, a value read back
   to Python, a write to the input or to a weight, a tensor from outside), is written down as an objection. Objections
-  stand even if the block's own code catches the exception.
+  stand even if the block's own code catches the exception. A write to a buffer of the block is none yet: what it is
+  changed to is one of the results.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
-from moe_surgery.read.record.choices import Choices, Made, check_top_k, ranking
+from moe_surgery.read.record.choices import Choices, Made, check_top_k, no_choice, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
-from moe_surgery.read.record.lineage import Lineage
+from moe_surgery.read.record.lineage import Lineage, done
 from moe_surgery.read.record.masked import moved_inside, open_places
 from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
@@ -73,12 +74,14 @@ class Recorder(TorchDispatchMode):
         self.by_batch = False
         self.scaled: str | None = None
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
+        self.changed: dict[str, None] = {}  # buffers of the block
         self._reasons: dict[int, str] = {}  # by the storage of what nothing may come of
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
         self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
-        self._ledger = Ledger(self.fixed, self.object_to)
+        self.ledger = Ledger(self.fixed, self.object_to)
+        self.ledger.whole = route is no_choice
         self.lineage = Lineage()
         self._results = MetaResults()
         self._limits: list[Tensor] = []  # kept alive, as they are told by identity
@@ -98,7 +101,7 @@ class Recorder(TorchDispatchMode):
         if strided:
             tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=self.dtype, device="meta")
             tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
-        self._ledger.plain = strided
+        self.ledger.plain = strided
         self.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
         entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
         self.entries.guarded[entry.storage] = "its input"
@@ -143,7 +146,7 @@ class Recorder(TorchDispatchMode):
             self.paused = False
         self.entries.enter(tensor, None, None, tensor, Kind.COUNT if size.pure else Kind.DERIVED)
         if size.pure:
-            self._ledger.limits[id(tensor)] = size.of_batch
+            self.ledger.limits[id(tensor)] = size.of_batch
             self._limits.append(tensor)
         return tensor
 
@@ -204,7 +207,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
-            self._ledger.check_cut(name, args, self.symbolic(args[0]))
+            self.ledger.check_cut(name, args, self.symbolic(args[0]))
         single = any(entry.single for entry in entries.values())
         if single and name not in SHAPED and not name.endswith("_like") and not name.startswith("new_"):
             self.one_by_one = True
@@ -225,8 +228,11 @@ class Recorder(TorchDispatchMode):
         if len(targets) != 1 or targets[0] is not args[0]:
             raise self.object_to(f"{func} writes to an argument")
         guarded = self.entries.guarded.get(self.entry(args[0]).storage)
-        if guarded is not None:
+        if guarded is None:
+            return args[0]
+        if self.entries.vectors.get(guarded) is not args[0] or self.route is no_choice:
             raise self.object_to(f"it writes to {guarded}")
+        self.changed[guarded] = None
         return args[0]
 
     def _concrete(self, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]) -> Any:
@@ -235,17 +241,17 @@ class Recorder(TorchDispatchMode):
         origins = self.lineage.origins((args, kwargs))
         args, kwargs = mapped(lambda tensor: entries[id(tensor)].real, (args, kwargs))
         kinds = {id(entry.real): entry.kind for entry in entries.values()}
-        self._ledger.before(name, args, self.by_batch)
-        result = func(*args, **kwargs)
+        self.ledger.before(name, args, self.by_batch)
+        result = func(*args, **kwargs) if self.entries.device.type == "cpu" else done(func, args, kwargs)
         if name.startswith(("empty", "new_empty")):
             result.fill_(float("nan") if result.is_floating_point() else -(2**20))
         self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
         if not (self.lenient and name in ("min", "max", "aminmax")):
-            found = self._ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
+            found = self.ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
         dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
-        reason = (dead or [self._ledger.reason])[0]
+        reason = (dead or [self.ledger.reason])[0]
         for leaf, kind in zip(made, found, strict=True):
             if kind == Kind.LOAD:
                 self._reasons.setdefault(storage(leaf), reason)
@@ -294,7 +300,7 @@ class Recorder(TorchDispatchMode):
             return args[0]
         if name == "argmax" and ranked is not None:
             return self._choose(record, result, ranked)
-        single = self._ledger.single(name, args) or any(entry.single for entry in entries.values())
+        single = self.ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
             entry = self._enter(result, record, result)
             entry.single = single
@@ -318,7 +324,7 @@ class Recorder(TorchDispatchMode):
         for entry in entries.values():
             if entry.kind == Kind.LOAD:
                 return self._reasons[entry.storage]
-        values = self._ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
+        values = self.ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
         return f"what it computes depends on {LOAD} ({name})" if values else None
 
     def _first(self, indices: Tensor, dim: int) -> Tensor:

@@ -73,7 +73,8 @@ class Entries:
     """The tensors of one record. The block's weights are entered when first used, as meta tensors of ``dtype``.
 
     Those of another dtype than the block's own, such as a router's that is kept in float32, are entered as they are.
-    ``guarded`` names the storages that must not be written to; ``device`` is where the block would run.
+    ``guarded`` names the storages that must not be written to; ``vectors`` are the block's own buffers of less than two
+    dimensions, by name; ``device`` is where the block would run.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
@@ -90,6 +91,8 @@ class Entries:
         self._state = {id(tensor): (name, tensor) for name, tensor in reversed(state)}
         self._storages = {storage(tensor): (name, tensor) for name, tensor in reversed(state)}
         self.sizes = {size for _, tensor in state for size in tensor.shape}
+        # Which a call may change: the block's own, not those of its modules, which others may call.
+        self.vectors = {name: tensor for name, tensor in block.named_buffers(recurse=False) if tensor.ndim < 2}
         devices = [tensor.device for _, tensor in state if not tensor.is_meta]
         self.device = devices[0] if devices else torch.device("cpu")
 
