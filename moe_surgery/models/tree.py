@@ -200,7 +200,7 @@ def _block_path(
     if not bank and (whole := _around_shards(modules, path, count)) is not None:
         return whole
     block_like = certain and takes_one(modules[path])
-    if not (block_like and bank):
+    if not (block_like and bank) or not any(True for _ in _beside(modules[path], *bank)):
         for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
             inside = path[len(outer) :].lstrip(".")
             if outer not in modules or isinstance(modules[outer], (nn.ModuleList, nn.ModuleDict)):
@@ -241,4 +241,4 @@ def takes_one(module: nn.Module) -> bool:
         return False
     parameters = inspect.signature(module.forward).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(needed) == 1
+    return len(needed) == 1 or (not needed and any(p.kind is p.VAR_POSITIONAL for p in parameters))

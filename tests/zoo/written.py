@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import forms, plain
 from .around import Alone
-from .others import COUNTS, PLACES, RESULTS, block, module
+from .others import COUNTS, PLACES, RESULTS, STATE, block, module
 
 __all__ = ["ALL"]
 
@@ -294,6 +294,130 @@ class RemembersShapes(Alone):
         except TypeError:
             shape = _flat(hidden_states.shape)
         return super().forward(hidden_states.reshape(shape)).reshape(hidden_states.shape)
+
+
+class _Dispatcher:
+    """No module: it remembers the shape of what it takes apart, and what went where, until it is put together again."""
+
+    def apart(self, hidden_states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape = hidden_states.shape
+        self.order = ids.flatten().argsort(stable=True)
+        return hidden_states.reshape(-1, self.shape[-1])[self.order // ids.shape[-1]], ids.flatten()[self.order]
+
+    def together(self, done: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros(weights.shape[0], self.shape[-1], dtype=done.dtype, device=done.device)
+        done = done * weights.flatten()[self.order, None]
+        return out.index_add(0, self.order // weights.shape[-1], done).view(self.shape)
+
+
+@block(STATE)
+class WithADispatcher(Alone):
+    """A plain object takes tokens apart and puts them together (Yuan 2, Megatron)."""
+
+    dispatcher: type[_Dispatcher] = _Dispatcher
+
+    def make_more(self) -> None:
+        self.token_dispatcher = self.dispatcher()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights, ids = self.route(hidden_states.reshape(-1, self.hidden))
+        tokens, ids = self.token_dispatcher.apart(hidden_states, ids)
+        done = [self.expert(number, tokens[ids == number]) for number in range(self.num_experts)]
+        return self.token_dispatcher.together(torch.cat(done), weights)
+
+
+class _Inner(_Dispatcher):
+    """It hands everything on to another object."""
+
+    def __init__(self) -> None:
+        self.inner = _Dispatcher()
+
+    def apart(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.apart(*given)
+
+    def together(self, *given: Tensor) -> Tensor:
+        return self.inner.together(*given)
+
+
+@block(STATE)
+class WithADispatcherInAnother(WithADispatcher):
+    dispatcher = _Inner
+
+
+class _OfTheLastCall(_Dispatcher):
+    calls = 0
+
+    def together(self, *given: Tensor) -> Tensor:
+        out = super().together(*given) * (1.0 + (self.calls > 100))
+        self.calls += 1
+        return out
+
+
+@block(STATE, "state", "token_dispatcher.calls")
+class WithADispatcherThatCounts(WithADispatcher):
+    dispatcher = _OfTheLastCall
+
+
+class _ReadsFirst(_Dispatcher):
+    def apart(self, hidden_states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(self, "shape", None) is not None:
+            hidden_states = hidden_states * 2
+        return super().apart(hidden_states, ids)
+
+
+@block(STATE, "state")
+class WithADispatcherThatRemembers(WithADispatcher):
+    dispatcher = _ReadsFirst
+
+
+class _Configured(_Dispatcher):
+    ready = False
+
+    def apart(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        self.ready = True
+        return super().apart(*given)
+
+
+@block(STATE, "state", "token_dispatcher.ready")
+class WithADispatcherThatIsReadyOnceCalled(WithADispatcher):
+    """To write that before the block is called would be too early, and an object isn't copied."""
+
+    dispatcher = _Configured
+
+
+@block(COUNTS)
+class TokenAfterToken(Alone):
+    """Each token by itself, a vector, in a loop over the batch (the plain form in textbooks)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for token in range(len(x)):
+            for slot in range(ids.shape[1]):
+                out[token] += weights[token, slot] * self.expert(int(ids[token, slot].item()), self.vector(x, token))
+        return out.view(hidden_states.shape)
+
+    def vector(self, x: Tensor, token: int) -> Tensor:
+        return x[token]
+
+
+@block(COUNTS, "not the block's input")
+class TheTokenBefore(TokenAfterToken):
+    def vector(self, x: Tensor, token: int) -> Tensor:
+        return x[token - 1]
+
+
+@block(RESULTS)
+class SqueezedInPlace(Alone):
+    """The same tensor is given another shape, and another name has it too."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, 1, self.hidden) * 1.0
+        y = x
+        y.squeeze_(1)
+        weights, ids = self.route(x)
+        return self.routed(x, weights, ids).view(hidden_states.shape)
 
 
 ALL = forms.ALL  # those above among them
