@@ -124,8 +124,9 @@ def _print(value: Any, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
     if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
-        items = list(value.items()) if isinstance(value, dict) else list(value)
-        return type(value).__name__, [_print(item, depth + 1) for item in items]
+        keys = [_print(key, depth + 1) for key in value] if isinstance(value, dict) else []
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        return type(value).__name__, keys, [_print(item, depth + 1) for item in items]
     if type(value).__module__ == "itertools":
         return repr(value)
     if depth < _DEPTH and _has_attributes(value):
