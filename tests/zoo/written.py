@@ -408,16 +408,45 @@ class TheTokenBefore(TokenAfterToken):
         return x[token - 1]
 
 
-@block(RESULTS)
-class SqueezedInPlace(Alone):
-    """The same tensor is given another shape, and another name has it too."""
+class _Bank(nn.Module):
+    """Experts alone; it takes one tensor [E, T, H], as a block would."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.reshape(-1, 1, self.hidden) * 1.0
-        y = x
-        y.squeeze_(1)
-        weights, ids = self.route(x)
-        return self.routed(x, weights, ids).view(hidden_states.shape)
+    def __init__(self, sizes: plain.Sizes) -> None:
+        super().__init__()
+        self.bank_experts = nn.ModuleList(plain.MLP(sizes.hidden, sizes.width) for _ in range(sizes.experts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        chunks = inputs.chunk(len(self.bank_experts), dim=0)
+        return torch.cat([expert(chunk) for chunk, expert in zip(chunks, self.bank_experts, strict=True)])
+
+
+class _Gathering(nn.Module):
+    """What its input is stands in no signature."""
+
+    def __init__(self, sizes: plain.Sizes) -> None:
+        super().__init__()
+        self.gate, self.experts = plain.linear(sizes.hidden, sizes.experts), _Bank(sizes)
+
+    def forward(self, *given: Tensor, **_: Tensor) -> Tensor:
+        x = given[0].reshape(-1, given[0].shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        dense = torch.zeros(len(x), self.gate.out_features, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
+        if given[1] is not None:
+            dense = dense * given[1].reshape(-1, 1)
+        done = self.experts(x.expand(self.gate.out_features, *x.shape))
+        return torch.einsum("te,eth->th", dense, done).view(given[0].shape)
+
+
+@module(PLACES)
+class AroundOneThatGathers(nn.Module):
+    """The bank takes one tensor and has nothing to route with; its router's module gathers all (DeepSpeed's layers)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.inner = _Gathering(sizes)
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
+        return self.inner(hidden_states, used_token)
 
 
 ALL = forms.ALL  # those above among them
