@@ -52,7 +52,7 @@ ROOMS = (
     Box(188, 40, 118, "read/record/", ("a run on meta", "tensors, recorded")),
     Box(326, 40, 118, "read/meaning/", ("what each", "operation means")),
     Box(464, 40, 118, "read/parse/", ("router, experts,", "shared expert")),
-    Box(632, 48, 104, "MoESpec", ("spec.py",), "value", 50),
+    Box(632, 48, 104, "MoESpec", ("spec/",), "value", 50),
     Box(786, 40, 118, "planning/", ("what is to be", "done, and why")),
     Box(954, 48, 104, "Plan", ("JSON, reviewed",), "value", 50),
     Box(786, 150, 118, "packs/", ("rules from", "rules/*.toml")),
