@@ -200,6 +200,12 @@ def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypa
     assert vars(model.mlp.token_dispatcher) == {}
 
 
+def test_a_new_tensor_has_the_dtype_of_the_one_that_it_is_asked_of() -> None:
+    model = Layer(next(case for case in ALL if case.name == "WithANewTensor").make().bfloat16()).eval()
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"
+    assert model(torch.randn(2, 3, 32, dtype=torch.bfloat16))[1].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay"])
 def test_reading_leaves_weights_that_a_block_replaces_as_they_were(name: str) -> None:
     block = next(case for case in ALL if case.name == name).make()

@@ -449,4 +449,12 @@ class AroundOneThatGathers(nn.Module):
         return self.inner(hidden_states, used_token)
 
 
+@block(RESULTS)
+class WithANewTensor(Alone):
+    """A number of the dtype of what it computes."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(hidden_states), hidden_states.new_tensor(0.5)
+
+
 ALL = forms.ALL  # those above among them
