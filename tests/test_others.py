@@ -229,6 +229,32 @@ def test_what_a_block_writes_is_there_after_it_was_replaced_and_reading_leaves_n
     assert torch.equal(new.aux_loss, torch.zeros(())) and new.calls_counted is False
 
 
+def test_an_object_that_a_block_writes_to_is_kept_up_to_date_and_left_as_it_was() -> None:
+    case = next(case for case in ALL if case.name == "WithADispatcher")
+    model = Layer(case.make()).eval()
+    held = model.mlp.token_dispatcher
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced" and vars(held) == {}
+    model(torch.randn(2, 3, 32))
+    assert held.shape == (2, 3, 32) and held.order.shape == (12,)
+    assert model.mlp.token_dispatcher is held
+
+
+def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_surgery.targets.base import StandingBlock
+
+    monkeypatch.setattr(StandingBlock, "write", lambda *_: None)
+    model = Layer(next(case for case in ALL if case.name == "WithADispatcher").make())
+    with pytest.raises(ProofError, match="token_dispatcher"):
+        moe_surgery.apply(model, target="reference")
+    assert vars(model.mlp.token_dispatcher) == {}
+
+
+def test_a_new_tensor_has_the_dtype_of_the_one_that_it_is_asked_of() -> None:
+    model = Layer(next(case for case in ALL if case.name == "WithANewTensor").make().bfloat16()).eval()
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"
+    assert model(torch.randn(2, 3, 32, dtype=torch.bfloat16))[1].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay"])
 def test_reading_leaves_weights_that_a_block_replaces_as_they_were(name: str) -> None:
     block = next(case for case in ALL if case.name == name).make()

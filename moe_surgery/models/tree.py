@@ -200,13 +200,13 @@ def _block_path(
     if not bank and (whole := _around_shards(modules, path, count)) is not None:
         return whole
     block_like = certain and takes_one(modules[path])
-    if not (block_like and bank):
+    if not (block_like and bank) or not any(True for _ in _beside(modules[path], *bank)):
         for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
             inside = path[len(outer) :].lstrip(".")
             if outer not in modules or isinstance(modules[outer], (nn.ModuleList, nn.ModuleDict)):
                 break
             if _scores(modules[outer], count, without=(inside,)):
-                return outer
+                return _around_gathering(modules, outer)
     if not certain:
         return None
     parent = path.rpartition(".")[0]
@@ -218,6 +218,16 @@ def _block_path(
             return of_one
     listed = not path or parent not in modules or isinstance(modules[parent], (nn.ModuleList, nn.ModuleDict))
     return path if bank or listed or takes_one(modules[path]) else parent
+
+
+def _around_gathering(modules: dict[str, nn.Module], path: str) -> str:
+    """A path, or that around it where that module is all it holds, names its input, and the module gathers ``*all``."""
+    around, _, name = path.rpartition(".")
+    gathers = inspect.signature(modules[path].forward).parameters.values()
+    if not path or not any(p.kind is p.VAR_POSITIONAL for p in gathers) or takes_one(modules[path]):
+        return path
+    alone = not any(True for _ in _beside(modules[around], name))
+    return around if alone and takes_one(modules[around]) else path
 
 
 def _around_shards(modules: dict[str, nn.Module], path: str, count: int) -> str | None:

@@ -218,7 +218,8 @@ class Operation:
             try:
                 heard = called.by_role(reading.calling, reading.spec.at)
                 roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
-                answer = output_of(reading.results, new(*reading.calling.placed(roles)))
+                with new.unwritten():
+                    answer = output_of(reading.results, new(*reading.calling.placed(roles)))
             except Exception as error:
                 raise self._failed(f"{path}: {error} (on what the model gives it)") from error
             apart, fault = disagreement(heard, answer, reading.spec, tensors, self.verdicts[path].bound)

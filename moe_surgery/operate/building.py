@@ -79,10 +79,13 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
     """
     weights = dict(block.named_parameters())
     device, dtype = next(iter(weights.values())).device, own_dtype(weights)
+    modules = dict(block.named_modules())
     for (inside, name), value in reading.kept:
         if isinstance(value, Updated):  # the very same tensor
             continue
-        held = vars(block.get_submodule(inside))
+        if inside not in modules:  # an object, which goes on being used as it is
+            continue
+        held = vars(modules[inside])
         for attributes in new.attributes(inside):
             if not isinstance(value, (Replayed, ShapeOfInput)):
                 attributes[name] = made(value, device, dtype or torch.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from moe_surgery.operate.inner_calls import InnerCalls
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.report.outcomes import ModelCheck
+from moe_surgery.targets.base import StandingBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,13 @@ class WholeModel:
         sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
         try:
             old = [module for path, module in sites.items() if path not in placed]
-            with unwritten(*old), _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside):
+            watched = _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside)
+            with ExitStack() as stack:
+                for new in placed.values():
+                    if isinstance(new, StandingBlock):
+                        stack.enter_context(new.unwritten())
+                stack.enter_context(unwritten(*old))
+                stack.enter_context(watched)
                 result = kept(played.run())
         except Exception as error:
             if differences:

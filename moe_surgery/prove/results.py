@@ -17,6 +17,7 @@ from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of,
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
+from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
 from moe_surgery.weights.tensors import BlockTensors
@@ -88,12 +89,16 @@ def _faults(
     if convention.state:
         yield from _otherwise_changed(old, new, convention, (*batches, x[None, :2]) if len(batches) > 1 else (x, x[:2]))
     for batch in batches:
-        answers = [block(*convention.calling.placed({"hidden_states": batch})) for block in (old, new)]
+        answers, wrote = [], []
+        for block in (old, new):
+            with unwritten(old):  # an object that both write to must be written to by each
+                answers.append(block(*convention.calling.placed({"hidden_states": batch})))
+                wrote.append([_attribute(block, path, name) for (path, name), _ in convention.written])
         if _form(answers[0]) != _form(answers[1]):
             yield f"the new block returns {_form(answers[1])}, the old one {_form(answers[0])}"
             return
-        for (path, name), _ in convention.written:
-            yield from _apart(f"{path}.{name}".lstrip("."), *(_attribute(block, path, name) for block in (old, new)))
+        for ((path, name), _), *values in zip(convention.written, *wrote, strict=True):
+            yield from _apart(f"{path}.{name}".lstrip("."), *values)
         found = [_leaves(answer) for answer in answers]
         for number, leaf in enumerate(wanted.leaves() if wanted is not None else ()):
             if isinstance(leaf, Replayed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -141,6 +142,19 @@ class StandingBlock(Standing, SwappedBlock):
         """Give ``block``, which stood here and does again, its buffers as they are now."""
         for name in block._buffers.keys() & self._buffers.keys():
             block._buffers[name] = self._buffers[name]
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Afterwards the attributes that a call writes are what they were."""
+        places = self.convention.written if self.convention is not None else ()
+        held = [attributes for (path, _), _ in places for attributes in self.attributes(path)]
+        before = [dict(attributes) for attributes in held]
+        try:
+            yield
+        finally:
+            for attributes, then in zip(held, before, strict=True):
+                attributes.clear()
+                attributes.update(then)
 
     def attributes(self, path: str) -> Iterator[dict[str, Any]]:
         """Wherever the plain attributes of the old block's module ``path`` are, to be written to."""

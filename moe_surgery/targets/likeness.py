@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -87,10 +88,13 @@ class Likeness:
         raise AttributeError(f"{self.kind.__name__!r} object has no attribute {name!r}")
 
     def attributes(self, path: str) -> dict[str, Any]:
-        """The plain attributes of the module ``path`` in this one, to be written to."""
+        """The plain attributes of the module ``path`` in this one, or of an object in it, to be written to."""
         if not path:
             return self.plain
         first, _, rest = path.partition(".")
+        if first not in self.children:  # an object, which is there itself unless it holds weights
+            inner = [name for name in rest.split(".") if name]
+            return vars(reduce(getattr, inner, self.plain[first])) if first in self.plain else {}
         child = self.children[first]
         if isinstance(child, Likeness):
             return child.attributes(rest)

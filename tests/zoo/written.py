@@ -540,4 +540,165 @@ class CountsNothing(Counting):
         self.tokens_per_expert += loads * 0
 
 
+class _Dispatcher:
+    """No module: it remembers the shape of what it takes apart, and what went where, until it is put together again."""
+
+    def apart(self, hidden_states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape = hidden_states.shape
+        self.order = ids.flatten().argsort(stable=True)
+        return hidden_states.reshape(-1, self.shape[-1])[self.order // ids.shape[-1]], ids.flatten()[self.order]
+
+    def together(self, done: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros(weights.shape[0], self.shape[-1], dtype=done.dtype, device=done.device)
+        done = done * weights.flatten()[self.order, None]
+        return out.index_add(0, self.order // weights.shape[-1], done).view(self.shape)
+
+
+@block(STATE)
+class WithADispatcher(Alone):
+    """A plain object takes tokens apart and puts them together (Yuan 2, Megatron)."""
+
+    dispatcher: type[_Dispatcher] = _Dispatcher
+
+    def make_more(self) -> None:
+        self.token_dispatcher = self.dispatcher()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights, ids = self.route(hidden_states.reshape(-1, self.hidden))
+        tokens, ids = self.token_dispatcher.apart(hidden_states, ids)
+        done = [self.expert(number, tokens[ids == number]) for number in range(self.num_experts)]
+        return self.token_dispatcher.together(torch.cat(done), weights)
+
+
+class _Inner(_Dispatcher):
+    """It hands everything on to another object."""
+
+    def __init__(self) -> None:
+        self.inner = _Dispatcher()
+
+    def apart(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.apart(*given)
+
+    def together(self, *given: Tensor) -> Tensor:
+        return self.inner.together(*given)
+
+
+@block(STATE)
+class WithADispatcherInAnother(WithADispatcher):
+    dispatcher = _Inner
+
+
+class _OfTheLastCall(_Dispatcher):
+    calls = 0
+
+    def together(self, *given: Tensor) -> Tensor:
+        out = super().together(*given) * (1.0 + (self.calls > 100))
+        self.calls += 1
+        return out
+
+
+@block(STATE, "state", "token_dispatcher.calls")
+class WithADispatcherThatCounts(WithADispatcher):
+    dispatcher = _OfTheLastCall
+
+
+class _ReadsFirst(_Dispatcher):
+    def apart(self, hidden_states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(self, "shape", None) is not None:
+            hidden_states = hidden_states * 2
+        return super().apart(hidden_states, ids)
+
+
+@block(STATE, "state")
+class WithADispatcherThatRemembers(WithADispatcher):
+    dispatcher = _ReadsFirst
+
+
+class _Configured(_Dispatcher):
+    ready = False
+
+    def apart(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        self.ready = True
+        return super().apart(*given)
+
+
+@block(STATE, "state", "token_dispatcher.ready")
+class WithADispatcherThatIsReadyOnceCalled(WithADispatcher):
+    """To write that before the block is called would be too early, and an object isn't copied."""
+
+    dispatcher = _Configured
+
+
+@block(COUNTS)
+class TokenAfterToken(Alone):
+    """Each token by itself, a vector, in a loop over the batch (the plain form in textbooks)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for token in range(len(x)):
+            for slot in range(ids.shape[1]):
+                out[token] += weights[token, slot] * self.expert(int(ids[token, slot].item()), self.vector(x, token))
+        return out.view(hidden_states.shape)
+
+    def vector(self, x: Tensor, token: int) -> Tensor:
+        return x[token]
+
+
+@block(COUNTS, "not the block's input")
+class TheTokenBefore(TokenAfterToken):
+    def vector(self, x: Tensor, token: int) -> Tensor:
+        return x[token - 1]
+
+
+class _Bank(nn.Module):
+    """Experts alone; it takes one tensor [E, T, H], as a block would."""
+
+    def __init__(self, sizes: plain.Sizes) -> None:
+        super().__init__()
+        self.bank_experts = nn.ModuleList(plain.MLP(sizes.hidden, sizes.width) for _ in range(sizes.experts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        chunks = inputs.chunk(len(self.bank_experts), dim=0)
+        return torch.cat([expert(chunk) for chunk, expert in zip(chunks, self.bank_experts, strict=True)])
+
+
+class _Gathering(nn.Module):
+    """What its input is stands in no signature."""
+
+    def __init__(self, sizes: plain.Sizes) -> None:
+        super().__init__()
+        self.gate, self.experts = plain.linear(sizes.hidden, sizes.experts), _Bank(sizes)
+
+    def forward(self, *given: Tensor, **_: Tensor) -> Tensor:
+        x = given[0].reshape(-1, given[0].shape[-1])
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        dense = torch.zeros(len(x), self.gate.out_features, dtype=x.dtype, device=x.device).scatter(1, ids, weights)
+        if given[1] is not None:
+            dense = dense * given[1].reshape(-1, 1)
+        done = self.experts(x.expand(self.gate.out_features, *x.shape))
+        return torch.einsum("te,eth->th", dense, done).view(given[0].shape)
+
+
+@module(PLACES)
+class AroundOneThatGathers(nn.Module):
+    """The bank takes one tensor and has nothing to route with; its router's module gathers all (DeepSpeed's layers)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.inner = _Gathering(sizes)
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
+        return self.inner(hidden_states, used_token)
+
+
+@block(RESULTS)
+class WithANewTensor(Alone):
+    """A number of the dtype of what it computes."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(hidden_states), hidden_states.new_tensor(0.5)
+
+
 ALL = forms.ALL  # those above among them

@@ -37,6 +37,8 @@ def arguments_of(module: nn.Module, inputs: int = 1, *, absent: bool = False) ->
         required = False
         if named is not None and parameter.name not in named:
             role = "unused"
+        if many == "*" and not needed and inputs == 1:  # nothing else can be the input
+            role, many = next(roles, None), ""
         if role == "needed":
             role = next(roles, "fixed" if absent else None)
             required = role == "fixed"

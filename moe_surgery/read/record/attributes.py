@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Constant, ShapeOfInput
 from moe_surgery.read.record.arguments import Untouched, was_touched
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.outside_state import functions, holders
 from moe_surgery.read.record.tensor_entries import storage
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -30,15 +30,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Written:
-    """The attributes of a block's modules before a call, to tell what it wrote, and to put back what was there.
+    """The attributes of a block's modules and of objects in them before a call, to tell what it wrote, and to undo it.
 
     Weights and submodules are put back too: code that converts its own router when it is called would leave a weight of
     the record there.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self._before = {path: dict(vars(module)) for path, module in block.named_modules()}
+        self._before = {path: (holder, dict(vars(holder))) for path, holder in holders(block)}
         self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
         self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
 
@@ -47,16 +46,15 @@ class Written:
         values = []
         for path, name in attributes:
             value = Untouched()
-            vars(self.block.get_submodule(path))[name] = value
+            vars(self._before[path][0])[name] = value
             values.append(value)
         return lambda: any(map(was_touched, values))
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
         found: Attributes = {}
-        for path, module in self.block.named_modules():
-            before = self._before.get(path, {})
-            for name, value in vars(module).items():
+        for path, (holder, before) in self._before.items():
+            for name, value in vars(holder).items():
                 if before.get(name, _ABSENT) is not value:
                     found[path, name] = value
         return found
@@ -70,11 +68,8 @@ class Written:
         for tensor, data in self._data:
             if (tensor.dtype, tensor.device, storage(tensor)) != (data.dtype, data.device, storage(data)):
                 tensor.data = data
-        for path, module in self.block.named_modules():
-            before = self._before.get(path)
-            if before is None:
-                continue
-            held = vars(module)
+        for holder, before in self._before.values():
+            held = vars(holder)
             for name in [name for name in held if name not in before]:
                 del held[name]
             held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
@@ -101,18 +96,21 @@ def kept(
     """Those of the attributes a call wrote that it didn't find there, if they are plain values, tensors or its shape.
 
     These are the ones that no code of the block reads, and those that it is known to have ``written_first``. What is a
-    ``constant`` is the same after every call; the input's ``shape`` is known in every call.
+    ``constant`` is the same after every call; the input's ``shape`` is known in every call. An object isn't copied for
+    the replacement, so that what is the same after every call would be written to it too early, and is state.
     """
     read = frozenset(names_read(block)) if changed else frozenset()
+    modules = {path for path, _ in block.named_modules()}
     found: Attributes = {}
     for (path, name), value in changed.items():
         if name in read and (path, name) not in written_first:
             continue
         if type(value) in _PLAIN:
-            found[path, name] = value
+            found |= {(path, name): value} if path in modules else {}
         elif isinstance(value, Tensor):
             same = constant(value)
-            found[path, name] = value if same is None else same
+            if same is None or path in modules:
+                found[path, name] = value if same is None else same
         elif isinstance(value, tuple) and len(value) == len(shape) and all(map(_is, value, shape)):
             found[path, name] = ShapeOfInput()
     return found
@@ -125,8 +123,8 @@ def _is(value: Any, size: int) -> bool:
 def names_read(block: nn.Module) -> Iterator[str]:
     """The names of attributes that any code of a block reads, and the texts in it that may be such names."""
     seen: set[int] = set()
-    for module in block.modules():
-        for cls in type(module).__mro__:
+    for _, holder in holders(block):
+        for cls in type(holder).__mro__:
             if cls is nn.Module:
                 break
             for value in vars(cls).values():
@@ -137,7 +135,7 @@ def names_read(block: nn.Module) -> Iterator[str]:
                     if id(other) not in seen:
                         seen.add(id(other))
                         yield from _loads(other.__code__)
-        for function in functions(module.forward):
+        for function in functions(getattr(holder, "forward", None)):
             yield from _loads(function.__code__)
 
 

@@ -31,10 +31,11 @@ def watched(block: nn.Module) -> dict[str, Any]:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         seen["numpy's random numbers"] = name, keys.tobytes(), rest
     found: dict[int, FunctionType] = {}
-    for path, module in block.named_modules():
-        for name, value in vars(module).items():
+    for path, holder in holders(block):
+        for name, value in vars(holder).items():
             if name not in _INTERNAL:
-                seen[f"{path}.{name}".lstrip(".")] = _print(value, 0)
+                seen[f"{path}.{name}".lstrip(".")] = id(value) if _has_attributes(value) else _print(value, 0)
+    for path, module in block.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             seen[f"{path}.{name}".lstrip(".")] = None if tensor is None else (id(tensor), str(tensor.dtype))
         for cls in type(module).__mro__:
@@ -49,6 +50,30 @@ def watched(block: nn.Module) -> dict[str, Any]:
         for name, value in _reachable(function):
             seen[name] = _print(value, 0)
     return seen
+
+
+def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once."""
+    seen: set[int] = set()
+    for path, module in block.named_modules():
+        yield path, module
+        yield from _objects(path, module, seen, 0)
+
+
+def _objects(path: str, holder: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(holder).items()):
+        if depth < _DEPTH and id(value) not in seen and _has_attributes(value):
+            seen.add(id(value))
+            inner = f"{path}.{name}".lstrip(".")
+            yield inner, value
+            yield from _objects(inner, value, seen, depth + 1)
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether a value is an object whose attributes are its state: no tensor, module, class or function."""
+    if type(value) is Untouched or isinstance(value, (torch.Tensor, type, ModuleType)) or callable(value):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -99,12 +124,11 @@ def _print(value: Any, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
     if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
-        items = list(value.items()) if isinstance(value, dict) else list(value)
-        return type(value).__name__, [_print(item, depth + 1) for item in items]
+        keys = [_print(key, depth + 1) for key in value] if isinstance(value, dict) else []
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        return type(value).__name__, keys, [_print(item, depth + 1) for item in items]
     if type(value).__module__ == "itertools":
         return repr(value)
-    attributes = getattr(value, "__dict__", None)
-    opaque = isinstance(value, (torch.Tensor, type, ModuleType)) or callable(value)
-    if depth < _DEPTH and isinstance(attributes, dict) and not opaque:
-        return id(value), _print(attributes, depth + 1)
+    if depth < _DEPTH and _has_attributes(value):
+        return id(value), _print(vars(value), depth + 1)
     return id(value)

@@ -53,6 +53,7 @@ class Sizes(TorchFunctionMode):
         kwargs = kwargs or {}
         recorder, name = self.recorder, getattr(func, "__name__", "")
         if name == "new_tensor":  # its numbers have nothing to do with the tensor it is asked of
+            kwargs = {"dtype": recorder.entry(args[0]).symbol().dtype, **kwargs}
             func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
             own = func(*args)

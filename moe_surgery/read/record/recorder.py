@@ -33,7 +33,7 @@ from moe_surgery.read.record.lineage import Lineage, done
 from moe_surgery.read.record.masked import moved_inside, open_places
 from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, storage, tensors, written
+from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, shaped_like, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
 from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
 
@@ -216,7 +216,8 @@ class Recorder(TorchDispatchMode):
         else:
             result = self._concrete(func, name, args, kwargs, entries)
         if target is not None:
-            self.entries.wrote(entries[id(target)])
+            if torch.Tag.inplace_view not in func.tags:
+                self.entries.wrote(entries[id(target)])
             return target
         return result
 
@@ -273,6 +274,8 @@ class Recorder(TorchDispatchMode):
         if name in ("index", "index_put"):
             args = (args[0], by_places(args[1], entries, self.entries), *args[2:])
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
+        if torch.Tag.inplace_view in func.tags:  # the same tensor gets another shape; what made it gave the one it had
+            self.node(entries[id(args[0])]).meta["val"] = shaped_like(metas[0][0])
         if name == "topk":
             check_top_k(*args[:3])
         result = self._results.of(func, *metas)

@@ -55,7 +55,7 @@ class Entry:
         """A meta tensor that stands for this one."""
         if self.meta is None:
             assert self.real is not None
-            self.meta = torch.empty_strided(self.real.shape, self.real.stride(), dtype=self.real.dtype, device="meta")
+            self.meta = shaped_like(self.real)
         return self.meta
 
     def starts(self, width: int) -> Tensor | None:
@@ -175,6 +175,11 @@ def own_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def shaped_like(tensor: Tensor) -> Tensor:
+    """A meta tensor of the shape, strides and dtype that ``tensor`` has now."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def storage(tensor: Tensor) -> int:
