@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,7 @@ class Operation:
         self.verdicts: dict[str, Verdict] = {}
         self.refused: dict[str, str] = {}
         self.prepared: set[MoESpec] = set()
+        self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
         self.whole: WholeModel | None = None
         self.started = time.perf_counter()
         self.read = 0.0
@@ -95,7 +97,7 @@ class Operation:
             for path in self._paths():
                 new = self._accepted(path, ahead)
                 if new is not None:
-                    blocks[path] = new if undoable else Double(new)
+                    blocks[path] = new if undoable else Double(new, self.wrote.pop(path, ()))
         self._check_counts("rolled back")
         self.proved = time.perf_counter() - self.started
         transaction = self._exchanged(blocks)
@@ -220,6 +222,8 @@ class Operation:
                 roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
                 with new.unwritten():
                     answer = output_of(reading.results, new(*reading.calling.placed(roles)))
+                    if not self.settings.undoable:
+                        self.wrote.setdefault(path, []).append(new.written())
             except Exception as error:
                 raise self._failed(f"{path}: {error} (on what the model gives it)") from error
             apart, fault = disagreement(heard, answer, reading.spec, tensors, self.verdicts[path].bound)

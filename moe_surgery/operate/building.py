@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +123,13 @@ def gathered(block: nn.Module, reading: Reading) -> BlockTensors:
 class Double(StandingBlock):
     """Takes a block's place while the model around it is checked, where the block itself must make room for the next.
 
-    Its attributes are the block's; its output is at hand already, so that it has none of its own.
+    Its attributes are the block's; its output is at hand already, so that it has none of its own. What the block wrote,
+    call by call as the model makes them, is ``wrote``.
     """
 
-    def __init__(self, block: StandingBlock) -> None:
+    def __init__(self, block: StandingBlock, wrote: Iterable[Mapping[tuple[str, str], Any]]) -> None:
         super().__init__()
+        self._places, self._wrote = block.places(), iter(wrote)
         self.label, self.rule = block.label, block.rule
         for name, child in block.named_children():
             if isinstance(child, ObservedRouter):
@@ -137,5 +140,9 @@ class Double(StandingBlock):
         self.stand_for(likeness)
         self.eval()
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return self._places
+
     def forward(self, *given: Tensor, **named: Tensor) -> None:
-        return None
+        for (path, name), value in next(self._wrote, {}).items():
+            self.write(path, name, value)

@@ -143,11 +143,18 @@ class StandingBlock(Standing, SwappedBlock):
         for name in block._buffers.keys() & self._buffers.keys():
             block._buffers[name] = self._buffers[name]
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """The attributes that a call writes, each by the old block's module and its name."""
+        return tuple(place for place, _ in self.convention.written) if self.convention is not None else ()
+
+    def written(self) -> dict[tuple[str, str], Any]:
+        """What the last call wrote."""
+        return {(path, name): next(iter(self.attributes(path)))[name] for path, name in self.places()}
+
     @contextmanager
     def unwritten(self) -> Iterator[None]:
         """Afterwards the attributes that a call writes are what they were."""
-        places = self.convention.written if self.convention is not None else ()
-        held = [attributes for (path, _), _ in places for attributes in self.attributes(path)]
+        held = [attributes for path, _ in self.places() for attributes in self.attributes(path)]
         before = [dict(attributes) for attributes in held]
         try:
             yield

@@ -1176,7 +1176,7 @@ class PositionTable(Base):
         return super().forward(hidden_states) * table[: hidden_states.shape[-2], None].to(hidden_states)
 
 
-@near_miss("batch")
+@near_miss("batch", "once per token")
 class ChunksDropped(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         first = hidden_states.reshape(-1, self.hidden).split(64)[0]
