@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo.forms import ALL
+from zoo.written import ALL
 
 import moe_surgery
 from moe_surgery.errors import ProofError
@@ -83,6 +83,21 @@ def test_attributes_are_kept_up_to_date(name: str, attribute: str, undoable: boo
     if undoable:
         moe_surgery.undo(report)
         assert eval(f"model.mlp.{attribute}") is held
+
+
+@pytest.mark.parametrize("undoable", [True, False])
+def test_objects_that_calls_write_to_may_have_been_written_to_before(undoable: bool) -> None:
+    before, model = Reader("WithADispatcher").eval(), Reader("WithADispatcher").eval()
+    with torch.no_grad():
+        model(torch.randn(2, 5, 32))
+    held = dict(vars(model.mlp.token_dispatcher))
+    moe_surgery.apply(model, target="reference", undoable=undoable)
+    assert isinstance(model.mlp, SwappedBlock)
+    assert all(value is held[name] for name, value in vars(model.mlp.token_dispatcher).items())
+    x = torch.randn(3, 7, 32)
+    with torch.no_grad():
+        assert close(before(x), model(x))
+    assert torch.equal(model.mlp.token_dispatcher.order, before.mlp.token_dispatcher.order)
 
 
 def test_the_shape_of_the_last_input_is_kept_up_to_date() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_surgery.calling import Replayed, ShapeOfInput, Updated
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
-from moe_surgery.read.record.tensor_entries import own_dtype
+from moe_surgery.read.record.tensor_entries import own_dtype, storage
 from moe_surgery.replay import Replay
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
@@ -20,6 +20,7 @@ from moe_surgery.targets.likeness import Likeness
 from moe_surgery.targets.observed import ObservedRouter
 from moe_surgery.targets.own_part import OwnPart
 from moe_surgery.weights.own_router import asking_its_own
+from moe_surgery.weights.reach import has_weights, reachable
 from moe_surgery.weights.tensors import BlockTensors, gather, weight
 
 
@@ -34,7 +35,10 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     """
     spec = reading.spec
     new = target.build(spec.built, tensors if spec.built == spec else tensors.of_experts(), prefix=path)
-    likeness = Likeness.of(block, path)
+    likeness = Likeness.of(block, path).beside(_objects(block, reading))
+    for (inside, _), _ in reading.kept:
+        if not likeness.reaches(inside):
+            raise Unanswerable(f"its {inside}, which calls write to, holds weights too")
     if overlap := new.overlap(likeness):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
     new.hold_buffers(block, state := changing(reading))
@@ -51,6 +55,20 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     new.stand_for(likeness.without(state))
     take_over(new, block, reading)
     return new
+
+
+def _objects(block: nn.Module, reading: Reading) -> dict[str, Any]:
+    """What calls of a block write to that is no module and leads to none of its weights; earlier calls left tensors."""
+    weights = {storage(tensor) for tensor in (*block.parameters(), *block.buffers())}
+    names = {inside.partition(".")[0] for (inside, _), _ in reading.kept} & vars(block).keys()
+    return {
+        name: vars(block)[name]
+        for name in names
+        if not any(
+            has_weights(found) if isinstance(found, nn.Module) else storage(found) in weights
+            for found in reachable([vars(block)[name]], set())
+        )
+    }
 
 
 def changing(reading: Reading) -> list[str]:

@@ -64,6 +64,18 @@ class Likeness:
         """The same for a block that has the buffers ``names`` itself."""
         return replace(self, moved=self.moved.difference(names))
 
+    def beside(self, objects: Mapping[str, Any]) -> Likeness:
+        """The same with ``objects`` there themselves: attributes that hold tensors, but none of its weights."""
+        return replace(self, plain={**self.plain, **objects}, moved=self.moved.difference(objects))
+
+    def reaches(self, path: str) -> bool:
+        """Whether the module or object ``path`` is here, for its attributes to be written to."""
+        first, _, rest = path.partition(".")
+        child = self.children.get(first)
+        if isinstance(child, Likeness):
+            return child.reaches(rest)
+        return not first or first in self.children or first in self.plain
+
     def answer(self, name: str, standing: nn.Module) -> Any:
         """The attribute ``name`` for ``standing``, which stands where the module stood.
 
