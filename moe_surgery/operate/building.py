@@ -100,9 +100,7 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
     device, dtype = next(iter(weights.values())).device, own_dtype(weights)
     modules = dict(block.named_modules())
     for (inside, name), value in reading.kept:
-        if isinstance(value, Updated):  # the very same tensor
-            continue
-        if inside not in modules:  # an object, which goes on being used as it is
+        if isinstance(value, Updated) or inside not in modules:  # the very same buffer or object, used as it is
             continue
         held = vars(modules[inside])
         for attributes in new.attributes(inside):

@@ -50,11 +50,10 @@ class Convention:
     ) -> Convention:
         """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
         state = tuple((name, value.where) for (_, name), value in kept if isinstance(value, Updated))
-        coming = [(place, value) for place, value in kept if isinstance(value, (Replayed, ShapeOfInput))]
         written = tuple(
             (place, value.where if isinstance(value, Replayed) else None)
-            for place, value in coming
-            if not isinstance(value, Updated)
+            for place, value in kept
+            if isinstance(value, (Replayed, ShapeOfInput)) and not isinstance(value, Updated)
         )
         if results is None:
             return cls(calling, None, own, written, state)
