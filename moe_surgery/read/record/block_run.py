@@ -16,6 +16,7 @@ from moe_surgery.read.record.assembly import assembled, constant
 from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.choices import no_choice
 from moe_surgery.read.record.flow import Flow, Route
+from moe_surgery.read.record.inputs import block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
@@ -74,7 +75,7 @@ def record_experts(
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
 
     def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
-        numbers, weights = recorder.given(ids, weights_dtype)
+        numbers, weights = experts_inputs(recorder, ids, weights_dtype)
         return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
 
     return _recorded(partial(Recorder, module, dtype, no_choice), module, (len(ids), width), plain, inputs)
@@ -113,7 +114,7 @@ def _once(
     looked = written.unset(unset)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain):
-            arguments = inputs(recorder, recorder.input(shape, strided=plain))
+            arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         changed = written.changed()

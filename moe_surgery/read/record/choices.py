@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.fx
 from torch import Tensor
 
 from moe_surgery.read.reading import Broken, Unreadable
+from moe_surgery.read.record.known_numbers import Kind
+from moe_surgery.read.record.masked import moved_inside, open_places
 
 if TYPE_CHECKING:
     from moe_surgery.read.record.flow import Route
@@ -75,6 +78,36 @@ def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int,
         descending = args[2] if len(args) > 2 else kwargs.get("descending", False)
         return (size, True) if descending else None
     return 1, True
+
+
+def choose(recorder: Recorder, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
+    """The numbers of the ``indices`` that ``record`` makes, which choose: how many, and whether the highest."""
+    scores: Any = record.args[0]
+    shape = scores.meta["val"].shape
+    k, largest = ranked
+    ids = recorder.choices.ids(shape[:-1].numel(), shape[-1], k)
+    places = open_places(scores, recorder.consts) if largest else None
+    if places is not None:
+        places = places.reshape(-1, shape[-1])
+        ids = moved_inside(ids, places) if recorder.inside else ids
+        recorder.outside |= not bool(places.gather(1, ids).all())
+    recorder.fixed.update((k, shape[-1]))
+    choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
+    record.meta["choice"] = choice
+    real = ids.reshape(indices.shape).clone()
+    recorder.lineage.chose(real, choice)
+    entry = recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
+    recorder.choices.add(choice, entry.storage)
+    return real
+
+
+def any_places(recorder: Recorder, indices: Tensor, dim: int) -> Tensor:
+    """Numbers for the ``indices`` of a top-k that isn't read, so that the code which uses them runs."""
+    count = indices.shape[dim]
+    real = torch.arange(count).reshape([-1, *[1] * (indices.ndim - 1)]).transpose(0, dim).expand(indices.shape)
+    real = real.contiguous()
+    recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
+    return real
 
 
 def check_top_k(scores: Tensor, k: int, dim: int = -1) -> None:

@@ -26,11 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
-from moe_surgery.read.record.choices import Choices, Made, check_top_k, no_choice, ranking
+from moe_surgery.read.record.choices import Choices, any_places, check_top_k, choose, no_choice, ranking
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage, done
-from moe_surgery.read.record.masked import moved_inside, open_places
 from moe_surgery.read.record.masks import as_index, by_places
 from moe_surgery.read.record.meta_results import MetaResults
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, shaped_like, storage, tensors, written
@@ -95,31 +94,6 @@ class Recorder(TorchDispatchMode):
         self.objections.append(reason)
         return Unreadable(reason)
 
-    def input(self, shape: tuple[int, ...], strided: bool) -> Tensor:
-        """The block's input; ``strided`` in its leading dimensions in a record without marks."""
-        tensor = torch.empty(shape, dtype=self.dtype, device="meta")
-        if strided:
-            tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=self.dtype, device="meta")
-            tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
-        self.ledger.plain = strided
-        self.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
-        entry = self._enter(tensor, self.graph.placeholder("hidden_states"), tensor)
-        self.entries.guarded[entry.storage] = "its input"
-        return tensor
-
-    def given(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The ids [T, k] and weights [T, k] that a module of experts alone is called with; ids count as chosen."""
-        weights = torch.empty(ids.shape, dtype=dtype, device="meta")
-        entry = self._enter(weights, self.graph.placeholder("weights"), weights)
-        self.entries.guarded[entry.storage] = "its weights"
-        real = ids.clone()
-        entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
-        self.entries.guarded[entry.storage] = "its ids"
-        self.fixed.add(ids.shape[-1])
-        node = self.entry(weights).node
-        self.choices.add(Made(node, node, ids.shape[-1], ids, True), entry.storage)
-        return real, weights
-
     def symbolic(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the block's input, or is a weight of it."""
         entry = self.entries.get(tensor)
@@ -158,7 +132,8 @@ class Recorder(TorchDispatchMode):
         finally:
             self.paused = False
 
-    def _enter(self, tensor: Tensor, node: torch.fx.Node, meta: Tensor) -> Entry:
+    def enter(self, tensor: Tensor, node: torch.fx.Node, meta: Tensor) -> Entry:
+        """Take down that ``node`` makes ``tensor``, which is ``meta`` without its numbers."""
         node.meta["val"] = meta
         return self.entries.enter(tensor, node, meta, None)
 
@@ -302,22 +277,22 @@ class Recorder(TorchDispatchMode):
             entry.support = kept
             return args[0]
         if name == "argmax" and ranked is not None:
-            return self._choose(record, result, ranked)
+            return choose(self, record, result, ranked)
         single = self.ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
-            entry = self._enter(result, record, result)
+            entry = self.enter(result, record, result)
             entry.single = single
             entry.support = kept
             return result
         parts = []
         for place, part in enumerate(result):
             item = self.graph.call_function(operator.getitem, (record, place))
-            self._enter(part, item, part).single = single
+            self.enter(part, item, part).single = single
             parts.append(part)
         if ranked is not None:
-            parts[1] = self._choose(record, parts[1], ranked)
+            parts[1] = choose(self, record, parts[1], ranked)
         elif name == "topk":
-            parts[1] = self._first(parts[1], args[2])
+            parts[1] = any_places(self, parts[1], args[2])
         return type(result)(parts) if isinstance(result, list) else tuple(parts)
 
     def _objection(self, name: str, operands: list[Any], entries: dict[int, Entry]) -> str | None:
@@ -329,30 +304,3 @@ class Recorder(TorchDispatchMode):
                 return self._reasons[entry.storage]
         values = self.ledger.takes_values(name, operands, lambda tensor: entries[id(tensor)].kind)
         return f"what it computes depends on {LOAD} ({name})" if values else None
-
-    def _first(self, indices: Tensor, dim: int) -> Tensor:
-        """Numbers for a top-k that isn't read, so that the code which uses them runs."""
-        count = indices.shape[dim]
-        real = torch.arange(count).reshape([-1, *[1] * (indices.ndim - 1)]).transpose(0, dim).expand(indices.shape)
-        real = real.contiguous()
-        self.entries.enter(real, None, None, real, Kind.CHOSEN)
-        return real
-
-    def _choose(self, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
-        scores: Any = record.args[0]
-        shape = scores.meta["val"].shape
-        k, largest = ranked
-        ids = self.choices.ids(shape[:-1].numel(), shape[-1], k)
-        places = open_places(scores, self.consts) if largest else None
-        if places is not None:
-            places = places.reshape(-1, shape[-1])
-            ids = moved_inside(ids, places) if self.inside else ids
-            self.outside |= not bool(places.gather(1, ids).all())
-        self.fixed.update((k, shape[-1]))
-        choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
-        record.meta["choice"] = choice
-        real = ids.reshape(indices.shape).clone()
-        self.lineage.chose(real, choice)
-        entry = self.entries.enter(real, None, None, real, Kind.CHOSEN)
-        self.choices.add(choice, entry.storage)
-        return real

@@ -1,0 +1,42 @@
+"""What a block is called with in a record: tensors with a shape, a dtype and no data, which it may not write to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_surgery.read.record.choices import Made
+from moe_surgery.read.record.known_numbers import Kind
+
+if TYPE_CHECKING:
+    from moe_surgery.read.record.recorder import Recorder
+
+
+def block_input(recorder: Recorder, shape: tuple[int, ...], *, strided: bool) -> Tensor:
+    """The block's input; ``strided`` in its leading dimensions in a record without marks."""
+    tensor = torch.empty(shape, dtype=recorder.dtype, device="meta")
+    if strided:
+        tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=recorder.dtype, device="meta")
+        tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
+    recorder.ledger.plain = strided
+    recorder.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
+    entry = recorder.enter(tensor, recorder.graph.placeholder("hidden_states"), tensor)
+    recorder.entries.guarded[entry.storage] = "its input"
+    return tensor
+
+
+def experts_inputs(recorder: Recorder, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The ids [T, k] and weights [T, k] that a module of experts alone is called with; ids count as chosen."""
+    weights = torch.empty(ids.shape, dtype=dtype, device="meta")
+    entry = recorder.enter(weights, recorder.graph.placeholder("weights"), weights)
+    recorder.entries.guarded[entry.storage] = "its weights"
+    real = ids.clone()
+    entry = recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
+    recorder.entries.guarded[entry.storage] = "its ids"
+    recorder.fixed.add(ids.shape[-1])
+    node = recorder.entry(weights).node
+    assert node is not None
+    recorder.choices.add(Made(node, node, ids.shape[-1], ids, True), entry.storage)
+    return real, weights
