@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.read.asking import spread
-from moe_surgery.read.block import hidden_sizes, odd_batch
+from moe_surgery.read.batches import hidden_sizes, odd_batch
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first

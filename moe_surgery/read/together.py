@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from moe_surgery.read.parse.mlp import MLPRead
+from moe_surgery.read.parse.router import Precisions, RouterRead
 from moe_surgery.read.parse.token_output import SharedRead, TokenRead
 from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.spec import ExpertsSpec, SharedSpec
+from moe_surgery.spec import ExpertsSpec, RouterSpec, SharedSpec
+from moe_surgery.weights.layout import Layout
 
 
 def same_experts(
@@ -45,6 +47,44 @@ def renumbered(experts: tuple[MLPRead | None, ...]) -> tuple[int, ...]:
     kinds = [2 if expert is None else int(expert.identity) for expert in experts]
     order = sorted(range(len(experts)), key=lambda number: kinds[number])
     return tuple(order.index(number) for number in range(len(experts)))
+
+
+def layout_of(first: TokenRead, experts: Sequence[MLPRead | None]) -> Layout:
+    """Where the weights of a block are that was read so."""
+    return Layout(
+        router=first.router.piece,
+        experts=tuple(expert.pieces for expert in experts if expert is not None and not expert.identity),
+        shared=first.shared.mlp.pieces if first.shared else None,
+        shared_gate=first.shared.gate if first.shared else None,
+        router_bias=first.router.bias,
+        correction_bias=first.router.correction,
+        output_bias=first.output_bias,
+    )
+
+
+def router_spec(router: RouterRead, precisions: Precisions, *, wide_matrix: bool) -> RouterSpec:
+    """The spec of a router that was read so and rounds with such ``precisions``."""
+    return RouterSpec(
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        scoring=router.scoring,
+        renormalize=router.renormalize,
+        scale=router.scale,
+        logits_dtype=precisions.logits,
+        weights_dtype=precisions.weights,
+        scores_dtype=precisions.scores,
+        bias=router.bias is not None,
+        soft_cap=router.soft_cap,
+        correction_bias=router.correction is not None,
+        groups=router.groups,
+        epsilon=router.epsilon,
+        floor=router.floor,
+        norm=router.norm,
+        ranks=router.ranks,
+        ranked_dtype=precisions.ranked,
+        cap_dtype=precisions.cap,
+        wide_matrix=wide_matrix,
+    )
 
 
 def experts_spec(experts: Sequence[MLPRead | None], first: TokenRead) -> ExpertsSpec:
