@@ -16,7 +16,7 @@ EXPECTED = {
     "shared expert gated and ungated": ("missed", "second shared expert"),
     "extra residual": ("missed", "adds x"),
     "another input for the shared expert": ("missed", "not one linear map"),
-    "a norm before the shared expert": ("missed", "not the block's input"),
+    "a norm before the shared expert": ("missed", "multiplied by rsqrt"),
     "another token's shared expert": ("missed", "roll"),
     "a branch on the batch size": ("missed", "batch size"),
     "a scale on all": ("replaced", "×2.5"),
