@@ -149,6 +149,11 @@ def test_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
         open_meta(str(tmp_path))
     (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"config\.json: no such file; model\.gguf is a GGUF file"):
+        open_meta(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "maker/base"}')
+    with pytest.raises(ModelError, match=r"no such file; here is an adapter, .* that it adapts, maker/base"):
+        open_meta(str(tmp_path))
     with pytest.raises(ModelError, match="a file; a model is a directory"):
         open_meta(str(tmp_path / "model.gguf"))
     with pytest.raises(ModelError, match="absent: no such directory"):
