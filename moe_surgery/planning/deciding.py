@@ -106,13 +106,15 @@ def _decide(
     if item.held is not None:
         return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
+    # Which target would have been picked isn't known where none was asked.
+    named = None if isinstance(target, AutoTarget) else target.name
     if obstacle is not None:
-        return Step(path, kind, "refused", obstacle, rule, target.name, spec)
+        return Step(path, kind, "refused", obstacle, rule, named, spec)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
     if live and any(module.training for module in item.site.module.modules()):
         reason = "the model is in training mode, and the replacement has no backward pass; call model.eval()"
-        return Step(path, kind, "refused", reason, rule, target.name, spec)
+        return Step(path, kind, "refused", reason, rule, named, spec)
     dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else device, dtype, live)
     if isinstance(target, AutoTarget):
