@@ -198,7 +198,9 @@ def test_remote_code_runs_only_if_trusted(
     assert not hasattr(open_meta(str(model)).module, "brought_along")
 
 
-@pytest.mark.parametrize("name, own", [("Qwen2MoEForCausalLM", True), ("Qwen2MoeFlashForCausalLM", False)])
+@pytest.mark.parametrize(
+    "name, own", [("Qwen2MoEForCausalLM", True), ("Qwen2_MoeForCausalLM", True), ("Qwen2MoeFlashForCausalLM", False)]
+)
 def test_a_class_is_found_by_the_models_type(write_tiny: WriteTiny, tmp_path: Path, name: str, own: bool) -> None:
     config = json.loads((write_tiny("float32") / "config.json").read_text()) | {"architectures": [name]}
     config |= {"auto_map": {"AutoModelForCausalLM": "mine.MyModel"}} if own else {}
