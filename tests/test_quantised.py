@@ -26,6 +26,10 @@ SCHEMES: list[tuple[dict[str, Any], str]] = [
         "NVFP4 (ModelOpt, groups of 16)",
     ),
     (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": {"weights": {"group_size": 16}}}},
+        "NVFP4 (ModelOpt, groups of 16)",
+    ),
+    (
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
         "FP8 (ModelOpt, mixed)",
     ),
