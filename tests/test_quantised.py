@@ -33,6 +33,13 @@ SCHEMES: list[tuple[dict[str, Any], str]] = [
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
         "FP8 (ModelOpt, mixed)",
     ),
+    (
+        {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"l.0.attn": {"quant_algo": "FP8"}, "l.0.experts": {"quant_algo": "W4A16_NVFP4"}},
+        },
+        "W4A16_NVFP4 (ModelOpt, mixed)",
+    ),
     ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4"),
     ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ int4 (groups of 128)"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "GPTQ int4 (groups of 128)"),
