@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
+from zoo.published import ALL
 from zoo.same import distance, inputs
-from zoo.written import ALL
 
 import moe_surgery
 from moe_surgery.calling import structured
