@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import written
-from .around import Alone
+from .around import AROUND, Alone, Latent
 from .others import PLACES, block
 
 __all__ = ["ALL"]
@@ -35,6 +35,30 @@ class CompiledAndLeft(_Compiled):
 
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return super().routed(x, weights, ids) + 0 * torch.rand(1)
+
+
+@block(AROUND)
+class LatentRowsGathered(Latent):
+    """A smaller input whose rows are gathered number by number, and added up so (NeMo AutoModel)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        given = self.entering(x)
+        out = torch.zeros_like(given)
+        for number in range(self.num_experts):
+            token, slot = torch.where(ids == number)
+            places = token[:, None].expand(-1, given.shape[1])
+            done = self.expert(number, given.gather(0, self.taken(places))) * weights[token, slot, None]
+            out.scatter_add_(0, places, done)
+        return self.out_of(out)
+
+    def taken(self, places: Tensor) -> Tensor:
+        return places
+
+
+@block(AROUND, "another token", "told from")
+class LatentOfOtherTokens(LatentRowsGathered):
+    def taken(self, places: Tensor) -> Tensor:
+        return places.flip(0)
 
 
 ALL = written.ALL  # those above among them
