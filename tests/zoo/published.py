@@ -55,7 +55,7 @@ class LatentRowsGathered(Latent):
         return places
 
 
-@block(AROUND, "another token", "told from")
+@block(AROUND, "input of a linear map")
 class LatentOfOtherTokens(LatentRowsGathered):
     def taken(self, places: Tensor) -> Tensor:
         return places.flip(0)
