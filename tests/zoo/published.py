@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import written
 from .around import AROUND, Alone, Latent
-from .others import PLACES, block
+from .others import PLACES, RESULTS, block
 
 __all__ = ["ALL"]
 
@@ -59,6 +59,23 @@ class LatentRowsGathered(Latent):
 class LatentOfOtherTokens(LatentRowsGathered):
     def taken(self, places: Tensor) -> Tensor:
         return places.flip(0)
+
+
+@block(RESULTS, "rows) comes of numbers of single tokens' places")
+class WithItsSortedRows(Alone):
+    """Its tokens in the order of their experts (a reference of Unsloth's)."""
+
+    def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        x = hidden_states.reshape(-1, self.hidden)
+        _, ids = self.route(x)
+        given = x[ids.flatten().argsort(stable=True) // self.top_k]
+        rows = torch.zeros_like(given)
+        start = torch.zeros((), dtype=torch.long)
+        for number in range(self.num_experts):
+            end = start + (ids == number).sum()
+            rows[start:end] = given[start:end] * number
+            start = end
+        return {"out": super().forward(hidden_states), "rows": rows}
 
 
 ALL = written.ALL  # those above among them
