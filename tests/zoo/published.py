@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import written
-from .around import AROUND, Alone, Latent
-from .others import PLACES, RESULTS, block
+from .around import AROUND, Alone, BiasedMLP, Latent
+from .others import ACTIVATIONS, PLACES, RESULTS, block
 
 __all__ = ["ALL"]
 
@@ -59,6 +61,33 @@ class LatentRowsGathered(Latent):
 class LatentOfOtherTokens(LatentRowsGathered):
     def taken(self, places: Tensor) -> Tensor:
         return places.flip(0)
+
+
+class _ByTanh(BiasedMLP):
+    """The GELU of GPT-2, of a sum with a bias (phixtral)."""
+
+    cube = 0.044715
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(0.5 * y * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (y + self.cube * torch.pow(y, 3.0)))))
+
+
+class _NearlyByTanh(_ByTanh):
+    cube = 0.05
+
+
+@block(ACTIVATIONS)
+class GeluOfBiased(Alone):
+    mlp: type[BiasedMLP] = _ByTanh
+
+    def make_expert(self) -> nn.Module:
+        return self.mlp(self.hidden, self.width)
+
+
+@block(ACTIVATIONS, "not down(act(gate(x)) * up(x))")
+class NearlyGeluOfBiased(GeluOfBiased):
+    mlp = _NearlyByTanh
 
 
 @block(RESULTS, "rows) comes of numbers of single tokens' places")
