@@ -178,7 +178,19 @@ class Updated(Replayed):
 
 @dataclass(frozen=True)
 class ShapeOfInput:
-    """An attribute that is the shape of the input of the last call."""
+    """An attribute that is the shape of the input of the last call, as it was ("batch"), or of its tokens ("flat").
+
+    ``leads`` are those that fit: of tokens [T, H] both do.
+    """
+
+    leads: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Always:
+    """An attribute of an object, not of a module, that every call gives the same ``value``: plain, or a constant."""
+
+    value: Any
 
 
 class Alone:

@@ -15,6 +15,7 @@ from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.assembly import assembled, constant
 from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.choices import no_choice
+from moe_surgery.read.record.eager import eagerly
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.inputs import block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
@@ -113,7 +114,7 @@ def _once(
     before, written = watched(block), Written(block)
     looked = written.unset(unset)
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(plain):
+        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
