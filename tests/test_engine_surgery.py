@@ -14,6 +14,8 @@ from engine_examples import Result, Run, run_all
 from engine_reference import check, reference
 from safetensors.torch import load_file, save_file
 
+from moe_surgery.engine.timing.graphs import own_graphs
+
 LAYERS = 3
 # Prompts of five and four tokens then take two steps each, beside the other's decoding.
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 3, "max_num_seqs": 2}
@@ -48,22 +50,36 @@ def test_eager_and_with_chunked_prefill(folders: dict[str, Path], tmp_path: Path
         check(result.outputs, reference("unfused_qwen2" if kind == "stacked" else kind, folders[kind]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "list_moe_whole"])
-def test_compiled_with_a_cache_that_the_other_variant_warmed(
-    kind: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    plain = Run(str(folders[kind]), COMPILED)
-    surgery = [operated(folders[kind], tmp_path, name, **COMPILED) for name in ("cold", "warm")]
-    runs = [plain, surgery[0], plain, surgery[1]]
-    for run, result in zip(runs, run_all(runs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache")), strict=True):
+def compiled(kind: str, folder: Path, tmp_path: Path, order: tuple[str, ...]) -> None:
+    """Engines in turn whose graphs are kept in one cache; "plain" is without surgery.
+
+    On a CPU, vLLM 0.32 fails to load what it kept, with or without surgery, and compiles again: a second engine of a
+    sort takes as long as the first.
+    """
+    runs = [
+        Run(str(folder), COMPILED) if name == "plain" else operated(folder, tmp_path, name, **COMPILED)
+        for name in order
+    ]
+    cache = tmp_path / "cache"
+    for run, result in zip(runs, run_all(runs, tmp_path, VLLM_CACHE_ROOT=own_graphs(cache)), strict=True):
         assert result.error is None
         if run.surgery is not None:
             check_operated(result)
-        check(result.outputs, reference(kind, folders[kind]))
-    # Graphs that were kept lie under the hash of their config: one place for the plain model, another for both others.
-    kept = [place for place in (tmp_path / "cache").rglob("*") if place.name.startswith("rank_0")]
+        check(result.outputs, reference(kind, folder))
+    # Graphs that were kept lie under the hash of their config: one place for the plain model, another for the operated.
+    kept = [place for place in cache.rglob("*") if place.name.startswith("rank_0")]
     assert len({place.parent for place in kept}) == 2, kept
+
+
+@pytest.mark.slow
+def test_compiled_with_a_cache_that_the_other_variant_warmed(folders: dict[str, Path], tmp_path: Path) -> None:
+    compiled("naive_talker", folders["naive_talker"], tmp_path, ("plain", "cold", "plain", "warm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("list_moe_whole", "naive_talker")])
+def test_compiled_before_the_plain_variant(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    compiled(kind, folders[kind], tmp_path, ("operated", "plain"))
 
 
 @pytest.mark.slow
