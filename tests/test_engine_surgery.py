@@ -83,27 +83,27 @@ def test_compiled_before_the_plain_variant(kind: str, folders: dict[str, Path], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "omni_talker"])
-def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    run = operated(folders[kind], tmp_path, "tp2", tensor_parallel_size=2)
-    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    assert result.error is None
-    check_operated(result, ranks=2)
-    names = {mutant["name"] for site in result.receipts[0]["report"]["sites"] for mutant in site["proof"]["mutants"]}
-    assert any("twice" in name for name in names) and any("not reduced" in name for name in names)
-    check(result.outputs, reference(kind, folders[kind]))
+def test_parallel(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each engine in processes of its own, begun by one that has none in it. Ranks share every block's experts.
 
-
-@pytest.mark.slow
-def test_pipeline_parallel(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Each stage operates on its own layers. (vLLM 0.32 can't serve so on CPU, with or without surgery.)"""
-    run = Run(str(folders["naive_talker"]), {"pipeline_parallel_size": 2}, {"run": str(tmp_path / "pp2")}, ask=False)
-    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    assert result.error is None
-    told = {receipt["stage"]: receipt for receipt in result.receipts}
+    Each stage of a pipeline operates on its own layers. (vLLM 0.32 can't serve so on CPU, with or without surgery.)
+    """
+    kinds = [kind for kind in CONFIGS if kind != "omni_talker"]
+    runs = [operated(folders[kind], tmp_path, f"{kind}-tp2", tensor_parallel_size=2) for kind in kinds]
+    stages = Run(str(folders["naive_talker"]), {"pipeline_parallel_size": 2}, {"run": str(tmp_path / "pp2")}, ask=False)
+    *ranks, staged = run_all([*runs, stages], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    for kind, result in zip(kinds, ranks, strict=True):
+        assert result.error is None, kind
+        check_operated(result, ranks=2)
+        sites = result.receipts[0]["report"]["sites"]
+        names = {mutant["name"] for site in sites for mutant in site["proof"]["mutants"]}
+        assert any("twice" in name for name in names) and any("not reduced" in name for name in names)
+        check(result.outputs, reference(kind, folders[kind]))
+    assert staged.error is None
+    told = {receipt["stage"]: receipt for receipt in staged.receipts}
     paths = [site["path"] for stage in (0, 1) for site in told[stage]["report"]["sites"]]
     assert paths == [f"model.layers.{layer}.mlp" for layer in range(LAYERS)]
-    assert {receipt["outcome"] for receipt in result.receipts} == {"operated"}
+    assert {receipt["outcome"] for receipt in staged.receipts} == {"operated"}
 
 
 @pytest.mark.slow
