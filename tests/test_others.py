@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
+from zoo.published import ALL
 from zoo.same import distance, inputs
-from zoo.written import ALL
 
 import moe_surgery
 from moe_surgery.calling import structured
@@ -248,6 +248,14 @@ def test_an_object_that_a_block_writes_to_is_kept_up_to_date_and_left_as_it_was(
     model(torch.randn(2, 3, 32))
     assert held.shape == (2, 3, 32) and held.order.shape == (12,)
     assert model.mlp.token_dispatcher is held
+
+
+def test_what_every_call_writes_to_an_object_is_written_by_calls_alone() -> None:
+    model = Layer(next(case for case in ALL if case.name == "WithADispatcherThatIsReadyOnceCalled").make()).eval()
+    held = model.mlp.token_dispatcher
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced" and vars(held) == {}
+    model(torch.randn(2, 3, 32))
+    assert held.ready and held.tokens == (6, 32) and held.shape == (2, 3, 32) and held.scale == 1
 
 
 def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo.written import ALL
+from zoo.published import ALL
 
 import moe_surgery
 from moe_surgery.errors import ProofError

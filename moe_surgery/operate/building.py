@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Replayed, ShapeOfInput, Updated
+from moe_surgery.calling import Always, Replayed, ShapeOfInput, Updated
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.read.record.tensor_entries import own_dtype, storage
@@ -45,8 +45,8 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     own = own_part(block, reading, tensors, new._buffers if state else {})
     if own is not None:
         new.add_module("own_part", own)
-    shaped = any(isinstance(value, ShapeOfInput) for _, value in reading.kept)
-    if spec.at == "experts" or own or shaped or not (reading.calling.plain and reading.results is None):
+    writes = any(isinstance(value, (Always, ShapeOfInput)) for _, value in reading.kept)
+    if spec.at == "experts" or own or writes or not (reading.calling.plain and reading.results is None):
         new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
     owner, _, _ = reading.layout.router.path.rpartition(".")
     if owner and "." not in owner:

@@ -156,7 +156,7 @@ def _attribute(block: nn.Module, path: str, name: str) -> Any:
 
 def _apart(what: str, old: Any, new: Any) -> Iterator[str]:
     """Why what the same operations made of the same input differs in two blocks, if it does."""
-    if isinstance(old, torch.Size) and old == new:
+    if not isinstance(old, Tensor) and type(old) is type(new) and old == new:  # a shape, or a plain value
         return
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):
         yield f"the new block's {what} is not of the old one's form"

@@ -18,9 +18,10 @@ from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Flow, Given, Op, Ref
 from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain, done
-from moe_surgery.replay import ROUTING, At, Many, Numbers, Program, Step
+from moe_surgery.replay import ENTERING, ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
+_RANK = frozenset(["topk", "max", "sort"])  # which give values and indices
 _MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
 
 
@@ -44,16 +45,12 @@ class Builder:
         With ``routed``, the operation that gives the routed experts' sum, also of the block's ``output`` that comes of
         it. Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
         """
-        outputs = []
-        for name, what in wanted.items():
-            value = what if isinstance(what, Ref) else what.value
-            place = self._op(value.index) if isinstance(value, Ref) else self._known(what, value)  # type: ignore[arg-type]
-            outputs.append((name, place.number))
+        outputs = [(name, self._wanted(name, what).number) for name, what in wanted.items()]
         last = max((number for name, number in outputs if name in ROUTING), default=-1)
         whole = None
         if routed is not None and output is not None:
             self.routed = routed
-            whole = self._op(output.index).number
+            whole = self._wanted("", output).number
             if routed not in self._ops:
                 raise Unreadable("its output doesn't come of its routed experts")
         flat = len(self.shape) == 2
@@ -72,6 +69,16 @@ class Builder:
         if count != sum(choice.k for choice in choices):
             kept = Computed(torch.ops.aten.slice.Tensor, (kept, 1, 0, count), {}, None)
         return Given("ids", torch.cat(parts, 1)[:, :count], (), "", kept)
+
+    def _wanted(self, name: str, what: Ref | Given) -> At:
+        """The step that makes something. Of what can't be run again the reason tells what needs it."""
+        try:
+            value = what if isinstance(what, Ref) else what.value
+            return self._op(value.index) if isinstance(value, Ref) else self._known(what, value)  # type: ignore[arg-type]
+        except Unreadable as error:
+            told = {"": "what stands around its experts", ENTERING: "what its experts are given"}
+            told |= dict.fromkeys(ROUTING, "its routing")
+            raise Unreadable(f"{told.get(name, f'what it keeps or returns ({name})')} comes of {error}") from None
 
     def _known(self, what: Given, value: Tensor) -> At:
         if what.origin is None:
@@ -94,6 +101,8 @@ class Builder:
     def _of_op(self, op: Op) -> At:
         if op.name == "input":
             return self._step("input")
+        if op.name == "beside":
+            return self._step("beside", op.args)
         if op.name == "param":
             return self._step("weight", op.args)
         if op.name == "const":
@@ -162,7 +171,7 @@ class Builder:
         if index is None:
             raise Unreadable("the ids of a choice that it doesn't use")
         place = self._op(index)
-        return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
+        return self._step(operator.getitem, (place, 1)) if self.flow.ops[index].name in _RANK else place
 
     def value(self, origin: Any) -> Tensor:
         """What known numbers were in this record."""

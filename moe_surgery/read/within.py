@@ -104,7 +104,7 @@ def _source(flow: Flow, index: int) -> int | None:
         if op.name == "param":
             return None
         taken = flow.ops[op.args[0].index] if op.name == "item" else op
-        moves = taken.name in ROW_MOVES or taken.name == "_to_copy"
+        moves = taken.name in ROW_MOVES or taken.name in ("_to_copy", "gather")
         ref = next((item for item in _operands(op.args[0]) if isinstance(item, Ref)), None) if moves else None
         if ref is None or (_of_tokens(flow, op) and op.name == "_to_copy"):
             return index

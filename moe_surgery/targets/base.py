@@ -83,7 +83,7 @@ class SwappedBlock(nn.Module):
         if "ids" in tensors:
             return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
         x = tensors["hidden_states"]
-        begun = self.convention.begun(x)
+        begun = self.convention.begun(x, tensors)
         assert begun is not None
         found = begun.outputs
         entering = found.get(ENTERING, x)
@@ -102,8 +102,8 @@ class SwappedBlock(nn.Module):
         """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did."""
         assert self.convention is not None
         replayed = begun.outputs if begun is not None else {}
-        for (path, name), where in self.convention.written:
-            self.write(path, name, x.shape if where is None else replayed[where])
+        for (path, name), value in self.convention.values(x, replayed):
+            self.write(path, name, value)
         for name, where in self.convention.state:
             self.write_buffer(name, replayed[where])
         return self.convention.answer(x, output, replayed)

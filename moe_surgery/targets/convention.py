@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import Calling, Constant, Replayed, Result, ShapeOfInput, Structure, Updated
+from moe_surgery.calling import Always, Calling, Constant, Replayed, Result, ShapeOfInput, Structure, Updated
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -31,7 +31,7 @@ class Convention:
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
-    written: tuple[tuple[tuple[str, str], str | None], ...] = ()
+    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | Always], ...] = ()
     state: tuple[tuple[str, str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
@@ -51,9 +51,9 @@ class Convention:
         """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
         state = tuple((name, value.where) for (_, name), value in kept if isinstance(value, Updated))
         written = tuple(
-            (place, value.where if isinstance(value, Replayed) else None)
+            (place, value)
             for place, value in kept
-            if isinstance(value, (Replayed, ShapeOfInput)) and not isinstance(value, Updated)
+            if isinstance(value, (Replayed, ShapeOfInput, Always)) and not isinstance(value, Updated)
         )
         if results is None:
             return cls(calling, None, own, written, state)
@@ -68,8 +68,7 @@ class Convention:
 
         def leaf(leaf: Any) -> Any:
             if isinstance(leaf, Constant):
-                dtype = x.dtype if leaf.dtype == "native" else getattr(torch, leaf.dtype)
-                return torch.full(leaf.shape, leaf.value, dtype=dtype, device=x.device)
+                return _full(leaf, x)
             if isinstance(leaf, Replayed):
                 return replayed[leaf.where]
             if not isinstance(leaf, Result):
@@ -84,9 +83,21 @@ class Convention:
 
         return self.results.made(leaf)
 
-    def begun(self, x: Tensor) -> Begun | None:
-        """What the block's own operations compute of its input, if anything."""
-        return None if self.own is None else self.own.replay(x)
+    def values(self, x: Tensor, replayed: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, str], Any]]:
+        """What a call with ``x`` writes, by the old block's module or object and the attribute's name."""
+        for place, value in self.written:
+            match value:
+                case Replayed():
+                    yield place, replayed[value.where]
+                case ShapeOfInput():
+                    yield place, x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                case Always():
+                    same = value.value
+                    yield place, _full(same, x) if isinstance(same, Constant) else same
+
+    def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
+        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""
+        return None if self.own is None else self.own.replay(x, tensors)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
@@ -107,6 +118,12 @@ class Convention:
             found: Tensor = values[leaf.value]
             return found
         return weights_of(leaf, values)
+
+
+def _full(leaf: Constant, x: Tensor) -> Tensor:
+    """A tensor that is the same in every call, in a call with ``x``."""
+    dtype = x.dtype if leaf.dtype == "native" else getattr(torch, leaf.dtype)
+    return torch.full(leaf.shape, leaf.value, dtype=dtype, device=x.device)
 
 
 def weights_of(leaf: Result, values: dict[str, Any]) -> Tensor:
@@ -130,8 +147,9 @@ def answering(forward: Forward) -> Forward:
         convention: Convention | None = self.convention
         if convention is None:
             return forward(self, *given, **named)
-        x = convention.calling.taken(given, named)["hidden_states"]
-        return self.answer(x, forward(self, x), convention.begun(x))
+        tensors = convention.calling.taken(given, named)
+        x = tensors["hidden_states"]
+        return self.answer(x, forward(self, x), convention.begun(x, tensors))
 
     return answered  # type: ignore[return-value]
 

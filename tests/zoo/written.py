@@ -627,13 +627,13 @@ class _Configured(_Dispatcher):
     ready = False
 
     def apart(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        self.ready = True
+        self.ready, self.tokens, self.scale = True, given[0].flatten(0, -2).shape, given[0].new_ones(())
         return super().apart(*given)
 
 
-@block(STATE, "state", "token_dispatcher.ready")
+@block(STATE)
 class WithADispatcherThatIsReadyOnceCalled(WithADispatcher):
-    """To write that before the block is called would be too early, and an object isn't copied."""
+    """An object isn't copied: to write to it before the block is called would be too early (Megatron)."""
 
     dispatcher = _Configured
 

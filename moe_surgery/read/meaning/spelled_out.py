@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from moe_surgery.read.meaning.term import Term
 
@@ -49,8 +49,9 @@ def _value(term: Term, argument: Term, place: float) -> float | None:
         return float(term.args[0])
     if term.op not in ("add", "mul") and term.op not in _FUNCTIONS:
         return None
-    known = []
-    for part in term.args:
+    parts = list(term.args)
+    known = [place] if term.op == argument.op == "add" and _taken_out(parts, argument.args) else []
+    for part in parts:
         value = _value(part, argument, place)
         if value is None:
             return None
@@ -58,3 +59,12 @@ def _value(term: Term, argument: Term, place: float) -> float | None:
     if term.op in _FUNCTIONS:
         return _FUNCTIONS[term.op](known[0])
     return sum(known) if term.op == "add" else math.prod(known)
+
+
+def _taken_out(parts: list[Term], summands: Sequence[Term]) -> bool:
+    """Whether ``summands`` are among the ``parts`` of a sum, from which they are taken: sums in sums are one."""
+    if any(all(part is not summand for part in parts) for summand in summands):
+        return False
+    for summand in summands:
+        del parts[next(number for number, part in enumerate(parts) if part is summand)]
+    return True

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.calling import Alone, Constant, Replayed, Result, Structure, Value
+from moe_surgery.calling import Alone, Always, Constant, Replayed, Result, ShapeOfInput, Structure, Value
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term
@@ -181,18 +181,23 @@ def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
 def _met(mine: Any, its: Any) -> Any:
     """What two records of one result, or structure of results, say together; :data:`_UNLIKE` if nothing.
 
-    Of a batch of one column [B, 1] may be k = 1 ids of B tokens; what isn't them in another batch is computed again.
+    Of a batch of one column [B, 1] may be k = 1 ids of B tokens, and of one token places are always 0; what isn't them
+    in another batch is computed again.
     """
     for one, other in ((mine, its), (its, mine)):
-        if isinstance(one, Replayed) and isinstance(other, Result) and other.value != "output":
+        same = isinstance(other, Always) and isinstance(other.value, Constant)
+        if isinstance(one, Replayed) and (same or (isinstance(other, Result) and other.value != "output")):
             return one
     if type(mine) is not type(its):
         return _UNLIKE
+    if isinstance(mine, Always):
+        value = _met(mine.value, its.value)
+        return value if value is _UNLIKE else Always(value)
     if isinstance(mine, Structure):
         alike = (mine.kind, mine.keys, len(mine.items)) == (its.kind, its.keys, len(its.items))
         items = tuple(map(_met, mine.items, its.items)) if alike else (_UNLIKE,)
         return _UNLIKE if _UNLIKE in items else replace(mine, items=items)
-    if isinstance(mine, (Result, Constant)):
+    if isinstance(mine, (Result, Constant, ShapeOfInput)):
         both = {name: getattr(mine, name) & getattr(its, name) for name in ("dtypes", "leads") if hasattr(mine, name)}
         return (
             replace(mine, **both) if all(both.values()) and replace(mine, **both) == replace(its, **both) else _UNLIKE

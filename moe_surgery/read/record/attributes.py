@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Constant, ShapeOfInput
+from moe_surgery.calling import Always, Constant, ShapeOfInput
 from moe_surgery.read.record.outside_state import Outside, functions, holders
 from moe_surgery.read.record.tensor_entries import storage
 
@@ -96,7 +96,7 @@ def kept(
 
     These are the ones that no code of the block reads, and those that it is known to have ``written_first``. What is a
     ``constant`` is the same after every call; the input's ``shape`` is known in every call. An object isn't copied for
-    the replacement, so that what is the same after every call would be written to it too early, and is state.
+    the replacement, which writes to it in every call.
     """
     read = frozenset(names_read(block)) if changed else frozenset()
     modules = {path for path, _ in block.named_modules()}
@@ -105,18 +105,22 @@ def kept(
         if name in read and (path, name) not in written_first:
             continue
         if type(value) in PLAIN_VALUES:
-            found |= {(path, name): value} if path in modules else {}
+            found[path, name] = value if path in modules else Always(value)
         elif isinstance(value, Tensor):
             same = constant(value)
-            if same is None or path in modules:
-                found[path, name] = value if same is None else same
-        elif isinstance(value, tuple) and len(value) == len(shape) and all(map(_is, value, shape)):
-            found[path, name] = ShapeOfInput()
+            found[path, name] = value if same is None else same if path in modules else Always(same)
+        elif leads := _leads(value, shape):
+            found[path, name] = ShapeOfInput(leads)
     return found
 
 
-def _is(value: Any, size: int) -> bool:
-    return isinstance(value, int) and int.__index__(value) == size
+def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:
+    """Which shapes of an input a tuple is."""
+    if not isinstance(value, tuple) or not all(isinstance(size, int) for size in value):
+        return frozenset()
+    sizes = tuple(map(int.__index__, value))
+    known = {"batch": shape, "flat": (torch.Size(shape[:-1]).numel(), shape[-1])}
+    return frozenset(name for name, those in known.items() if sizes == those)
 
 
 def names_read(block: nn.Module) -> Iterator[str]:

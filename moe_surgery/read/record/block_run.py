@@ -16,8 +16,9 @@ from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.assembly import assembled, constant
 from moe_surgery.read.record.attributes import PLAIN_VALUES, Attributes, Written, kept
 from moe_surgery.read.record.choices import no_choice
+from moe_surgery.read.record.eager import eagerly
 from moe_surgery.read.record.flow import Flow, Route
-from moe_surgery.read.record.inputs import block_input, experts_inputs
+from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
@@ -56,7 +57,8 @@ def record(
     """
 
     def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
-        return calling.placed({"hidden_states": hidden_states, **(more or {})})
+        beside = {c.key: beside_input(recorder, c, shape) for c in calling.companions}
+        return calling.placed({"hidden_states": hidden_states, **beside, **(more or {})})
 
     return _recorded(partial(Recorder, block, dtype, route, turned, inside), block, shape, plain, inputs)
 
@@ -116,7 +118,7 @@ def _once(
     before, written = watched(block), Written(block)
     written.give(given or {})
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(plain):
+        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
