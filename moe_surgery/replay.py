@@ -130,7 +130,7 @@ class Program:
             x = x.reshape(-1, x.shape[-1])
         elif x.ndim != 3:
             x = x.reshape(1, -1, x.shape[-1])
-        found = {c.key: found[c.key].reshape(c.shape(tuple(x.shape))) for c in self.companions}
+        found = {c.key: found[c.key].reshape(c.shape(tuple(x.shape))).contiguous() for c in self.companions}
         run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype, found)  # as it was recorded
         return run.on(next((n for n, step in enumerate(self.steps) if step.func == "routed"), len(self.steps)))
 

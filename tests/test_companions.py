@@ -75,6 +75,15 @@ def test_another_form_is_an_error() -> None:
         model.mlp(x)
 
 
+def test_what_is_given_beside_the_input_may_lie_anyhow_in_memory() -> None:
+    model = Telling(MaskedByTruth)
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"
+    x = torch.randn(2, 3, 32)
+    mask = MaskedByTruth.told(x)
+    turned = mask.T.contiguous().T
+    assert not turned.is_contiguous() and torch.equal(model.mlp(x, mask), model.mlp(x, turned))
+
+
 def test_a_model_that_gives_another_form_is_refused() -> None:
     model = Telling(MaskedByTruth)
     model.told = lambda x: MaskedByTruth.told(x).to(x.dtype)

@@ -57,6 +57,27 @@ def test_arguments_to_call_a_model_with_can_be_given() -> None:
         apply(model, model_check=given)
 
 
+class Counted(nn.Module):
+    """Counts its tokens, and does something else after the first few."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen += x.numel()
+        return self.inner(x) * (1 + (self.seen > 8))
+
+
+@pytest.mark.parametrize("undoable", [True, False])
+def test_no_run_of_the_check_is_counted_in_a_buffer(undoable: bool) -> None:
+    model = Counted(talking.model()).eval()
+    report = apply(model, undoable=undoable)
+    assert len(report.replaced) == 2 and report.model_check.tokens == 8
+    assert not model.seen
+
+
 PARAMETERS = operator.methodcaller("parameters")  # a name that no code has
 
 

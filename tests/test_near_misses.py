@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from zoo import counting as counting  # which adds to the near misses
 from zoo import nearmiss, plain
 from zoo.same import FEW, SHAPES, TOLERANCE, Holder, assert_reads_right, distance, outputs
 
@@ -79,6 +82,27 @@ def test_a_near_miss_is_replaced_by_its_equal_or_left_alone(case: nearmiss.Case,
         assert step.outcome == "replaced"
         assert isinstance(model.mlp, SwappedBlock)
     assert_same_outputs(before, outputs(model, shapes=shapes), replaced=isinstance(model.mlp, SwappedBlock))
+
+
+@pytest.mark.parametrize(
+    "name", ["CountsInADeque", "CountsInACounter", "CountsInASlot", "CountsInAnObjectOfAList", "CountsFarDown"]
+)
+def test_reading_leaves_what_a_block_counted_as_it_was(name: str) -> None:
+    block = nearmiss.case(name).make()
+    before, held = copy.deepcopy(block.held), block.held
+    with pytest.raises(Unreadable, match="state"):
+        read(block)
+    assert block.held is held
+    assert pickle.dumps(block.held) == pickle.dumps(before)
+
+
+def test_reading_leaves_what_is_outside_of_a_block_as_it_was() -> None:
+    for name in ("CountsInADefault", "CountsInAFunction", "CountsInAnotherClass", "CountsInAModule"):
+        block = nearmiss.case(name).make()
+        first = block.counted()
+        with pytest.raises(Unreadable, match="state"):
+            read(block)
+        assert block.counted() == first + 1
 
 
 def test_a_model_of_no_experts_is_missed_for_what_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,16 @@ def test_what_is_counted_goes_on_being_counted(name: str, dtype: torch.dtype) ->
     counted = model.mlp.tokens_per_expert.clone()
     moe_surgery.undo(report)
     assert torch.equal(model.mlp.tokens_per_expert, counted)
+
+
+def test_no_gradient_is_left_in_a_buffer() -> None:
+    model = counting("MeansOfItsScores").requires_grad_(True)
+    report = moe_surgery.apply(model, target="reference")
+    assert report.steps[0].outcome == "replaced", report.steps[0].reason
+    for buffer in model.buffers():
+        assert buffer.is_leaf and not buffer.requires_grad
+    moe_surgery.undo(report)
+    copy.deepcopy(model)
 
 
 def test_a_wrong_count_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:

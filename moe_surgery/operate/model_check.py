@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
@@ -25,6 +26,8 @@ from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.read.record.attributes import unwritten
 from moe_surgery.report.outcomes import ModelCheck
 from moe_surgery.targets.base import StandingBlock
+
+_SMALL = 2**20  # elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +154,7 @@ class WholeModel:
         try:
             sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
             watched = _watched(self.model, run.path, sites, called, returned)
-            with unwritten(*sites.values()), self.inner.watching(sites), watched:
+            with unwritten(*sites.values()), _unchanged(self.model), self.inner.watching(sites), watched:
                 result = kept(run())
         except Exception as error:
             return error
@@ -208,6 +211,7 @@ class WholeModel:
                     if isinstance(new, StandingBlock):
                         stack.enter_context(new.unwritten())
                 stack.enter_context(unwritten(*old))
+                stack.enter_context(_unchanged(self.model))
                 stack.enter_context(watched)
                 result = kept(played.run())
         except Exception as error:
@@ -230,6 +234,20 @@ class WholeModel:
             yield
         finally:
             self._seconds += time.perf_counter() - start
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers hold what they held; large ones, which may be weights or caches, aren't copied."""
+    small = [buffer for buffer in model.buffers() if buffer.numel() <= _SMALL and not buffer.is_meta]
+    held = [buffer.detach().clone() for buffer in small]
+    try:
+        yield
+    finally:
+        for buffer, before in zip(small, held, strict=True):
+            if not torch.equal(buffer, before):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(before)
 
 
 @contextmanager

@@ -486,6 +486,15 @@ class CountsAndForgets(Counting):
 
 
 @block(STATE)
+class MeansOfItsScores(Counting):
+    """A running mean of what its router finds, which a forward changes with gradients following it."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.tokens_per_expert.mul_(0.9).add_(self.logits(x).softmax(-1).mean(0), alpha=0.1)
+        return super(Counting, self).route(x)
+
+
+@block(STATE)
 class CountsInPlaces(Counting):
     dtype = torch.int64
 

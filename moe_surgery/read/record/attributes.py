@@ -8,7 +8,7 @@ else that outlives a call is.
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Always, Constant, ShapeOfInput
-from moe_surgery.read.record.arguments import Untouched, was_touched
-from moe_surgery.read.record.outside_state import functions, holders
+from moe_surgery.read.record.outside_state import Outside, functions, holders
 from moe_surgery.read.record.tensor_entries import storage
 
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN_VALUES = (bool, int, float, str, type(None))
 _ABSENT = object()
 Attributes = dict[tuple[str, str], Any]
 
@@ -33,22 +32,19 @@ class Written:
     """The attributes of a block's modules and of objects in them before a call, to tell what it wrote, and to undo it.
 
     Weights and submodules are put back too: code that converts its own router when it is called would leave a weight of
-    the record there.
+    the record there. So is what stands in containers, and in classes and globals that the code names.
     """
 
     def __init__(self, block: nn.Module) -> None:
+        self._outside = Outside(block)
         self._before = {path: (holder, dict(vars(holder))) for path, holder in holders(block)}
         self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
         self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
 
-    def unset(self, attributes: Iterable[tuple[str, str]]) -> Callable[[], bool]:
-        """Give attributes, by module and name, values that object to being looked at; returns whether any was."""
-        values = []
-        for path, name in attributes:
-            value = Untouched()
+    def give(self, values: Attributes) -> None:
+        """Give attributes, by module and name, other values."""
+        for (path, name), value in values.items():
             vars(self._before[path][0])[name] = value
-            values.append(value)
-        return lambda: any(map(was_touched, values))
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
@@ -61,6 +57,7 @@ class Written:
 
     def undo(self) -> None:
         """Put back what was there before the call."""
+        self._outside.undo()
         for table, entries in self._tables:
             if [(name, id(value)) for name, value in table.items()] != [(n, id(v)) for n, v in entries.items()]:
                 table.clear()
@@ -68,6 +65,8 @@ class Written:
         for tensor, data in self._data:
             if (tensor.dtype, tensor.device, storage(tensor)) != (data.dtype, data.device, storage(data)):
                 tensor.data = data
+            if tensor.grad_fn is not None and not tensor._is_view():  # it was written to where gradients are followed
+                tensor.detach_()
         for holder, before in self._before.values():
             held = vars(holder)
             for name in [name for name in held if name not in before]:
@@ -105,7 +104,7 @@ def kept(
     for (path, name), value in changed.items():
         if name in read and (path, name) not in written_first:
             continue
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
         elif isinstance(value, Tensor):
             same = constant(value)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
+from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.assembly import assembled, constant
-from moe_surgery.read.record.attributes import Written, kept
+from moe_surgery.read.record.attributes import PLAIN_VALUES, Attributes, Written, kept
 from moe_surgery.read.record.choices import no_choice
 from moe_surgery.read.record.eager import eagerly
 from moe_surgery.read.record.flow import Flow, Route
@@ -25,13 +26,11 @@ from moe_surgery.read.record.recorder import Recorder
 
 
 class Stateful(Unreadable):
-    """A block keeps state between calls: ``written`` are attributes of its modules, ``flow`` the record."""
+    """A block keeps state between calls: ``written`` are attributes, with what it left there, ``flow`` the record."""
 
-    def __init__(
-        self, reason: str, written: frozenset[tuple[str, str]] = frozenset(), flow: Flow | None = None
-    ) -> None:
+    def __init__(self, reason: str, written: Attributes | None = None, flow: Flow | None = None) -> None:
         super().__init__(reason)
-        self.written, self.flow = written, flow
+        self.written, self.flow = written or {}, flow
 
 
 def record(
@@ -92,15 +91,19 @@ def _recorded(
     """A record that :func:`_once` gives.
 
     Where code reads attributes that it wrote, it is recorded again with values there that object to being looked at: if
-    the same comes of that, nothing depends on what a call before left there.
+    the same comes of that, nothing depends on what a call before left there. Which object a value is can be asked
+    without looking at it, so plain values are left there once more too, as the call left them.
     """
     try:
         return _once(make(), block, shape, plain, inputs)
     except Stateful as error:
+        ways: list[Attributes] = [{place: Untouched() for place in error.written}]
+        left = {place: value for place, value in error.written.items() if type(value) in PLAIN_VALUES}
+        ways += [{place: left.get(place, Untouched()) for place in error.written}] if left else []
         with suppress(Unreadable):
-            flow = _once(make(), block, shape, plain, inputs, error.written)
-            if error.flow is not None and flow.like(error.flow):
-                return flow
+            flows = [_once(make(), block, shape, plain, inputs, way) for way in ways]
+            if error.flow is not None and all(flow.like(error.flow) for flow in flows):
+                return flows[0]
         raise
 
 
@@ -110,17 +113,20 @@ def _once(
     shape: tuple[int, ...],
     plain: bool,
     inputs: _Inputs,
-    unset: frozenset[tuple[str, str]] = frozenset(),
+    given: Attributes | None = None,
 ) -> Flow:
     before, written = watched(block), Written(block)
-    looked = written.unset(unset)
+    written.give(given or {})
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         changed = written.changed()
-        same = kept(block, changed, partial(constant, recorder), shape, frozenset(unset if not looked() else ()))
+        first = given or {}
+        if any(type(value) is Untouched and was_touched(value) for value in first.values()):
+            first = {}
+        same = kept(block, changed, partial(constant, recorder), shape, frozenset(first))
         flow = assembled(recorder, output, shape, same)
     except (Unfollowed, Broken):
         raise
@@ -138,5 +144,6 @@ def _once(
     state = [name for name in changes(before, after) if name not in known]
     if state:
         reason = f"it keeps state between calls ({', '.join(state[:3])} changed)"
-        raise Stateful(reason, frozenset(changed) - frozenset(same), None if unset else flow)
+        others = {place: value for place, value in changed.items() if place not in same}
+        raise Stateful(reason, others, None if given else flow)
     return flow

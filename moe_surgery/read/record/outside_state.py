@@ -10,17 +10,20 @@ import functools
 import random
 import sys
 from collections.abc import Iterator
-from types import FunctionType, MethodType, ModuleType
+from dataclasses import dataclass
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_surgery.read.record.arguments import Untouched
+from moe_surgery.read.record.contents import Contents, has_attributes, held_by, print_but_attributes, print_of
 
 _DEPTH = 3
-_MANY = 256
+_FOLLOWED = 8  # functions that call one another, one after another
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_KNOWN = frozenset(["torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names])
+_NOT_RUN = frozenset(["__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "extra_repr"])
 
 
 def watched(block: nn.Module) -> dict[str, Any]:
@@ -30,26 +33,130 @@ def watched(block: nn.Module) -> dict[str, Any]:
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         seen["numpy's random numbers"] = name, keys.tobytes(), rest
-    found: dict[int, FunctionType] = {}
-    for path, holder in holders(block):
+    held = dict(holders(block))
+    told = {id(holder) for holder in held.values()}  # whose attributes are looked at one by one
+    for path, holder in held.items():
         for name, value in vars(holder).items():
             if name not in _INTERNAL:
-                seen[f"{path}.{name}".lstrip(".")] = id(value) if _has_attributes(value) else _print(value, 0)
+                found = print_but_attributes(value, told) if id(value) in told else print_of(value, told)
+                seen[f"{path}.{name}".lstrip(".")] = found
     for path, module in block.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             seen[f"{path}.{name}".lstrip(".")] = None if tensor is None else (id(tensor), str(tensor.dtype))
-        for cls in type(module).__mro__:
-            if cls is nn.Module:
-                break
-            for name, value in list(vars(cls).items()):
-                if not callable(value) and not name.startswith("__"):
-                    seen[f"{cls.__name__}.{name}"] = _print(value, 0)
-        for function in functions(module.forward):
-            found[id(function)] = function
-    for function in found.values():
-        for name, value in _reachable(function):
-            seen[name] = _print(value, 0)
+    for place in places(block):
+        seen[place.name] = print_of(place.value, told)
     return seen
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where code finds something outside of its block: ``owner`` has it as ``attribute``."""
+
+    name: str
+    value: Any
+    owner: Any
+    attribute: str
+
+
+def places(block: nn.Module) -> Iterator[Place]:
+    """What the code of a block and of the objects in it finds in classes, in globals, and in what these lead to."""
+    found: set[int] = set()
+    classes: set[type] = set()
+    for _, holder in holders(block):
+        for cls in type(holder).__mro__:
+            if cls in classes or _known(cls.__module__):
+                continue
+            classes.add(cls)
+            yield from _in_class(cls)
+            for name, value in list(vars(cls).items()):
+                if name not in _NOT_RUN:
+                    yield from _places_of(value, found, 0)
+        yield from _places_of(vars(holder).get("forward"), found, 0)
+
+
+def _in_class(cls: type) -> Iterator[Place]:
+    for name, value in list(vars(cls).items()):
+        if not callable(value) and not name.startswith("__"):
+            yield Place(f"{cls.__name__}.{name}", value, cls, name)
+
+
+def _places_of(value: Any, found: set[int], depth: int) -> Iterator[Place]:
+    """What a function, and those that it finds by name, find outside of themselves."""
+    value = _function(value)
+    if value is None or id(value) in found or depth > _FOLLOWED:
+        return
+    found.add(id(value))
+    for name, held in held_by(value):
+        yield Place(f"{value.__qualname__}'s {name}", held, None, "")
+        yield from _places_of(held, found, depth + 1)
+    names = frozenset(code_names(value.__code__))
+    for place in _named(value, names):
+        yield place
+        yield from _places_of(place.value, found, depth + 1)
+
+
+def _named(function: FunctionType, names: frozenset[str]) -> Iterator[Place]:
+    """The globals that a function's code names, and the attributes that it names of classes and modules among them."""
+    space = function.__globals__
+    for name in sorted(names & space.keys()):
+        value = space[name]
+        yield Place(f"{function.__module__}.{name}", value, space, name)
+        if not isinstance(value, (type, ModuleType)):
+            continue
+        if _known(value.__module__ if isinstance(value, type) else value.__name__):
+            continue
+        if isinstance(value, type):
+            yield from _in_class(value)
+        for inner in sorted(names & vars(value).keys()):
+            yield Place(f"{value.__name__}.{inner}", vars(value)[inner], value, inner)
+
+
+def _function(value: Any) -> FunctionType | None:
+    """A callable's Python function, unless it is that of a library that computes nothing else next time."""
+    while not isinstance(value, FunctionType):
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, (MethodType, classmethod, staticmethod)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
+        else:
+            return None
+    return None if _known(value.__module__ or "") else value
+
+
+def _known(module: str) -> bool:
+    """Whether a module is known to keep nothing that what blocks compute depends on."""
+    if module.startswith("transformers.models."):  # where blocks are
+        return False
+    return module.split(".")[0] in _KNOWN or module.startswith("moe_surgery.read.")
+
+
+def code_names(code: CodeType) -> Iterator[str]:
+    """The names in a function's code and in that of functions defined in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from code_names(constant)
+
+
+class Outside:
+    """What a block could keep state in beside attributes of its modules, as it is, to be put back."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._places = list(places(block))
+        held = [value for _, holder in holders(block) for name, value in vars(holder).items() if name not in _INTERNAL]
+        self._contents = Contents([*held, *(place.value for place in self._places)])
+
+    def undo(self) -> None:
+        self._contents.undo()
+        for place in self._places:
+            if isinstance(place.owner, dict):
+                place.owner[place.attribute] = place.value
+            elif place.owner is not None and vars(place.owner).get(place.attribute) is not place.value:
+                setattr(place.owner, place.attribute, place.value)
 
 
 def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -62,18 +169,11 @@ def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _objects(path: str, holder: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
     for name, value in list(vars(holder).items()):
-        if depth < _DEPTH and id(value) not in seen and _has_attributes(value):
+        if depth < _DEPTH and id(value) not in seen and has_attributes(value):
             seen.add(id(value))
             inner = f"{path}.{name}".lstrip(".")
             yield inner, value
             yield from _objects(inner, value, seen, depth + 1)
-
-
-def _has_attributes(value: Any) -> bool:
-    """Whether a value is an object whose attributes are its state: no tensor, module, class or function."""
-    if type(value) is Untouched or isinstance(value, (torch.Tensor, type, ModuleType)) or callable(value):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -115,20 +215,3 @@ def scripted(block: nn.Module) -> str | None:
                 if isinstance(value, torch.jit.ScriptFunction):
                     return name
     return None
-
-
-def _print(value: Any, depth: int) -> Any:
-    """What stands for a value: its content if it is plain or has attributes, else its identity."""
-    if type(value) is Untouched:
-        return "untouched"
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
-    if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) <= _MANY and depth < _DEPTH:
-        keys = [_print(key, depth + 1) for key in value] if isinstance(value, dict) else []
-        items = list(value.values()) if isinstance(value, dict) else list(value)
-        return type(value).__name__, keys, [_print(item, depth + 1) for item in items]
-    if type(value).__module__ == "itertools":
-        return repr(value)
-    if depth < _DEPTH and _has_attributes(value):
-        return id(value), _print(vars(value), depth + 1)
-    return id(value)
