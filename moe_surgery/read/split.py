@@ -187,12 +187,13 @@ def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
         made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
-        if known or made or not found.isdisjoint(_refs(op)):
+        if known or made or not found.isdisjoint(refs(op)):
             found.add(place)
     return found
 
 
-def _refs(op: Op) -> set[int]:
+def refs(op: Op) -> set[int]:
+    """The operations that an operation takes the results of."""
     return {leaf.index for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)}
 
 

@@ -90,14 +90,29 @@ def _recorded(
 ) -> Flow:
     """A record that :func:`_once` gives.
 
+    Where code gives ``int`` as a dtype, it is recorded with Python's own.
+    """
+    try:
+        return _stateless(make, block, shape, plain, inputs, own_int=False)
+    except Unfollowed as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+    return _stateless(make, block, shape, plain, inputs, own_int=True)
+
+
+def _stateless(
+    make: Callable[[], Recorder], block: nn.Module, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
+) -> Flow:
+    """A record that :func:`_once` gives.
+
     Where code reads attributes that it wrote, it is recorded again with values there that object to being looked at: if
     the same comes of that, nothing depends on what a call before left there.
     """
     try:
-        return _once(make(), block, shape, plain, inputs)
+        return _once(make(), block, shape, plain, inputs, own_int)
     except Stateful as error:
         with suppress(Unreadable):
-            flow = _once(make(), block, shape, plain, inputs, error.written)
+            flow = _once(make(), block, shape, plain, inputs, own_int, error.written)
             if error.flow is not None and flow.like(error.flow):
                 return flow
         raise
@@ -109,6 +124,7 @@ def _once(
     shape: tuple[int, ...],
     plain: bool,
     inputs: _Inputs,
+    own_int: bool,
     unset: frozenset[tuple[str, str]] = frozenset(),
 ) -> Flow:
     before, written = watched(block), Written(block)
@@ -116,7 +132,7 @@ def _once(
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
-            with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
+            with marked_lengths(block, own_int), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         changed = written.changed()
         same = kept(block, changed, partial(constant, recorder), shape, frozenset(unset if not looked() else ()))
