@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moe_surgery.companion import Companion, made_up
 from moe_surgery.errors import SurgeryError
 from moe_surgery.spec import RouterSpec
 
-Role = Literal["hidden_states", "ids", "weights", "unused", "fixed"]
+Role = Literal["hidden_states", "ids", "weights", "beside", "unused", "fixed"]
 _TENSORS = ("hidden_states", "ids", "weights")
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
@@ -25,6 +26,7 @@ class Argument:
 
     "unused" ones are named by no code of the forward, so that any value will do; "fixed" ones must be what they were
     when the block was read, ``default``, or nothing where there are ``many``; ``required`` ones must be given as that.
+    "beside" ones are tensors that the block's own operations take, of the form that ``companion`` says.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Argument:
     default: Any = field(default=None, compare=False)
     by_name_only: bool = False
     required: bool = False
+    companion: Companion | None = None
 
 
 class UnreadCall(SurgeryError):
@@ -57,18 +60,25 @@ class Calling:
         """Whether the block takes its input and nothing else."""
         return [argument.role for argument in self.arguments] == ["hidden_states"]
 
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """The tensors that the block takes beside its input."""
+        return tuple(argument.companion for argument in self.arguments if argument.companion is not None)
+
     def placed(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         """Positional arguments by role; what is unused and has no default is None.
 
-        An argument beside the tensors may be given by its name.
+        An argument beside the tensors may be given by its name. Companions that aren't among the tensors are made up.
         """
         wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
         given = {
             argument.name: tensors[key]
             for argument in wanted
             for key in (argument.role, argument.name)
-            if key in tensors
+            if key in tensors and argument.companion is None
         }
+        beside = made_up(self.companions, tensors["hidden_states"], tensors) if self.companions else {}
+        given |= {a.name: beside[a.companion.key] for a in wanted if a.companion is not None}
         values = [given.get(argument.name, argument.default) for argument in wanted]
         last = max(number for number, argument in enumerate(wanted) if argument.name in given)
         needed = [
@@ -98,10 +108,17 @@ class Calling:
             if argument.role == "fixed" and (argument.many or not _same(value, argument.default)):
                 raise UnreadCall(f"{argument.many}{argument.name}")
         tensors: dict[str, Any] = {argument.role: value for argument, value in found if argument.role in _TENSORS}
+        for argument, value in found:
+            if argument.companion is not None:
+                if not argument.companion.fits(value, tensors["hidden_states"]):
+                    raise UnreadCall(argument.name)
+                tensors[argument.companion.key] = value
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
                 raise TypeError(f"the block needs its argument {argument.name!r}")
+            if argument.companion is not None and argument.name not in there:
+                raise UnreadCall(argument.name)
         return tensors
 
 

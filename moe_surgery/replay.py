@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.companion import Companion, made_up
+
 ROUTING = ("weights", "ids")
 """The outputs of a router: routing weights and expert ids, [T, k] each."""
 ENTERING = "entering"
@@ -58,7 +60,8 @@ class Step:
     """One operation: ``func`` of operands in which results of others are :class:`At`.
 
     ``func`` is an aten operation, ``operator.getitem``, or "input", "weight" (of the name that is its only operand),
-    "numbers", or "routed" (what the routed experts came to, of a shape and dtype).
+    "numbers", "beside" (the tensor that is given beside the input, of the key that is its only operand), or "routed"
+    (what the routed experts came to, of a shape and dtype).
     """
 
     func: Any
@@ -83,6 +86,7 @@ class Program:
     ``flat``: the input is [T, H], else [B, S, H]. ``logits`` is the step of a router's last linear map to experts.
     ``of_tokens`` is what the block does with an input [T, H], where it takes both. ``whole`` is the step that gives the
     block's output, where that is more than its routed experts; it comes of a step "routed", after all ``outputs``.
+    ``companions`` are the tensors that it takes beside its input.
     """
 
     steps: tuple[Step, ...]
@@ -91,6 +95,7 @@ class Program:
     logits: int | None = None
     of_tokens: Program | None = None
     whole: int | None = None
+    companions: tuple[Companion, ...] = ()
 
     @property
     def numbers(self) -> tuple[Numbers, ...]:
@@ -110,19 +115,23 @@ class Program:
         shaken: Callable[[Tensor], Tensor] = lambda logits: logits,
         numbers: Mapping[Numbers, Tensor] = MappingProxyType({}),
         dtype: torch.dtype | None = None,
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Begun:
         """A run with ``x`` [B, S, H], or [T, H], as far as it goes without the routed experts.
 
         ``shaken`` changes the router's logits on the way. ``numbers`` are tensors that are at hand already. With a
-        ``dtype`` everything is computed in it that is computed in any floating-point dtype.
+        ``dtype`` everything is computed in it that is computed in any floating-point dtype. What isn't among the
+        tensors ``beside`` the input is made up of it.
         """
         if self.of_tokens is not None and x.ndim == 2:
-            return self.of_tokens.begin(x, weights, shaken, numbers, dtype)
+            return self.of_tokens.begin(x, weights, shaken, numbers, dtype, beside)
+        found = made_up(self.companions, x, beside)
         if self.flat:
             x = x.reshape(-1, x.shape[-1])
         elif x.ndim != 3:
             x = x.reshape(1, -1, x.shape[-1])
-        run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype)  # as it was recorded
+        found = {c.key: found[c.key].reshape(c.shape(tuple(x.shape))) for c in self.companions}
+        run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype, found)  # as it was recorded
         return run.on(next((n for n, step in enumerate(self.steps) if step.func == "routed"), len(self.steps)))
 
     def run(
@@ -167,6 +176,7 @@ class Begun:
     shaken: Callable[[Tensor], Tensor]
     numbers: Mapping[Numbers, Tensor]
     dtype: torch.dtype | None
+    beside: Mapping[str, Tensor]
     values: tuple[Any, ...] = ()
 
     @property
@@ -190,6 +200,8 @@ class Begun:
     def _value(self, step: Step, values: list[Any], routed: Tensor | None) -> Any:
         if step.func == "input":
             return self._kept(self.x)
+        if step.func == "beside":
+            return self._kept(self.beside[step.args[0]])
         if step.func == "weight":
             return self._kept(self.weights[step.args[0]])
         if step.func == "numbers":
@@ -245,9 +257,9 @@ class Replay(nn.Module):
             self.register_buffer(own, numbers.made(device), persistent=False)
         self.eval()
 
-    def forward(self, x: Tensor) -> Begun:
+    def forward(self, x: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Begun:
         """See :meth:`Program.begin`."""
         weights = {name: getattr(self, own) for name, own in self._held.items()}
         weights |= {name: tensor for name, tensor in self._state.items() if tensor is not None}
         numbers = {key: getattr(self, own) for key, own in self._numbers.items()}
-        return self.program.begin(x, weights, numbers=numbers)
+        return self.program.begin(x, weights, numbers=numbers, beside=beside)

@@ -133,6 +133,15 @@ def test_an_expectation_that_fails_ends_with_11_and_shows_what_was_found(model: 
     assert len(found["sites"]) == 3
 
 
+def test_of_two_packs_that_want_the_same_sites_the_error_names_who_had_them(model: str, tmp_path: Path) -> None:
+    rule = '[pack]\nname = "{0}"\nversion = "1"\n[[rule]]\nname = "r"\nfind.path = "**"\nexpect.count = 3\n'
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text(rule.format(name))
+    error = call("plan", model, *REFERENCE, "--pack", tmp_path / "a.toml", "--pack", tmp_path / "b.toml", exit_code=11)
+    assert "b/r expects 3 sites and matches 0 (" in error.stderr
+    assert error.stderr.endswith(f"; of the sites that fit it, a/r ({tmp_path / 'a.toml'}:4) first matched 3\n")
+
+
 def test_strict_ends_with_11_if_a_site_is_missed(model: str, tmp_path: Path) -> None:
     pack = tmp_path / "none.toml"
     pack.write_text('[pack]\nname = "none"\nversion = "1"\n[[rule]]\nname = "none"\nfind.path = "nowhere"\n')

@@ -341,12 +341,29 @@ def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:
     lines.step(68, 68, "")
     found = page.getvalue().splitlines()
     assert found[0] == "operating"
-    assert re.fullmatch(r"10% \(7 of 68, about \d+\.\d s left\) layers\.7", found[1])
+    assert re.fullmatch(r"10% \(7 of 68, about \d+ s left\) layers\.7", found[1])
     assert found[-1] == "100% (68 of 68)"
     assert len(found) == 11
     lines.phase("again")
     lines.step(1, 2, "b")
-    assert page.getvalue().splitlines()[-2:] == ["again", "50% (1 of 2, about 0.0 s left) b"]
+    assert page.getvalue().splitlines()[-2:] == ["again", "50% (1 of 2) b"]
+
+
+def test_what_is_left_is_told_without_what_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a load comes after the imports that the load needs."""
+    now, page = [0.0], io.StringIO()
+    monkeypatch.setattr("moe_surgery.cli.progress.monotonic", lambda: now[0])
+    lines = Lines(page)
+    lines.phase("loading")
+    for done, now[0] in enumerate((30.0, 32.0, 34.0, 234.0), 1):
+        lines.step(done, 4, f"layers.{done}")
+    assert page.getvalue().splitlines() == [
+        "loading",
+        "20% (1 of 4) layers.1",
+        "50% (2 of 4, about 4 s left) layers.2",
+        "70% (3 of 4, about 2 s left) layers.3",
+        "100% (4 of 4) layers.4",
+    ]
 
 
 @pytest.mark.parametrize("kept", [{}, {"max_shard_size": "200KB"}], ids=["one file", "shards"])

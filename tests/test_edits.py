@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
 import moe_surgery
@@ -186,3 +188,16 @@ def test_explanations_print_the_whole_finding() -> None:
         "",
         "model.layers.0.mlp is matched by no rule; the nearest is mine/r, which fails at read.top_k",
     ]
+
+
+def test_lines_that_wrap_keep_the_tree_s_branches() -> None:
+    model, _ = build("qwen2_moe")
+    page = io.StringIO()
+    pack = Pack(
+        "mine", "1", "", (replace(rule({"find.path": ["**.mlp", "**.feed_forward"], "read.top_k": 2}), pack="mine"),)
+    )
+    explained = moe_surgery.explain(model, "model.layers.0.mlp", packs=[pack])
+    explained.render(Console(file=page, width=44, color_system=None))
+    lines = page.getvalue().splitlines()
+    tree = lines[lines.index("├─ ✓ find") : lines.index("└─ ✓ read")]
+    assert len(tree) > 2 and all(line[0] in "├│" for line in tree), tree

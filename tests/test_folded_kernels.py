@@ -62,6 +62,8 @@ def test_in_the_interpreter() -> None:
 def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
     from moe_surgery.kernels.launch import run
 
+    if path == "pairs" and tokens == 20 and spec is not SPEC and INTERPRETED:
+        pytest.skip("each token is by itself in this path, and the interpreter takes as long for each")
     tensors, terms = weights(spec, dtype, device=DEVICE), terms_of(spec)
     x = clear_tokens(spec, tensors, tokens)
     choice = tiles(path, dtype)
@@ -152,7 +154,8 @@ def test_computes_what_is_routed_outside(
     tensors = weights(spec, dtype, device=DEVICE)
     choice = tiles(path, dtype)
     monkeypatch.setattr(op, "choose", lambda *_: choice)
-    x = torch.randn(20, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
+    tokens = 6 if path == "pairs" else 20  # a group of rows is of several tokens, a pair of one
+    x = torch.randn(tokens, spec.hidden, generator=torch.Generator().manual_seed(1)).to(tensors.w13)
     with torch.no_grad():
         got = RoutedMoEBlock(spec, tensors)(x)
     # Held against the experts that its own arithmetic chooses: near ties are the proof's business.
@@ -161,8 +164,8 @@ def test_computes_what_is_routed_outside(
 
 
 @runs
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
-def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("path", "tokens"), [("pairs", 10), ("grouped", 40)])
+def test_experts_alone_take_any_ids(path: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One expert may have all of a token's slots, and ids beyond the experts stand for none."""
     from moe_surgery.kernels import op
     from moe_surgery.targets.folded.routed import RoutedExperts
@@ -171,15 +174,15 @@ def test_experts_alone_take_any_ids(path: str, monkeypatch: pytest.MonkeyPatch) 
     tensors = weights(spec, torch.float32, device=DEVICE)
     choice = tiles(path, torch.float32)
     monkeypatch.setattr(op, "choose", lambda *_: choice)
-    x = torch.randn(40, spec.hidden, device=DEVICE)
-    ids = torch.randint(0, 9, (40, 3), device=DEVICE)
-    ids[:30] = 3
-    ids[31] = 8
-    given = torch.rand(40, 3, device=DEVICE)
+    x = torch.randn(tokens, spec.hidden, device=DEVICE)
+    ids = torch.randint(0, 9, (tokens, 3), device=DEVICE)
+    ids[: 3 * tokens // 4] = 3
+    ids[-1] = 8
+    given = torch.rand(tokens, 3, device=DEVICE)
     with torch.no_grad():
         got = RoutedExperts(spec, tensors)(x, ids, given)
         truth = ReferenceExperts(spec, tensors)(x, ids, given)
-    assert got[31].abs().max() == 0
+    assert got[-1].abs().max() == 0
     there = (ids < 8).any(-1)
     assert worst(got[there], truth[there].double()) < tolerance(spec, torch.float32)
 

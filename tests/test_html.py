@@ -32,7 +32,7 @@ from moe_surgery.weights.routes import Route
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>\x00'
 TRAIL = (Clue("children.gate", True, "E H", "128 2048"), Clue("read.top_k", False, "6", "8"))
 ROUTES = (Route("gate.weight", "", "router"), Route("experts.{0..127}.down.weight", "", "w2", 128))
-_VOID = {"meta", "link", "br", "img"}
+_VOID = {"meta", "link", "br", "img", "wbr"}
 
 
 def wrong() -> Verdict:
@@ -179,6 +179,21 @@ def test_every_site_has_its_cell() -> None:
     for width in (960.0, 340.0):
         cells = re.findall(r"<title>(.*?): (\w+)</title>", strip(made, width))
         assert [outcome for _, outcome in cells].count("refused") == 2 and len(cells) == len(made.steps)
+
+
+def test_a_layer_whose_experts_alone_are_the_site_stands_in_the_blocks_row() -> None:
+    alone_ = replace(thinker(0), path="thinker.model.layers.0.mlp.experts")
+    drawn = strip(report([alone_, thinker(1)]), 960.0)
+    assert ">thinker.model.layers.N.mlp or .experts<" in drawn and 'class="line"' not in drawn
+    both = strip(report([replace(alone_, path="thinker.model.layers.1.mlp.experts"), thinker(1)]), 960.0)
+    assert ">thinker.model.layers.N.mlp<" in both and ">thinker.model.layers.N.mlp.experts<" in both
+
+
+def test_a_plan_has_no_columns_for_what_only_a_proof_measures_and_a_path_is_no_heading() -> None:
+    planned = report([replace(thinker(0), verdict=None)], done="planned", model="/models/small")
+    text = page(planned)
+    assert ">margin</th>" not in text and "<h1>small</h1>" in text and "<code>/models/small</code>" in text
+    assert ">margin</th>" in page(report([thinker(0)])) and "<h1>org/model</h1>" in page(report(model="org/model"))
 
 
 def test_only_the_experts_are_framed_where_only_they_are_replaced() -> None:

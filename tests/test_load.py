@@ -149,6 +149,11 @@ def test_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
         open_meta(str(tmp_path))
     (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"config\.json: no such file; model\.gguf is a GGUF file"):
+        open_meta(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "maker/base"}')
+    with pytest.raises(ModelError, match=r"no such file; here is an adapter, .* that it adapts, maker/base"):
+        open_meta(str(tmp_path))
     with pytest.raises(ModelError, match="a file; a model is a directory"):
         open_meta(str(tmp_path / "model.gguf"))
     with pytest.raises(ModelError, match="absent: no such directory"):
@@ -193,7 +198,9 @@ def test_remote_code_runs_only_if_trusted(
     assert not hasattr(open_meta(str(model)).module, "brought_along")
 
 
-@pytest.mark.parametrize("name, own", [("Qwen2MoEForCausalLM", True), ("Qwen2MoeFlashForCausalLM", False)])
+@pytest.mark.parametrize(
+    "name, own", [("Qwen2MoEForCausalLM", True), ("Qwen2_MoeForCausalLM", True), ("Qwen2MoeFlashForCausalLM", False)]
+)
 def test_a_class_is_found_by_the_models_type(write_tiny: WriteTiny, tmp_path: Path, name: str, own: bool) -> None:
     config = json.loads((write_tiny("float32") / "config.json").read_text()) | {"architectures": [name]}
     config |= {"auto_map": {"AutoModelForCausalLM": "mine.MyModel"}} if own else {}

@@ -26,8 +26,19 @@ SCHEMES: list[tuple[dict[str, Any], str]] = [
         "NVFP4 (ModelOpt, groups of 16)",
     ),
     (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": {"weights": {"group_size": 16}}}},
+        "NVFP4 (ModelOpt, groups of 16)",
+    ),
+    (
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
         "FP8 (ModelOpt, mixed)",
+    ),
+    (
+        {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"l.0.attn": {"quant_algo": "FP8"}, "l.0.experts": {"quant_algo": "W4A16_NVFP4"}},
+        },
+        "W4A16_NVFP4 (ModelOpt, mixed)",
     ),
     ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4"),
     ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ int4 (groups of 128)"),

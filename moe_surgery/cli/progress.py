@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moe_surgery.report.words import duration, size
+from moe_surgery.report.words import estimate, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -43,16 +43,19 @@ class Silent:
 
 
 class Lines:
-    """Progress for logs: a line per phase, and one for every tenth of its steps."""
+    """Progress for logs: a line per phase, and one for every tenth of its steps.
+
+    What is left is told from the phase's second step on: before its first are imports and other things done once.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._tenth = 0
-        self._started = monotonic()
+        self._first: tuple[float, int] | None = None
 
     def phase(self, text: str) -> None:
         self._tenth = 0
-        self._started = monotonic()
+        self._first = None
         self._write(text)
 
     def step(self, done: int, total: int, what: str) -> None:
@@ -62,11 +65,14 @@ class Lines:
         self._tell(done, total, f"{size(done)} of {size(total)}", what)
 
     def _tell(self, done: int, total: int, amount: str, what: str) -> None:
+        now = monotonic()
+        began, before = self._first = self._first or (now, done)
         tenth = 10 * done // total if total else 10
         if tenth > self._tenth:
             self._tenth = tenth
-            left = (monotonic() - self._started) / done * (total - done) if done else 0.0
-            rest = f", about {duration(left)} left" if done < total else ""
+            rest = ""
+            if before < done < total:
+                rest = f", about {estimate((now - began) / (done - before) * (total - done))} left"
             self._write(f"{10 * tenth}% ({amount}{rest}) {what}")
 
     def _write(self, text: str) -> None:

@@ -238,6 +238,11 @@ def next_power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def tiles_for(size: int, tile: int) -> int:
+    """How many tiles cover ``size``. Triton has a function for that, which takes the host as long as a launch."""
+    return -(-size // tile)
+
+
 def _apart(tensor: Tensor, other: Tensor) -> int:
     """How many elements ``tensor`` lies behind ``other``."""
     return (tensor.data_ptr() - other.data_ptr()) // tensor.element_size()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_surgery.kernels import beside
-from moe_surgery.kernels.arguments import next_power
-from moe_surgery.kernels.compiled import ALIGNMENT, Kernel
+from moe_surgery.kernels.arguments import next_power, tiles_for
+from moe_surgery.kernels.compiled import Kernel, stream_for
 
 _TILES = {"BI": 256, "num_warps": 4}
 
@@ -21,10 +20,10 @@ def run_between(h: Tensor, x: Tensor, gate: Tensor, factor: float, activation: s
     ``x`` is [T, H], ``gate`` [1, H]; all are contiguous and of one dtype, which both results are of, too.
     """
     kernel = between_kernel(x.shape[1], h.shape[1] // 2, activation, x.device, x.dtype)
-    act, share = h.new_empty(len(h), h.shape[1] // 2), x.new_empty(len(x), 1)
-    tiles = triton.cdiv(act.shape[1], _TILES["BI"])
-    aligned = (h.data_ptr() | x.data_ptr() | gate.data_ptr()) % ALIGNMENT == 0
-    kernel((len(x), 1 + tiles, 1), aligned, h, x, gate, act, share, factor)
+    tokens, width = x.shape[0], h.shape[1] // 2
+    act, share = h.new_empty(tokens, width), x.new_empty(tokens, 1)
+    stream = stream_for(x, h.data_ptr() | x.data_ptr() | gate.data_ptr())
+    kernel((tokens, 1 + tiles_for(width, _TILES["BI"]), 1), stream, h, x, gate, act, share, factor)
     return act, share
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_surgery.kernels import grouped, grouping, pairs
-from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights, next_power
+from moe_surgery.kernels.arguments import BLOCK, Offsets, Routed, Terms, Weights, next_power, tiles_for
 from moe_surgery.kernels.choice import Choice, Tiles
-from moe_surgery.kernels.compiled import ALIGNMENT, Kernel, Unlaunched
+from moe_surgery.kernels.compiled import Kernel, Unlaunched, stream_for
 
 _EXPERTS_PER_WARP = 512
 
@@ -42,7 +42,7 @@ def run(x: Tensor, weights: Weights, terms: Terms, choice: Choice, routed: Route
 
     Only launches: nothing is copied to the host, so that a CUDA graph can record it.
     """
-    kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(len(x), x.dtype))
+    kernels = _kernels(terms, choice, x.device, x.dtype, terms.rows_dtype(x.shape[0], x.dtype))
     return _run(x, weights, terms, choice, kernels, routed)
 
 
@@ -64,14 +64,14 @@ def _run(
     for more in (weights.w13_bias, weights.w2_bias, *(weights.scales or ())[:2]):
         places |= 0 if more is None else more.data_ptr()
     launch = _pairs if choice.path == "pairs" else _grouped
-    return launch(x, weights, terms, choice, kernels, places % ALIGNMENT == 0, at, routed)
+    return launch(x, weights, terms, choice, kernels, stream_for(x, places), at, routed)
 
 
 def _pairs(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets,
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, stream: int | None, at: Offsets,
     routed: Routed | None,
 ) -> Tensor:  # fmt: skip
-    tokens, w = len(x), weights
+    tokens, w = x.shape[0], weights
     scales = (x, x) if w.scales is None else w.scales[:2]
     # On its way to weights in e4m3 it is rounded by the kernel that reads it, once.
     dtype = torch.float32 if terms.scaled else x.dtype
@@ -80,28 +80,28 @@ def _pairs(
     if routed is None:
         assert kernels.logits is not None
         chosen = given = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
-        grid = (_tiles(terms.rows, choice.logits["BR"]), tokens, 1)
-        kernels.logits(grid, aligned, x, w.router, at.gate, chosen, chosen)
+        grid = (tiles_for(terms.rows, choice.logits["BR"]), tokens, 1)
+        kernels.logits(grid, stream, x, w.router, at.gate, chosen, chosen)
     else:
         chosen, given = routed
-    grid = (tokens * terms.pairs, _tiles(terms.width, choice.gate_up["BI"]), 1)
+    grid = (tokens * terms.pairs, tiles_for(terms.width, choice.gate_up["BI"]), 1)
     kernels.gate_up(
-        grid, aligned, x, chosen, given, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
+        grid, stream, x, chosen, given, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
         at.scales_up, act, tokens,
     )  # fmt: skip
-    grid = (tokens, _tiles(terms.hidden, choice.down["BH"]), 1)
+    grid = (tokens, tiles_for(terms.hidden, choice.down["BH"]), 1)
     kernels.down(
-        grid, aligned, act, chosen, given, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, out, terms.scale,
+        grid, stream, act, chosen, given, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, out, terms.scale,
         terms.shared_scale,
     )  # fmt: skip
     return out
 
 
 def _grouped(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets,
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, stream: int | None, at: Offsets,
     routed: Routed | None,
 ) -> Tensor:  # fmt: skip
-    tokens, visits, w = len(x), len(x) * terms.pairs, weights
+    tokens, visits, w = x.shape[0], x.shape[0] * terms.pairs, weights
     two, three = choice.gate_up, choice.down
     scales = (x, x) if w.scales is None else w.scales[:2]
     act = torch.empty(visits, terms.width, dtype=w.w13.dtype, device=x.device)
@@ -109,62 +109,63 @@ def _grouped(
     if kernels.inputs is not None:
         parts, factors = torch.empty_like(x, dtype=w.w13.dtype), _factors(x, tokens, terms.hidden)
         act_factors = _factors(x, visits, terms.width)
-        kernels.inputs((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, x, parts, factors)
+        kernels.inputs((tokens, tiles_for(terms.hidden, _columns(terms)), 1), stream, x, parts, factors)
     rows = torch.empty(visits, terms.hidden, dtype=terms.rows_dtype(tokens, x.dtype), device=x.device)
     out = torch.empty_like(x)
     assert kernels.add is not None
     if routed is None:
-        routing, counts, lists = _route(x, weights, terms, choice, kernels, aligned, at)
+        routing, counts, lists = _route(x, weights, terms, choice, kernels, stream, at)
         ids = counts
     else:
         ids, routing = routed
-        counts, lists = _enter(ids, terms, kernels, aligned)
-    grid = (_tiles(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
+        counts, lists = _enter(ids, terms, kernels, stream)
+    grid = (tiles_for(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
     kernels.gate_up(
-        grid, aligned, x, parts, factors, routing, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
+        grid, stream, x, parts, factors, routing, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
         at.scales_up, act, act_factors, counts, lists, tokens,
     )  # fmt: skip
     slices = _slices_below(terms, choice)
-    grid = (_tiles(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
+    grid = (tiles_for(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
     kernels.down(
-        grid, aligned, act, act_factors, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, routing, rows,
+        grid, stream, act, act_factors, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, routing, rows,
         counts, lists, tokens, slices,
     )  # fmt: skip
     if slices == terms.slices:
-        kernels.add((tokens, _tiles(terms.hidden, _columns(terms)), 1), aligned, rows, ids, out)
+        kernels.add((tokens, tiles_for(terms.hidden, _columns(terms)), 1), stream, rows, ids, out)
     else:
-        grid = (_tiles(tokens, choice.add["BM"]) * _tiles(terms.hidden, choice.add["BH"]), 1, 1)
-        kernels.add(grid, aligned, act, w.w2, at.w2, routing, rows, ids, out, tokens)
+        grid = (tiles_for(tokens, choice.add["BM"]) * tiles_for(terms.hidden, choice.add["BH"]), 1, 1)
+        kernels.add(grid, stream, act, w.w2, at.w2, routing, rows, ids, out, tokens)
     return out
 
 
 def _route(
-    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, aligned: bool, at: Offsets
+    x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, stream: int | None, at: Offsets
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Routing weights [T * (K + M)], experts' counts [E] and their lists of pairs [E, T]."""
-    tokens, one = len(x), choice.logits
+    tokens, one = x.shape[0], choice.logits
     logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
     routing = torch.empty(tokens * terms.pairs, dtype=torch.float32, device=x.device)
     lists = torch.empty(terms.experts, tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(terms.experts, dtype=torch.int32, device=x.device)
     assert kernels.logits is not None and kernels.route is not None
     if "BT" in one:
-        grid = (_tiles(terms.rows, one["BR"]), _tiles(tokens, one["BT"]), 1)
-        kernels.logits(grid, aligned, x, weights.router, at.gate, logits, counts, tokens)
+        grid = (tiles_for(terms.rows, one["BR"]), tiles_for(tokens, one["BT"]), 1)
+        kernels.logits(grid, stream, x, weights.router, at.gate, logits, counts, tokens)
     else:
-        kernels.logits((_tiles(terms.rows, one["BR"]), tokens, 1), aligned, x, weights.router, at.gate, logits, counts)
-    kernels.route((tokens, 1, 1), aligned, logits, x, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
+        grid = (tiles_for(terms.rows, one["BR"]), tokens, 1)
+        kernels.logits(grid, stream, x, weights.router, at.gate, logits, counts)
+    kernels.route((tokens, 1, 1), stream, logits, x, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
     return routing, counts, lists
 
 
-def _enter(ids: Tensor, terms: Terms, kernels: Kernels, aligned: bool) -> tuple[Tensor, Tensor]:
+def _enter(ids: Tensor, terms: Terms, kernels: Kernels, stream: int | None) -> tuple[Tensor, Tensor]:
     """Experts' counts [E] and one list of pairs [T * K] of the experts ``ids`` [T, K]."""
     assert kernels.count is not None and kernels.enter is not None
     grid = (len(ids), 1, 1)
     counts = torch.zeros(terms.experts, dtype=torch.int32, device=ids.device)
     places, lists = torch.empty_like(ids), torch.empty_like(ids)
-    kernels.count(grid, aligned, ids, counts, places)
-    kernels.enter(grid, aligned, ids, counts, places, lists)
+    kernels.count(grid, stream, ids, counts, places)
+    kernels.enter(grid, stream, ids, counts, places, lists)
     return counts, lists
 
 
@@ -182,7 +183,7 @@ def row_blocks(terms: Terms, tokens: int, size: int, slices: int | None = None) 
     """No fewer blocks of ``size`` rows than any routing of ``tokens`` tokens fills, with ``slices`` or all of them."""
     visits = tokens * terms.top_k
     slices = terms.slices if slices is None else slices
-    return visits // size + min(terms.experts, visits) + slices * _tiles(tokens, size)
+    return visits // size + min(terms.experts, visits) + slices * tiles_for(tokens, size)
 
 
 def _slices_below(terms: Terms, choice: Choice) -> int:
@@ -247,7 +248,3 @@ def choosing(experts: int) -> Tiles:
 def _columns(terms: Terms) -> int:
     """Columns that a program of ``group_sum`` adds, and one of ``group_inputs`` rounds."""
     return min(next_power(terms.hidden), 1024)
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)

@@ -36,10 +36,11 @@ def compute(x: Tensor, weights: Weights, terms: Terms, routed: Routed | None = N
 
     ``routed`` has the experts of each token where the terms say that they are given.
     """
-    if len(x) == 0:
+    tokens = x.shape[0]  # len() goes through Python
+    if tokens == 0:
         return torch.empty_like(x)
     with _on(x.device):
-        return run(x, weights, terms, choose(terms, len(x), x.dtype), routed)
+        return run(x, weights, terms, choose(terms, tokens, x.dtype), routed)
 
 
 def compute_routing(

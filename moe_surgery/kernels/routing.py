@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from moe_surgery.kernels import grouping, pairs, router
-from moe_surgery.kernels.arguments import Routed, RouterTerms
+from moe_surgery.kernels.arguments import Routed, RouterTerms, tiles_for
 from moe_surgery.kernels.choice import Tiles
-from moe_surgery.kernels.compiled import ALIGNMENT, Kernel
+from moe_surgery.kernels.compiled import Kernel, stream_for
 from moe_surgery.kernels.launch import choosing
 
 
@@ -25,18 +25,17 @@ def run_router(
     ``bias`` and ``correction`` are [E], ``gate`` [1, H] is the shared expert's. All are contiguous, weight and gate of
     one dtype. Ids are below E.
     """
-    tokens, device = len(x), x.device
-    dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    first, second = _kernels(terms, tuple(logits_tiles.items()), device, x.dtype, weight.dtype, dependent)
+    tokens, device = x.shape[0], x.device
+    first, second = _kernels(terms, tuple(logits_tiles.items()), device, x.dtype, weight.dtype)
     apart = 0 if gate is None else (gate.data_ptr() - weight.data_ptr()) // weight.element_size()
     logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=device)
-    aligned = (x.data_ptr() | weight.data_ptr() | apart) % ALIGNMENT == 0
+    stream = stream_for(x, x.data_ptr() | weight.data_ptr() | apart)
     if "BT" in logits_tiles:
-        grid = (triton.cdiv(terms.rows, logits_tiles["BR"]), triton.cdiv(tokens, logits_tiles["BT"]), 1)
+        grid = (tiles_for(terms.rows, logits_tiles["BR"]), tiles_for(tokens, logits_tiles["BT"]), 1)
         counts = torch.empty(terms.experts, dtype=torch.int32, device=device)
-        first(grid, aligned, x, weight, apart, logits, counts, tokens)
+        first(grid, stream, x, weight, apart, logits, counts, tokens)
     else:
-        first((triton.cdiv(terms.rows, logits_tiles["BR"]), tokens, 1), aligned, x, weight, apart, logits, logits)
+        first((tiles_for(terms.rows, logits_tiles["BR"]), tokens, 1), stream, x, weight, apart, logits, logits)
     return _run_choice(second, logits, x, bias, correction, terms)
 
 
@@ -51,21 +50,22 @@ def run_choice(logits: Tensor, like: Tensor, terms: RouterTerms) -> Routed:
 def _run_choice(
     kernel: Kernel, logits: Tensor, x: Tensor, bias: Tensor | None, correction: Tensor | None, terms: RouterTerms
 ) -> Routed:
-    tokens = len(logits)
+    tokens = logits.shape[0]
     ids = torch.empty(tokens, terms.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, terms.top_k + terms.slices, dtype=torch.float32, device=logits.device)
     both = [logits if each is None else each for each in (bias, correction)]
-    aligned = (both[0].data_ptr() | both[1].data_ptr() | x.data_ptr()) % ALIGNMENT == 0
-    kernel((tokens, 1, 1), aligned, logits, x, *both, ids, weights, terms.scale, terms.shared_scale)
+    stream = stream_for(x, both[0].data_ptr() | both[1].data_ptr() | x.data_ptr())
+    kernel((tokens, 1, 1), stream, logits, x, *both, ids, weights, terms.scale, terms.shared_scale)
     return Routed(ids, weights)
 
 
 @lru_cache(maxsize=1024)
 def _kernels(
     terms: RouterTerms, logits_tiles: tuple[tuple[str, int], ...], device: torch.device, dtype: torch.dtype,
-    router_dtype: torch.dtype, dependent: bool,
+    router_dtype: torch.dtype,
 ) -> tuple[Kernel, Kernel]:  # fmt: skip
     """Those of a router; each key has its own, since what they compile to depends on the dtypes."""
+    dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return router_kernels(terms, dict(logits_tiles), dependent=dependent)
 
 

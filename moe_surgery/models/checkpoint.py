@@ -31,6 +31,14 @@ _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 # Far above any real header (a model of 200,000 tensors has about 25 MB); a corrupt length must not be allocated.
 _LONGEST_HEADER = 100_000_000
 
+_ADAPTER = "adapter_config.json"
+_NOT_MODELS = {
+    "*.gguf": ("a GGUF file, of llama.cpp", "which is not read: name the model that it was made from"),
+    "model_index.json": ("a pipeline of several models", "so name the folder of one of them"),
+    "params.json": ("a model in its maker's own form", "which is not read: name its conversion for transformers"),
+}
+"""Files that folders without ``config.json`` are known by: what each is, and what to do."""
+
 Header = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -61,6 +69,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises :class:`ModelError` if one of the fields that say what the model is can't say it.
     """
+    if directory.is_dir() and not (directory / CONFIG).exists():
+        raise ModelError(f"{directory / CONFIG}: no such file{_instead(directory)}")
     config = read_json(directory / CONFIG)
     names, quantisation = config.get("architectures"), config.get("quantization_config")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -68,6 +78,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     if quantisation is not None and not isinstance(quantisation, dict):
         raise ModelError(f"{directory / CONFIG}: quantization_config: an object is wanted, not {quantisation!r}")
     return config
+
+
+def _instead(directory: Path) -> str:
+    """What a directory without a config holds in its place, and which model to name then; empty if nothing known."""
+    if (directory / _ADAPTER).exists():
+        base = read_json(directory / _ADAPTER).get("base_model_name_or_path")
+        return f"; here is an adapter, so name the model that it adapts{f', {base}' if base else ''}"
+    for pattern, (what, advice) in _NOT_MODELS.items():
+        found = min((file.name for file in directory.glob(pattern)), default=None)
+        if found is not None:
+            return f"; {found} is {what}, {advice}"
+    return ""
 
 
 def refuse_pickles(directory: Path) -> None:

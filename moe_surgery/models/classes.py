@@ -10,6 +10,8 @@ from moe_surgery.errors import ModelError
 from moe_surgery.models.checkpoint import CONFIG
 from moe_surgery.models.quantisation import Quantisation
 
+_UNTRUSTED = "the model's code comes with it and runs only with trust_remote_code (--trust-remote-code)"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -43,7 +45,7 @@ def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if not typed and (not known or model_type is not None):
         version = transformers.__version__
         if own:
-            raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
+            raise ModelError(f"{path}: auto_map: {_UNTRUSTED}")
         if names and not known:
             raise ModelError(f"{path}: architectures: transformers {version} has no class {names[0]!r}")
         if model_type is None:
@@ -54,12 +56,17 @@ def model_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     else:
         config = kind.config_class.from_pretrained(checkpoint.directory, local_files_only=True)  # type: ignore[union-attr]
     found = kind if known else _class_by_type(config, names[0] if names else "")
-    if not known and own and found is not None and found.__name__.lower() != str(*names[:1]).lower():
-        raise ModelError(f"{path}: auto_map: the model's code comes with it and runs only with trust_remote_code")
+    if not known and own and found is not None and _spelled(found.__name__) != _spelled(str(*names[:1])):
+        raise ModelError(f"{path}: auto_map: {_UNTRUSTED}")
     if found is None:
         missing = f"transformers has no class {names[0]!r}" if names else "architectures is missing"
         raise ModelError(f"{path}: {missing}, and model_type {model_type!r} names no language model")
     return found, config
+
+
+def _spelled(name: str) -> str:
+    """A class's name without what makers and transformers write differently: capitals and underscores."""
+    return name.replace("_", "").lower()
 
 
 def _class_by_type(config: Any, name: str) -> Any:

@@ -156,6 +156,7 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
     except Exception as error:
         # The hub client raises several unrelated families of errors (HTTP, validation, missing cache entries).
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.removeprefix("Got: ")
         raise ModelError(f"{model}: no such directory, and not to be had from the hub: {reason}") from error
 
 

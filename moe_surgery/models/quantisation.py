@@ -70,20 +70,26 @@ def _scheme(data: Mapping[str, Any]) -> str:
     algorithm = data.get("moe_quant_algo") or data.get("quant_algo")
     layers = data.get("quantized_layers")
     if algorithm == "MIXED_PRECISION" and isinstance(layers, dict):
-        kinds = {str(layer.get("quant_algo")) for layer in layers.values() if isinstance(layer, dict)}
+        found = {name: str(layer.get("quant_algo")) for name, layer in layers.items() if isinstance(layer, dict)}
+        kinds = {kind for name, kind in found.items() if "expert" in name} or set(found.values())
         return f"{' and '.join(sorted(kinds))} (ModelOpt, mixed)"
     if algorithm and algorithm != "MIXED_PRECISION":
-        return f"{algorithm} (ModelOpt{_size(data)})"
+        groups = [group.get("weights") or {} for group in _groups(data)]
+        return f"{algorithm} (ModelOpt{next(filter(None, map(_size, [data, *groups])), '')})"
     if method == "fp8":
         block = data.get("weight_block_size")
         scales = f"blocks of {'×'.join(map(str, block))}" if isinstance(block, list) else "one scale for each tensor"
         return f"FP8 ({data.get('fmt', 'e4m3')}, {scales})"
     if method == "compressed-tensors":
-        groups = data.get("config_groups")
-        found = [_group(group) for group in groups.values()] if isinstance(groups, dict) else []
-        return f"{' and '.join(sorted(set(found))) or data.get('format', 'packed')} (compressed-tensors)"
+        schemes = {_group(group) for group in _groups(data)}
+        return f"{' and '.join(sorted(schemes)) or data.get('format', 'packed')} (compressed-tensors)"
     bits = data.get("bits") or data.get("w_bit") or (4 if data.get("load_in_4bit") else None)
     return f"{method.upper()}" + (f" int{bits}" if bits else "") + (f" ({_size(data)[2:]})" if _size(data) else "")
+
+
+def _groups(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = data.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
 def _group(group: Mapping[str, Any]) -> str:

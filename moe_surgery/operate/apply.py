@@ -219,9 +219,8 @@ class Operation:
         for called in whole.heard(path, reading.results):
             try:
                 heard = called.by_role(reading.calling, reading.spec.at)
-                roles = dict(zip(("hidden_states", "ids", "weights"), heard.given, strict=False))
                 with new.unwritten():
-                    answer = output_of(reading.results, new(*reading.calling.placed(roles)))
+                    answer = output_of(reading.results, new(*reading.calling.placed(heard.roles())))
                     if not self.settings.undoable:
                         self.wrote.setdefault(path, []).append(new.written())
             except Exception as error:

@@ -29,12 +29,16 @@ from moe_surgery.targets.base import StandingBlock
 
 @dataclass(frozen=True, eq=False)
 class _Event:
-    """A site that was called, or a module around one that returned; with the tensors and plain values of it."""
+    """A site that was called, or a module around one that returned; with the tensors and plain values of it.
+
+    ``tensors`` are those of a call that takes others beside the block's input, by role.
+    """
 
     kind: Literal["called", "returned"]
     path: str
     values: tuple[Any, ...]
     answer: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,7 @@ class WholeModel:
             for event in played.events:
                 if event.kind == "called" and event.path == path:
                     given = [value for value in event.values if isinstance(value, Tensor)]
-                    yield Heard(given, output_of(results, event.answer))
+                    yield Heard(given, output_of(results, event.answer), event.tensors)
 
     def saw(self, apart: float) -> None:
         """Take down how far a new block was from the old one on its own tokens."""
@@ -127,14 +131,16 @@ class WholeModel:
         def called(path: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 values = kept((args, kwargs))
+                tensors: dict[str, Tensor] = {}
                 if path in self.callings:
                     try:
-                        self.callings[path].taken(args, kwargs)
+                        found = self.callings[path].taken(args, kwargs)
+                        tensors = copied(found) if self.callings[path].companions else {}
                     except UnreadCall as error:
                         self.unread[path] = error.argument
                 with self.inner.through(path):
                     answer = inner(*args, **kwargs)
-                events.append(_Event("called", path, values, copied(answer)))
+                events.append(_Event("called", path, values, copied(answer), tensors))
                 return answer
 
             return forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,9 @@ def make_plan(
     try:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
         matched += [item.site.module.rule for item in sites if isinstance(item.site.module, SwappedBlock)]
-        check_expectations(plan, matched, packs, config, selection)
+        check_expectations(
+            plan, matched, packs, config, selection, lambda rule: _taken(rule, sites, matches, packs, config)
+        )
     except ExpectationError as error:
         error.report = plan.report().but(exit_code=error.exit_code)
         raise
@@ -104,13 +106,15 @@ def _decide(
     if item.held is not None:
         return Step(path, kind, "refused", item.held, rule, None, spec)
     target = choose(rule)
+    # Which target would have been picked isn't known where none was asked.
+    named = None if isinstance(target, AutoTarget) else target.name
     if obstacle is not None:
-        return Step(path, kind, "refused", obstacle, rule, target.name, spec)
+        return Step(path, kind, "refused", obstacle, rule, named, spec)
     tensors = list(item.site.module.parameters())
     live = not any(tensor.is_meta for tensor in tensors)
     if live and any(module.training for module in item.site.module.modules()):
         reason = "the model is in training mode, and the replacement has no backward pass; call model.eval()"
-        return Step(path, kind, "refused", reason, rule, target.name, spec)
+        return Step(path, kind, "refused", reason, rule, named, spec)
     dtype = str(own_dtype(dict(item.site.module.named_parameters()))).removeprefix("torch.")
     context = Context(tensors[0].device.type if live else device, dtype, live)
     if isinstance(target, AutoTarget):
@@ -125,15 +129,44 @@ def _decide(
     return Step(path, kind, "replaced", reason, rule, target.name, spec)
 
 
+def _taken(
+    rule: Rule,
+    sites: Sequence[Surveyed],
+    matches: Mapping[str, Match | Miss | None],
+    packs: Sequence[Pack],
+    config: object,
+) -> str:
+    """Which rules before ``rule`` matched sites that fit it too, as the end of a sentence; empty if none did."""
+    firsts = [
+        found.rule
+        for item in sites
+        if isinstance(found := matches[item.site.path], Match) and found.rule != rule.full_name
+        if item.reading is not None and rule.match(item.site, item.reading, config)
+    ]
+    origins = {other.full_name: other.origin for pack in packs for other in pack.rules}
+    told = [f"{first} ({origins[first]}) first matched {firsts.count(first)}" for first in dict.fromkeys(firsts)]
+    return f"; of the sites that fit it, {' and '.join(told)}" if told else ""
+
+
 def check_expectations(
-    plan: Plan, matched: list[str | None], packs: Sequence[Pack], config: object, selection: Selection
+    plan: Plan,
+    matched: list[str | None],
+    packs: Sequence[Pack],
+    config: object,
+    selection: Selection,
+    taken: Callable[[Rule], str] = lambda rule: "",
 ) -> None:
-    """Raises ``ExpectationError`` if a rule or the caller wanted other counts; ``matched``: each match's rule."""
+    """Raises ``ExpectationError`` if a rule or the caller wanted other counts; ``matched``: each match's rule.
+
+    ``taken`` says what became of sites that fit a rule but went to others.
+    """
     for pack in packs:
         for rule in pack.rules:
             wanted, found = rule.expected(config), matched.count(rule.full_name)
             if wanted is not None and wanted != found:
-                raise ExpectationError(f"{rule.full_name} expects {wanted} sites and matches {found} ({rule.origin})")
+                raise ExpectationError(
+                    f"{rule.full_name} expects {wanted} sites and matches {found} ({rule.origin}){taken(rule)}"
+                )
     report = plan.report()
     if selection.expect is not None and len(report.replaced) != selection.expect:
         raise ExpectationError(f"expected {selection.expect} sites to replace, found {len(report.replaced)}")

@@ -6,8 +6,8 @@ of a new block that is wrong on these tokens, or of somebody who changes the wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,18 +24,24 @@ from moe_surgery.weights.tensors import BlockTensors
 class Heard:
     """A call of a block in the model: ``given`` its tensors, tokens first, and ``answer`` what it returned.
 
-    Of a module of experts alone, ``given`` are tokens, ids and weights.
+    Of a module of experts alone, ``given`` are tokens, ids and weights. ``tensors`` are those of a call that takes
+    others beside the block's input, by role.
     """
 
     given: Sequence[Tensor]
     answer: Tensor
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_role(self, calling: Calling, at: str) -> Heard:
         """The same with the block's own tensors alone: its input, or tokens, ids and weights ``at`` experts."""
         if at == "block":
-            return replace(self, given=self.given[:1])
+            return replace(self, given=[self.tensors["hidden_states"]] if self.tensors else self.given[:1])
         tensors = calling.taken(self.given, {})
         return replace(self, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
+
+    def roles(self) -> dict[str, Tensor]:
+        """The block's own tensors by role."""
+        return {**dict(zip(("hidden_states", "ids", "weights"), self.given, strict=False)), **self.tensors}
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
@@ -63,6 +69,11 @@ def disagreement(
     apart = float(distance(answer, heard.answer).max())
     if apart <= 2 * bound:
         return apart, None
+    if heard.tensors:  # the truth is known of what is made up beside the input only
+        return (
+            apart,
+            f"on the model's own tokens the new block is {apart:.2g} from the old one; {2 * bound:.2g} is its noise",
+        )
     new, old, limit = _from_truth(heard, answer, spec, tensors, bound)
     if new > limit:
         return (

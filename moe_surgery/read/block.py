@@ -22,6 +22,7 @@ from moe_surgery.calling import Calling
 from moe_surgery.read.asking import FEW, Asking, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
+from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
@@ -69,7 +70,7 @@ def read_around(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read_in_parts(block, Splitting())
+    return _read_beside(block, Splitting)
 
 
 def read_within(block: nn.Module) -> Reading:
@@ -77,29 +78,52 @@ def read_within(block: nn.Module) -> Reading:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read_in_parts(block, Within())
+    return _read_beside(block, Within)
 
 
-def _read_in_parts(block: nn.Module, parse: Splitting | Within) -> Reading:
+def _read_beside(block: nn.Module, parse: type[Splitting | Within]) -> Reading:
+    """A block read in parts; one that fails without what it takes beside its input, with tensors of some form there."""
+    try:
+        return _read_in_parts(block, parse())
+    except Unfollowed as error:
+        problem: Unreadable = error
+    for calling in with_companions(block, arguments_of(block, absent=True)):
+        try:
+            return with_others_alike(
+                _read_in_parts(block, parse(), calling), lambda calling: _read_in_parts(block, parse(), calling)
+            )
+        except Unreadable as error:
+            problem = error if isinstance(problem, Unfollowed) and not isinstance(error, Unfollowed) else problem
+    raise problem
+
+
+def _read_in_parts(block: nn.Module, parse: Splitting | Within, calling: Calling | None = None) -> Reading:
     """A block read where it can be cut; the first reason is told, if it can't be anywhere."""
     problem: Unreadable | None = None
     while True:
         try:
-            return _read(block, parse)
+            return _read(block, parse, calling=calling)
         except Unreadable as error:
             problem = problem or error
             if not parse.otherwise():
                 raise problem from None
 
 
-def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, inside: bool = False) -> Reading:
+def _read(
+    block: nn.Module,
+    parse: Callable[[Flow, torch.dtype], Record],
+    *,
+    inside: bool = False,
+    calling: Calling | None = None,
+) -> Reading:
     state = check_site(block)
-    ask = Asking(block, arguments_of(block, absent=True), parse, inside)
+    ask = Asking(block, calling or arguments_of(block, absent=True), parse, inside)
     with own_forward(block):
         try:
             crowded = crowded_record(ask, hidden_sizes(state), state)
-        except Unfollowed:
-            arguments_of(block)  # which says that it takes more than one tensor
+        except Unfollowed as error:
+            if calling is None:
+                _check_arguments(block, error)
             raise
         cut = crowded.record.cut
         split = cut is not None
@@ -171,6 +195,14 @@ def _read(block: nn.Module, parse: Callable[[Flow, torch.dtype], Record], *, ins
         spare,
         program,
     )
+
+
+def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
+    """Raise that ``block`` takes more than one tensor, if that is why it failed with an ``error`` of its own."""
+    try:
+        arguments_of(block)
+    except Unreadable as reason:
+        raise Unfollowed(str(reason), error.operations) from error
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_surgery.calling import Calling
 from moe_surgery.read.asking import spread
 from moe_surgery.read.batches import hidden_sizes, odd_batch
+from moe_surgery.read.counts import totals
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first
@@ -68,7 +69,7 @@ def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Read
     """The reading with the sizes that fit: of the input's width, and of how many experts there are."""
     problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
     for width in hidden_sizes(state):
-        for total in _totals(module, state):
+        for total in totals(module, state):
             try:
                 _try_out(module, calling, width, total)
                 return _of_size(module, calling, state, width, total)
@@ -129,14 +130,6 @@ def _of_size(module: nn.Module, calling: Calling, state: dict[str, Tensor], widt
 def _further(problem: Unreadable) -> float:
     """How far reading came, that of all sizes tried the reason of the likeliest is given."""
     return problem.operations if isinstance(problem, Unfollowed) else float("inf")
-
-
-def _totals(module: nn.Module, state: dict[str, Tensor]) -> list[int]:
-    """What the number of experts may be, likeliest first."""
-    stacked = [tensor.shape[0] for tensor in state.values() if tensor.ndim == 3]
-    lists = [len(child) for child in module.modules() if isinstance(child, (nn.ModuleList, nn.ModuleDict))]
-    named = [value for value in vars(module).values() if type(value) is int and 1 < value <= 1 << 14]
-    return [total for total in dict.fromkeys([*stacked, *lists, *named]) if total > 0]
 
 
 def _record(

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Replayed
+from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.parsed import Record, attribute
 from moe_surgery.read.program import Builder, of_both
@@ -79,7 +80,7 @@ def _check(
         except Mistaken:
             way = tuple(5 * size if size in FEW else size for size in way)
             other = ask(way, dtype, spread, plain=plain)
-        others.append((way, _program(other, way).only(*ROUTING, ENTERING)))
+        others.append((way, _program(other, way, ask.calling.companions).only(*ROUTING, ENTERING)))
     if of_tokens is not None:
         others.append(((prod(FEW), shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
     if not all(trial.alike(routing, other, way) for way, other in others):
@@ -97,9 +98,10 @@ def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: t
 def _on_all_branches(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
     """The program of a batch, which must be the same whatever the block finds where it compares the batch's size."""
     record, others = ask.on_all_branches(shape, dtype, spread)
-    found = _program(record, shape)
+    companions = ask.calling.companions
+    found = _program(record, shape, companions)
     for _, other in others:
-        if other is None or other.says != record.says or of_both(found, _program(other, shape)) is None:
+        if other is None or other.says != record.says or of_both(found, _program(other, shape, companions)) is None:
             raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     return found
 
@@ -110,7 +112,7 @@ def _named(record: Record) -> Iterator[str]:
     yield from (leaf.where for leaf in leaves if isinstance(leaf, Replayed))
 
 
-def _program(record: Record, shape: tuple[int, ...]) -> Program:
+def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion, ...]) -> Program:
     flow, names = record.flow, set(_named(record))
     assert flow is not None
     if flow.lone:  # what one token does is compared as far as it is read, and this isn't
@@ -130,7 +132,8 @@ def _program(record: Record, shape: tuple[int, ...]) -> Program:
         if taken := set(wanted) & names:
             raise Unreadable(f"it returns something called {min(taken)}, beside a router that goes on as it was")
     wanted |= {name: given[name] for name in sorted(names)}
-    return builder.program(wanted, router.num_experts, record.cut.routed if record.cut else None, flow.output)
+    found = builder.program(wanted, router.num_experts, record.cut.routed if record.cut else None, flow.output)
+    return replace(found, companions=companions)
 
 
 def own_weights(program: Program | None, layout: Layout) -> frozenset[str]:

@@ -21,6 +21,7 @@ from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Pla
 from moe_surgery.replay import ENTERING, ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
+_RANK = frozenset(["topk", "max", "sort"])  # which give values and indices
 _MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
 
 
@@ -100,6 +101,8 @@ class Builder:
     def _of_op(self, op: Op) -> At:
         if op.name == "input":
             return self._step("input")
+        if op.name == "beside":
+            return self._step("beside", op.args)
         if op.name == "param":
             return self._step("weight", op.args)
         if op.name == "const":
@@ -168,7 +171,7 @@ class Builder:
         if index is None:
             raise Unreadable("the ids of a choice that it doesn't use")
         place = self._op(index)
-        return place if self.flow.ops[index].name == "argmax" else self._step(operator.getitem, (place, 1))
+        return self._step(operator.getitem, (place, 1)) if self.flow.ops[index].name in _RANK else place
 
     def value(self, origin: Any) -> Tensor:
         """What known numbers were in this record."""

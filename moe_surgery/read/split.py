@@ -29,7 +29,7 @@ from moe_surgery.read.record.lineage import Chosen, Computed, calculated, chosen
 
 _MOST_ORIGINS, _MOST_CHOSEN = 256, 64
 _MOST_LEFT_OUT = 2
-_MADE = frozenset(["input", "const", "param"])
+_MADE = frozenset(["input", "beside", "const", "param"])
 
 
 @dataclass(eq=False)
@@ -101,6 +101,9 @@ def _of(token: TokenRead, count: int, experts: int) -> TokenRead:
 
 def _scored(flow: Flow, cut: Cut) -> int:
     """How many experts the choices of a cut are made among."""
+    made = [flow.choices[number].made for number in cut.choices]
+    if made[0] is not None and made[0].among is not None:
+        return made[0].among
     scores = [flow.ops[flow.choices[number].scores.index].shape for number in cut.choices]
     if cut.computed is None:
         return scores[0][-1]
@@ -142,12 +145,12 @@ def cuts(flow: Flow) -> Iterator[Cut]:
     for numbers in [*single, *([ones] if len(ones) > 1 and alike else [])]:
         ranked = sum(flow.choices[number].k for number in numbers)
         following = _following(flow, {flow.choices[number].made for number in numbers})
-        for place in range(len(flow.ops) - 1, flow.choices[numbers[0]].scores.index, -1):
+        for place in sorted(following, reverse=True):
             op = flow.ops[place]
             one = ranked == 1 and torch.Size(op.shape).numel() == tokens
             several = len(op.shape) > 1 and 1 < op.shape[-1] <= ranked and op.shape[:-1] in ((tokens,), lead)
             floating = op.name not in _MADE and op.dtype.startswith(("float", "bfloat"))
-            if place in following and floating and (one or several):
+            if floating and (one or several):
                 yield Cut(numbers, place, op.shape[-1] if ranked > 1 else 1)
     for ids, numbers in _computed(flow, tokens):
         count = ids.value.shape[-1]
@@ -183,6 +186,7 @@ def _computed(flow: Flow, tokens: int) -> Iterator[tuple[Given, tuple[int, ...]]
 def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
     """The operations whose results come of one of some choices, or of the maximum that one of them chose."""
     found: set[int] = set()
+    choices = choices | {before for choice in choices if choice is not None for before in _looked_up_by(flow, choice)}
     maxima = {(choice.node, choice.largest) for choice in choices if choice is not None and choice.k == 1}
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
@@ -190,6 +194,14 @@ def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
         if known or made or not found.isdisjoint(refs(op)):
             found.add(place)
     return found
+
+
+def _looked_up_by(flow: Flow, choice: Made) -> set[Made]:
+    """The choices whose ids a ``choice`` is looked up by in a table."""
+    op = next((op for op in flow.ops if op.made is choice), None)
+    if op is None or choice.among is None:
+        return set()
+    return chosen(origin for place in refs(op) if (origin := flow.ops[place].origin) is not None)
 
 
 def refs(op: Op) -> set[int]:

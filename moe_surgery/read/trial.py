@@ -6,7 +6,7 @@ in a way that can't be seen shows where programs are run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,9 +36,11 @@ class Trial:
 
     def row_by_row(self, program: Program) -> bool:
         """Whether what a program makes of one token depends on neither the others nor the token's place."""
-        (x, routed), (other, others) = self._inputs(_TRIED), self._inputs(_TRIED)
+        return self._row_by_row(program, _louder) and (not program.companions or self._row_by_row(program, _negative))
+
+    def _row_by_row(self, program: Program, unlike: Callable[[Tensor], Tensor]) -> bool:
+        (x, routed), (other, others) = self._inputs(_TRIED), map(unlike, self._inputs(_TRIED))
         for mine, its in ((x, other), (routed, others)):
-            its *= _LOUDER  # what looks at the largest of a batch would else see much the same
             its.view(-1, its.shape[-1])[list(_MOVED)] = mine.view(-1, mine.shape[-1])[list(_PLACES)]
         first, second = self._run(program, x, routed), self._run(program, other, others)
         found = [(first, _PLACES), (second, _MOVED)]
@@ -68,6 +70,16 @@ class Trial:
         except (RuntimeError, IndexError):
             return []
         return [*begun.outputs.values(), *whole]
+
+
+def _louder(others: Tensor) -> Tensor:
+    """Other tokens than in the first batch: what looks at the largest of a batch would else see much the same."""
+    return others * _LOUDER
+
+
+def _negative(others: Tensor) -> Tensor:
+    """Other tokens of which the same bits are made up beside the input."""
+    return -others.abs() * _LOUDER
 
 
 def _same(one: list[Tensor], two: list[Tensor]) -> bool:

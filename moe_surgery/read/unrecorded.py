@@ -23,8 +23,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` for a ``__call__`` of its own, for hooks, for fewer than
     ``inputs`` arguments without a default, or more if there are several, for tied weights (stacking would part them),
-    for weights that are no floating-point numbers as they are (vectors of counts or a mask may be whole numbers), and
-    for weights on several devices.
+    for weights that are no floating-point numbers as they are (vectors of counts or a mask may be whole numbers, and
+    a table of experts by token id), and for weights on several devices.
     """
     if not any(True for _ in block.parameters()):
         raise Unreadable("it has no weights")
@@ -52,7 +52,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
             owners[storage] = name
             state[name] = tensor
     for name, tensor in state.items():
-        if tensor.dtype not in _DTYPES and not (tensor.dtype in _NUMBERS and tensor.ndim < 2):
+        table = tensor.dtype is torch.int64 and tensor.ndim == 2
+        if tensor.dtype not in _DTYPES and not (table or (tensor.dtype in _NUMBERS and tensor.ndim < 2)):
             raise Unreadable(f"{name} is {tensor.dtype}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:
         raise Unreadable("its weights are on several devices")

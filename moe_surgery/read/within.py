@@ -26,7 +26,7 @@ from moe_surgery.read.split import Trying, cuts, given_weights, of_cut, refs
 
 _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
-_SHAPES = SHAPED | {"_unsafe_view"}
+_SHAPES = SHAPED | {"_unsafe_view", "_to_copy"}
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Within(Trying):
         return None
 
     def _coming_of(self, flow: Flow, place: int) -> int:
-        """How many operations come of a result, without those that only shape it, as some layouts need more of these."""
+        """How many operations come of a result, but for those that only shape or convert it, as some records need more."""
         following = {place}
         for later in range(place + 1, len(flow.ops)):
             if not following.isdisjoint(self._operands[later]):

@@ -93,8 +93,13 @@ def _rule(rule: Rule, found: Match | Miss, explanation: Explanation, console: Co
         verdict = f"{failed} of {plural(count, 'clause')} that need no reading failed" if failed else "would be tried"
     style = "red" if failed else "yellow" if unread else "green"
     mark = "?" if unread and not failed else _mark(not failed)
-    head = Text(writable(f"{mark} {rule.full_name}: {verdict}", console), style)
-    console.print(head.append(writable(f"  {rule.origin}", console), "dim"), overflow="fold", highlight=False)
+    head, origin = f"{mark} {rule.full_name}: {verdict}", rule.origin
+    if cell_len(f"{head}  {origin}") <= console.width:
+        line = Text(writable(head, console), style).append(writable(f"  {origin}", console), "dim")
+        console.print(line, highlight=False)
+    else:
+        console.print(Text(writable(head, console), style), overflow="fold", highlight=False)
+        console.print(Text(writable(f"  {origin}", console), "dim"), overflow="fold", highlight=False)
     _tree(found.trail, console)
     changes = explanation.edits.get(rule.full_name, ())
     if changes:
@@ -129,14 +134,14 @@ def _tree(trail: Sequence[Clue], console: Console) -> None:
 
 def _clue(clue: Clue, start: str, stem: str, console: Console) -> None:
     """A clause that holds on one line; of one that fails, wanted and measured below each other."""
-    indent, start = cell_len(start), writable(start, console)
+    indent, start, stem = cell_len(start), writable(start, console), writable(stem, console)
     if clue.held:
         same = clue.wanted == clue.measured
         shown = clue.measured if same else f"{clue.measured}  (wanted {clue.wanted})"
-        indented(console, shown, indent, "dim", hanging=start)
+        indented(console, shown, indent, "dim", hanging=start, below=stem)
         return
-    indented(console, f"wanted   {clue.wanted}", indent, "", hanging=start)
-    indented(console, f"measured {clue.measured}", indent, "", hanging=writable(stem, console))
+    indented(console, f"wanted   {clue.wanted}", indent, "", hanging=start, below=stem)
+    indented(console, f"measured {clue.measured}", indent, "", hanging=stem, below=stem)
 
 
 def _leaf(clue: Clue) -> str:

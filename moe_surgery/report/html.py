@@ -46,7 +46,7 @@ def page(
 ) -> str:
     """The page of one report; ``notes`` are its further findings, ``error`` what the command ended with."""
     body = [
-        tag("h1", safe(report.model)),
+        *_title(report.model),
         paragraph(sentence(report), "q"),
         *_failure(error, report.exit_code),
         *_body(report, notes, speeds, ""),
@@ -76,6 +76,14 @@ def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
     return _document(f"run {run}", body)
 
 
+def _title(model: str) -> Iterator[str]:
+    """A model's own name, large; where it lies, if that was said too, below."""
+    name = model.rstrip("/").rpartition("/")[2] if model.startswith(("/", "./", "../", "~")) else model
+    yield tag("h1", safe(name or model))
+    if name and name != model:
+        yield tag("p", tag("code", safe(model)), class_="q")
+
+
 def _body(report: Outcomes, notes: Sequence[Note], speeds: Sequence[Speed], mark: str) -> Iterator[str]:
     yield _figures(report)
     if not report.steps:
@@ -96,7 +104,7 @@ def _body(report: Outcomes, notes: Sequence[Note], speeds: Sequence[Speed], mark
     found = [note for note in found if note[1] not in timed]
     if found:
         yield tag("h2", "Further findings")
-        yield table((), [[cell(safe(topic), "q"), cell(safe(text))] for topic, text in found])
+        yield table((), [[cell(safe(topic), "q f"), cell(safe(text))] for topic, text in found])
     yield from versions_section(report)
     yield tag("details", tag("summary", "The whole record, as JSON") + tag("pre", safe(dumps(report.to_json()))))
 

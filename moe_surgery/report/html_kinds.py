@@ -33,7 +33,9 @@ def kinds(report: Outcomes, mark: str) -> Iterator[str]:
 def _overview(found: Sequence[Row], mark: str) -> str:
     lines = []
     for number, row in enumerate(found):
-        link = tag("a", safe(", ".join(row.paths) or "the root module"), href=f"#{mark}kind-{number}", class_="mono")
+        # A long path breaks where one of its names ends.
+        path = safe(", ".join(row.paths) or "the root module").replace(".", "<wbr>.")
+        link = tag("a", path, href=f"#{mark}kind-{number}", class_="mono")
         margin = ratio(row.margin) if row.margin is not None else ""
         if 0 < row.proven < len(row.sites):
             margin += f", {row.proven} of {len(row.sites)} proven"
@@ -46,7 +48,10 @@ def _overview(found: Sequence[Row], mark: str) -> str:
                 cell(safe(margin), "n", "margin" if margin else ""),
             ]
         )
-    return table(("site", "class → target", "sites", "error", "margin"), lines, (2, 3, 4))
+    # A plan has measured nothing.
+    columns = 5 if any(row.error is not None or row.margin is not None for row in found) else 3
+    heads = ("site", "class → target", "sites", "error", "margin")[:columns]
+    return table(heads, [line[:columns] for line in lines], (2, 3, 4)[: columns - 2])
 
 
 def _label(row: Row) -> str:
@@ -68,7 +73,10 @@ def _kind(row: Row, steps: Sequence[Step], report: Outcomes, name: str) -> str:
         parts += _proof(worst, len([step for step in steps if step.verdict]))
     if steps[0].weights and steps[0].spec is not None:
         spec, weights = steps[0].spec, steps[0].weights
-        parts.append(tag("h4", "Where its tensors go"))
+        goes = (
+            "go" if row.outcome in AUDITED or (row.outcome == "replaced" and report.done == "applied") else "would go"
+        )
+        parts.append(tag("h4", f"Where its tensors {goes}"))
         parts.append(both(weight_map(spec, weights, WIDE), weight_map(spec, weights, NARROW)))
     parts += _trail(worst)
     return tag("article", "".join(parts), id=name)

@@ -28,7 +28,7 @@ table{{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}}
 th{{text-align:left;font-weight:600;font-size:13px;color:var(--muted);padding:4px 16px 4px 0}}
 th{{border-bottom:1px solid var(--rule)}}
 td{{padding:7px 16px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}}
-td.n,th.n{{text-align:right;white-space:nowrap}} td.f{{white-space:nowrap}}
+td.n,th.n{{text-align:right;white-space:nowrap}} td.f{{white-space:nowrap;overflow-wrap:normal}}
 th:last-child,td:last-child{{padding-right:0}}
 .chip{{display:inline-block;min-width:20px;height:20px;line-height:20px;border-radius:3px;text-align:center;font-size:12px;
 font-weight:600;color:var(--paper);padding:0 4px;white-space:nowrap;margin-right:8px;vertical-align:1px}}

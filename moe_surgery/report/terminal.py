@@ -212,18 +212,20 @@ def _table(console: Console, lines: Sequence[_Line]) -> None:
             indented(console, below, 4)
 
 
-def indented(console: Console, text: str, indent: int, style: str = "dim", *, hanging: str = "") -> None:
+def indented(
+    console: Console, text: str, indent: int, style: str = "dim", *, hanging: str = "", below: str = ""
+) -> None:
     """Print ``text`` wrapped at words, every line ``indent`` columns in, without blanks at line ends.
 
-    ``hanging`` stands before the first line, in the columns that are left free.
+    ``hanging`` stands before the first line, in the columns that are left free, and ``below`` before the others.
     """
-    _wrapped(console, Text(writable(text, console), style), indent, hanging)
+    _wrapped(console, Text(writable(text, console), style), indent, hanging, below)
 
 
-def _wrapped(console: Console, text: Text, indent: int, hanging: str = "") -> None:
+def _wrapped(console: Console, text: Text, indent: int, hanging: str = "", below: str = "") -> None:
     for line in text.wrap(console, max(console.width - indent, 1), overflow="fold"):
         _print(console, Text(hanging.ljust(indent)).append_text(line))
-        hanging = ""
+        hanging = below
 
 
 def _line(console: Console, text: str, style: str = "") -> None:

@@ -76,6 +76,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def estimate(seconds: float) -> str:
+    """A duration that isn't known to a tenth of a second: ``1 s``, ``12 s``, ``3 min 20 s``."""
+    return f"{max(round(seconds), 1)} s" if seconds < 100 else duration(seconds)
+
+
 def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 

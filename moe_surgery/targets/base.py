@@ -83,7 +83,7 @@ class SwappedBlock(nn.Module):
         if "ids" in tensors:
             return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
         x = tensors["hidden_states"]
-        begun = self.convention.begun(x)
+        begun = self.convention.begun(x, tensors)
         assert begun is not None
         found = begun.outputs
         entering = found.get(ENTERING, x)

@@ -95,9 +95,9 @@ class Convention:
                     same = value.value
                     yield place, _full(same, x) if isinstance(same, Constant) else same
 
-    def begun(self, x: Tensor) -> Begun | None:
-        """What the block's own operations compute of its input, if anything."""
-        return None if self.own is None else self.own.replay(x)
+    def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
+        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""
+        return None if self.own is None else self.own.replay(x, tensors)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""
@@ -147,8 +147,9 @@ def answering(forward: Forward) -> Forward:
         convention: Convention | None = self.convention
         if convention is None:
             return forward(self, *given, **named)
-        x = convention.calling.taken(given, named)["hidden_states"]
-        return self.answer(x, forward(self, x), convention.begun(x))
+        tensors = convention.calling.taken(given, named)
+        x = tensors["hidden_states"]
+        return self.answer(x, forward(self, x), convention.begun(x, tensors))
 
     return answered  # type: ignore[return-value]
 

@@ -30,6 +30,7 @@ from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.layout import MLPPieces, Piece
 
 _ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_Between = Callable[[Tensor, Tensor, Tensor, float, str], tuple[Tensor, Tensor]]
 
 
 class EngineBlock(SwappedBlock):
@@ -136,6 +137,11 @@ class SharedExpert(nn.Module):
         act = get_act_and_mul_fn(_ACTIVATIONS[spec.activation])
         # vLLM compiles it by itself, and its guards take the host longer than the rest of this expert; so the kernel.
         self.act: Callable[[Tensor], Tensor] = act.forward_cuda if current_platform.is_cuda() else act
+        self._between: _Between | None = None
+        if current_platform.is_cuda():
+            from moe_surgery.kernels.between import run_between  # needs Triton
+
+            self._between = run_between
         self._activation: str = spec.activation
         self.factor = spec.scale / copies(self.down)
         if isinstance(self.down, LinearBase):
@@ -165,12 +171,11 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
-        weight = None if self.gate is None or len(x) == 0 else _bare(self.gate, x)
-        if weight is None:
+        between = self._between
+        weight = None if between is None or x.shape[0] == 0 else _bare(self.gate, x)
+        if between is None or weight is None:
             return self._by_layers(x)
-        from moe_surgery.kernels.between import run_between  # needs Triton
-
-        mixed, share = run_between(self._both(x).contiguous(), x, weight, self.factor, self._activation)
+        mixed, share = between(self._both(x).contiguous(), x, weight, self.factor, self._activation)
         return first(self.down(mixed)).mul_(share)
 
     def _by_layers(self, x: Tensor) -> Tensor:
@@ -207,10 +212,10 @@ class Absorbed(nn.Module):
 def _bare(gate: Any, x: Tensor) -> Tensor | None:
     """The weight of a ``gate`` of which a kernel may compute what it does with ``x``; None if it must be called.
 
-    Adapters are put around it, and others may have their say in its call.
+    Adapters are put around it, and others may have their say in its call; so it is looked at each time.
     """
     plain = type(gate) is nn.Linear or (type(gate) is ReplicatedLinear and stored(gate) is None)
-    if not (plain and x.is_cuda and x.is_contiguous() and getattr(gate, "bias", None) is None):
+    if not (plain and x.is_contiguous() and getattr(gate, "bias", None) is None):
         return None
     weight = getattr(gate, "weight", None)
     whole = isinstance(weight, Tensor) and weight.dtype == x.dtype and weight.is_contiguous()

@@ -86,6 +86,8 @@ class Interpreter:
             make = {"hidden_states": self.terms.token, "weights": self.terms.given}.get(op.args[0], self.terms.outer)
             tokens = [make(number, op.shape[-1]) for number in range(torch.Size(op.shape[:-1]).numel())]
             return Rows(objects(tokens, op.shape[:-1]), op.shape[-1])
+        if op.name == "beside":
+            raise Unreadable(f"it calculates with what it is given {op.args[0]}, its input")
         if op.name == "const":
             return op.args[0]
         if op.name == "param":

@@ -189,7 +189,8 @@ def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
     dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
     if node.op == "placeholder":
-        return Op("input", (node.target,), {}, shape, dtype)
+        name = "beside" if node.meta.get("beside") else "input"
+        return Op(name, (node.target,), {}, shape, dtype)
     if node.op == "get_attr":
         const = recorder.consts.get(str(node.target))
         if const is None:

@@ -17,7 +17,7 @@ from moe_surgery.read.record.attributes import Written, kept
 from moe_surgery.read.record.choices import no_choice
 from moe_surgery.read.record.eager import eagerly
 from moe_surgery.read.record.flow import Flow, Route
-from moe_surgery.read.record.inputs import block_input, experts_inputs
+from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
 from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
@@ -58,7 +58,8 @@ def record(
     """
 
     def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
-        return calling.placed({"hidden_states": hidden_states, **(more or {})})
+        beside = {c.key: beside_input(recorder, c, shape) for c in calling.companions}
+        return calling.placed({"hidden_states": hidden_states, **beside, **(more or {})})
 
     return _recorded(partial(Recorder, block, dtype, route, turned, inside), block, shape, plain, inputs)
 

@@ -12,15 +12,22 @@ from torch import Tensor
 from moe_surgery.read.reading import Broken, Unreadable
 from moe_surgery.read.record.known_numbers import Kind
 from moe_surgery.read.record.masked import moved_inside, open_places
+from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
     from moe_surgery.read.record.flow import Route
     from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.tensor_entries import Entry
+
+_LOOKS_UP = frozenset(["index", "index_select", "embedding", "gather"])
 
 
 @dataclass(eq=False)
 class Made:
-    """A choice while it is recorded: of what it ranks, made by ``record``; ``used`` if anything came of its indices."""
+    """A choice while it is recorded: of what it ranks, made by ``record``; ``used`` if anything came of its indices.
+
+    One that is looked up in a table of the block's ranks nothing: ``node`` is the table, and it is ``among`` so many.
+    """
 
     node: torch.fx.Node
     record: torch.fx.Node
@@ -28,6 +35,7 @@ class Made:
     ids: Tensor
     largest: bool
     used: bool = True
+    among: int | None = None
 
 
 class Choices:
@@ -92,13 +100,51 @@ def choose(recorder: Recorder, record: torch.fx.Node, indices: Tensor, ranked: t
         ids = moved_inside(ids, places) if recorder.inside else ids
         recorder.outside |= not bool(places.gather(1, ids).all())
     recorder.fixed.update((k, shape[-1]))
-    choice = Made(scores, record, k, ids, largest, used=record.meta["name"] == "topk")
+    return _chosen(recorder, record, Made(scores, record, k, ids, largest, record.meta["name"] == "topk"), indices)
+
+
+def _chosen(recorder: Recorder, record: torch.fx.Node, choice: Made, indices: Tensor) -> Tensor:
+    """The numbers of a ``choice``, in the form of the ``indices`` that ``record`` makes."""
     record.meta["choice"] = choice
-    real = ids.reshape(indices.shape).clone()
+    record.meta.setdefault("val", indices)
+    real = choice.ids.reshape(indices.shape).to(indices.dtype, copy=True)
     recorder.lineage.chose(real, choice)
     entry = recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
     recorder.choices.add(choice, entry.storage)
     return real
+
+
+def looked_up(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry]) -> bool:
+    """Whether an operation looks whole numbers up in a table of the block's, by what was chosen or is given to it.
+
+    Such numbers are a choice of experts: by token ids, or of those that stand for the experts of a top-k.
+    """
+    if name not in _LOOKS_UP or recorder.route is no_choice or not recorder.counts or args[0].is_floating_point():
+        return False
+    table, places = entries[id(args[0])], [entries[id(leaf)] for leaf in tensors(args[1:])]
+    if table.node is None or args[0].dtype is torch.bool or not places or not _of_weights(table.node):
+        return False
+    return all(p.node is not None or p.kind in (Kind.PLAIN, Kind.CHOSEN) for p in places)
+
+
+def _of_weights(node: torch.fx.Node) -> bool:
+    """Whether nothing but weights is in what ``node`` makes."""
+    inputs = node.all_input_nodes
+    return all(map(_of_weights, inputs)) if inputs else node.op == "get_attr"
+
+
+def look_up(recorder: Recorder, record: torch.fx.Node, indices: Tensor) -> Tensor | None:
+    """The numbers of the ``indices`` that ``record`` looks up; None if they aren't so many for each token."""
+    k, left = divmod(indices.numel(), recorder.tokens)
+    among = recorder.counts[0]
+    if left or not 1 <= k <= among:
+        return None
+    ids = recorder.choices.ids(recorder.tokens, among, k)
+    ids = (ids + torch.arange(len(ids))[:, None] // 2 % 2) % among  # no function of what another choice came to
+    table: Any = record.args[0]
+    choice = Made(table, record, k, ids, True, used=False, among=among)
+    recorder.fixed.update((k, among))
+    return _chosen(recorder, record, choice, indices)
 
 
 def any_places(recorder: Recorder, indices: Tensor, dim: int) -> Tensor:

@@ -26,10 +26,11 @@ class Ref:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One recorded operation. ``name`` is "input", "param", "const", "item" or an aten name without underscores.
+    """One recorded operation. ``name`` is "input", "beside", "param", "const", "item" or an aten name without
+    underscores.
 
-    An input's only operand is its name: "hidden_states", or "weights" where experts alone were recorded. A top-k has
-    the number of its choice among the keyword operands.
+    An input's only operand is its name: "hidden_states", or "weights" where experts alone were recorded; so is that of
+    a tensor beside it. A top-k has the number of its choice among the keyword operands.
 
     Operands that are results of other operations are :class:`Ref`; ``shape`` and ``dtype`` are the result's.
     ``func`` is the operation itself, and ``made`` the choice that it makes; ``origin`` says where numbers of a "const"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe_surgery.companion import Companion
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.known_numbers import Kind
 
@@ -21,9 +22,22 @@ def block_input(recorder: Recorder, shape: tuple[int, ...], *, strided: bool) ->
         tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=recorder.dtype, device="meta")
         tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
     recorder.ledger.plain = strided
-    recorder.batch = {*shape[:-1], torch.Size(shape[:-1]).numel()}
+    recorder.tokens = torch.Size(shape[:-1]).numel()
+    recorder.batch = {*shape[:-1], recorder.tokens}
     entry = recorder.enter(tensor, recorder.graph.placeholder("hidden_states"), tensor)
     recorder.entries.guarded[entry.storage] = "its input"
+    return tensor
+
+
+def beside_input(recorder: Recorder, companion: Companion, shape: tuple[int, ...]) -> Tensor:
+    """A tensor beside the block's input, which has that ``shape``."""
+    dtype = recorder.dtype if companion.dtype is None else companion.dtype
+    tensor = torch.empty(companion.shape(shape), dtype=dtype, device="meta")
+    node = recorder.graph.placeholder(companion.key)
+    node.meta["beside"] = True
+    entry = recorder.enter(tensor, node, tensor)
+    recorder.entries.guarded[entry.storage] = f"its {companion.name}"
+    recorder.fixed.update(companion.over if isinstance(companion.over, tuple) else ())
     return tensor
 
 

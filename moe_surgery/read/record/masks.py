@@ -30,3 +30,11 @@ def by_places(indices: Sequence[Any], entries: dict[int, Entry], known: Entries)
         entries.update((id(place), known.enter(place, None, None, place, Kind.COUNT)) for place in places)
         found += places
     return found
+
+
+def check_places(tensor: torch.Tensor, indices: Sequence[Any], entries: dict[int, Entry]) -> None:
+    """Raise :class:`IndexError` for places that a tensor doesn't have: on the meta device torch doesn't look."""
+    for size, index in zip(tensor.shape, indices, strict=False):
+        entry = entries.get(id(index))
+        if entry is not None and entry.real is not None and entry.real.numel() and int(entry.real.max()) >= size:
+            raise IndexError(f"index {int(entry.real.max())} is out of bounds for a dimension of size {size}")

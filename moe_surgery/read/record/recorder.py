@@ -24,13 +24,23 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_surgery.read.counts import totals
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize, Branches
-from moe_surgery.read.record.choices import Choices, any_places, check_top_k, choose, no_choice, ranking
+from moe_surgery.read.record.choices import (
+    Choices,
+    any_places,
+    check_top_k,
+    choose,
+    look_up,
+    looked_up,
+    no_choice,
+    ranking,
+)
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage, done
-from moe_surgery.read.record.masks import as_index, by_places
+from moe_surgery.read.record.masks import as_index, by_places, check_places
 from moe_surgery.read.record.meta_results import MetaResults
 from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, shaped_like, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
@@ -46,7 +56,8 @@ class Recorder(TorchDispatchMode):
     """Runs operations on meta tensors or, where they don't depend on the input, on real ones, and writes them down.
 
     ``fixed`` are sizes that don't come from the batch: those of the weights, the number of experts, top-k, and what
-    the code gives as plain numbers. ``batch`` are the input's own. With ``inside``, what is ranked of masked scores is
+    the code gives as plain numbers. ``batch`` are the input's own, and ``tokens`` how many it has.
+    ``counts`` are those that experts may have. With ``inside``, what is ranked of masked scores is
     chosen among those that no mask covers; ``outside`` says that some were not.
     """
 
@@ -78,6 +89,8 @@ class Recorder(TorchDispatchMode):
         self.entries = Entries(block, dtype)
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
+        self.tokens = 0
+        self.counts = totals(block, dict(block.named_parameters()))
         self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
         self.ledger = Ledger(self.fixed, self.object_to)
         self.ledger.whole = route is no_choice
@@ -248,6 +261,7 @@ class Recorder(TorchDispatchMode):
         objection = self._objection(name, [*args, *kwargs.values()], entries)
         if name in ("index", "index_put"):
             args = (args[0], by_places(args[1], entries, self.entries), *args[2:])
+            check_places(args[0], args[1], entries)
         metas = mapped(lambda tensor: self.entries.alias(entries[id(tensor)]), (args, kwargs))
         if torch.Tag.inplace_view in func.tags:  # the same tensor gets another shape; what made it gave the one it had
             self.node(entries[id(args[0])]).meta["val"] = shaped_like(metas[0][0])
@@ -278,6 +292,8 @@ class Recorder(TorchDispatchMode):
             return args[0]
         if name == "argmax" and ranked is not None:
             return choose(self, record, result, ranked)
+        if looked_up(self, name, args, entries) and (found := look_up(self, record, result)) is not None:
+            return found
         single = self.ledger.single(name, args) or any(entry.single for entry in entries.values())
         if isinstance(result, Tensor):
             entry = self.enter(result, record, result)

@@ -76,7 +76,21 @@ def _groups(steps: Sequence[Step]) -> dict[str, dict[int | None, Step]]:
         at = found[0]
         name = f"{step.path[: at.start()]}N{step.path[at.end() :]}"
         groups.setdefault(name, {})[int(at.group())] = step
-    return groups
+    return _merged(groups)
+
+
+def _merged(groups: dict[str, dict[int | None, Step]]) -> dict[str, dict[int | None, Step]]:
+    """One row for a block and for what is inside it, as its experts alone, where no layer has both."""
+    found: dict[str, dict[int | None, Step]] = {}
+    for name in sorted(groups):
+        outer = next((other for other in found if name.startswith(f"{other.partition(' or ')[0]}.")), None)
+        if outer is None or None in groups[name] or found[outer].keys() & groups[name].keys():
+            found[name] = groups[name]
+            continue
+        block = outer.partition(" or ")[0]
+        found[f"{outer} or {name.removeprefix(block)}"] = {**found.pop(outer), **groups[name]}
+    first = {name: list(groups).index(name.partition(" or ")[0]) for name in found}
+    return dict(sorted(found.items(), key=lambda item: first[item[0]]))
 
 
 def _cell(step: Step, x: float, y: float) -> str:
