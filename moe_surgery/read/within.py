@@ -83,7 +83,7 @@ class Within(Trying):
         return None
 
     def _coming_of(self, flow: Flow, place: int) -> int:
-        """How many operations come of a result, but for those that only shape or convert it, as some records need more."""
+        """How many operations come of a result, but for those that only shape or convert it: some records have more."""
         following = {place}
         for later in range(place + 1, len(flow.ops)):
             if not following.isdisjoint(self._operands[later]):
