@@ -49,7 +49,7 @@ def scan(model: Model, *, trust_remote_code: bool = False) -> Report:
     subject = Subject.of(model, trust_remote_code)
     steps = tuple(_scanned(item, subject) for item in survey(subject.module))
     plan_ = Plan(subject.name, "none", steps)
-    return plan_.report().but(seconds=time.perf_counter() - started)
+    return plan_.report().but(done="scanned", seconds=time.perf_counter() - started)
 
 
 def _scanned(item: Surveyed, subject: Subject) -> Step:

@@ -13,6 +13,7 @@ from engine_examples import Result, Run, run_all
 from engine_reference import check, reference
 from folded_blocks import SPEC
 
+from moe_surgery.engine.timing.graphs import own_graphs
 from moe_surgery.read.reading import Reading
 from moe_surgery.weights.layout import Layout, Piece
 
@@ -92,7 +93,7 @@ def test_compiled_beside_the_other_target(folders: dict[str, Path], tmp_path: Pa
     kind = "naive_talker"
     other = Run(str(folders[kind]), COMPILED, {"run": str(tmp_path / "other")})
     runs = [other, folded(folders[kind], tmp_path, "folded", **COMPILED)]
-    for result in run_all(runs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache")):
+    for result in run_all(runs, tmp_path, VLLM_CACHE_ROOT=own_graphs(tmp_path / "cache")):
         assert result.error is None
         check(result.outputs, reference(kind, folders[kind]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,14 +48,14 @@ def test_with_triton_from_apart() -> None:
     assert " passed" in done.stdout
 
 
-def compile_all(terms: Terms, row: Any, dtype: str) -> None:
+def compile_all(terms: Terms, row: Any, dtype: str) -> list[Any]:
     """Every kernel of a row, for compute capability 9.0, with arguments as aligned as weights are."""
     from moe_surgery.kernels.launch import kernels_of
 
     kernels = kernels_of(terms, row, dependent=True)
     # What lies between the products is in e4m3 too, but for the pairs path, whose second product rounds it.
     other = {**dict.fromkeys(IN_E4M3, "*fp8e4nv"), "act": "*fp32" if row.path == "pairs" else "*fp8e4nv"}
-    compile_each(
+    return compile_each(
         [getattr(kernels, field.name) for field in fields(kernels)],
         dtype,
         ids_for_logits=terms.given,
@@ -64,7 +65,7 @@ def compile_all(terms: Terms, row: Any, dtype: str) -> None:
 
 def compile_each(
     kernels: Sequence[Any], dtype: str, *, ids_for_logits: bool = False, other: Mapping[str, str] | None = None
-) -> None:
+) -> list[Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,6 +78,7 @@ def compile_each(
         integer = name in INTEGERS or (ids_for_logits and name == "logits")  # ids stand in their place
         return "*i32" if integer else "*fp32" if name in FLOATS else f"*{dtype}"
 
+    compiled = []
     for kernel in kernels:
         if kernel is None:
             continue
@@ -91,7 +93,21 @@ def compile_each(
             if name not in kernel.constants and name not in NUMBERS
         }
         source = ASTSource(kernel.function, signature, constants, aligned)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options)
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel.options))
+    return compiled
+
+
+def stack(compiled: Any, tmp_path: Path) -> int:
+    """Bytes that each of a kernel's threads keeps in memory, since there are too few registers for them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = tmp_path / "kernel.cubin"
+    code.write_bytes(compiled.asm["cubin"])
+    told = subprocess.run([tool, "-res-usage", code], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", told)
+    assert found is not None, told
+    return int(found[1])
 
 
 def compile_both_paths(terms: Terms, dtype: str) -> None:
@@ -211,7 +227,8 @@ def test_in_float32() -> None:
 
 @compiles
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("H*.json")))
-def test_with_a_table_s_first_and_last_tiles(name: str) -> None:
+def test_with_a_table_s_first_and_last_tiles(name: str, tmp_path: Path) -> None:
+    """And within the registers that there are."""
     scaled = name.endswith("-e4m3")
     sizes = {part[0]: int(part[1:]) for part in name.removesuffix("-e4m3").split("-")}
     terms = Terms(
@@ -219,4 +236,5 @@ def test_with_a_table_s_first_and_last_tiles(name: str) -> None:
         scaled=scaled,
     )  # fmt: skip
     for row in (table(name)[0], table(name)[-1]):
-        compile_all(terms, row, "bf16")
+        compiled = compile_all(terms, row, "bf16")
+        assert compiled and not any(stack(each, tmp_path) for each in compiled)

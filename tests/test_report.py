@@ -20,15 +20,17 @@ import pytest
 from rich.console import Console
 
 from moe_surgery.errors import UsageError
+from moe_surgery.planning.plan import Plan
 from moe_surgery.prove.verdict import Mutant, Verdict
 from moe_surgery.report import words
+from moe_surgery.report.explanation import Explanation
 from moe_surgery.report.figure import picture
 from moe_surgery.report.files import write_whole
 from moe_surgery.report.json import dumps, scan_data
 from moe_surgery.report.outcomes import Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.report.rows import rows
-from moe_surgery.report.terminal import render, render_scan, scan_sentence, sentence
+from moe_surgery.report.terminal import render, sentence
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.timing import blocks
 from moe_surgery.timing.busy import Watch, busy_seconds
@@ -239,12 +241,12 @@ def test_other_encodings_get_plain_characters(encoding: str) -> None:
 def scanned() -> Report:
     steps = [thinker(i, outcome="kept", reason="readable", target=None, rule=None, verdict=None) for i in range(4)]
     steps.append(Step("other.0", "OddBlock", "missed", NORM))
-    return report(steps, done="planned", memory=Memory())
+    return report(steps, done="scanned", memory=Memory())
 
 
 def test_what_scan_found() -> None:
     page = io.StringIO()
-    render_scan(scanned(), Console(file=page, width=100, color_system=None))
+    render(scanned(), Console(file=page, width=100, color_system=None))
     assert page.getvalue() == (
         "org/some-model  torch 2.13.0 · transformers 5.19.0\n"
         "✓ thinker.model.layers.{0..3}.mlp  ThinkerBlock  ×4\n"
@@ -253,7 +255,8 @@ def test_what_scan_found() -> None:
         "    a norm after the combine is not accounted for\n"
         "5 sites: 4 readable, 1 not · 12.3 s\n"
     )
-    assert scan_sentence(scanned()) == "5 sites: 4 readable, 1 not · 12.3 s"
+    assert repr(scanned()) == "<Report of org/some-model: 5 sites: 4 readable, 1 not · 12.3 s>"
+    assert str(scanned()) == page.getvalue().rstrip()
 
 
 def test_the_json_of_a_report_keeps_its_shape() -> None:
@@ -304,6 +307,15 @@ def test_a_report_is_one_short_line_and_in_a_notebook_its_rows() -> None:
     page = ElementTree.fromstring(report()._repr_html_().replace("&nbsp;", " "))
     assert page.tag == "pre"
     assert "talker.model.layers.{0..19}.mlp" in "".join(page.itertext())
+
+
+def test_plans_and_explanations_are_one_short_line_too_and_print_all() -> None:
+    planned = Plan("org/some-model", "auto", report().steps)
+    assert repr(planned).startswith("<Plan for org/some-model: 24 to replace, ") and len(repr(planned)) < 200
+    assert str(planned) == str(planned.report()) and "talker.model.layers.{0..19}.mlp" in str(planned)
+    assert planned._repr_html_() == planned.report()._repr_html_()
+    explained = Explanation("layers.0.mlp", "Block", None, None, "a norm", ())
+    assert repr(explained) == "<Explanation: layers.0.mlp can't be read>"
 
 
 def test_a_picture_holds_the_report() -> None:

@@ -75,8 +75,10 @@ def test_a_command_without_a_model_ends_with_15(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "code, exit_code", [("import sys; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 128 + 9)]
 )
-def test_the_commands_own_exit_code(code: str, exit_code: int) -> None:
-    lines = run(command=python(code), exit_code=exit_code).stderr.splitlines()
+def test_the_commands_own_exit_code(code: str, exit_code: int, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    lines = run("--html", page, command=python(code), exit_code=exit_code).stderr.splitlines()
+    assert "the command itself failed; surgery was asked for" in page.read_text(encoding="utf-8")
     assert lines[-1].startswith(f"moe-surgery: the command ended with exit code {exit_code}; surgery was asked for")
 
 

@@ -58,9 +58,9 @@ def launch(screen: Screen, job: Launch) -> int:
     told = fault is not None and (code == exits.DONE or first_failure(receipts) is not None)
     if told and fault is not None:
         return _tell(screen, orders.run, receipts, str(fault), fault.exit_code, job.html)
-    _tell(screen, orders.run, receipts, None, code, job.html)
+    also = f"; {fault}" if fault is not None else ""
+    _tell(screen, orders.run, receipts, None, code, job.html, ended=f"the command itself failed{also}")
     if code != exits.DONE:
-        also = f"; {fault}" if fault is not None else ""
         screen.say(f"moe-surgery: the command ended with exit code {code}{also}")
     return code
 
@@ -114,16 +114,26 @@ def _fault(receipts: Sequence[Receipt], asked: str = "surgery") -> SurgeryError 
 
 
 def _tell(
-    screen: Screen, run: str, receipts: Sequence[Receipt], error: str | None, code: int, html: Path | None
+    screen: Screen,
+    run: str,
+    receipts: Sequence[Receipt],
+    error: str | None,
+    code: int,
+    html: Path | None,
+    *,
+    ended: str | None = None,
 ) -> int:
-    """Write the report, what is unpatched, and the error last. Returns ``code``."""
+    """Write the report, what is unpatched, and the error last. Returns ``code``.
+
+    ``ended`` is what a page says of a code that isn't of an error here.
+    """
     from moe_surgery.report.run import render_run, run_data, run_sentence
 
     line = None if error is None else " ".join(error.split())
     if html is not None:
         from moe_surgery.report.html import run_page
 
-        screen.file(html, run_page(run, receipts, line, code))
+        screen.file(html, run_page(run, receipts, line or (ended if code else None), code))
     data = run_data(run, receipts, line, code)
     screen.result(lambda console: render_run(run, receipts, console), data, run_sentence(receipts))
     for receipt in receipts:

@@ -19,12 +19,12 @@ def scan(screen: Screen, model: str, trust: Trust) -> int:
     """Show every MoE-looking site."""
     import moe_surgery
     from moe_surgery.report.json import scan_data
-    from moe_surgery.report.terminal import render_scan, scan_sentence
+    from moe_surgery.report.terminal import render, sentence
 
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         report = moe_surgery.scan(model, trust_remote_code=trust.trust_remote_code)
-    screen.result(lambda console: render_scan(report, console), scan_data(report), scan_sentence(report))
+    screen.result(lambda console: render(report, console), scan_data(report), sentence(report))
     return exits.DONE
 
 

@@ -110,7 +110,7 @@ class Operation:
         memory = Memory(
             moved=sum(swap.new.moved_bytes for swap in transaction.swaps),
             new=sum(swap.new.new_bytes for swap in transaction.swaps),
-            kept=sum(_own_bytes(swap) for swap in transaction.swaps),
+            kept=sum(swap.kept_bytes for swap in transaction.swaps),
         )
         return self._report("applied", memory=memory, transaction=transaction)
 
@@ -295,13 +295,3 @@ def _reported(paths: Sequence[str], progress: Progress) -> Iterator[str]:
         progress(done, len(paths), path)
         yield path
     progress(len(paths), len(paths), "")
-
-
-def _own_bytes(swap: Swap) -> int:
-    """Bytes of the old block that the new one doesn't share, which are held only so that undo can put it back."""
-    if swap.old is None:
-        return 0
-    sizes: Mapping[int, int] = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in swap.old.parameters()
-    }
-    return max(sum(sizes.values()) - swap.new.moved_bytes, 0)

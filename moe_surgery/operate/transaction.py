@@ -36,6 +36,15 @@ class Swap:
         """Put ``module`` at the swap's place; a child that is there keeps its place among its siblings."""
         self.parent._modules[self.name] = module
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the old block that the new one doesn't share, which are held only so that undo can put it back."""
+        if self.old is None:
+            return 0
+        storages = [parameter.untyped_storage() for parameter in self.old.parameters()]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return max(sum(sizes.values()) - self.new.moved_bytes, 0)
+
 
 class Transaction:
     """The swaps of one operation on ``model``. Until :meth:`commit` it is untouched; commit makes all or none."""

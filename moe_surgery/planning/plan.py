@@ -27,9 +27,11 @@ SCHEMA = "moe-surgery/plan/1"
 logger = logging.getLogger("moe_surgery")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What is to be done with every site. It can be saved, reviewed, and applied unchanged later.
+
+    It prints as on a terminal, and shows as a table in notebooks.
 
     Applying it to a model that no longer fits is an error.
 
@@ -70,6 +72,16 @@ class Plan:
         bound += [] if self.device is None and self.dtype is None else [[self.device, self.dtype]]
         text = json.dumps([SCHEMA, self.target, data, *bound], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        """One short line; printing it shows all."""
+        return repr(self.report()).replace("<Report of ", "<Plan for ", 1)
+
+    def __str__(self) -> str:
+        return str(self.report())
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     def report(self) -> Report:
         return Report(self.model, "planned", self.steps, self.fingerprint, self.versions, self.seconds)

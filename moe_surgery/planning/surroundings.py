@@ -93,7 +93,7 @@ class Surroundings:
 
     def _holdings(self, path: str, module: nn.Module, seen: set[int], own: int | None) -> None:
         where = path or "the model"
-        for what, value in self._roots(path, module):
+        for what, value in self._roots(module):
             for found in self._unregistered(value, seen):
                 inner = self._inner_of(found)
                 if inner is not None and inner.site != own:
@@ -121,7 +121,7 @@ class Surroundings:
                     seen.add(id(found))
                     waiting.append(vars(found))
 
-    def _roots(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    def _roots(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """Everything that a module refers to, with what to call it, but the child that is a site."""
         if isinstance(module, torch.jit.ScriptModule):  # holds what it was given in C
             return

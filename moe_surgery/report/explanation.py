@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from moe_surgery.report.figure import plain
 from moe_surgery.report.folded_paths import fold_paths
 from moe_surgery.report.terminal import indented
 from moe_surgery.report.words import plural, writable
@@ -27,7 +27,7 @@ _TABLES = {"config": "config", "model_type": "config", "read": "read", "requires
 _FIND = "find"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Why a site is, or isn't, matched: what was read there, and every rule's clauses, nearest rule first.
 
@@ -52,9 +52,11 @@ class Explanation:
 
     def __str__(self) -> str:
         """What :meth:`render` prints, without colours, 100 columns wide."""
-        page = io.StringIO()
-        self.render(Console(file=page, width=100, color_system=None))
-        return page.getvalue().rstrip("\n")
+        return plain(self.render, 100)
+
+    def __repr__(self) -> str:
+        """One short line; printing it shows all."""
+        return f"<Explanation: {trail_sentence(self)}>"
 
 
 def render_trail(explanation: Explanation, console: Console) -> None:

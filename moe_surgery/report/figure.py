@@ -1,9 +1,9 @@
-"""The terminal's rendering of a report as a picture, and as a piece of a page."""
+"""The terminal's rendering of a report as plain text, as a picture, and as a piece of a page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -39,6 +39,13 @@ _TEMPLATE = """\
 
 
 _PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3">{code}</pre>'
+
+
+def plain(render: Callable[[Console], None], width: int) -> str:
+    """What ``render`` prints, ``width`` columns wide, without colours."""
+    page = io.StringIO()
+    render(Console(file=page, width=width, color_system=None))
+    return page.getvalue().rstrip("\n")
 
 
 def page(report: Outcomes, *, width: int = 128) -> str:

@@ -56,7 +56,7 @@ def page(
 
 def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code: int) -> str:
     """The page of a run: what each process told, and the report of each model."""
-    body = [tag("h1", safe(f"run {run}")), paragraph(run_sentence(receipts), "q"), *_failure(error, exit_code)]
+    body = [*_title(run, "run "), paragraph(run_sentence(receipts), "q"), *_failure(error, exit_code)]
     body += [tag("h2", "Processes"), _processes(receipts)]
     number = 0
     for name, group in groupby(receipts, key=lambda receipt: receipt.name):
@@ -76,12 +76,12 @@ def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
     return _document(f"run {run}", body)
 
 
-def _title(model: str) -> Iterator[str]:
-    """A model's own name, large; where it lies, if that was said too, below."""
-    name = model.rstrip("/").rpartition("/")[2] if model.startswith(("/", "./", "../", "~")) else model
-    yield tag("h1", safe(name or model))
-    if name and name != model:
-        yield tag("p", tag("code", safe(model)), class_="q")
+def _title(place: str, kind: str = "") -> Iterator[str]:
+    """The own name of a model or a run, large; where it lies, if that was said too, below."""
+    name = place.rstrip("/").rpartition("/")[2] if place.startswith(("/", "./", "../", "~")) else place
+    yield tag("h1", safe(kind + (name or place)))
+    if name and name != place:
+        yield tag("p", tag("code", safe(place)), class_="q")
 
 
 def _body(report: Outcomes, notes: Sequence[Note], speeds: Sequence[Speed], mark: str) -> Iterator[str]:

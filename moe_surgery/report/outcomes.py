@@ -13,7 +13,7 @@ from moe_surgery.weights.routes import Route
 
 Outcome = Literal["replaced", "kept", "missed", "refused", "right", "wrong", "not comparable"]
 """What became of a site; the last three are those of an audit."""
-Done = Literal["planned", "verified", "applied", "rolled back", "undone", "audited"]
+Done = Literal["scanned", "planned", "verified", "applied", "rolled back", "undone", "audited"]
 SCHEMA = "moe-surgery/report/1"
 
 
@@ -114,10 +114,10 @@ class ModelCheck:
 class Outcomes:
     """The outcome of ``plan``, ``verify``, ``apply`` or an audit for a whole model.
 
-    ``done`` is what the steps describe: "planned" (nothing touched), "verified" (proven, model as it was), "applied",
-    "rolled back" (a failure; model as it was), "undone" or "audited" (what an engine built was held against its
-    checkpoint). ``model_check`` is None where none was made. ``phases`` are the seconds of each part of the work, as
-    far as they were told apart.
+    ``done`` is what the steps describe: "scanned" (sites that can be read are kept), "planned" (nothing touched),
+    "verified" (proven, model as it was), "applied", "rolled back" (a failure; model as it was), "undone" or "audited"
+    (what an engine built was held against its checkpoint). ``model_check`` is None where none was made. ``phases`` are
+    the seconds of each part of the work, as far as they were told apart.
     """
 
     model: str

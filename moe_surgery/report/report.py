@@ -1,4 +1,4 @@
-"""The report that ``plan``, ``verify`` and ``apply`` give: outcomes that can be printed and taken back."""
+"""The report that ``scan``, ``verify`` and ``apply`` give: outcomes that can be printed and taken back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Report(Outcomes):
 
     Attributes:
         model: The model's name or class.
-        done: "planned", "verified", "applied", "rolled back" or "undone".
+        done: "scanned", "planned", "verified", "applied", "rolled back" or "undone".
         steps: One for each site, with its ``path``, ``kind``, ``outcome``, ``reason``, ``spec`` and ``verdict``.
         replaced: Those that are replaced; and so ``kept``, ``missed`` and ``refused``.
         fingerprint: The plan's.
@@ -40,10 +40,16 @@ class Report(Outcomes):
     transaction: Transaction | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        """One short line; ``render`` prints all of it."""
+        """One short line; printing it shows all."""
         from moe_surgery.report.terminal import sentence
 
         return f"<Report of {self.model}: {sentence(self)}>"
+
+    def __str__(self) -> str:
+        """What :meth:`render` prints, without colours, 120 columns wide."""
+        from moe_surgery.report.figure import plain
+
+        return plain(self.render, 120)
 
     def _repr_html_(self) -> str:
         """The report as notebooks show it, with the same rows as on a terminal."""

@@ -54,7 +54,8 @@ _DONE = {
 def render(report: Outcomes, console: Console, notes: Sequence[Note] = ()) -> None:
     """Print ``report``; ``notes`` are further findings, put before the last line."""
     header(report, console)
-    _table(console, [_Line.of(row) for row in rows(report)])
+    line = _Line.of_scan if report.done == "scanned" else _Line.of
+    _table(console, [line(row) for row in rows(report)])
     if report.model_check is not None:
         notes = [*(("model", line) for line in model_sentences(report.model_check)), *notes]
     if report.memory != Memory():
@@ -64,15 +65,7 @@ def render(report: Outcomes, console: Console, notes: Sequence[Note] = ()) -> No
     _line(console, sentence(report), "bold" if report.exit_code == 0 else "bold red")
 
 
-def render_scan(report: Outcomes, console: Console) -> None:
-    """Print what ``scan`` found: every MoE-looking site, whether it can be read, and as what or why not."""
-    header(report, console)
-    _table(console, [_Line.of_scan(row) for row in rows(report)])
-    _line(console, scan_sentence(report), "bold")
-
-
-def scan_sentence(report: Outcomes) -> str:
-    """What ``scan`` found in one line: ``68 sites: 68 readable, 0 not · 1.2 s``."""
+def _scan_sentence(report: Outcomes) -> str:
     readable, sites = len(report.kept), len(report.steps)
     return f"{plural(sites, 'site')}: {readable} readable, {sites - readable} not · {duration(report.seconds)}"
 
@@ -89,8 +82,10 @@ def header(report: Outcomes, console: Console) -> None:
 def sentence(report: Outcomes) -> str:
     """The report in one line, made to be quoted: ``20 replaced, 0 kept, 0 missed, 0 refused · 12.3 s``.
 
-    Of an audit: ``20 right, 0 wrong, 0 not comparable · 12.3 s``.
+    Of an audit: ``20 right, 0 wrong, 0 not comparable · 12.3 s``; of a scan: ``68 sites: 68 readable, 0 not · 1.2 s``.
     """
+    if report.done == "scanned":
+        return _scan_sentence(report)
     if report.done == "audited":
         counts = f"{len(report.right)} right, {len(report.wrong)} wrong, {len(report.incomparable)} not comparable"
         return f"{counts} · {duration(report.seconds)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from moe_surgery.engine.orders import VARIABLE, Prove
+from moe_surgery.engine.timing.graphs import own_graphs
 from moe_surgery.errors import SurgeryError, UnsupportedError
 
 CONTEXT = 32
@@ -75,7 +76,7 @@ class Engine:
         environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_V2_MODEL_RUNNER": "0",
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CACHE_ROOT": own_graphs(folder / "cache"),
         }
         command = [sys.executable, "-m", "moe_surgery.engine.timing.one_engine", json.dumps(asdict(job))]
         pipe = subprocess.PIPE

@@ -86,10 +86,10 @@ class MLPParser:
             rest = [other for other in parts if other is not part]
             if part.op == "clamp" and self.bare(part.args[0]).op in ACTIVATIONS and part.args[1] == -math.inf:
                 inside = self.bare(part.args[0])
-                return (*self._named(inside, parts), part.args[2], self._one(rest, hidden, whose))
+                return (*self._named(inside), part.args[2], self._one(rest, hidden, whose))
             if part.op in ACTIVATIONS or part.op in ("square", "pow 2"):
                 twice = parts.count(part) == 2 and part.op == "relu"
-                gate, activation, alpha = self._named(part, parts)
+                gate, activation, alpha = self._named(part)
                 return gate, activation if not twice else "relu2", alpha, None, self._one(rest, hidden, whose)
             if part.op == "sigmoid":
                 inner = self.bare(part.args[0])
@@ -101,7 +101,7 @@ class MLPParser:
                     return gates[0], "silu", math.prod(scale), None, self._one(rest, hidden, whose)
         raise Unreadable(f"{whose} is not down(act(gate(x)) * up(x)): between its maps stands {short(hidden)}")
 
-    def _named(self, part: Term, parts: list[Term]) -> tuple[Term, Activation, float]:
+    def _named(self, part: Term) -> tuple[Term, Activation, float]:
         if part.op in ("square", "pow 2"):
             inner = self.bare(part.args[0])
             if inner.op != "relu":
