@@ -191,7 +191,7 @@ def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
         made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
-        if known or made or not found.isdisjoint(_refs(op)):
+        if known or made or not found.isdisjoint(refs(op)):
             found.add(place)
     return found
 
@@ -201,10 +201,11 @@ def _looked_up_by(flow: Flow, choice: Made) -> set[Made]:
     op = next((op for op in flow.ops if op.made is choice), None)
     if op is None or choice.among is None:
         return set()
-    return chosen(origin for place in _refs(op) if (origin := flow.ops[place].origin) is not None)
+    return chosen(origin for place in refs(op) if (origin := flow.ops[place].origin) is not None)
 
 
-def _refs(op: Op) -> set[int]:
+def refs(op: Op) -> set[int]:
+    """The operations that an operation takes the results of."""
     return {leaf.index for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)}
 
 

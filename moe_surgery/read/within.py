@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,22 +21,25 @@ from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Silent, Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
-from moe_surgery.read.split import Trying, cuts, given_weights, of_cut
+from moe_surgery.read.record.zeros import SHAPED
+from moe_surgery.read.split import Trying, cuts, given_weights, of_cut, refs
 
 _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
+_SHAPES = SHAPED | {"_unsafe_view", "_to_copy"}
 
 
 @dataclass(eq=False)
 class Within(Trying):
     """Parses the records of one block.
 
-    Where the experts' sum ended in its first record, counted from the record's end, is tried first in the others: of
-    tokens that visit no expert after it, it would end later.
+    What as many operations come of as of the experts' sum in the record before is tried first: of tokens that visit no
+    expert after it, it would end later.
     """
 
-    _left: int = 0
+    _left: int = -1
     _silent: bool = False
+    _operands: list[set[int]] = field(default_factory=list)
 
     def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
         """What a record says of every token's routed experts.
@@ -45,6 +48,7 @@ class Within(Trying):
         """
         check_above_zero(flow, Interpreter(flow, Terms()))
         self._silent = False
+        self._operands = [refs(op) for op in flow.ops]
         pairs = [
             ((number, cut.kind), entrance, cut)
             for number, entrance in enumerate(_entrances(flow))
@@ -66,17 +70,25 @@ class Within(Trying):
         run = Interpreter(split, Terms())
         size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
         places = _sums(flow, max(cut.weights, entrance or 0), size)
-        for place in sorted(places, key=lambda place: len(flow.ops) - place != self._left):
+        for place in sorted(places, key=lambda place: self._coming_of(flow, place) != self._left):
             ended = replace(split, output=Ref(moved(place)), results=None, kept={})
             try:
                 found = parse_record(ended, dtype, run)
                 if all(token.shared is None and token.output_bias is None for token in found.tokens):
                     record = of_cut(found, flow, replace(cut, entering=entrance, routed=place))
-                    self._left = len(flow.ops) - place
+                    self._left = self._coming_of(flow, place)
                     return record
             except Unreadable as error:
                 self._silent |= isinstance(error, Silent)
         return None
+
+    def _coming_of(self, flow: Flow, place: int) -> int:
+        """How many operations come of a result, but for those that only shape or convert it: some records have more."""
+        following = {place}
+        for later in range(place + 1, len(flow.ops)):
+            if not following.isdisjoint(self._operands[later]):
+                following.add(later)
+        return sum(flow.ops[number].name not in _SHAPES for number in following - {place})
 
 
 def _entrances(flow: Flow) -> Iterator[int | None]:

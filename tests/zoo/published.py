@@ -77,6 +77,45 @@ class _NearlyByTanh(_ByTanh):
     cube = 0.05
 
 
+@block(PLACES)
+class IntAsADtype(Alone):
+    """Python's own, where code also asks it for whole numbers of the batch elsewhere."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in torch.arange(self.num_experts, dtype=int).tolist():  # type: ignore[call-overload]
+            token, slot = torch.where(ids == number)
+            out[token] += self.expert(number, x[token]) * weights[token, slot, None]
+        return out
+
+
+@block(AROUND)
+class MixedByTwoNumbers(IntAsADtype):
+    """Experts and a shared one with biases, each times a number; other layouts take other operations."""
+
+    def make_more(self) -> None:
+        self.alpha, self.beta = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(0.7))
+        self.always = BiasedMLP(self.hidden, self.width)
+
+    def make_expert(self) -> nn.Module:
+        return BiasedMLP(self.hidden, self.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.beta * super().forward(hidden_states) + self.alpha * self.always(hidden_states)
+
+
+@block(AROUND, "no routed experts (weights of a top-k times an MLP)", "told from")
+class TheBestWithoutAWeight(Alone):
+    def make_expert(self) -> nn.Module:
+        return BiasedMLP(self.hidden, self.width)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        best, out = self.logits(x).argmax(-1), torch.zeros_like(x)
+        for number in range(self.num_experts):
+            out[best == number] = self.expert(number, x[best == number])
+        return out
+
+
 @block(ACTIVATIONS)
 class GeluOfBiased(Alone):
     mlp: type[BiasedMLP] = _ByTanh

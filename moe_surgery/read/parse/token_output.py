@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
@@ -16,6 +17,7 @@ from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.weights.layout import Piece
 
+_UNWEIGHTED = "no routed experts (weights of a top-k times an MLP) in its output"
 _NOTHING = "as where some experts return nothing or tokens are left out"
 
 
@@ -67,8 +69,10 @@ class TokenParser:
         shared: list[SharedRead] = []
         output_bias: list[Piece] = []
         on_input: set[bool] = set()
-        for product in self._products(output):
-            factors = [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
+        products = [self._by_choice(product) for product in self._products(output)]
+        if products and not self.given and not any(map(self._routed, chain.from_iterable(products))):
+            raise Unreadable(_UNWEIGHTED)
+        for factors in products:
             routing = [factor for factor in factors if self._routed(factor)]
             if not routing:
                 alone = self.bare(factors[0])
@@ -92,7 +96,7 @@ class TokenParser:
         if not (slots or shared or output_bias or silent):
             raise Unreadable(f"a token that it sends to experts comes to nothing, {_NOTHING}")
         if not (slots or silent):
-            raise Unreadable("no routed experts (weights of a top-k times an MLP) in its output")
+            raise Unreadable(_UNWEIGHTED)
         if len(shared) > 1:
             raise Unreadable("it adds a second shared expert")
         if len(output_bias) > 1:
@@ -109,6 +113,9 @@ class TokenParser:
             slots[slot] = replace(slots[slot], pieces=replace(slots[slot].pieces, down_bias=bias))
         order = self._order(slots, weight.read)
         return TokenRead(weight.read, weight.precisions, order, *beside, on_input.pop())
+
+    def _by_choice(self, product: list[Term]) -> list[Term]:
+        return [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
 
     def _order(self, slots: dict[int, MLPRead], router: RouterRead) -> tuple[MLPRead | None, ...]:
         if router.scoring == "own":

@@ -90,18 +90,33 @@ def _recorded(
 ) -> Flow:
     """A record that :func:`_once` gives.
 
+    Where code gives ``int`` as a dtype, it is recorded with Python's own.
+    """
+    try:
+        return _stateless(make, block, shape, plain, inputs, own_int=False)
+    except Unfollowed as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+    return _stateless(make, block, shape, plain, inputs, own_int=True)
+
+
+def _stateless(
+    make: Callable[[], Recorder], block: nn.Module, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
+) -> Flow:
+    """A record that :func:`_once` gives.
+
     Where code reads attributes that it wrote, it is recorded again with values there that object to being looked at: if
     the same comes of that, nothing depends on what a call before left there. Which object a value is can be asked
     without looking at it, so plain values are left there once more too, as the call left them.
     """
     try:
-        return _once(make(), block, shape, plain, inputs)
+        return _once(make(), block, shape, plain, inputs, own_int)
     except Stateful as error:
         ways: list[Attributes] = [{place: Untouched() for place in error.written}]
         left = {place: value for place, value in error.written.items() if type(value) in PLAIN_VALUES}
         ways += [{place: left.get(place, Untouched()) for place in error.written}] if left else []
         with suppress(Unreadable):
-            flows = [_once(make(), block, shape, plain, inputs, way) for way in ways]
+            flows = [_once(make(), block, shape, plain, inputs, own_int, way) for way in ways]
             if error.flow is not None and all(flow.like(error.flow) for flow in flows):
                 return flows[0]
         raise
@@ -113,6 +128,7 @@ def _once(
     shape: tuple[int, ...],
     plain: bool,
     inputs: _Inputs,
+    own_int: bool,
     given: Attributes | None = None,
 ) -> Flow:
     before, written = watched(block), Written(block)
@@ -120,7 +136,7 @@ def _once(
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
-            with marked_lengths(block), Sizes(recorder, marks=not plain), recorder:
+            with marked_lengths(block, own_int), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
         changed = written.changed()
         first = given or {}

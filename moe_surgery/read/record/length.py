@@ -53,13 +53,14 @@ class _Int(metaclass=_Whole):
 
 
 @contextmanager
-def marked_lengths(block: nn.Module) -> Iterator[None]:
+def marked_lengths(block: nn.Module, own_int: bool = False) -> Iterator[None]:
     """While this lasts, code of ``block`` and what it calls by name finds a ``len`` and an ``int`` that keep marks.
 
-    Code that it finds otherwise gets Python's own, to which a size of the batch is an objection.
+    Code that it finds otherwise gets Python's own, to which a size of the batch is an objection; with ``own_int`` all
+    code gets Python's ``int``, as torch takes no other for a dtype.
     """
     spaces = list({id(space): space for space in _spaces(block)}.values())
-    kept = {"len": _length, "int": _Int}
+    kept = {"len": _length} if own_int else {"len": _length, "int": _Int}
     placed = [(space, name) for space in spaces for name in kept if name not in space]
     for space, name in placed:
         space[name] = kept[name]
