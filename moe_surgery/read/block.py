@@ -174,8 +174,8 @@ def _read(
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in records))
-    if "training" not in names_read(block):  # nothing says what else they could be for
-        spare = frozenset()
+    if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
+        spare = frozenset(name for name in spare if state[name].dtype is torch.int64 and state[name].ndim == 2)
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = all_say((record_.results, record_.lead) for record_ in records)

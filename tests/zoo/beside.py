@@ -126,6 +126,22 @@ class UnderOtherNumbers(Alone):
         return weights, self.expert_of_place[places]
 
 
+@taken
+class WithAnUnusedTable(Alone):
+    """It has the table of layers that look ids up, and routes by scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(50, self.top_k, dtype=torch.int64))
+
+
+@left("takes no part")
+class WithUnusedNumbers(WithAnUnusedTable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(self.num_experts))
+
+
 @left("looks at other tokens")
 class SharedOutAmongUnmasked(Masked):
     """The mask of one token is the share of another."""

@@ -140,7 +140,8 @@ def look_up(recorder: Recorder, record: torch.fx.Node, indices: Tensor) -> Tenso
     if left or not 1 <= k <= among:
         return None
     ids = recorder.choices.ids(recorder.tokens, among, k)
-    ids = (ids + torch.arange(len(ids))[:, None] // 2 % 2) % among  # no function of what another choice came to
+    if len(ids) > 1:  # no function of what another choice came to
+        ids = torch.cat([ids[:-1], (ids[-1:] + 1) % among])
     table: Any = record.args[0]
     choice = Made(table, record, k, ids, True, used=False, among=among)
     recorder.fixed.update((k, among))

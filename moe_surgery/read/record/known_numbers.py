@@ -143,6 +143,9 @@ class Ledger:
             return top
         if name in _TALLIES:
             return max(top, Kind.COUNT)
+        if name == "searchsorted" and kind_of(args[0]) <= Kind.CHOSEN:  # how many of sorted choices come before
+            wanted = args[1]
+            return Kind.DERIVED if isinstance(wanted, Tensor) and kind_of(wanted) > Kind.PLAIN else Kind.COUNT
         if name in ("any", *_COUNTS, *_EXTREMES, "sort", "topk", "cummax", "cummin"):
             return self._reduced(name, args, top)
         sized = any(size not in self.fixed for arg in _flat(args) if isinstance(arg, Tensor) for size in arg.shape)
