@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _BITS = 12
 
@@ -43,6 +44,9 @@ class Companion:
 
     def fits(self, value: object, x: Tensor) -> bool:
         """Whether a ``value`` that was given beside ``x`` has this form."""
+        # A report has specs, and needs no torch.
+        from torch import Tensor
+
         return (
             isinstance(value, Tensor)
             and tuple(value.shape) == self.shape(tuple(x.shape))
@@ -52,6 +56,8 @@ class Companion:
 
     def made(self, x: Tensor) -> Tensor:
         """One for ``x``, the same in every dtype of it."""
+        import torch
+
         if isinstance(self.over, tuple):
             generator = torch.Generator("cpu").manual_seed(len(self.name))
             numbers = torch.randn(self.over, generator=generator, dtype=torch.float32, device="cpu")
