@@ -151,6 +151,56 @@ def test_one_expert_and_experts_of_convolutions_are_listed(experts: list[nn.Modu
     assert (step.path, step.outcome) == ("layers.0.mlp", outcome) and step.reason
 
 
+class ImageMLP(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 8, 3, padding=1))
+
+
+class MixedImages(nn.Module):
+    """Experts of convolutions over several places, behind one that scores places or a layer that scores images."""
+
+    def __init__(self, name: str, *, scores_places: bool) -> None:
+        super().__init__()
+        self.scorer: nn.Module = nn.Conv2d(8, 4, 1) if scores_places else nn.Linear(8, 4)
+        self.add_module(name, nn.ModuleList(ImageMLP() for _ in range(4)))
+        self.name, self.scores_places = name, scores_places
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = (
+            self.scorer(images) if self.scores_places else self.scorer(images.mean((2, 3)))[..., None, None]
+        )
+        return out
+
+    def weights(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits(images).softmax(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        weights = self.weights(images)
+        parts = [expert(images) * weights[:, e, None] for e, expert in enumerate(getattr(self, self.name))]
+        return torch.stack(parts).sum(0)
+
+
+class RoutedImages(MixedImages):
+    def weights(self, images: torch.Tensor) -> torch.Tensor:
+        weights, ids = super().weights(images).topk(2, dim=1)
+        return torch.zeros_like(self.logits(images)).scatter(1, ids, weights)
+
+
+@pytest.mark.parametrize("scores_places", [True, False])
+@pytest.mark.parametrize("name", ["experts", "branches"])
+def test_experts_that_take_images_are_listed_with_that_reason(name: str, scores_places: bool) -> None:
+    model = stack(RoutedImages(name, scores_places=scores_places)).eval()
+    assert model.get_submodule("layers.0.mlp")(torch.randn(2, 8, 5, 5)).shape == (2, 8, 5, 5)
+    [step] = moe_surgery.plan(model).steps
+    assert (step.path, step.outcome) == ("layers.0.mlp", "missed")
+    first = "scorer (Conv2d)" if scores_places else f"{name}.0.0 (Conv2d)"
+    assert step.reason == f"it takes channels before places, as {first} does, and no tokens [..., H]"
+
+
+def test_convolutions_of_which_none_is_chosen_are_no_site() -> None:
+    assert not moe_surgery.plan(stack(MixedImages("branches", scores_places=True)).eval()).steps
+
+
 @pytest.mark.parametrize(
     "module",
     [

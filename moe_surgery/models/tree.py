@@ -28,8 +28,10 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
             called = _HINT in path.rpartition(".")[2].lower()
-            found = {_block_path(modules, path, *bank) for bank in _banks(module, called)}
-            paths |= {place for place in found if place is not None}
+            found = _around_banks(modules, path, called)
+            images = {} if found else _around_banks(modules, path, called, over_places=True)
+            paths |= found.keys() | {place for place, certain in images.items() if certain}
+            unsure |= images.keys()
             around, certain = _around_stacked(modules, path)
             wide, surely = _wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
@@ -45,7 +47,20 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.") if outer else True
 
 
-def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+def _around_banks(modules: dict[str, nn.Module], path: str, called: bool, over_places: bool = False) -> dict[str, bool]:
+    """What routes to the banks of experts that a module holds directly, and whether it is certain that they are.
+
+    Convolutions ``over_places`` count if that is asked.
+    """
+    places: dict[str, bool] = {}
+    for bank in _banks(modules[path], called, over_places):
+        place = _block_path(modules, path, *bank, over_places)
+        if place is not None:
+            places[place] = places.get(place, False) or bank[-1]
+    return places
+
+
+def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple[tuple[str, ...], int, bool]]:
     """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
     No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
@@ -66,7 +81,7 @@ def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], i
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             members = [member for member in child.children() if any(True for _ in member.parameters())]
-            matrices = [len(_matrices(member)) for member in members]
+            matrices = [len(_matrices(member, over_places)) for member in members]
             named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
             if len(members) < (1 if named else 2) or min(matrices) < 1:
                 continue
@@ -81,25 +96,28 @@ def _banks(module: nn.Module, called: bool) -> Iterator[tuple[tuple[str, ...], i
     for count, names in singles.items():
         if len(names) > 1:
             yield names, count, called
-    for names in _side_by_side(module):
+    for names in _side_by_side(module, over_places):
         yield names, len(names), False
 
 
-def _side_by_side(module: nn.Module) -> Iterator[tuple[str, ...]]:
+def _side_by_side(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...]]:
     """The names of children that are equal MLPs: at least three, or two that are called experts."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return
     alike: dict[Hashable, list[str]] = {}
     for name, child in module.named_children():
-        if 2 <= len(_matrices(child)) <= _MOST_MATRICES:
+        if 2 <= len(_matrices(child, over_places)) <= _MOST_MATRICES:
             alike.setdefault((type(child), _form(child)), []).append(name)
     for names in alike.values():
         if len(names) > 2 or (len(names) == 2 and all(_HINT in name.lower() for name in names)):
             yield tuple(names)
 
 
-def _matrices(module: nn.Module) -> list[Tensor]:
-    """The matrices of a module; a convolution over one place is one."""
+def _matrices(module: nn.Module, over_places: bool = False) -> list[Tensor]:
+    """The matrices of a module; a convolution over one place is one, and one ``over_places`` if that is asked."""
+    if over_places:
+        layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
+        return [layer.weight for layer in layers]
     return [p for p in module.parameters() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
 
 
@@ -174,28 +192,31 @@ def _outwards(path: str) -> Iterator[str]:
         yield path
 
 
-def _scores(module: nn.Module, count: int, without: tuple[str, ...]) -> bool:
+def _scores(module: nn.Module, count: int, without: tuple[str, ...], over_places: bool = False) -> bool:
     """Whether ``module`` holds, outside its children ``without``, a matrix with one row or column per expert.
+
+    A convolution ``over_places`` is one too, if that is asked and it gives a channel per expert.
 
     Biases of stacked experts are such matrices too, but nothing to route with.
     """
     skip = tuple(f"{name}." for name in without)
     named = (*module.named_parameters(), *module.named_buffers())
-    return any(_scoring(tensor, count) for name, tensor in named if "bias" not in name and not name.startswith(skip))
+    beside = [tensor for name, tensor in named if "bias" not in name and not name.startswith(skip)]
+    return any(_scoring(tensor, count, over_places) for tensor in beside)
 
 
-def _scoring(matrix: Tensor, count: int) -> bool:
-    return matrix.ndim == 2 and count in matrix.shape
+def _scoring(matrix: Tensor, count: int, over_places: bool) -> bool:
+    return count in matrix.shape if matrix.ndim == 2 else over_places and matrix.ndim > 2 and count == matrix.shape[0]
 
 
 def _block_path(
-    modules: dict[str, nn.Module], path: str, bank: tuple[str, ...], count: int, certain: bool
+    modules: dict[str, nn.Module], path: str, bank: tuple[str, ...], count: int, certain: bool, over_places: bool
 ) -> str | None:
     """The nearest module around a bank of experts that also holds something to route with.
 
     Where there is none, it is the bank's parent, or nothing if it isn't certain that it is a bank.
     """
-    if not count or _scores(modules[path], count, without=bank):
+    if not count or _scores(modules[path], count, bank, over_places):
         return path
     if not bank and (whole := _around_shards(modules, path, count)) is not None:
         return whole
@@ -205,7 +226,7 @@ def _block_path(
             inside = path[len(outer) :].lstrip(".")
             if outer not in modules or isinstance(modules[outer], (nn.ModuleList, nn.ModuleDict)):
                 break
-            if _scores(modules[outer], count, without=(inside,)):
+            if _scores(modules[outer], count, (inside,), over_places):
                 return _around_gathering(modules, outer)
     if not certain:
         return None

@@ -198,11 +198,18 @@ def _read(
 
 
 def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
-    """Raise that ``block`` takes more than one tensor, if that is why it failed with an ``error`` of its own."""
+    """Raise that ``block`` takes more than one tensor, or images, if that is why it failed with its own ``error``."""
     try:
         arguments_of(block)
     except Unreadable as reason:
         raise Unfollowed(str(reason), error.operations) from error
+    if not isinstance(error.__cause__, (RuntimeError, IndexError, ValueError)):  # as code of other shapes fails
+        return
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            held = f"{name} ({type(layer).__name__})"
+            problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
+            raise Unfollowed(problem, error.operations) from error
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
