@@ -27,6 +27,19 @@ class ConvertsItsRouter(Alone):
         return self.gate(x.bfloat16()).float()
 
 
+@block(STATE, "it exchanges a weight's data when it is called (shift, in bfloat16)")
+class ConvertsItsBias(Alone):
+    """A vector beside the router becomes float32 when it is called, under the same name (Megatron)."""
+
+    def make_more(self) -> None:
+        self.register_buffer("shift", torch.zeros(plain.SIZES.experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self.shift.dtype != torch.float32:
+            self.shift.data = self.shift.data.to(torch.float32)
+        return super().logits(x) + self.shift
+
+
 @block(STATE, "keeps state")
 class MakesABufferOnTheWay(Alone):
     def logits(self, x: Tensor) -> Tensor:
