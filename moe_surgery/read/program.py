@@ -143,6 +143,8 @@ class Builder:
         if id(origin) in self._origins:
             return self._origins[id(origin)]
         if isinstance(origin, Plain):
+            if origin.counted:
+                raise Unreadable("a tensor that it makes of numbers of tokens in Python")
             if origin.value.numel() > _MOST_NUMBERS:
                 raise Unreadable("a table of numbers")
             place = self._step("numbers", (Numbers(_listed(origin.value), origin.value.dtype),))

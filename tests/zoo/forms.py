@@ -40,6 +40,16 @@ class ConvertsItsBias(Alone):
         return super().logits(x) + self.shift
 
 
+@block(RESULTS, "(1) comes of a tensor that it makes of numbers of tokens in Python")
+class CountsRowsInPython(Alone):
+    """How many rows each expert gets, by len() of its list of them, in the input's dtype (labml's Switch)."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        _, ids = self.route(hidden_states.view(-1, self.hidden))
+        rows = [(ids == e).nonzero()[:, 0] for e in range(self.num_experts)]
+        return super().forward(hidden_states), hidden_states.new_tensor([len(chosen) for chosen in rows])
+
+
 @block(STATE, "keeps state")
 class MakesABufferOnTheWay(Alone):
     def logits(self, x: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """Numbers that the code brought along."""
+    """Numbers that the code brought along, or that it ``counted`` in Python: numbers of tokens."""
 
     value: Tensor
+    counted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,9 @@ class Lineage:
 
     def chose(self, tensor: Tensor, choice: Made) -> None:
         self._known[id(tensor)] = Chosen(choice, tuple(tensor.shape))
+
+    def counted(self, tensor: Tensor) -> None:
+        self._known[id(tensor)] = Plain(tensor, counted=True)
 
     def full(self, tensor: Tensor, value: float) -> None:
         kwargs = {"dtype": tensor.dtype, "device": tensor.device}

@@ -37,7 +37,8 @@ _MAKERS = frozenset(["one_hot", "zeros", "ones", "empty", "new_zeros", "new_ones
 _VIEWS = frozenset(["view", "reshape"])
 _SCALES = frozenset(["truediv", "itruediv", "div", "divide", "true_divide", "mul", "rmul", "imul", "multiply"])
 _CALCULATES = "it calculates with the batch size"
-_NUMBERS = frozenset(["arange", "tensor", "as_tensor", "scalar_tensor", "new_tensor"])
+_TENSORS = frozenset(["tensor", "as_tensor", "scalar_tensor"])
+_NUMBERS = _TENSORS | {"arange"}
 
 
 class Sizes(TorchFunctionMode):
@@ -88,7 +89,8 @@ class Sizes(TorchFunctionMode):
                 raise recorder.object_to(_CALCULATES)
             recorder.scaled = _CALCULATES  # a mean, say, of which no output may come
         try:
-            result = self._run(func, name, args, kwargs)
+            # What makes a tensor of them asks for floating-point numbers, to which sizes object.
+            result = self._run(func, name, _numbers(args) if name in _TENSORS else args, kwargs)
         finally:
             recorder.scaled = None
         if name in _SIZES or func == _SHAPE:
@@ -164,6 +166,8 @@ class Sizes(TorchFunctionMode):
             return
         elif name == "one_hot":
             kind = Kind.PLACED
+        elif name in _TENSORS:
+            self.recorder.lineage.counted(result)
         elif name not in _NUMBERS:
             kind = Kind.DERIVED
         self.recorder.raise_kind(result, kind)
@@ -194,6 +198,13 @@ class Sizes(TorchFunctionMode):
         if isinstance(value, list):
             return [self._numbers(item, kind) for item in value]
         return BatchSize.of(value, self.recorder.object_to, LOAD, kind == Kind.COUNT)
+
+
+def _numbers(values: Any) -> Any:
+    """Values with plain numbers instead of sizes."""
+    if isinstance(values, (list, tuple)):
+        return [_numbers(value) for value in values]
+    return int.__index__(values) if isinstance(values, BatchSize) else values
 
 
 def _dims(item: Any) -> int:
