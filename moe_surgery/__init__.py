@@ -73,9 +73,14 @@ __all__ = ["__version__", *_PLACES]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import random
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    drawn = random.getstate()  # rich draws one of Python's random numbers when it is imported
+    try:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    finally:
+        random.setstate(drawn)
 
 
 def __dir__() -> list[str]:

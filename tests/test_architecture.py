@@ -54,6 +54,18 @@ def test_torch_fx_is_known_where_blocks_are_recorded_only() -> None:
     assert users == {"read/record"}
 
 
+def test_a_name_of_the_package_leaves_random_numbers_as_they_were() -> None:
+    code = """
+import random
+import moe_surgery
+before = random.getstate()
+moe_surgery.apply
+assert random.getstate() == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, moe_surgery; print(sorted({'torch', 'torch.fx', 'transformers', 'vllm'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -327,6 +327,19 @@ def test_files_may_be_streams_and_two_results_never_meet(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_no_result_replaces_a_file_of_a_checkpoint(tmp_path: Path, name: str) -> None:
+    body = "from pathlib import Path; screen.will_write(Path({!r}))"
+    held, link = tmp_path / name, tmp_path / "link"
+    assert command(body.format(str(held))).returncode == 0  # nothing is there to be lost
+    held.write_text("{}")
+    link.symlink_to(held)
+    for path in (held, link):
+        result = command(body.format(str(path)))
+        assert (result.returncode, result.stderr) == (2, f"error: can't write {path}: it is a file of a checkpoint\n")
+    assert held.read_text() == "{}"
+
+
 def test_what_the_library_warns_of_is_a_line() -> None:
     result = command('__import__("logging").getLogger("moe_surgery").warning("odd\\n%s", 1)')
     assert (result.stdout, result.stderr) == ("the result ×\n", "warning: odd 1\n")

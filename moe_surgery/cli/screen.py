@@ -46,7 +46,8 @@ class Screen:
 
         With ``-`` for one of a command's files that file's content is all that goes to stdout, and the result itself
         goes to stderr. A report is written to ``html`` as a page too, that of a failure as well. Raises
-        :class:`UsageError` for a place that can't be written and for two results at one place.
+        :class:`UsageError` for a place that can't be written, for two results at one place, and for a file of a
+        checkpoint, which no result may replace.
         """
         self._html = html
         for path in filter(None, (*paths, html)):
@@ -54,6 +55,8 @@ class Screen:
             stream = place in (_STDOUT, _STDERR)
             if not stream:
                 check_writable(place)
+                if _is_of_a_checkpoint(Path(place)) or _is_of_a_checkpoint(path):
+                    raise UsageError(f"can't write {path}: it is a file of a checkpoint")
             if place in self._taken and (stream or _is_regular(place)):
                 raise UsageError(f"{path}: two results can't go to one place")
             self._taken.add(place)
@@ -188,6 +191,12 @@ def _place(path: Path) -> str:
 def _is_regular(path: str) -> bool:
     """Whether it is a regular file, or will be."""
     return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _is_of_a_checkpoint(path: Path) -> bool:
+    """Whether it is there already, as the config or weights of a model: what a command reads and never changes."""
+    ends = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    return path.is_file() and (path.name in ("config.json", "generation_config.json") or path.name.endswith(ends))
 
 
 def _width(stream: TextIO) -> int:
