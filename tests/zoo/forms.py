@@ -27,19 +27,6 @@ class ConvertsItsRouter(Alone):
         return self.gate(x.bfloat16()).float()
 
 
-@block(STATE, "it exchanges a weight's data when it is called (shift, in bfloat16)")
-class ConvertsItsBias(Alone):
-    """A vector beside the router becomes float32 when it is called, under the same name (Megatron)."""
-
-    def make_more(self) -> None:
-        self.register_buffer("shift", torch.zeros(plain.SIZES.experts))
-
-    def logits(self, x: Tensor) -> Tensor:
-        if self.shift.dtype != torch.float32:
-            self.shift.data = self.shift.data.to(torch.float32)
-        return super().logits(x) + self.shift
-
-
 @block(RESULTS, "(1) comes of a tensor that it makes of numbers of tokens in Python")
 class CountsRowsInPython(Alone):
     """How many rows each expert gets, by len() of its list of them, in the input's dtype (labml's Switch)."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-_EXCHANGE = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _NBYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
 # Where a tensor lies: where the block would run, not where the record does.
 _DEVICE = torch.Tensor.device.__get__
@@ -62,9 +61,6 @@ class Sizes(TorchFunctionMode):
             return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
         if func == _DEVICE:
             return recorder.entries.device
-        if func == _EXCHANGE and (weight := recorder.entries.owned(args[0])) is not None:
-            kind = str(recorder.dtype).removeprefix("torch.")
-            raise recorder.object_to(f"it exchanges a weight's data when it is called ({weight}, in {kind})")
         if func in _ON:
             return recorder.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
