@@ -190,6 +190,10 @@ def test_combinations_split_behind_their_router_are_right(found: tuple[str, nn.M
         read_around(block)
         x = torch.randn(3, 7, hidden, generator=torch.Generator().manual_seed(0))
         model = Holder(block)
-        before = model(x)
+        try:
+            before = model(x)
+        except RuntimeError:  # it takes rows alone
+            x = x.flatten(0, 1)
+            before = model(x)
         moe_surgery.apply(model, target="reference", model_check=False)
         assert_same_outputs([before], [model(x)], replaced=isinstance(model.mlp, SwappedBlock))

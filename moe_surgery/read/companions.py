@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,14 @@ _MOST = 2
 
 
 def with_companions(block: nn.Module, calling: Calling) -> Iterator[Calling]:
-    """Ways to call ``block`` with tensors for some of what it was called without, the fewest first.
+    """Ways to call ``block`` with a tensor for one thing that it was called without.
 
     A form in which the block's own forward fails is none that it takes.
     """
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    open_ = passed_on(calling)
-    for count in range(1, min(_MOST, len(open_)) + 1):
-        for some in combinations(open_, count):
-            for forms in product(*(_forms(block, argument.name, state) for argument in some)):
-                found = dict(zip((argument.name for argument in some), forms, strict=True))
-                yield Calling(tuple(_beside(a, found[a.name]) if a.name in found else a for a in calling.arguments))
+    for argument in passed_on(calling):
+        for form in _forms(block, argument.name, state):
+            yield Calling(tuple(_beside(a, form) if a is argument else a for a in calling.arguments))
 
 
 def with_others_alike(reading: Reading, read: Callable[[Calling], Reading]) -> Reading:
