@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Argument, Calling
+from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
 from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.counts import totals
@@ -17,7 +17,7 @@ from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.record.arguments import passed_on
 from moe_surgery.replay import Program
 
-_MOST = 2
+_MOST = 2  # sizes of a kind, of which each is tried
 
 
 def with_companions(block: nn.Module, calling: Calling) -> Iterator[Calling]:
@@ -28,7 +28,7 @@ def with_companions(block: nn.Module, calling: Calling) -> Iterator[Calling]:
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     for argument in passed_on(calling):
         for form in _forms(block, argument.name, state):
-            yield Calling(tuple(_beside(a, form) if a is argument else a for a in calling.arguments))
+            yield _of(calling, calling.arguments.index(argument), form)
 
 
 def with_others_alike(reading: Reading, read: Callable[[Calling], Reading]) -> Reading:
@@ -51,14 +51,14 @@ def with_others_alike(reading: Reading, read: Callable[[Calling], Reading]) -> R
 
 
 def _of(calling: Calling, place: int, companion: Companion) -> Calling:
-    """The same where the argument at ``place`` is another companion."""
+    """The same where the argument at ``place`` is a ``companion``."""
     arguments = list(calling.arguments)
-    arguments[place] = replace(arguments[place], companion=companion)
+    arguments[place] = replace(arguments[place], role="beside", companion=companion)
     return Calling(tuple(arguments))
 
 
 def _taking(reading: Reading, place: int, companion: Companion) -> Reading:
-    """The same where the argument at ``place`` is another companion."""
+    """The same where the argument at ``place`` is a ``companion``."""
     calling = _of(reading.calling, place, companion)
 
     def of(program: Program | None) -> Program | None:
@@ -67,10 +67,6 @@ def _taking(reading: Reading, place: int, companion: Companion) -> Reading:
         return replace(program, companions=calling.companions, of_tokens=of(program.of_tokens))
 
     return replace(reading, calling=calling, program=of(reading.program))
-
-
-def _beside(argument: Argument, companion: Companion) -> Argument:
-    return replace(argument, role="beside", companion=companion)
 
 
 def _forms(block: nn.Module, name: str, state: dict[str, Tensor]) -> list[Companion]:
@@ -84,5 +80,5 @@ def _forms(block: nn.Module, name: str, state: dict[str, Tensor]) -> list[Compan
         Companion(name, "tokens"),
     ]
     widths = hidden_sizes(state)[:_MOST]
-    counts = totals(block, state)[:2]
+    counts = totals(block, state)[:_MOST]
     return found + [Companion(name, (count, width)) for count in counts for width in widths]
