@@ -74,13 +74,17 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import random
+    import sys
     from importlib import import_module
 
-    drawn = random.getstate()  # rich draws one of Python's random numbers when it is imported
-    try:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    finally:
-        random.setstate(drawn)
+    place = f"{__name__}.{_PLACES[name]}"
+    if place not in sys.modules:
+        drawn = random.getstate()  # rich draws one of Python's random numbers when it is imported
+        try:
+            import_module(place)
+        finally:
+            random.setstate(drawn)
+    return getattr(import_module(place), name)
 
 
 def __dir__() -> list[str]:
