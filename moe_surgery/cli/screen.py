@@ -13,6 +13,7 @@ from moe_surgery.cli.options import Color, Format, Output
 from moe_surgery.cli.progress import Progress, progress
 from moe_surgery.cli.streams import Streams
 from moe_surgery.errors import SurgeryError, UsageError
+from moe_surgery.models.checkpoint import is_part
 from moe_surgery.report.files import check_writable, write_whole
 from moe_surgery.report.json import dumps
 
@@ -55,7 +56,7 @@ class Screen:
             stream = place in (_STDOUT, _STDERR)
             if not stream:
                 check_writable(place)
-                if _is_of_a_checkpoint(Path(place)) or _is_of_a_checkpoint(path):
+                if is_part(Path(place)) or is_part(path):
                     raise UsageError(f"can't write {path}: it is a file of a checkpoint")
             if place in self._taken and (stream or _is_regular(place)):
                 raise UsageError(f"{path}: two results can't go to one place")
@@ -191,12 +192,6 @@ def _place(path: Path) -> str:
 def _is_regular(path: str) -> bool:
     """Whether it is a regular file, or will be."""
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-def _is_of_a_checkpoint(path: Path) -> bool:
-    """Whether it is there already, as the config or weights of a model: what a command reads and never changes."""
-    ends = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-    return path.is_file() and (path.name in ("config.json", "generation_config.json") or path.name.endswith(ends))
 
 
 def _width(stream: TextIO) -> int:

@@ -19,6 +19,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PARTS = (CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *PICKLES)
 
 _OF_NO_MEANING = ("transformers_version", "_name_or_path")
 # The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
@@ -78,6 +79,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     if quantisation is not None and not isinstance(quantisation, dict):
         raise ModelError(f"{directory / CONFIG}: quantization_config: an object is wanted, not {quantisation!r}")
     return config
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is there that by its name is the config or weights of a model."""
+    return path.is_file() and any(map(path.match, _PARTS))
 
 
 def _instead(directory: Path) -> str:
