@@ -125,7 +125,12 @@ def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
 def _read(site: Site, known: Readings, reader: Callable[[nn.Module], Reading]) -> Reading:
     def read_now() -> Reading:
         with uncollected():
-            return reader(site.module)
+            try:
+                return reader(site.module)
+            except Unreadable:
+                raise
+            except Exception as error:  # of a block that nobody thought of; the others are replaced all the same
+                raise Unreadable(f"reading it fails, by a mistake of its own ({type(error).__name__}: {error})") from error
 
     return known.once((reader, structure(site.module, site.path)), read_now)
 

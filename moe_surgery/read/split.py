@@ -112,6 +112,8 @@ def _scored(flow: Flow, cut: Cut) -> int:
 
 def _check_ids(found: Record, ids: torch.Tensor) -> None:
     """Raise :class:`Unreadable` if ids [T, k] don't tell experts apart: others may, that come of these."""
+    if any(len(token.slots) != ids.shape[-1] for token in found.tokens):
+        raise Unreadable("it gives weights to more experts than its router chooses")
     pairs = {
         (expert, mlp)
         for token, chosen in zip(found.tokens, ids.tolist(), strict=True)

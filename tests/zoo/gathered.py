@@ -1,0 +1,90 @@
+"""Blocks of the forms of training libraries, beside those in :mod:`zoo.published`. Near misses have ``words``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import plain, published, written
+from .around import Alone
+from .others import COUNTS, PLACES, VALUE, block, module
+
+__all__ = ["ALL"]
+
+
+class StraightThrough(Alone):
+    """The chosen experts' sum, with the gradients of the sum of all (DenseMixer's blocks)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.route(x)
+        scores, every = self.logits(x).softmax(-1), torch.zeros_like(x)
+        for number in range(self.num_experts):
+            every = every + self.expert(number, x) * scores[:, number, None]
+        return (self.routed(x, weights, ids).detach() + (every - self.without(every))).view_as(hidden_states)
+
+    def without(self, every: Tensor) -> Tensor:
+        return every.detach()
+
+
+@block(VALUE)
+class GradientsOfAll(StraightThrough):
+    pass
+
+
+@block(VALUE, "which is its experts")
+class HalfOfAllBeside(StraightThrough):
+    def without(self, every: Tensor) -> Tensor:
+        return 0.5 * every
+
+
+class SlotsOfEqualSize(Alone):
+    """Every expert has as many slots as the greatest load; a slot beyond them is for what isn't sent (DeepSpeed)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape[0], self.num_experts, dtype=torch.bool).scatter(1, ids, True)
+        most = int(mask.sum(0).max())
+        places = mask.cumsum(0) - 1
+        slots = self.kept(ids, ids * most + places.gather(1, ids), self.num_experts * most)
+        source = torch.full((self.num_experts * most + 1,), x.shape[0])
+        source.scatter_(0, slots.flatten(), torch.arange(x.shape[0])[:, None].expand_as(slots).flatten())
+        given = torch.cat([x, x.new_zeros(1, self.hidden)])[source[:-1]].view(self.num_experts, most, self.hidden)
+        done = torch.cat([self.expert(number, given[number]) for number in range(self.num_experts)])
+        done = torch.cat([done, done.new_zeros(1, self.hidden)])[slots.flatten()]
+        return (done.view(*ids.shape, self.hidden) * weights[..., None]).sum(1)
+
+    def kept(self, ids: Tensor, slots: Tensor, beyond: int) -> Tensor:
+        return torch.where(ids >= 0, slots, torch.full_like(slots, beyond))
+
+
+@block(COUNTS)
+class AllAreSent(SlotsOfEqualSize):
+    pass
+
+
+@block(COUNTS, "how many tokens", "differently")
+class FirstTwentyAreSent(SlotsOfEqualSize):
+    def kept(self, ids: Tensor, slots: Tensor, beyond: int) -> Tensor:
+        return torch.where(torch.arange(len(ids))[:, None] < 20, slots, torch.full_like(slots, beyond))
+
+
+@block(COUNTS, "experts")
+class LastExpertIsSentNothing(SlotsOfEqualSize):
+    def kept(self, ids: Tensor, slots: Tensor, beyond: int) -> Tensor:
+        return torch.where(ids < self.num_experts - 1, slots, torch.full_like(slots, beyond))
+
+
+@module(PLACES, at="inner")
+class BesideOneThatGathers(nn.Module):
+    """The router's module gathers its input and a None; around it stands more (DeepSpeed's residual layers)."""
+
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.inner, self.share = written.Gathering(sizes), plain.linear(sizes.hidden, 2)
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
+        shares = self.share(hidden_states).softmax(-1)
+        return self.inner(hidden_states, used_token) * shares[..., :1] + hidden_states * shares[..., 1:]
+
+
+ALL = published.ALL  # those above among them
