@@ -130,7 +130,8 @@ def _read(site: Site, known: Readings, reader: Callable[[nn.Module], Reading]) -
             except Unreadable:
                 raise
             except Exception as error:  # of a block that nobody thought of; the others are replaced all the same
-                raise Unreadable(f"reading it fails, by a mistake of its own ({type(error).__name__}: {error})") from error
+                what = f"{type(error).__name__}: {error}"
+                raise Unreadable(f"reading it broke off, which is a mistake of this library ({what})") from error
 
     return known.once((reader, structure(site.module, site.path)), read_now)
 
