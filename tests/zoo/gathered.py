@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import plain, published, written
@@ -85,6 +86,39 @@ class BesideOneThatGathers(nn.Module):
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         shares = self.share(hidden_states).softmax(-1)
         return self.inner(hidden_states, used_token) * shares[..., :1] + hidden_states * shares[..., 1:]
+
+
+class SendsWhatHasAWeight(Alone):
+    """Choices whose weight is zero would be sent to no expert (LingBot-Video)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        active = torch.where(self.asked(x, weights, ids).flatten() != 0)[0]
+        counts = torch.zeros(self.num_experts, dtype=torch.int64)
+        counts.scatter_add_(0, ids.flatten()[active], torch.ones_like(active))
+        places = active[ids.flatten()[active].argsort(stable=True)]
+        parts = torch.split(x[places // self.top_k], counts.tolist())
+        done = torch.cat([self.expert(number, part) for number, part in enumerate(parts)])
+        return torch.zeros_like(x).index_add(0, places // self.top_k, done * weights.flatten()[places, None])
+
+    def asked(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return weights
+
+
+@block(VALUE)
+class AllHaveAWeight(SendsWhatHasAWeight):
+    pass
+
+
+@block(VALUE, "above zero")
+class SendsWhatHasALogit(SendsWhatHasAWeight):
+    def asked(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return F.relu(self.logits(x).gather(1, ids))
+
+
+@block(VALUE, "the values it computes")
+class SendsWhatWeighsEnough(SendsWhatHasAWeight):
+    def asked(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return weights * (weights > 0.2)
 
 
 ALL = published.ALL  # those above among them
