@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,6 +121,32 @@ class SendsWhatHasALogit(SendsWhatHasAWeight):
 class SendsWhatWeighsEnough(SendsWhatHasAWeight):
     def asked(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return weights * (weights > 0.2)
+
+
+@block(PLACES)
+class TellsOfItsShape(Alone):
+    """It writes to a log what shapes it sees (OmegaViT)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        logging.getLogger(__name__).debug(f"{hidden_states.shape} of {hidden_states.shape[0]:d} rows")
+        return super().forward(hidden_states)
+
+
+@block(VALUE, "aten.native_layer_norm")
+class StepsThroughTime(Alone):
+    """Its experts are told the time, alike for all tokens, in sines (mixture-of-flows)."""
+
+    def make_more(self) -> None:
+        self.norm, self.time = nn.LayerNorm(self.hidden), plain.linear(4, self.hidden)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, slot = torch.where(ids == number)
+            time = torch.full((len(token),), 0.5, dtype=x.dtype)[:, None] * torch.arange(4, dtype=x.dtype)
+            done = self.norm(self.expert(number, x[token] + self.time(time.sin())))
+            out.index_add_(0, token, done * weights[token, slot, None])
+        return out
 
 
 ALL = published.ALL  # those above among them
