@@ -497,6 +497,9 @@ def test_plan_ends_with_14_if_the_engine_is_missing(model: str, monkeypatch: pyt
 
     monkeypatch.setattr(target, "look_up", _broken("vLLM is not installed"))
     assert call("plan", model, exit_code=14).stderr == "error: vLLM is not installed\n"
+    monkeypatch.setattr(target, "detect", _broken("vLLM is not installed"))
+    for wanted in (["scan", model], ["explain", model, "model.layers.0.mlp"], ["plan", model, "--device", "cuda"]):
+        call(*wanted)
 
 
 @pytest.mark.parametrize(
