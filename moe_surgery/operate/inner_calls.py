@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.targets.likeness import Elsewhere
 
 
@@ -37,8 +38,9 @@ class InnerCalls:
                         hooks.append(module.register_forward_pre_hook(called))
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            with without_interrupts():
+                for hook in hooks:
+                    hook.remove()
 
     @contextmanager
     def through(self, path: str) -> Iterator[None]:

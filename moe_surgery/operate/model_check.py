@@ -22,6 +22,7 @@ from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.operate.inner_calls import InnerCalls
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.watching import under, watched
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.read.record.attributes import unwritten
@@ -245,7 +246,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, before in zip(small, held, strict=True):
-            if not torch.equal(buffer, before):
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(before)
+        with without_interrupts():
+            for buffer, before in zip(small, held, strict=True):
+                if not torch.equal(buffer, before):
+                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                        buffer.copy_(before)

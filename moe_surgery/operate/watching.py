@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from moe_surgery.operate.interrupts import without_interrupts
+
 
 @contextmanager
 def watched(
@@ -48,12 +50,13 @@ def watched(
             own["forward"] = _in_thread(ours, called(path, module.forward), module.forward)
         yield
     finally:
-        for module, before in reversed(forwards):
-            vars(module).pop("forward", None)
-            if before is not None:
-                vars(module)["forward"] = before
-        for hook in hooks:
-            hook.remove()
+        with without_interrupts():
+            for module, before in reversed(forwards):
+                vars(module).pop("forward", None)
+                if before is not None:
+                    vars(module)["forward"] = before
+            for hook in hooks:
+                hook.remove()
 
 
 def _in_thread(ident: int, inner: Callable[..., Any], outer: Callable[..., Any]) -> Callable[..., Any]:
