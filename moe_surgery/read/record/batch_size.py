@@ -164,6 +164,7 @@ class BatchSize(int):
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _objection("calculates with")
     __abs__ = __round__ = __trunc__ = __ceil__ = __floor__ = _objection("calculates with")
     __int__ = __float__ = _objection("makes a plain number of")
+
     def __str__(self) -> str:
         return BatchText.of(format(int.__index__(self)), self)
 
