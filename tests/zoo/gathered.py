@@ -10,9 +10,64 @@ from torch import Tensor, nn
 
 from . import plain, published, written
 from .around import Alone
-from .others import COUNTS, PLACES, VALUE, block, module
+from .others import ACTIVATIONS, COUNTS, PLACES, VALUE, block, module
 
 __all__ = ["ALL"]
+
+
+@torch.jit.script
+def _swiglu(joined: Tensor) -> Tensor:
+    gate, up = torch.chunk(joined, 2, dim=-1)
+    return F.silu(gate) * up
+
+
+@torch.jit.script
+def _swiglu_of_its_own(joined: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return 2 * _swiglu(joined)
+    return _swiglu(joined)
+
+
+class _JoinedMLP(nn.Module):
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.first, self.last = plain.linear(hidden, 2 * width), plain.linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_swiglu(self.first(x)))
+
+
+class _OfItsOwn(_JoinedMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_swiglu_of_its_own(self.first(x)))
+
+
+@block(ACTIVATIONS)
+class ScriptedActivation(Alone):
+    """An activation in TorchScript (Megatron's and its descendants')."""
+
+    mlp: type[_JoinedMLP] = _JoinedMLP
+
+    def make_expert(self) -> nn.Module:
+        return self.mlp(self.hidden, self.width)
+
+
+@block(ACTIVATIONS)
+class HoldsAScriptedActivation(ScriptedActivation):
+    class mlp(_JoinedMLP):
+        def __init__(self, hidden: int, width: int) -> None:
+            super().__init__(hidden, width)
+            self.act = _swiglu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.first(x)))
+
+
+@block(ACTIVATIONS, "TorchScript")
+class OtherwiseInScript(ScriptedActivation):
+    """Its script does something else than its Python."""
+
+    mlp = _OfItsOwn
 
 
 class StraightThrough(Alone):

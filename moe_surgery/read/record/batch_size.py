@@ -188,7 +188,7 @@ class BatchText(str):
         made._object, made._what = size._object, size._what
         return made
 
-    __eq__ = __ne__ = __hash__ = __lt__ = __gt__ = __contains__ = _objection("makes text of")  # type: ignore[assignment]
+    __eq__ = __ne__ = __hash__ = __lt__ = __gt__ = __contains__ = _objection("makes text of")
 
 
 class BatchShape(tuple[int, ...]):

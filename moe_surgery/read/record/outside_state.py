@@ -185,12 +185,21 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
     """A callable's Python function, and those of its own code that it calls by a global name or a closure cell."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
+    value = as_written(value) or value
     if not isinstance(value, FunctionType) or depth > _DEPTH or value.__module__.split(".")[0] == "torch":
         return
     yield value
     for _, other in _reachable(value):
-        if isinstance(other, (FunctionType, MethodType, functools.partial)):
+        if isinstance(other, (FunctionType, MethodType, functools.partial, torch.jit.ScriptFunction)):
             yield from functions(other, depth + 1)
+
+
+def as_written(value: Any) -> FunctionType | None:
+    """The Python function that a TorchScript function was made of, if it is one and does the same."""
+    made_of = getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
+    if not isinstance(made_of, FunctionType) or "is_scripting" in made_of.__code__.co_names:
+        return None
+    return made_of
 
 
 def _reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -206,12 +215,12 @@ def _reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def scripted(block: nn.Module) -> str | None:
-    """What of a block's code is TorchScript, whose control flow leaves no trace in a record."""
+    """What of a block's code is TorchScript that can't run as it was written; its control flow leaves no trace."""
     for path, module in block.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return path or "the block"
         for function in functions(module.forward):
             for name, value in _reachable(function):
-                if isinstance(value, torch.jit.ScriptFunction):
+                if isinstance(value, torch.jit.ScriptFunction) and as_written(value) is None:
                     return name
     return None

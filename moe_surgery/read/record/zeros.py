@@ -103,8 +103,8 @@ def _taken_for_all(recorder: Recorder, func: Any, args: Any, kwargs: Any, asked:
     """Every place of numbers of which code asks where they are above zero, or other than zero; None if it doesn't."""
     node = asked.node
     if node is not None and node.meta.get("name") in ("gt", "ne") and node.args[1] == 0:
-        node = node.args[0]  # type: ignore[assignment]
-    if node is None or not node.meta["val"].is_floating_point():
+        node = node.args[0]
+    if node is None or asked.meta is None or not node.meta["val"].is_floating_point():
         return None
     places = torch.ones(asked.meta.shape, dtype=torch.bool)
     recorder.positive.append((node, places))
