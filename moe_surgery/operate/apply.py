@@ -29,7 +29,7 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec

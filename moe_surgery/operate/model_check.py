@@ -23,7 +23,7 @@ from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_r
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.operate.inner_calls import InnerCalls
 from moe_surgery.prove.own_tokens import Heard
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import ModelCheck
 from moe_surgery.targets.base import StandingBlock
 

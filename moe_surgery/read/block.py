@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +28,6 @@ from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
 from moe_surgery.read.record.attributes import names_read
-from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -217,9 +215,9 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
     calling = ask.calling
     for argument in passed_on(calling):
         value = Untouched()
-        how: dict[str, Any] = {"plain": True, "calling": calling, "more": {argument.name: value}}
         with suppress(Unreadable):
-            found = ask.parse(record(ask.block, shape, dtype, spread, **how), dtype)
+            flow = ask.record(shape, dtype, spread, plain=True, calling=calling, more={argument.name: value})
+            found = ask.parse(flow, dtype)
             if not was_touched(value) and (found.tokens, found.results) == (like.tokens, like.results):
                 calling = unused(calling, argument)
     return calling
