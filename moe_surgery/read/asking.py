@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -24,6 +25,26 @@ FEW = (3, 7)
 _MOST_BRANCHES = 3  # each doubles the records
 
 
+class Records:
+    """The records of one ``block`` so far, as nothing else comes of the same call; holds while nobody changes it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self._made: dict[Hashable, Flow | Unreadable] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Flow]) -> Flow:
+        """The record of the call that ``key`` tells of. Raises :class:`Unreadable` as ``make`` did."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except Unreadable as error:
+                self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, Unreadable):
+            raise found.with_traceback(None)
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Asking:
     """A block that is asked with inputs of many shapes: ``calling`` is how, ``parse`` what its records are read by.
@@ -31,7 +52,7 @@ class Asking:
     ``inside``: it is sent to experts of the groups that it chose.
     """
 
-    block: nn.Module
+    records: Records
     calling: Calling
     parse: Callable[[Flow, torch.dtype], Record] = parse_record
     inside: bool = False
@@ -39,6 +60,10 @@ class Asking:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_watch", Watch(self.block))
+
+    @property
+    def block(self) -> nn.Module:
+        return self.records.block
 
     def record(
         self,
@@ -52,8 +77,9 @@ class Asking:
         calling: Calling | None = None,
     ) -> Flow:
         """A record of the block, as :func:`~moe_surgery.read.record.block_run.record` makes it."""
-        how: dict[str, Any] = {"plain": plain, "more": more, "turned": turned, "calling": calling or self.calling}
-        return record(self._watch, shape, dtype, route, inside=self.inside, **how)
+        how: dict[str, Any] = {"plain": plain, "turned": turned, "calling": calling or self.calling}
+        made = partial(record, self._watch, shape, dtype, route, inside=self.inside, more=more, **how)
+        return made() if more else self.records.once((shape, dtype, route, self.inside, *how.items()), made)
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
         try:
