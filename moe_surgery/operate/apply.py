@@ -19,9 +19,10 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over, uncounted
 from moe_surgery.operate.fitting import check_fits
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.settings import Progress, Settings
-from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
+from moe_surgery.operate.transaction import Swap, Transaction
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.asking import NUMBERS
@@ -61,6 +62,7 @@ class Operation:
         self.prepared: set[MoESpec] = set()
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
         self.whole: WholeModel | None = None
+        self.exchanged: Transaction | None = None
         folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
         kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
         self.started = time.perf_counter()
@@ -81,8 +83,13 @@ class Operation:
         Raises :class:`ProofError` with the report if a block is wrong, or the model around the new blocks does anything
         else than before, and :class:`ExpectationError` if fewer can be proven than the settings ask for.
         """
-        with uncounted(self.model, self.readings):
-            return self._applied()
+        try:
+            with uncounted(self.model, self.readings):
+                return self._applied()
+        except BaseException:  # an interrupt just before the end too: nobody has the report to undo it by
+            if self.exchanged is not None and self.exchanged.committed:
+                self.exchanged.undo()
+            raise
 
     def _applied(self) -> Report:
         wanted = self.settings.model_check
@@ -118,18 +125,15 @@ class Operation:
         return self._report("applied", memory=memory, transaction=transaction)
 
     def _exchanged(self, blocks: Mapping[str, StandingBlock]) -> Transaction:
-        """The blocks in their places, and the model around them checked; whatever fails leaves the model as it was."""
+        """The blocks in their places, and the model around them checked; :meth:`apply` takes back what fails."""
         transaction = Transaction(self.model, [Swap.at(self.model, path, new) for path, new in blocks.items()])
+        self.exchanged = transaction
         transaction.commit()
         if self.whole is not None:
-            try:
-                bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
-                difference = self.whole.after(blocks, bound)
-                if difference is not None:
-                    raise self._failed(f"the whole model differs: {difference}")
-            except BaseException:
-                transaction.undo()
-                raise
+            bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
+            difference = self.whole.after(blocks, bound)
+            if difference is not None:
+                raise self._failed(f"the whole model differs: {difference}")
         return transaction
 
     def _exchange_one_by_one(self, paths: Sequence[str]) -> Transaction:
