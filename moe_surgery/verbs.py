@@ -161,8 +161,9 @@ def apply(
     checks.margin(margin), checks.seed(seed), checks.truth(undoable, "undoable")
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
     settings = Settings(margin, seed, undoable, on_progress, model_check, expect, strict)
-    with KernelsAhead(_live(model)) as kernels:
-        return _operation(model, plan, settings, as_plan, kernels).apply()
+    subject = Subject.of(_live(model))
+    with KernelsAhead(subject.module) as kernels:
+        return _operation(subject, plan, settings, as_plan, kernels).apply()
 
 
 def verify(
@@ -206,21 +207,21 @@ def verify(
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
     settings = Settings(margin, seed, True, on_progress, False, expect, strict)
-    with KernelsAhead(model) as kernels:
-        return _operation(model, plan, settings, as_plan, kernels).verify()
+    subject = Subject.of(model)
+    with KernelsAhead(subject.module) as kernels:
+        return _operation(subject, plan, settings, as_plan, kernels).verify()
 
 
 def _operation(
-    model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any], kernels: KernelsAhead
+    subject: Subject, made: Plan | None, settings: Settings, as_plan: dict[str, Any], kernels: KernelsAhead
 ) -> Operation:
     started = time.perf_counter()
-    subject = Subject.of(model)
     if made is not None and not isinstance(made, Plan):
         raise UsageError(f"plan must be a Plan, not {checks.shown(made)}; Plan.load reads a saved one")
     unknown = sorted(as_plan.keys() - {"packs", "target", "only", "skip", "expect", "strict"})
     if unknown:
         raise UsageError(f"unknown: {', '.join(unknown)}")
-    sites = survey(model)
+    sites = survey(subject.module)
     if made is None:
         packs, target = as_plan.pop("packs", None), as_plan.pop("target", "auto")
         only, skip = checks.texts(as_plan.pop("only", ()), "only"), checks.texts(as_plan.pop("skip", ()), "skip")
@@ -230,7 +231,7 @@ def _operation(
     else:
         made.check_origin(subject.digest(), subject.name)
         made.warn_of_versions()
-    operation = Operation(model, made, sites, get_target, settings, kernels)
+    operation = Operation(subject.module, made, sites, get_target, settings, kernels)
     operation.read = operation.started - started
     return operation
 
