@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_surgery.read.record.length import spaces
-from moe_surgery.read.record.outside_state import as_written, holders
+from moe_surgery.read.record.reach import as_written, holders
 
 
 def eagerly() -> AbstractContextManager[object]:
