@@ -183,10 +183,10 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
 
 def as_written(value: Any) -> FunctionType | None:
     """The Python function that a TorchScript function was made of, if it is one and does the same."""
-    made_of = getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
-    if not isinstance(made_of, FunctionType) or "is_scripting" in made_of.__code__.co_names:
+    if not issubclass(type(value), torch.jit.ScriptFunction):  # what isn't one isn't even asked
         return None
-    return made_of
+    made_of = getattr(value, "_torchdynamo_inline", None)
+    return made_of if isinstance(made_of, FunctionType) and "is_scripting" not in made_of.__code__.co_names else None
 
 
 def reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:
