@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.published import ALL
+from zoo.repositories import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery

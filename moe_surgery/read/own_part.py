@@ -89,7 +89,7 @@ def _check(
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
     first, second = (_on_all_branches(ask, shape, dtype) for shape in (one, other))
-    found = of_both(first, second)
+    found = of_both(first, second, one, other)
     if found is None:
         raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
     return found
@@ -101,7 +101,7 @@ def _on_all_branches(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype) ->
     companions = ask.calling.companions
     found = _program(record, shape, companions)
     for _, other in others:
-        if other is None or other.says != record.says or of_both(found, _program(other, shape, companions)) is None:
+        if other is None or other.says != record.says or _program(other, shape, companions) != found:
             raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     return found
 

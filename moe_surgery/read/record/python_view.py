@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.read.record.batch_size import BatchShape, BatchSize
+from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
@@ -79,7 +79,7 @@ class Sizes(TorchFunctionMode):
             self._check_cuts(args[0], args[1])
         if name.strip("_") in COMPARISONS and operands and not any(map(recorder.symbolic, operands)):
             args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
-        sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
+        sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, MARKED)]
         if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
             if name.strip("_") not in _SCALES or not all(size.pure and size.of_batch for size in sizes):
                 raise recorder.object_to(_CALCULATES)
@@ -149,11 +149,13 @@ class Sizes(TorchFunctionMode):
         self.recorder.raise_kind(places, Kind.COUNT)
         return places
 
-    def _made_of_sizes(self, name: str, args: Any, kwargs: Any, sizes: Sequence[BatchSize], result: Tensor) -> None:
+    def _made_of_sizes(
+        self, name: str, args: Any, kwargs: Any, sizes: Sequence[BatchSize | BatchNumber], result: Tensor
+    ) -> None:
         kind = Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED
         if name in ("full", "new_full"):
             fill = kwargs.get("fill_value", args[-1] if args else None)
-            if not isinstance(fill, BatchSize):
+            if not isinstance(fill, MARKED):
                 return
         elif name in ("__getitem__", "narrow", "select", "split", "split_with_sizes"):  # a table cut to the batch
             if self.recorder.uniform(args[0]):
@@ -200,6 +202,8 @@ def _numbers(values: Any) -> Any:
     """Values with plain numbers instead of sizes."""
     if isinstance(values, (list, tuple)):
         return [_numbers(value) for value in values]
+    if isinstance(values, BatchNumber):
+        return float.__float__(values)
     return int.__index__(values) if isinstance(values, BatchSize) else values
 
 

@@ -1,0 +1,102 @@
+"""Blocks in the manner of training repositories, beside those in :mod:`zoo.published`. Near misses have ``words``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import published
+from .around import Alone
+from .others import COUNTS, RESULTS, STATE, block
+
+__all__ = ["ALL"]
+
+
+class _Balanced(Alone):
+    """It returns a loss by its tokens' number (CuMo, DeepSpeed, fairseq)."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores, (_, ids) = self.logits(x).softmax(-1), self.route(x)
+        loads = F.one_hot(ids, self.num_experts).sum((0, 1))
+        return super().forward(hidden_states), self.loss(x, loads, scores)
+
+    def loss(self, x: Tensor, loads: Tensor, scores: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@block(RESULTS)
+class LossByFloats(_Balanced):
+    def loss(self, x: Tensor, loads: Tensor, scores: Tensor) -> Tensor:
+        tokens = float(x.shape[0])
+        return (loads.float() / tokens * scores.sum(0) / float(x.shape[0] * self.top_k)).sum() * float(self.num_experts)
+
+
+@block(RESULTS)
+class LossByQuotients(_Balanced):
+    def loss(self, x: Tensor, loads: Tensor, scores: Tensor) -> Tensor:
+        return (loads * (self.num_experts / x.shape[0]) * (scores.sum(0) / (x.size(0) / 2.5))).sum() * (1.0 / len(x))
+
+
+@block(STATE)
+class KeepsALossByFloats(_Balanced):
+    def forward(self, hidden_states: Tensor) -> Any:
+        out, self.aux_loss = super().forward(hidden_states)
+        return out
+
+    def loss(self, x: Tensor, loads: Tensor, scores: Tensor) -> Tensor:
+        return (loads * scores.mean(0)).sum() / float(hidden_tokens(x))
+
+
+def hidden_tokens(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+@block(RESULTS, "batch size")
+class OutputByItsTokens(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (8 / float(hidden_states.shape[0]))
+
+
+@block(RESULTS, "batch size")
+class LossByALogarithm(_Balanced):
+    def loss(self, x: Tensor, loads: Tensor, scores: Tensor) -> Tensor:
+        return scores.sum() / (float(x.shape[0]) + 1.0)
+
+
+class _Capacity(Alone):
+    """How many tokens an expert takes is calculated, whether it is asked for or not (DeepSpeed)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        most = max(math.ceil(x.shape[0] / self.num_experts * 1.25), 4)
+        return self.limited(x, weights, ids, int(most))
+
+    def limited(self, x: Tensor, weights: Tensor, ids: Tensor, most: int) -> Tensor:
+        return super().routed(x, weights, ids)
+
+
+@block(COUNTS)
+class CapacityThatNoOneAsksFor(_Capacity):
+    pass
+
+
+@block(COUNTS, "batch size", "how many tokens")
+class CapacityThatDropsTokens(_Capacity):
+    def limited(self, x: Tensor, weights: Tensor, ids: Tensor, most: int) -> Tensor:
+        chosen = F.one_hot(ids, self.num_experts)
+        place = (chosen.sum(1).cumsum(0) * chosen.sum(1)).gather(1, ids)
+        return super().limited(x, weights * (place <= most).to(x.dtype), ids, most)
+
+
+@block(COUNTS, "batch size")
+class NothingForManyTokens(_Capacity):
+    def limited(self, x: Tensor, weights: Tensor, ids: Tensor, most: int) -> Tensor:
+        out = super().limited(x, weights, ids, most)
+        return out if float(x.shape[0]) / 2 < 100 else torch.zeros_like(out)
+
+
+ALL = published.ALL  # those above among them
