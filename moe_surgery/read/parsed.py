@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_surgery.calling import Replayed, Result, Structure, Updated
+from moe_surgery.calling import Replayed, Result, Structure, Updated, mapped_leaves
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
@@ -162,12 +163,12 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
 def replayed(kept: Attributes) -> Attributes:
     """Attributes, with what came of the input named."""
 
-    def named(key: tuple[str, str], value: Any) -> Any:
+    def named(path: str, value: Any) -> Any:
         if not isinstance(value, Given):
             return value
-        return (Updated if value.state else Replayed)(attribute(*key))
+        return (Updated if value.state else Replayed)(attribute(path, value.where))
 
-    return {key: named(key, value) for key, value in kept.items()}
+    return {key: mapped_leaves(value, partial(named, key[0])) for key, value in kept.items()}
 
 
 def attribute(path: str, name: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
@@ -213,12 +214,30 @@ def of_both(first: Program, second: Program, one: Shape, other: Shape) -> Progra
     """The program of two records of the same code, of batches of shapes ``one`` and ``other``; None if it isn't one.
 
     A number that is the same in both is no size of a batch, even if it happened to be one of one of them. A float that
-    is the same multiple of a size of both, or the same number divided by one, is that of any batch.
+    is the same multiple of a size of both, or the same number divided by one, is that of any batch; no routing and no
+    output may come of such.
     """
     if len(first.steps) != len(second.steps):
         return None
     found = _settled(first, second, one, other)
-    return found if found == _settled(second, first, other, one) else None
+    if found != _settled(second, first, other, one):
+        return None
+    ends = [number for name, number in found.outputs if name in (*ROUTING, ENTERING)]
+    ends += [] if found.whole is None else [found.whole]
+    scaled = any(isinstance(leaf, Many) and type(leaf.times) is float for leaf in _operands(found, ends))
+    return None if scaled else found
+
+
+def _operands(program: Program, ends: list[int]) -> Iterator[Any]:
+    """The operands of all steps that the results of some steps come of."""
+    seen, waiting = set[int](), list(ends)
+    while waiting:
+        number = waiting.pop()
+        if number not in seen:
+            seen.add(number)
+            leaves = tree_leaves((program.steps[number].args, program.steps[number].kwargs))
+            waiting += [leaf.number for leaf in leaves if isinstance(leaf, At)]
+            yield from leaves
 
 
 def _settled(program: Program, other: Program, shape: Shape, others: Shape) -> Program:

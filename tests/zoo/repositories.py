@@ -99,4 +99,72 @@ class NothingForManyTokens(_Capacity):
         return out if float(x.shape[0]) / 2 < 100 else torch.zeros_like(out)
 
 
+# Attributes that hold several values
+
+
+class _Keeping(Alone):
+    """What it found is left in a dict or list of its own."""
+
+    def make_more(self) -> None:
+        self.stats: dict[Any, Any] = {}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        self.keep(self.logits(x), self.route(x)[1])
+        return super().forward(hidden_states)
+
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        raise NotImplementedError
+
+
+@block(STATE)
+class KeepsADict(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.losses = {"z": logits.logsumexp(-1).square().mean(), "count": 0, "none": logits.new_zeros(2)}
+
+
+@block(STATE)
+class KeepsAListInATuple(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.last = [ids, (logits, "as they are")]
+
+
+@block(STATE)
+class KeepsUnderNames(_Keeping):
+    """Its dict is the same after every call, and has other values (fairseq)."""
+
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.stats["loads"] = torch.bincount(ids.flatten(), minlength=self.num_experts)
+        self.stats["z"] = logits.logsumexp(-1).mean()
+        self.stats["kept"] = True
+
+
+@block(STATE, "keeps state between calls (stats")
+class CountsUnderAName(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.stats["calls"] = self.stats.get("calls", 0) + 1
+
+
+@block(STATE, "keeps state between calls (stats")
+class AddsUpUnderAName(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.stats["z"] = self.stats.get("z", 0.0) + logits.logsumexp(-1).mean()
+
+
+@block(STATE, "keeps state between calls (stats")
+class KeepsMoreAndMore(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.stats[f"{len(self.stats)}"] = logits
+
+
+@block(STATE, "keeps state between calls (stats")
+class OtherwiseOnceAName(_Keeping):
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        self.stats["known"] = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        factor = 2.0 if "known" in self.stats else 1.0
+        return super().forward(hidden_states) * factor
+
+
 ALL = published.ALL  # those above among them

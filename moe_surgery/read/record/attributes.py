@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Always, Constant, ShapeOfInput
+from moe_surgery.calling import Always, Constant, ShapeOfInput, structured
+from moe_surgery.read.record.contents import held_by_name
 from moe_surgery.read.record.outside_state import Outside, functions, holders
 from moe_surgery.read.record.tensor_entries import storage
 
@@ -37,20 +38,20 @@ class Written:
 
     def __init__(self, block: nn.Module) -> None:
         self._outside = Outside(block)
-        self._before = {path: (holder, dict(vars(holder))) for path, holder in holders(block)}
+        self._before = {path: (holder, dict(held_by_name(holder))) for path, holder in holders(block)}
         self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
         self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
 
     def give(self, values: Attributes) -> None:
         """Give attributes, by module and name, other values."""
         for (path, name), value in values.items():
-            vars(self._before[path][0])[name] = value
+            held_by_name(self._before[path][0])[name] = value
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
         found: Attributes = {}
         for path, (holder, before) in self._before.items():
-            for name, value in vars(holder).items():
+            for name, value in list(held_by_name(holder).items()):
                 if before.get(name, _ABSENT) is not value:
                     found[path, name] = value
         return found
@@ -68,7 +69,7 @@ class Written:
             if tensor.grad_fn is not None and not tensor._is_view():  # it was written to where gradients are followed
                 tensor.detach_()
         for holder, before in self._before.values():
-            held = vars(holder)
+            held = held_by_name(holder)
             for name in [name for name in held if name not in before]:
                 del held[name]
             held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
@@ -94,15 +95,18 @@ def kept(
 ) -> Attributes:
     """Those of the attributes a call wrote that it didn't find there, if they are plain values, tensors or its shape.
 
-    These are the ones that no code of the block reads, and those that it is known to have ``written_first``. What is a
-    ``constant`` is the same after every call; the input's ``shape`` is known in every call. An object isn't copied for
-    the replacement, which writes to it in every call.
+    So are dicts, lists and tuples of such values that it made.
+
+    These are the ones that no code of the block reads, and those that it is known to have ``written_first``, as keys
+    of a dict must be. What is a ``constant`` is the same after every call; the input's ``shape`` is known in each.
+    An object isn't copied for the replacement, which writes to it in every call.
     """
     read = frozenset(names_read(block)) if changed else frozenset()
     modules = {path for path, _ in block.named_modules()}
+    tables = {path for path, holder in holders(block) if type(holder) is dict} if changed else set()
     found: Attributes = {}
     for (path, name), value in changed.items():
-        if name in read and (path, name) not in written_first:
+        if (name in read or path in tables) and (path, name) not in written_first:
             continue
         if type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
@@ -111,6 +115,11 @@ def kept(
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape):
             found[path, name] = ShapeOfInput(leads)
+        elif type(value) in (dict, list, tuple):
+            leaves: list[Any] = []
+            structured(value, lambda leaf, _, leaves=leaves: leaves.append(leaf))
+            if all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves):
+                found[path, name] = value
     return found
 
 

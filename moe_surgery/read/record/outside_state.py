@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_surgery.read.record.contents import Contents, has_attributes, held_by, print_but_attributes, print_of
+from moe_surgery.read.record.contents import (
+    Contents,
+    has_attributes,
+    held_by,
+    held_by_name,
+    is_table,
+    print_but_attributes,
+    print_of,
+)
 
 _DEPTH = 3
 _FOLLOWED = 8  # functions that call one another, one after another
@@ -36,7 +44,7 @@ def watched(block: nn.Module) -> dict[str, Any]:
     held = dict(holders(block))
     told = {id(holder) for holder in held.values()}  # whose attributes are looked at one by one
     for path, holder in held.items():
-        for name, value in vars(holder).items():
+        for name, value in held_by_name(holder).items():
             if name not in _INTERNAL:
                 found = print_but_attributes(value, told) if id(value) in told else print_of(value, told)
                 seen[f"{path}.{name}".lstrip(".")] = found
@@ -71,7 +79,7 @@ def places(block: nn.Module) -> Iterator[Place]:
             for name, value in list(vars(cls).items()):
                 if name not in _NOT_RUN:
                     yield from _places_of(value, found, 0)
-        yield from _places_of(vars(holder).get("forward"), found, 0)
+        yield from _places_of(held_by_name(holder).get("forward"), found, 0)
 
 
 def _in_class(cls: type) -> Iterator[Place]:
@@ -147,7 +155,9 @@ class Outside:
 
     def __init__(self, block: nn.Module) -> None:
         self._places = list(places(block))
-        held = [value for _, holder in holders(block) for name, value in vars(holder).items() if name not in _INTERNAL]
+        held = [
+            value for _, one in holders(block) for name, value in held_by_name(one).items() if name not in _INTERNAL
+        ]
         self._contents = Contents([*held, *(place.value for place in self._places)])
 
     def undo(self) -> None:
@@ -160,7 +170,10 @@ class Outside:
 
 
 def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once."""
+    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once.
+
+    So have dicts, whose keys are as good as names.
+    """
     seen: set[int] = set()
     for path, module in block.named_modules():
         yield path, module
@@ -168,8 +181,10 @@ def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _objects(path: str, holder: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    for name, value in list(vars(holder).items()):
-        if depth < _DEPTH and id(value) not in seen and has_attributes(value):
+    for name, value in list(held_by_name(holder).items()):
+        if name in _INTERNAL or depth >= _DEPTH or id(value) in seen or "." in name:
+            continue
+        if has_attributes(value) or is_table(value):
             seen.add(id(value))
             inner = f"{path}.{name}".lstrip(".")
             yield inner, value
