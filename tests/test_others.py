@@ -304,6 +304,13 @@ def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypa
     assert vars(model.mlp.token_dispatcher) == {}
 
 
+def test_a_weight_that_the_first_call_converts_is_a_reason_to_leave_a_block_alone() -> None:
+    block = next(case for case in ALL if case.name == "ConvertsItsBias").make().bfloat16()
+    [step] = moe_surgery.apply(Layer(block), target="reference").steps
+    assert step.outcome == "missed" and "exchanges the data of shift" in step.reason
+    assert block.shift.dtype is torch.bfloat16
+
+
 def test_a_new_tensor_has_the_dtype_of_the_one_that_it_is_asked_of() -> None:
     model = Layer(next(case for case in ALL if case.name == "WithANewTensor").make().bfloat16()).eval()
     assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"

@@ -167,4 +167,41 @@ class OtherwiseOnceAName(_Keeping):
         return super().forward(hidden_states) * factor
 
 
+# Weights that a call converts
+
+
+@block(STATE)
+class ConvertsItsBias(Alone):
+    """A vector beside the router is made float32 when it is called, where it is another (Megatron)."""
+
+    def make_more(self) -> None:
+        self.register_buffer("shift", torch.linspace(-0.2, 0.2, self.num_experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        self.convert()
+        return super().logits(x) + self.shift.to(x.dtype)
+
+    def convert(self) -> None:
+        if self.shift.dtype != torch.float32:
+            self.shift.data = self.shift.data.to(torch.float32)
+
+
+@block(STATE)
+class ConvertsWhatIsConverted(ConvertsItsBias):
+    def convert(self) -> None:
+        self.shift.data = self.shift.data.to(torch.float32)
+
+
+@block(STATE, "exchanges the data of shift")
+class DoublesItsBias(ConvertsItsBias):
+    def convert(self) -> None:
+        self.shift.data = self.shift.data * 2
+
+
+@block(STATE, "exchanges the data of shift", "nor one of its own weights")
+class ExchangesItsBias(ConvertsItsBias):
+    def convert(self) -> None:
+        self.shift.data = self.gate.weight.data[:, 0].clone()
+
+
 ALL = published.ALL  # those above among them

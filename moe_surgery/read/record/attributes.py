@@ -115,12 +115,16 @@ def kept(
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape):
             found[path, name] = ShapeOfInput(leads)
-        elif type(value) in (dict, list, tuple):
-            leaves: list[Any] = []
-            structured(value, lambda leaf, _, leaves=leaves: leaves.append(leaf))
-            if all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves):
-                found[path, name] = value
+        elif type(value) in (dict, list, tuple) and _of_values(value):
+            found[path, name] = value
     return found
+
+
+def _of_values(container: Any) -> bool:
+    """Whether a container holds tensors and plain values only, however deep they are in it."""
+    leaves: list[Any] = []
+    structured(container, lambda leaf, _: leaves.append(leaf))
+    return all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:

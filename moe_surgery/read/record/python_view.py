@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
+from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_EXCHANGE = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _NBYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
 # Where a tensor lies: where the block would run, not where the record does.
 _DEVICE = torch.Tensor.device.__get__
@@ -57,10 +59,14 @@ class Sizes(TorchFunctionMode):
             kwargs = {"dtype": recorder.entry(args[0]).symbol().dtype, **kwargs}
             func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
-            own = func(*args)
-            return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
+            own, known = func(*args), recorder.entries.get(args[0])
+            if not recorder.entries.owned(args[0]):
+                return own
+            return recorder.entries.seen_dtype(own) if known is None else known.symbol().dtype
         if func == _DEVICE:
             return recorder.entries.device
+        if func == _EXCHANGE and (weight := recorder.entries.owned(args[0])) is not None:
+            return exchange(recorder, weight, *args)
         if func in _ON:
             return recorder.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
