@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import published
-from .around import Alone
+from .around import Alone, BiasedMLP
 from .others import COUNTS, RESULTS, STATE, block
 
 __all__ = ["ALL"]
+
+FORMS = "forms"
 
 
 class _Balanced(Alone):
@@ -202,6 +204,60 @@ class DoublesItsBias(ConvertsItsBias):
 class ExchangesItsBias(ConvertsItsBias):
     def convert(self) -> None:
         self.shift.data = self.gate.weight.data[:, 0].clone()
+
+
+# One expert, with no weight
+
+
+class _Unweighted(Alone):
+    """Each token's best expert, as it is (a Switch that doesn't scale by probabilities)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        return self.summed(x, self.logits(x).argmax(-1)).view(hidden_states.shape)
+
+    def summed(self, x: Tensor, best: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            out[best == number] = self.expert(number, x[best == number])
+        return out
+
+
+@block(FORMS)
+class TheBestAsItIs(_Unweighted):
+    pass
+
+
+@block(FORMS)
+class TheBestOfBiasedAsItIs(_Unweighted):
+    def make_expert(self) -> nn.Module:
+        return BiasedMLP(self.hidden, self.width)
+
+
+@block(FORMS, "no routed experts (weights of a top-k times an MLP)")
+class TheBestAndAnother(_Unweighted):
+    """A shared expert can't be told from it."""
+
+    def make_more(self) -> None:
+        self.always = self.make_expert()
+
+    def summed(self, x: Tensor, best: Tensor) -> Tensor:
+        return super().summed(x, best) + self.always(x)
+
+
+@block(FORMS, "no routed experts (weights of a top-k times an MLP)")
+class TheBestDoubled(_Unweighted):
+    def summed(self, x: Tensor, best: Tensor) -> Tensor:
+        return super().summed(x, best) * 2
+
+
+@block(FORMS, "experts")
+class TheFirstWhateverIsBest(_Unweighted):
+    def summed(self, x: Tensor, best: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            out[best == number] = self.expert(0, x[best == number])
+        return out
 
 
 ALL = published.ALL  # those above among them

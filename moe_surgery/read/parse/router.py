@@ -111,6 +111,18 @@ class RouterParser:
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 
+    def without(self) -> Weight | None:
+        """The weight of 1 that the only expert has which a token was sent to, if the code gives it none.
+
+        It is that of a top-1 that is renormalised. None if the token met more than one top-k, or one of more.
+        """
+        ranking = self._rankings.only
+        if ranking is None:
+            return None
+        scores = ranking.scores if self._scoring(ranking.scores) else self.terms.fn("softmax", ranking.scores)
+        read, precisions = self._router(self.terms.chosen(scores, ranking.scores, ranking.number, 1), 1.0)
+        return Weight(replace(read, renormalize=True), precisions, 0)
+
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""
         if term.op == "elem":

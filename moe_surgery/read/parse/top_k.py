@@ -37,6 +37,12 @@ class Rankings:
         return [ranking for ranking in self._rankings if ranking.largest and len(ranking.ids) == ranking.count]
 
     @property
+    def only(self) -> Ranking | None:
+        """The only one that there is, if it takes one."""
+        one = len(self._rankings) == len(self.whole) == 1 and self._rankings[0].count == 1
+        return self._rankings[0] if one else None
+
+    @property
     def outside(self) -> bool:
         """Whether the token was told to take some that it masks: a record chooses without looking at groups."""
         masked = [(ranking, self._bare(ranking.scores)) for ranking in self.whole]
