@@ -15,6 +15,8 @@ from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
+from moe_surgery.read.parse.rounding import Rounding
+from moe_surgery.read.parse.successive import joined
 from moe_surgery.read.parse.token_output import TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Outside, Silent, Unreadable
@@ -142,6 +144,7 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     native = str(dtype).removeprefix("torch.")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
+    rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
     parsers = [
         TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings], given)
@@ -151,12 +154,12 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")
-    choice = flow.choices[tokens[0].router.choice]
+    choice = choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
     if not given:
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
+    results = parse_results(replace(flow, choices=choices), run, native, tokens[0].router, parsers, lead)
     return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
 
 

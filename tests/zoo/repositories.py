@@ -260,4 +260,96 @@ class TheFirstWhateverIsBest(_Unweighted):
         return out
 
 
+# The best, and then the best of the rest
+
+
+class _BestAndNext(Alone):
+    """Two maxima, the second without the first, and dense weights (GShard, fairseq, DeepSpeed, NLLB)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        first = F.one_hot(scores.argmax(-1), self.num_experts)
+        second = F.one_hot(self.rest(logits, scores, first).argmax(-1), self.num_experts)
+        weights = [(scores * mask).sum(-1) for mask in (first, second)]
+        whole = torch.clamp(weights[0] + weights[1], min=torch.finfo(scores.dtype).eps)
+        dense = sum(mask * (weight / whole)[:, None] for mask, weight in zip((first, second), weights, strict=True))
+        out, sent = torch.zeros_like(x), (first + second).bool()
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(sent[:, number])[0]
+            out.index_add_(0, rows, expert(x[rows]) * dense[rows, number, None])
+        return out.view(hidden_states.shape)
+
+    def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        return logits.masked_fill(first.bool(), float("-inf"))
+
+
+@block(FORMS)
+class BestAndNextByLogits(_BestAndNext):
+    pass
+
+
+@block(FORMS)
+class BestAndNextByScores(_BestAndNext):
+    def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        return scores * (1 - first)
+
+
+@block(FORMS, "routing weights are")
+class BestAndNextAmongZeros(_BestAndNext):
+    """Logits may be below zero, which is what is left of the first."""
+
+    def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        return logits * (1 - first)
+
+
+@block(FORMS, "routing weights are", "expert 1 is none")
+class BestAndBestButOne(_BestAndNext):
+    """What is left out isn't what was chosen."""
+
+    def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+        return logits.masked_fill(first.flip(-1).bool(), float("-inf"))
+
+
+class _DenseLoads(_BestAndNext):
+    """Slots for as many tokens as the greatest load, counted by both choices (DeepSpeed that drops nothing)."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        most = max(math.ceil(len(x) / self.num_experts * 2), 4)
+        first = F.one_hot(scores.argmax(-1), self.num_experts)
+        second = F.one_hot(self.rest(logits, scores, first).argmax(-1), self.num_experts)
+        places = [first.cumsum(0) - 1, second.cumsum(0) - 1 + first.sum(0, keepdim=True)]
+        loss = (scores.mean(0) * first.float().mean(0)).mean() * self.num_experts**2
+        if self.drops:
+            first, second = (mask * (place < most) for mask, place in zip((first, second), places, strict=True))
+        else:
+            most = (first + second).sum(0).max()
+        weights = [(scores * mask).sum(-1) for mask in (first, second)]
+        whole = torch.clamp(weights[0] + weights[1], min=torch.finfo(scores.dtype).eps)
+        slots = [F.one_hot((p * m).sum(-1), most).float() for p, m in zip(places, (first, second), strict=True)]
+        combined = sum(
+            torch.einsum("se,sc->sec", torch.einsum("s,se->se", weight / whole, mask.float()), slot)
+            for weight, mask, slot in zip(weights, (first, second), slots, strict=True)
+        )
+        given = torch.einsum("sec,sm->ecm", combined.bool().type_as(x), x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("sec,ecm->sm", combined.type_as(x), done).view(hidden_states.shape), loss
+
+    drops = False
+
+
+@block(COUNTS)
+class SlotsForBoth(_DenseLoads):
+    pass
+
+
+@block(COUNTS, "how many tokens")
+class SlotsForSomeOfBoth(_DenseLoads):
+    drops = True
+
+
 ALL = published.ALL  # those above among them

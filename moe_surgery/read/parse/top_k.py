@@ -16,13 +16,17 @@ from moe_surgery.spec import Groups, GroupScore
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """One top-k as one token met it: what it ranked, how many it took, and which it was told to take."""
+    """One top-k as one token met it: what it ranked, how many it took, and which it was told to take.
+
+    ``parts`` are the numbers of those that chose one after the other, if it is made of several.
+    """
 
     number: int
     scores: Term
     count: int
     ids: tuple[int, ...]
     largest: bool
+    parts: tuple[int, ...] = ()
 
 
 class Rankings:
