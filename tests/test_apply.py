@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moe_surgery
@@ -164,6 +165,47 @@ def test_an_interrupt_while_blocks_are_exchanged_leaves_the_model_as_it_was(monk
     with pytest.raises(KeyboardInterrupt):
         moe_surgery.apply(model, target="reference")
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("undoable", [True, False])
+def test_an_interrupt_after_the_exchange_leaves_nobody_without_a_report(
+    undoable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be put back is; what was given up can't be, and all of it is in place."""
+    model = tiny()
+    before = picture(model)
+
+    def interrupted(**sizes: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_surgery.operate.apply.Memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moe_surgery.apply(model, target="reference", undoable=undoable)
+    if undoable:
+        assert picture(model) == before
+    else:
+        assert all(step.reason == "already fused" for step in moe_surgery.scan(model).kept)
+
+
+def test_an_interrupt_while_hooks_are_taken_away_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    before, removed, remove = picture(model), [], RemovableHandle.remove
+
+    def interrupted(hook: RemovableHandle) -> None:
+        if not removed:
+            signal.raise_signal(signal.SIGINT)
+        removed.append(hook)
+        remove(hook)
+
+    monkeypatch.setattr(RemovableHandle, "remove", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            moe_surgery.apply(model, target="reference")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert removed and picture(model) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_without_undo_the_originals_are_freed() -> None:

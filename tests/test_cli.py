@@ -492,11 +492,27 @@ def test_doctor_ends_with_14_and_a_hint_if_the_engine_is_missing(monkeypatch: py
     assert lines[-1] == "not ready: 2 problems"
 
 
+def test_doctor_names_a_package_whose_build_is_for_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = call("doctor", exit_code=14).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("✗ torch "))
+    told = " ".join(" ".join(lines[at : at + 3]).split())
+    assert (
+        "; torchvision can't be imported: operator torchvision::nms does not exist pip uninstall torchvision:" in told
+    )
+
+
 def test_plan_ends_with_14_if_the_engine_is_missing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_surgery.targets.vllm import target
 
     monkeypatch.setattr(target, "look_up", _broken("vLLM is not installed"))
     assert call("plan", model, exit_code=14).stderr == "error: vLLM is not installed\n"
+    monkeypatch.setattr(target, "detect", _broken("vLLM is not installed"))
+    for wanted in (["scan", model], ["explain", model, "model.layers.0.mlp"], ["plan", model, "--device", "cuda"]):
+        call(*wanted)
 
 
 @pytest.mark.parametrize(

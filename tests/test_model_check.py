@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,31 @@ def test_arguments_to_call_a_model_with_can_be_given() -> None:
     given = {"pixels": torch.randn(1, 5, talking.HIDDEN), "grid": torch.zeros(1)}
     with pytest.raises(ProofError, match="the whole model differs: inner"):
         apply(model, model_check=given)
+
+
+class Shared(nn.Module):
+    """Is asked by another thread, as a server's are, whenever the model is called."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.answers: list[Tensor] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        ids = IDS + len(self.answers)
+        asked = threading.Thread(target=lambda: self.answers.append(self.inner(ids).detach()))
+        asked.start()
+        asked.join()
+        return self.inner(input_ids)
+
+
+def test_other_threads_are_answered_and_leave_the_check_alone() -> None:
+    model = Shared(talking.model()).eval()
+    report = apply(model)
+    assert len(report.replaced) == 2 and report.model_check.parts == ("",)
+    assert len(model.answers) == 2
+    for more, answer in enumerate(model.answers):
+        torch.testing.assert_close(answer, model.inner(IDS + more))
 
 
 class Counted(nn.Module):

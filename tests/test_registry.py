@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_surgery.errors import PackError, UsageError
+from moe_surgery.packs.clauses import At
 from moe_surgery.packs.registry import built_in_packs, check_packs, installed_packs, load_packs
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,17 @@ def test_built_in_packs_are_found_and_good() -> None:
         "qwen3-omni/thinker",
         "generic/any",
     ]
+
+
+@pytest.mark.parametrize("model", ["model", "model.language_model"])  # transformers 5.19 and 5.24
+def test_the_thinker_is_found_where_each_transformers_has_it(model: str) -> None:
+    (rule,) = (rule for pack in load_packs() for rule in pack.rules if rule.full_name == "qwen3-omni/thinker")
+    (globs,) = (clause.globs for clause in rule.clauses if isinstance(clause, At))
+    inside = model.removeprefix("model").removeprefix(".")
+    for path in (f"thinker.{model}", f"wrapped.thinker.{model}", model, inside):
+        place = f"{path}.layers.3.mlp".removeprefix(".")
+        assert any(glob.matches(place) for glob in globs), place
+    assert not any(glob.matches(f"talker.{model}.layers.3.mlp") for glob in globs)
 
 
 def run(code: str, cwd: Path, path: Path) -> subprocess.CompletedProcess[str]:

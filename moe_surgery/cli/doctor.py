@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from importlib import import_module, metadata, util
 from typing import TYPE_CHECKING, Any
 
 from moe_surgery.errors import UnsupportedError
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
 """Relative L2 error of a small block's worst token. Rounding to float32's 2^-24 or bfloat16's 2^-8 some ten times over
 stays below; a kernel that is missing a term does not."""
+
+_BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""What transformers and vLLM import where it is there, and what fails where its build is for another torch."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,21 @@ def _torch() -> Check:
 
     devices = [f"cpu ({plural(torch.get_num_threads(), 'thread')})"]
     devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    return Check("torch", True, f"{torch.__version__} on {', '.join(devices)}")
+    found, broken = f"{torch.__version__} on {', '.join(devices)}", {}
+    for name in filter(util.find_spec, _BESIDE_TORCH):
+        try:
+            import_module(name)
+        except Exception as fault:  # of many kinds, from as deep as the loader
+            broken[name] = str(fault).strip().partition("\n")[0]
+    found += "".join(f"; {name} can't be imported: {why}" for name, why in broken.items())
+    return Check("torch", not broken, found, f"pip uninstall {' '.join(broken)}: nothing here needs it")
 
 
 def _transformers() -> Check:
+    import transformers
+
     version = metadata.version("transformers")
+    assert transformers.PreTrainedModel  # an import that can fail
     new = int(version.split(".")[0]) >= 5
     return Check("transformers", new, version, "transformers 5 or later is needed to load models")
 

@@ -243,4 +243,6 @@ def _model_errors(
         hint = f"{uneven}: " if uneven else ""
         if isinstance(error, KeyError) and (field := _field_of(config or {}, error.args[0])) is not None:
             raise ModelError(f"{where}: {field} is {error.args[0]!r}, which transformers has nothing for") from error
+        if isinstance(error, ImportError):
+            reason += " (moe-surgery doctor says whether the installation is sound)"
         raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error

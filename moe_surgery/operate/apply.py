@@ -19,9 +19,10 @@ from moe_surgery.installed.versions import versions
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over, uncounted
 from moe_surgery.operate.fitting import check_fits
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.settings import Progress, Settings
-from moe_surgery.operate.transaction import Swap, Transaction, without_interrupts
+from moe_surgery.operate.transaction import Swap, Transaction
 from moe_surgery.planning.plan import Plan
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.prove.asking import NUMBERS
@@ -29,12 +30,13 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
+from moe_surgery.targets.folded.ahead import KernelsAhead
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -48,8 +50,9 @@ class Operation:
         sites: Sequence[Surveyed],
         targets: Callable[[str], Target],
         settings: Settings,
+        kernels: KernelsAhead,
     ) -> None:
-        self.model, self.plan, self.settings = model, plan, settings
+        self.model, self.plan, self.settings, self.kernels = model, plan, settings, kernels
         named = cache(targets)
         self.targets = {step.path: named(step.target) for step in plan.steps if step.target is not None}
         self.rules = {step.path: step.rule for step in plan.steps}
@@ -59,9 +62,11 @@ class Operation:
         self.prepared: set[MoESpec] = set()
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
         self.whole: WholeModel | None = None
+        self.exchanged: Transaction | None = None
+        folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
+        kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
         self.started = time.perf_counter()
-        self.read = 0.0
-        self.proved = 0.0
+        self.read = self.proved = 0.0
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
@@ -78,8 +83,13 @@ class Operation:
         Raises :class:`ProofError` with the report if a block is wrong, or the model around the new blocks does anything
         else than before, and :class:`ExpectationError` if fewer can be proven than the settings ask for.
         """
-        with uncounted(self.model, self.readings):
-            return self._applied()
+        try:
+            with uncounted(self.model, self.readings):
+                return self._applied()
+        except BaseException:  # an interrupt just before the end too: nobody has the report to undo it by
+            if self.exchanged is not None and self.exchanged.committed:
+                self.exchanged.undo()
+            raise
 
     def _applied(self) -> Report:
         wanted = self.settings.model_check
@@ -115,18 +125,15 @@ class Operation:
         return self._report("applied", memory=memory, transaction=transaction)
 
     def _exchanged(self, blocks: Mapping[str, StandingBlock]) -> Transaction:
-        """The blocks in their places, and the model around them checked; whatever fails leaves the model as it was."""
+        """The blocks in their places, and the model around them checked; :meth:`apply` takes back what fails."""
         transaction = Transaction(self.model, [Swap.at(self.model, path, new) for path, new in blocks.items()])
+        self.exchanged = transaction
         transaction.commit()
         if self.whole is not None:
-            try:
-                bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
-                difference = self.whole.after(blocks, bound)
-                if difference is not None:
-                    raise self._failed(f"the whole model differs: {difference}")
-            except BaseException:
-                transaction.undo()
-                raise
+            bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
+            difference = self.whole.after(blocks, bound)
+            if difference is not None:
+                raise self._failed(f"the whole model differs: {difference}")
         return transaction
 
     def _exchange_one_by_one(self, paths: Sequence[str]) -> Transaction:
@@ -196,6 +203,7 @@ class Operation:
                 return None
             if reading.spec not in self.prepared:
                 self.prepared.add(reading.spec)
+                self.kernels.wait()
                 with suppress(Exception):  # what doesn't compile is told where it is called
                     new.prepare(NUMBERS)
             settings = self.settings

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Always, Replayed, ShapeOfInput, Structure, Updated
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.read.record.tensor_entries import own_dtype, storage
@@ -86,7 +87,7 @@ def uncounted(model: nn.Module, readings: Mapping[str, Reading]) -> Iterator[Non
     try:
         yield
     finally:
-        with torch.inference_mode(False), torch.no_grad():
+        with without_interrupts(), torch.inference_mode(False), torch.no_grad():
             for buffer, values in zip(buffers, held, strict=True):
                 buffer.copy_(values)
 

@@ -83,7 +83,6 @@ class Guards:
         own = vars(module)
         inner = getattr(module, name)
         before = own.get(name)
-        own[name] = functools.wraps(inner)(functools.partial(guard, inner))
 
         def undo() -> None:
             if before is None:
@@ -91,7 +90,8 @@ class Guards:
             else:
                 own[name] = before
 
-        self._undo.append(undo)
+        self._undo.append(undo)  # first: an interrupt may come in between
+        own[name] = functools.wraps(inner)(functools.partial(guard, inner))
 
 
 def _around(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.targets.likeness import Elsewhere
 
 
 @dataclass(eq=False)
 class InnerCalls:
-    """The modules inside of sites that were called while their site was not, by the site's path."""
+    """The modules inside of sites that were called while their site was not, by the site's path.
+
+    Calls of other threads than the watching one don't count.
+    """
 
     _found: dict[str, dict[str, None]] = field(default_factory=dict)
     _running: Counter[str] = field(default_factory=Counter)
@@ -29,11 +34,13 @@ class InnerCalls:
             for path, site in sites.items():
                 for name, module in site.named_modules():
                     if name:
-                        hooks.append(module.register_forward_pre_hook(partial(self._called, path, name)))
+                        called = partial(self._called, threading.get_ident(), path, name)
+                        hooks.append(module.register_forward_pre_hook(called))
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            with without_interrupts():
+                for hook in hooks:
+                    hook.remove()
 
     @contextmanager
     def through(self, path: str) -> Iterator[None]:
@@ -52,6 +59,6 @@ class InnerCalls:
         names = self._found.get(path, ())
         return next((name for name in names if isinstance(reduce(getattr, name.split("."), new), Elsewhere)), None)
 
-    def _called(self, path: str, name: str, *_: Any) -> None:
-        if not self._running[path]:
+    def _called(self, watching: int, path: str, name: str, *_: Any) -> None:
+        if threading.get_ident() == watching and not self._running[path]:
             self._found.setdefault(path, {})[name] = None

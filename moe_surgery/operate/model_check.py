@@ -22,8 +22,10 @@ from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.operate.inner_calls import InnerCalls
+from moe_surgery.operate.interrupts import without_interrupts
+from moe_surgery.operate.watching import under, watched
 from moe_surgery.prove.own_tokens import Heard
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import ModelCheck
 from moe_surgery.targets.base import StandingBlock
 
@@ -109,7 +111,7 @@ class WholeModel:
         """
         with self._timed():
             for played in self._played:
-                if any(_under(path, played.run.path) for path in placed):
+                if any(under(path, played.run.path) for path in placed):
                     difference = self._compare(played, placed, bound)
                     if difference is not None:
                         return difference
@@ -122,7 +124,7 @@ class WholeModel:
             parts=tuple(played.run.path for played in self._played),
             tokens=sum(played.run.tokens for played in self._played),
             not_run=tuple((part.path, part.reason) for part in self._failed),
-            not_called=tuple(s for s in missing if not any(_under(s, part.path) for part in self._failed)),
+            not_called=tuple(s for s in missing if not any(under(s, part.path) for part in self._failed)),
             apart=self._apart,
             seconds=self._seconds,
         )
@@ -152,9 +154,9 @@ class WholeModel:
             events.append(_Event("returned", path, kept(output)))
 
         try:
-            sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, run.path)}
-            watched = _watched(self.model, run.path, sites, called, returned)
-            with unwritten(*sites.values()), _unchanged(self.model), self.inner.watching(sites), watched:
+            sites = {path: self.model.get_submodule(path) for path in self.sites if under(path, run.path)}
+            watching = watched(self.model, run.path, sites, called, returned)
+            with unwritten(*sites.values()), _unchanged(self.model), self.inner.watching(sites), watching:
                 result = kept(run())
         except Exception as error:
             return error
@@ -202,17 +204,17 @@ class WholeModel:
         def returned(path: str, output: Any) -> None:
             meet("returned", path, kept(output))
 
-        sites = {path: self.model.get_submodule(path) for path in self.sites if _under(path, played.run.path)}
+        sites = {path: self.model.get_submodule(path) for path in self.sites if under(path, played.run.path)}
         try:
             old = [module for path, module in sites.items() if path not in placed]
-            watched = _watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside)
+            watching = watched(self.model, played.run.path, {**sites, **placed}, called, returned, inside)
             with ExitStack() as stack:
                 for new in placed.values():
                     if isinstance(new, StandingBlock):
                         stack.enter_context(new.unwritten())
                 stack.enter_context(unwritten(*old))
                 stack.enter_context(_unchanged(self.model))
-                stack.enter_context(watched)
+                stack.enter_context(watching)
                 result = kept(played.run())
         except Exception as error:
             if differences:
@@ -244,59 +246,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, before in zip(small, held, strict=True):
-            if not torch.equal(buffer, before):
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(before)
-
-
-@contextmanager
-def _watched(
-    model: nn.Module,
-    part: str,
-    sites: Mapping[str, nn.Module],
-    called: Callable[[str, Callable[..., Any]], Callable[..., Any]],
-    returned: Callable[[str, Any], None],
-    inside: list[str] | None = None,
-) -> Iterator[None]:
-    """Put ``called`` around the forward of every site, and ``returned`` behind every module between it and ``part``.
-
-    Paths of the modules that have begun and not ended are in ``inside``. Afterwards everything is as it was.
-    """
-    hooks = []
-    forwards: list[tuple[nn.Module, Any]] = []
-    stack: list[str] = [] if inside is None else inside
-    try:
-        for path in sorted({around for site in sites for around in _between(site, part)}):
-            module = model.get_submodule(path)
-            hooks.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
-
-            def leave(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-                stack.pop()
-                returned(path, output)
-
-            hooks.append(module.register_forward_hook(leave))
-        for path, module in sites.items():
-            own = vars(module)
-            forwards.append((module, own.get("forward")))
-            own["forward"] = called(path, module.forward)
-        yield
-    finally:
-        for module, before in reversed(forwards):
-            vars(module).pop("forward", None)
-            if before is not None:
-                vars(module)["forward"] = before
-        for hook in hooks:
-            hook.remove()
-
-
-def _between(site: str, part: str) -> Iterator[str]:
-    """The paths around a site that are inside of a part."""
-    while site:
-        site = site.rpartition(".")[0]
-        if _under(site, part) and site != part:
-            yield site
-
-
-def _under(path: str, part: str) -> bool:
-    return not part or path == part or path.startswith(f"{part}.")
+        with without_interrupts():
+            for buffer, before in zip(small, held, strict=True):
+                if not torch.equal(buffer, before):
+                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                        buffer.copy_(before)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from moe_surgery.errors import SurgeryError
 from moe_surgery.operate.guards import Guards
+from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.targets.base import StandingBlock
 
 
@@ -62,10 +59,11 @@ class Transaction:
                 swap.place(swap.new)
                 swap.new.keep_original(swap.old)
             self._guards.put()
+            self.committed = True
         except BaseException:
             self._restore()
+            self.committed = False
             raise
-        self.committed = True
 
     def undo(self) -> None:
         """Put the old modules back: the same objects, with the same storages.
@@ -91,22 +89,3 @@ class Transaction:
                     swap.new.hand_back_buffers(swap.old)
                     swap.place(swap.old)
                     swap.new.keep_original(None)
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, Any]] = []
-    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda signum, frame: held.append((signum, frame)))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for held_number, _ in held:
-            signal.raise_signal(held_number)

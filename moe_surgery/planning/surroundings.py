@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.models.site import Site
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.reach import functions
 from moe_surgery.read.sameness import words
 from moe_surgery.weights.reach import reachable
 

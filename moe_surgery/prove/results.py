@@ -17,7 +17,7 @@ from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of,
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
 from moe_surgery.weights.tensors import BlockTensors

@@ -146,11 +146,12 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
-    parsers = [
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings], given)
-        for number in range(count)
-    ]
-    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
+    parsers: list[TokenParser] = []
+    tokens: tuple[TokenRead, ...] = ()
+    for number, term in enumerate(output.lead.reshape(-1)):
+        ranked = [seen[number] for seen in rankings]
+        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given))
+        tokens += (parsers[-1].parse(term),)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")

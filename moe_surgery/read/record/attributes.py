@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -17,73 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Always, Constant, ShapeOfInput, structured
-from moe_surgery.read.record.contents import held_by_name
-from moe_surgery.read.record.outside_state import Outside, functions, holders
-from moe_surgery.read.record.tensor_entries import storage
+from moe_surgery.read.record.reach import functions, holders
 
 PLAIN_VALUES = (bool, int, float, str, type(None))
-_ABSENT = object()
 Attributes = dict[tuple[str, str], Any]
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-class Written:
-    """The attributes of a block's modules and of objects in them before a call, to tell what it wrote, and to undo it.
-
-    Weights and submodules are put back too: code that converts its own router when it is called would leave a weight of
-    the record there. So is what stands in containers, and in classes and globals that the code names.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self._outside = Outside(block)
-        self._before = {path: (holder, dict(held_by_name(holder))) for path, holder in holders(block)}
-        self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
-        self._data = [(tensor, tensor.detach()) for tensor in (*block.parameters(), *block.buffers())]
-
-    def give(self, values: Attributes) -> None:
-        """Give attributes, by module and name, other values."""
-        for (path, name), value in values.items():
-            held_by_name(self._before[path][0])[name] = value
-
-    def changed(self) -> Attributes:
-        """What the call wrote, by module and name."""
-        found: Attributes = {}
-        for path, (holder, before) in self._before.items():
-            for name, value in list(held_by_name(holder).items()):
-                if before.get(name, _ABSENT) is not value:
-                    found[path, name] = value
-        return found
-
-    def undo(self) -> None:
-        """Put back what was there before the call."""
-        self._outside.undo()
-        for table, entries in self._tables:
-            if [(name, id(value)) for name, value in table.items()] != [(n, id(v)) for n, v in entries.items()]:
-                table.clear()
-                table.update(entries)
-        for tensor, data in self._data:
-            if (tensor.dtype, tensor.device, storage(tensor)) != (data.dtype, data.device, storage(data)):
-                tensor.data = data
-            if tensor.grad_fn is not None and not tensor._is_view():  # it was written to where gradients are followed
-                tensor.detach_()
-        for holder, before in self._before.values():
-            held = held_by_name(holder)
-            for name in [name for name in held if name not in before]:
-                del held[name]
-            held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
-
-
-@contextmanager
-def unwritten(*blocks: nn.Module) -> Iterator[None]:
-    """Afterwards the blocks have the attributes that they had before."""
-    written = [Written(block) for block in blocks]
-    try:
-        yield
-    finally:
-        for attributes in written:
-            attributes.undo()
 
 
 def kept(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,21 @@ class Op:
     made: Made | None = None
     origin: Origin | None = None
     objection: str | None = None
+
+    @cached_property
+    def operands(self) -> frozenset[int]:
+        """The operations that it takes the results of."""
+        return frozenset(_indices((self.args, self.kwargs)))
+
+
+def _indices(operand: Any) -> Iterator[int]:
+    if isinstance(operand, Ref):
+        yield operand.index
+    elif isinstance(operand, (list, tuple)):
+        for item in operand:
+            yield from _indices(item)
+    elif isinstance(operand, dict):
+        yield from _indices(tuple(operand.values()))
 
 
 @dataclass(frozen=True, eq=False)

