@@ -105,6 +105,8 @@ def _objection(deed: str) -> Any:
 class BatchSize(int):
     """A number of tokens. ``pure`` ones are numbers of tokens, their sums, differences and multiples.
 
+    ``origin`` says which known tensor it was asked of, if it was.
+
     Comparing loads is allowed, since records of different loads show what comes of it, and so is telling a sign.
     Comparing two sizes of the batch is a branch.
     """
@@ -113,6 +115,7 @@ class BatchSize(int):
     _what: str
     pure: bool
     _branches: Branches | None
+    origin: Any = None
 
     @classmethod
     def of(

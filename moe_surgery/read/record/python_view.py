@@ -96,7 +96,10 @@ class Sizes(TorchFunctionMode):
         finally:
             recorder.scaled = None
         if name in _SIZES or func == _SHAPE:
-            return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
+            if isinstance(result, torch.Size):
+                return BatchShape(self._sized(args[0], dim, size) for dim, size in enumerate(result))
+            dim = kwargs.get("dim", *args[1:2]) if name == "size" else -1
+            return self._sized(args[0], dim % max(args[0].ndim, 1), result) if name == "size" else self._mark(result)
         made = tensors(result) if sizes else []
         if name == "__setitem__" and sizes:
             if not any(map(recorder.symbolic, operands)):
@@ -123,12 +126,21 @@ class Sizes(TorchFunctionMode):
         finally:
             self.recorder.lenient = self.recorder.by_batch = False
 
-    def _mark(self, size: int) -> int:
-        return (
-            size
-            if size in self.recorder.fixed
-            else BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
-        )
+    def _mark(self, size: int, always: bool = False) -> int:
+        if size in self.recorder.fixed and not always:
+            return size
+        return BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+
+    def _sized(self, tensor: Tensor, dim: int, size: int) -> int:
+        """A tensor's ``size`` along a dimension, with where it comes from if its numbers are known."""
+        recorder = self.recorder
+        if recorder.symbolic(tensor):
+            return self._mark(size)
+        # Of what was found the number is no other size, though it be one of them here.
+        size = self._mark(size, always=dim == 0 and recorder.lineage.found(tensor))
+        if isinstance(size, BatchSize):
+            size.origin = recorder.lineage.sized(tensor, dim)
+        return size
 
     def _from_batch(self, tensor: Tensor) -> bool:
         return any(size not in self.recorder.fixed for size in tensor.shape)
@@ -171,7 +183,8 @@ class Sizes(TorchFunctionMode):
         elif name == "one_hot":
             kind = Kind.PLACED
         elif name in _TENSORS:
-            self.recorder.lineage.counted(result)
+            listed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.recorder.lineage.listed(result, [getattr(item, "origin", None) for item in listed])
         elif name not in _NUMBERS:
             kind = Kind.DERIVED
         self.recorder.raise_kind(result, kind)
