@@ -179,7 +179,9 @@ def _read(
     )
     spare = frozenset(state).difference(*(record_.used for record_ in made))
     if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
-        spare = frozenset(name for name in spare if state[name].dtype is torch.int64 and state[name].ndim == 2)
+        spare = frozenset(
+            name for name in spare if state[name].dtype in (torch.int32, torch.int64) and state[name].ndim == 2
+        )
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = all_say((record_.results, record_.lead) for record_ in made)

@@ -52,7 +52,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
             owners[storage] = name
             state[name] = tensor
     for name, tensor in state.items():
-        table = tensor.dtype is torch.int64 and tensor.ndim == 2
+        table = tensor.dtype in (torch.int32, torch.int64) and tensor.ndim == 2
         if tensor.dtype not in _DTYPES and not (table or (tensor.dtype in _NUMBERS and tensor.ndim < 2)):
             raise Unreadable(f"{name} is {tensor.dtype}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:

@@ -1,4 +1,4 @@
-"""Blocks of the forms of training libraries, beside those in :mod:`zoo.published`. Near misses have ``words``."""
+"""Blocks of the forms of training libraries, beside those in :mod:`zoo.repositories`. Near misses have ``words``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import plain, published, written
+from . import plain, repositories, written
 from .around import Alone
 from .others import ACTIVATIONS, COUNTS, PLACES, VALUE, block, module
 
@@ -204,4 +204,4 @@ class StepsThroughTime(Alone):
         return out
 
 
-ALL = published.ALL  # those above among them
+ALL = repositories.ALL  # those above among them

@@ -156,7 +156,7 @@ def _once(
     if recorder.objections or recorder.reservations:
         raise recorder.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
-    state = [name for name in names if name not in known]
+    state = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in known)]
     if state:
         reason = f"it keeps state between calls ({', '.join(state[:3])} changed)"
         others = {place: value for place, value in changed.items() if place not in same}

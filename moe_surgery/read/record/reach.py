@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_surgery.read.record.contents import has_attributes, held_by
+from moe_surgery.read.record.contents import has_attributes, held_by, held_by_name, is_table
 
 _DEPTH = 3
+_INTERNAL = frozenset(vars(nn.Module()))
 _FOLLOWED = 8  # functions that call one another, one after another
 _KNOWN = frozenset(["torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names])
 _NOT_RUN = frozenset(["__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "extra_repr"])
@@ -68,7 +69,7 @@ class Reach:
                 for name, value in list(vars(cls).items()):
                     if name not in _NOT_RUN:
                         yield from self._of(value, 0)
-            yield from self._of(vars(holder).get("forward"), 0)
+            yield from self._of(held_by_name(holder).get("forward"), 0)
 
     def _in_class(self, cls: type) -> Iterator[Place]:
         self._note(cls)
@@ -150,7 +151,10 @@ def _code_names(code: CodeType) -> frozenset[str]:
 
 
 def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once."""
+    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once.
+
+    So have dicts, whose keys are as good as names.
+    """
     seen: set[int] = set()
     for path, module in block.named_modules():
         yield path, module
@@ -160,8 +164,10 @@ def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
 def _objects(path: str, holder: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
     if depth == _DEPTH:
         return
-    for name, value in list(vars(holder).items()):
-        if id(value) not in seen and has_attributes(value):
+    for name, value in list(held_by_name(holder).items()):
+        if name in _INTERNAL or "." in name or id(value) in seen:
+            continue
+        if has_attributes(value) or is_table(value):
             seen.add(id(value))
             inner = f"{path}.{name}".lstrip(".")
             yield inner, value

@@ -132,6 +132,8 @@ class Recorder(TorchDispatchMode):
         finally:
             self.paused = False
         self.entries.enter(tensor, None, None, tensor, Kind.COUNT if size.pure else Kind.DERIVED)
+        if size.pure and size.of_batch:
+            self.lineage.full(tensor, int.__index__(size))
         if size.pure:
             self.ledger.limits[id(tensor)] = size.of_batch
             self._limits.append(tensor)
