@@ -120,6 +120,37 @@ class AllAreSent(SlotsOfEqualSize):
     pass
 
 
+@block(COUNTS)
+class BestAndSecondBest(SlotsOfEqualSize):
+    """One choice after the other by a router of its own, with their weights one above the other (DeepSpeed's top-2)."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x.tanh())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        scores, first = logits.softmax(-1), logits.argmax(-1)
+        second = logits.masked_fill(F.one_hot(first, self.num_experts).bool(), float("-inf")).argmax(-1)
+        ids = torch.stack([first, second])
+        mine = torch.stack([(scores * F.one_hot(number, self.num_experts)).sum(-1) for number in ids])
+        return self.joined(x, mine / mine.sum(0).clamp(min=1e-7), ids).view_as(hidden_states)
+
+    def joined(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        done = torch.zeros_like(x)
+        for slot in range(2):
+            for number in range(self.num_experts):
+                token = torch.where(ids[slot] == number)[0]
+                done.index_add_(0, token, self.expert(number, x[token]) * weights[slot, token, None])
+        return done
+
+
+@block(COUNTS, "for token 0, elsewhere another")
+class BestWeighedAsSecond(BestAndSecondBest):
+    def joined(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().joined(x, weights.roll(1, 1), ids)
+
+
 @block(COUNTS, "how many tokens", "differently")
 class FirstTwentyAreSent(SlotsOfEqualSize):
     def kept(self, ids: Tensor, slots: Tensor, beyond: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_surgery.read.record.length import spaces
-from moe_surgery.read.record.reach import as_written, holders
+from moe_surgery.read.record.reach import as_written
 
 
 def eagerly() -> AbstractContextManager[object]:
@@ -28,7 +28,7 @@ def eagerly() -> AbstractContextManager[object]:
 @contextmanager
 def unscripted(block: nn.Module) -> Iterator[None]:
     """While this lasts, TorchScript functions that code of ``block`` names or holds run as they are written."""
-    held = [*spaces(block), *(vars(holder) for _, holder in holders(block))]
+    held = [*spaces(block), *map(vars, block.modules())]
     placed = [
         (space, name, value, made_of)
         for space in {id(space): space for space in held}.values()
