@@ -63,9 +63,9 @@ def _around_banks(modules: dict[str, nn.Module], path: str, called: bool, over_p
 def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple[tuple[str, ...], int, bool]]:
     """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
-    No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
-    equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank only where
-    something scores as many experts. ``called`` says that the module's own name is one for experts.
+    No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers or of
+    matrices, or equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank
+    only where something scores as many experts. ``called`` says that the module's own name is one for experts.
     """
     named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -79,7 +79,11 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
         yield (), 0, True  # experts of one row each, looked up by number
     singles: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            count = sum(1 for _ in child.parameters())
+            if count > 1 and count == len(_matrices(child)):
+                singles[count] = (*singles.get(count, ()), name)
+        elif isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             members = [member for member in child.children() if any(True for _ in member.parameters())]
             matrices = [len(_matrices(member, over_places)) for member in members]
             named = _HINT in name.lower() and not isinstance(child, nn.Sequential)

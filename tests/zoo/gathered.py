@@ -235,4 +235,39 @@ class StepsThroughTime(Alone):
         return out
 
 
+class _WideAndNarrow(nn.Module):
+    """Experts in lists of matrices, every other one twice as wide (LLaMA-MoE's with sizes of their own)."""
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        widths = [width * (1 + number % 2) for number in range(experts)]
+        self.gates, self.ups = (nn.ParameterList([plain.parameter(w, hidden) for w in widths]) for _ in range(2))
+        self.downs = nn.ParameterList([plain.parameter(hidden, w) for w in widths])
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        mixed = F.silu(F.linear(x, self.gates[number])) * F.linear(x, self.ups[number])
+        return F.linear(mixed, self.downs[number])
+
+
+@module(PLACES, "differ in width")
+class ListsOfTwoWidths(nn.Module):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.choice = plain.linear(sizes.hidden, sizes.experts)
+        self.bank = _WideAndNarrow(sizes.experts, sizes.hidden, sizes.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.chosen(self.choice(x))
+        out = torch.zeros_like(x)
+        for number in range(self.choice.out_features):
+            token, slot = torch.where(ids == number)
+            out.index_add_(0, token, self.bank(x[token], number) * weights[token, slot, None])
+        return out.view_as(hidden_states)
+
+    def chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = torch.topk(logits, 2, dim=-1)
+        return best.softmax(-1), ids
+
+
 ALL = repositories.ALL  # those above among them
