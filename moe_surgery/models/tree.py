@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -36,11 +37,18 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             wide, surely = _wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
-            unsure |= around | ({path} if wide else set())
+            unsure |= around | ({path} if wide or _by_another(module, modules.values()) else set())
     unsure = {path for path in unsure - paths if takes_one(modules[path])}
     paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
     return tuple(Site(path, module, path not in unsure) for path, module in modules.items() if path in inner)
+
+
+def _by_another(module: nn.Module, tree: Iterable[nn.Module]) -> bool:
+    """Whether a module's forward was exchanged for that of a module that the model doesn't hold, as adapters do."""
+    lent = vars(module).get("forward")
+    owner = lent.__self__ if isinstance(lent, MethodType) else None
+    return isinstance(owner, nn.Module) and not any(owner is one for one in tree)
 
 
 def _inside(path: str, outer: str) -> bool:

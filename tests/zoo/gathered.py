@@ -270,4 +270,33 @@ class ListsOfTwoWidths(nn.Module):
         return best.softmax(-1), ids
 
 
+class _Adapter(nn.Module):
+    """A router with tensors of its own around one MLP, kept where no model sees it (MixLoRA)."""
+
+    def __init__(self, base: nn.Module, gate: Tensor, deltas: Tensor) -> None:
+        super().__init__()
+        self.held, self.gate, self.deltas = [base], gate, deltas
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = F.linear(x, self.gate).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for number, delta in enumerate(self.deltas):
+            share = (weights * (ids == number)).sum(-1, keepdim=True)
+            out = out + share * self.held[0].down(F.silu(self.held[0].up(x) + F.linear(x, delta)))
+        return out
+
+
+@module(PLACES, "neither its input nor one of its own weights")
+class ForwardOfAnother(nn.Module):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.up, self.down = plain.linear(sizes.hidden, sizes.width), plain.linear(sizes.width, sizes.hidden)
+        gate, deltas = torch.randn(sizes.experts, sizes.hidden), torch.randn(sizes.experts, sizes.width, sizes.hidden)
+        self.adapters = {"one": _Adapter(self, gate, deltas)}
+        self.forward = self.adapters["one"].forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
 ALL = repositories.ALL  # those above among them
