@@ -23,7 +23,7 @@ from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, re
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.results import all_say, kept_by_both
+from moe_surgery.read.parse.results import all_say, constants, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
@@ -185,6 +185,7 @@ def _read(
     results = all_say((record_.results, record_.lead) for record_ in made)
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in made])
+    kept = constants(kept, dict(block.named_modules()))
     above = layout.correction_bias if router.above_zero else None
     return Reading(
         spec,

@@ -169,6 +169,39 @@ class OtherwiseOnceAName(_Keeping):
         return super().forward(hidden_states) * factor
 
 
+class _KeepingSizes(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.note(hidden_states)
+        return super().forward(hidden_states)
+
+    def note(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+@block(STATE)
+class KeepsItsInputsSizes(_KeepingSizes):
+    """Numbers of tokens, rows and choices of the last call, and two that are no such numbers (Megatron)."""
+
+    def note(self, x: Tensor) -> None:
+        self.tokens = int(x.reshape(-1, self.hidden).shape[0])
+        self.rows, self.last = x.shape[0], x.shape[-2]
+        self.chosen, self.choices, self.one = self.tokens * self.top_k, self.top_k, 1
+
+
+@block(STATE, "keeps state between calls (seen")
+class AddsUpItsTokens(_KeepingSizes):
+    seen = 0
+
+    def note(self, x: Tensor) -> None:
+        self.seen = self.seen + x.shape[0]
+
+
+@block(STATE, "state", "differ", "batch size")
+class KeepsHalfOfItsTokens(_KeepingSizes):
+    def note(self, x: Tensor) -> None:
+        self.half = x.reshape(-1, self.hidden).shape[0] // 2
+
+
 # Weights that a call converts
 
 
