@@ -385,4 +385,63 @@ class SlotsForSomeOfBoth(_DenseLoads):
     drops = True
 
 
+# Einsums of three
+
+
+class _CombinedAtOnce(Alone):
+    """Slots, scores and outputs meet in one einsum, over slots and experts (GShard's ports)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        sent = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, 1.0)
+        places = ((sent.cumsum(0) - 1) * sent).long()
+        slots = F.one_hot(places, len(x)).to(x.dtype) * sent[..., None]
+        dense = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, weights)
+        given = torch.einsum("tec,th->ech", slots, x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("ech,tec,te->th", done, slots, self.taken(dense))
+
+    def taken(self, dense: Tensor) -> Tensor:
+        return dense
+
+
+@block(FORMS)
+class CombinedAtOnce(_CombinedAtOnce):
+    pass
+
+
+@block(FORMS)
+class TheirFirstElementTwice(_CombinedAtOnce):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = super().routed(x, weights, ids)
+        return torch.cat([2 * out[:, :1], out[:, 1:]], -1)
+
+
+class _MaskOfThree(Alone):
+    """Weights, choices and slots meet in one einsum, and where that isn't zero tokens are sent."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        chosen = F.one_hot(ids, self.num_experts).to(x.dtype)
+        flat = chosen.reshape(-1, self.num_experts)
+        places = (flat.cumsum(0) * flat).view(chosen.shape) - 1
+        slots = F.one_hot(places.amax(-1).long(), self.most(chosen)).to(x.dtype)
+        combined = torch.einsum("tk,tke,tkc->tec", weights, chosen, slots)
+        given = torch.einsum("tec,th->ech", (combined > 0).to(x.dtype), x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("tec,ech->th", combined, done)
+
+    def most(self, chosen: Tensor) -> int:
+        return int(chosen.sum((0, 1)).max())
+
+
+@block(COUNTS)
+class MaskOfThree(_MaskOfThree):
+    pass
+
+
+@block(COUNTS)
+class MaskOfThreeByItem(_MaskOfThree):
+    def most(self, chosen: Tensor) -> int:
+        return int(chosen.sum((0, 1)).max().item())
+
+
 ALL = published.ALL  # those above among them
