@@ -27,7 +27,8 @@ class Argument:
 
     "unused" ones are named by no code of the forward, so that any value will do; "fixed" ones must be what they were
     when the block was read, ``default``, or nothing where there are ``many``; ``required`` ones must be given as that.
-    "beside" ones are tensors that the block's own operations take, of the form that ``companion`` says.
+    "beside" ones are tensors that the block's own operations take, of the form that ``companion`` says. A ``gathered``
+    one is the first of those that ``*given`` takes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Argument:
     by_name_only: bool = False
     required: bool = False
     companion: Companion | None = None
+    gathered: bool = False
 
 
 class UnreadCall(SurgeryError):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.repositories import ALL
+from zoo.gathered import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
 from moe_surgery.calling import structured
 from moe_surgery.errors import ProofError, SurgeryError
+from moe_surgery.planning import survey
 from moe_surgery.targets.base import StandingBlock, SwappedBlock
 
 SHAPES = ((2, 3), (1, 1), (5, 13))
@@ -215,6 +216,16 @@ def test_a_block_that_the_model_calls_with_more_is_refused_and_others_are_replac
     assert [step.outcome for step in steps] == ["replaced", "refused"]
     assert "a value for attention_mask" in steps[1].reason
     assert distance(model(x), before) < 64
+
+
+def test_a_block_that_reading_breaks_at_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("of nothing")
+
+    broken, model = survey.read_within.__globals__, Layer(next(c for c in ALL if c.name == "HalfOfAllBeside").make())
+    monkeypatch.setitem(broken, "check_site", fails)
+    step = moe_surgery.apply(model.eval()).steps[0]
+    assert step.outcome == "missed" and "ZeroDivisionError: of nothing" in step.reason
 
 
 def test_a_wrong_result_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:

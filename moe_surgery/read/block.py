@@ -27,7 +27,7 @@ from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
-from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
@@ -126,6 +126,8 @@ def _read(
         try:
             crowded = crowded_record(ask, hidden_sizes(state), state)
         except Unfollowed as error:
+            if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
+                return _read(records, parse, inside=inside, calling=longer)
             if calling is None:
                 _check_arguments(block, error)
             raise

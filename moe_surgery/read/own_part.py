@@ -132,7 +132,9 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
         if taken := set(wanted) & names:
             raise Unreadable(f"it returns something called {min(taken)}, beside a router that goes on as it was")
     wanted |= {name: given[name] for name in sorted(names)}
-    found = builder.program(wanted, router.num_experts, record.cut.routed if record.cut else None, flow.output)
+    cut = record.cut
+    routed, turned = (cut.routed, cut.turned) if cut else (None, False)
+    found = builder.program(wanted, router.num_experts, routed, flow.output, turned)
     return replace(found, companions=companions)
 
 

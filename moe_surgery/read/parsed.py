@@ -33,7 +33,7 @@ class Cut:
 
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
     gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
-    they are calculated from what was chosen, as those of the best expert of every group.
+    they are calculated from what was chosen, as those of the best expert of every group. ``turned`` weights are [k, T].
     """
 
     choices: tuple[int, ...]
@@ -42,11 +42,12 @@ class Cut:
     entering: int | None = None
     routed: int | None = None
     computed: Given | None = None
+    turned: bool = False
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is alike in the cuts of two records of one block."""
-        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin)
+        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin), self.turned
 
 
 @dataclass(frozen=True)

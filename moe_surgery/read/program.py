@@ -42,14 +42,23 @@ class Builder:
     _values: dict[int, Tensor] = field(default_factory=dict)
 
     def program(
-        self, wanted: Mapping[str, Ref | Given], experts: int, routed: int | None = None, output: Ref | None = None
+        self,
+        wanted: Mapping[str, Ref | Given],
+        experts: int,
+        routed: int | None = None,
+        output: Ref | None = None,
+        turned: bool = False,
     ) -> Program:
         """The program of what is ``wanted``, by name, of a router of so many ``experts``.
+
+        Weights that are ``turned`` are [k, T].
 
         With ``routed``, the operation that gives the routed experts' sum, also of the block's ``output`` that comes of
         it. Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
         """
         outputs = [(name, self._wanted(name, what).number) for name, what in wanted.items()]
+        if turned:
+            outputs = [(name, self._turned(number) if name == "weights" else number) for name, number in outputs]
         last = max((number for name, number in outputs if name in ROUTING), default=-1)
         whole = None
         if routed is not None and output is not None:
@@ -59,6 +68,10 @@ class Builder:
                 raise Unreadable("its output doesn't come of its routed experts")
         flat = len(self.shape) == 2
         return Program(tuple(self.steps), tuple(outputs), flat, self._logits(experts, last), whole=whole)
+
+    def _turned(self, number: int) -> int:
+        turned = self._step(torch.ops.aten.t.default, (At(number),))
+        return self._step(torch.ops.aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}).number
 
     def ids(self, choices: Sequence[Made], count: int) -> Given:
         """The first ``count`` ids [T, k] that choices make, one after another, as something to be wanted."""

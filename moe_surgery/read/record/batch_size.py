@@ -196,8 +196,31 @@ class BatchSize(int):
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _objection("calculates with")
     __abs__ = __round__ = __trunc__ = __ceil__ = __floor__ = _objection("calculates with")
     __int__ = __float__ = _objection("makes a plain number of")
-    __str__ = __repr__ = __format__ = _objection("makes text of")
+
+    def __str__(self) -> str:
+        return BatchText.of(format(int.__index__(self)), self)
+
+    __repr__ = __str__
+
+    def __format__(self, form: str) -> str:
+        return BatchText.of(format(int.__index__(self), form), self)
+
     bit_length = bit_count = to_bytes = as_integer_ratio = conjugate = _objection("calculates with")
+
+
+class BatchText(str):
+    """A size of the batch as text. People may be told of it, in logs, among other words; alone it isn't compared."""
+
+    _object: Callable[[str], Exception]
+    _what: str
+
+    @classmethod
+    def of(cls, text: str, size: BatchSize) -> BatchText:
+        made = cls(text)
+        made._object, made._what = size._object, size._what
+        return made
+
+    __eq__ = __ne__ = __hash__ = __lt__ = __gt__ = __contains__ = _objection("makes text of")
 
 
 class BatchShape(tuple[int, ...]):

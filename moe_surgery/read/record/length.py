@@ -85,9 +85,9 @@ def marked_lengths(block: nn.Module, own_int: bool = False) -> Iterator[None]:
     Code that it finds otherwise gets Python's own, to which a size of the batch is an objection; with ``own_int`` all
     code gets Python's ``int`` and ``float``, as torch takes no others for dtypes.
     """
-    spaces = list({id(space): space for space in _spaces(block)}.values())
+    own = list({id(space): space for space in spaces(block)}.values())
     kept = {"len": _length} if own_int else {"len": _length, "int": _Int, "float": _Float}
-    placed = [(space, name) for space in spaces for name in kept if name not in space]
+    placed = [(space, name) for space in own for name in kept if name not in space]
     for space, name in placed:
         space[name] = kept[name]
     try:
@@ -103,7 +103,7 @@ def _length(value: Any) -> int:
     return value.shape[0] if isinstance(value, Tensor) and value.ndim else builtins.len(value)
 
 
-def _spaces(block: nn.Module) -> Iterator[dict[str, Any]]:
+def spaces(block: nn.Module) -> Iterator[dict[str, Any]]:
     """The global names of all code that a block's modules define, or that their forwards call by name."""
     for module in block.modules():
         for cls in type(module).__mro__:

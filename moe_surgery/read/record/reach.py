@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_surgery.read.record.contents import has_attributes, held_by, held_by_name, is_table
@@ -119,6 +120,7 @@ def identical(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 def _function(value: Any) -> FunctionType | None:
     """A callable's Python function, unless it is that of a library that computes nothing else next time."""
+    value = as_written(value) or value
     while not isinstance(value, FunctionType):
         if isinstance(value, functools.partial):
             value = value.func
@@ -176,12 +178,21 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
     """A callable's Python function, and those of its own code that it calls by a global name or a closure cell."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
+    value = as_written(value) or value
     if not isinstance(value, FunctionType) or depth > _DEPTH or value.__module__.split(".")[0] == "torch":
         return
     yield value
     for _, other in reachable(value):
-        if isinstance(other, (FunctionType, MethodType, functools.partial)):
+        if isinstance(other, (FunctionType, MethodType, functools.partial, torch.jit.ScriptFunction)):
             yield from functions(other, depth + 1)
+
+
+def as_written(value: Any) -> FunctionType | None:
+    """The Python function that a TorchScript function was made of, if it is one and does the same."""
+    if not issubclass(type(value), torch.jit.ScriptFunction):  # what isn't one isn't even asked
+        return None
+    made_of = getattr(value, "_torchdynamo_inline", None)
+    return made_of if isinstance(made_of, FunctionType) and "is_scripting" not in made_of.__code__.co_names else None
 
 
 def reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -239,7 +239,8 @@ class Recorder(TorchDispatchMode):
         self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
-        if not (self.lenient and name in ("min", "max", "aminmax")):
+        alike = torch.Tag.pointwise in func.tags and not any(kinds.values())
+        if not (alike or (self.lenient and name in ("min", "max", "aminmax"))):
             found = self.ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
         dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
         reason = (dead or [self.ledger.reason])[0]

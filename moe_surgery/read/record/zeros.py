@@ -96,6 +96,8 @@ def asked_of_support(
 ) -> Tensor | None:
     """Where numbers are that were put among zeros, asked of the tensor that they were put in."""
     first = entries.get(id(args[0])) if args else None
+    if first is not None and first.support is None and name == "nonzero":
+        return _taken_for_all(recorder, func, args, kwargs, first)
     if first is None or first.support is None:
         return None
     number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
@@ -108,4 +110,19 @@ def asked_of_support(
     kind = first.support.kind if as_mask else Kind.COUNT
     recorder.entries.enter(real, None, None, real, kind)
     recorder.lineage.asked(real, func, args[1:], kwargs, first.node)
+    return real
+
+
+def _taken_for_all(recorder: Recorder, func: Any, args: Any, kwargs: Any, asked: Entry) -> Tensor | None:
+    """Every place of numbers of which code asks where they are above zero, or other than zero; None if it doesn't."""
+    node = asked.node
+    if node is not None and node.meta.get("name") in ("gt", "ne") and node.args[1] == 0:
+        node = node.args[0]
+    if node is None or asked.meta is None or not node.meta["val"].is_floating_point():
+        return None
+    places = torch.ones(asked.meta.shape, dtype=torch.bool)
+    recorder.positive.append((node, places))
+    real = places.nonzero()
+    recorder.entries.enter(real, None, None, real, Kind.COUNT)
+    recorder.lineage.asked(real, func, args[1:], kwargs, asked.node)
     return real
