@@ -385,6 +385,38 @@ class SlotsForSomeOfBoth(_DenseLoads):
     drops = True
 
 
+# Questions to what it computes
+
+
+class _Asking(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        if self.strange(out):
+            raise FloatingPointError("not finite")
+        return out
+
+    def strange(self, out: Tensor) -> Any:
+        raise NotImplementedError
+
+
+@block(COUNTS, "it asks whether what it computes is finite")
+class AsksWhetherAllIsFinite(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return not torch.isfinite(out).all()
+
+
+@block(COUNTS, "it asks whether what it computes is finite")
+class AsksWhetherAnyIsNone(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return torch.isnan(out).any() or torch.isinf(out).any()
+
+
+@block(COUNTS, "depends on the values it computes")
+class AsksWhetherAnyIsLarge(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return (torch.isfinite(out) & (out.abs() > 1e6)).any()
+
+
 # Einsums of three
 
 
