@@ -324,6 +324,29 @@ class BestAndNextByLogits(_BestAndNext):
 
 
 @block(FORMS)
+class BestAndNextInPlace(_BestAndNext):
+    """Outputs take the place of inputs, in a copy of the batch for each expert (NLLB)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        first = F.one_hot(scores.argmax(-1), self.num_experts)
+        second = F.one_hot(self.rest(logits, scores, first).argmax(-1), self.num_experts)
+        weights = [(scores * mask).sum(-1) for mask in (first, second)]
+        whole = torch.clamp(weights[0] + weights[1], min=torch.finfo(scores.dtype).eps)
+        one, other = (weight / whole for weight in weights)
+        dense = first * one[:, None] + second * other[:, None]
+        sent = dense.bool()
+        copies = torch.einsum("th,te->eth", x, sent.to(x.dtype))
+        for number, expert in enumerate(self.experts):
+            rows = sent[:, number]
+            done = torch.einsum("t,th->th", dense[rows, number], expert(copies[number, rows]))
+            copies[number, rows] = done
+        return copies.sum(0).view(hidden_states.shape)
+
+
+@block(FORMS)
 class BestAndNextByScores(_BestAndNext):
     def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
         return scores * (1 - first)
