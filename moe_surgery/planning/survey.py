@@ -127,7 +127,13 @@ def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
 def _read(site: Site, known: Readings, reader: Callable[..., Reading], *records: Records) -> Reading:
     def read_now() -> Reading:
         with uncollected():
-            return reader(site.module, *records)
+            try:
+                return reader(site.module, *records)
+            except Unreadable:
+                raise
+            except Exception as error:  # of a block that nobody thought of; the others are replaced all the same
+                what = f"{type(error).__name__}: {error}"
+                raise Unreadable(f"reading it broke off, which is a mistake of this library ({what})") from error
 
     return known.once((reader, structure(site.module, site.path)), read_now)
 

@@ -26,7 +26,7 @@ from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
-from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
@@ -124,6 +124,8 @@ def _read(
         try:
             crowded = crowded_record(ask, hidden_sizes(state), state)
         except Unfollowed as error:
+            if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
+                return _read(records, parse, inside=inside, calling=longer)
             if calling is None:
                 _check_arguments(block, error)
             raise
@@ -177,7 +179,9 @@ def _read(
     )
     spare = frozenset(state).difference(*(record_.used for record_ in made))
     if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
-        spare = frozenset(name for name in spare if state[name].dtype is torch.int64 and state[name].ndim == 2)
+        spare = frozenset(
+            name for name in spare if state[name].dtype in (torch.int32, torch.int64) and state[name].ndim == 2
+        )
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = all_say((record_.results, record_.lead) for record_ in made)

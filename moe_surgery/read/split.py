@@ -112,6 +112,8 @@ def _scored(flow: Flow, cut: Cut) -> int:
 
 def _check_ids(found: Record, ids: torch.Tensor) -> None:
     """Raise :class:`Unreadable` if ids [T, k] don't tell experts apart: others may, that come of these."""
+    if any(len(token.slots) != ids.shape[-1] for token in found.tokens):
+        raise Unreadable("it gives weights to more experts than its router chooses")
     pairs = {
         (expert, mlp)
         for token, chosen in zip(found.tokens, ids.tolist(), strict=True)
@@ -158,6 +160,8 @@ def cuts(flow: Flow) -> Iterator[Cut]:
             floating = op.name not in _MADE and op.dtype.startswith(("float", "bfloat"))
             if floating and (one or several):
                 yield Cut(numbers, place, op.shape[-1] if ranked > 1 else 1)
+            if floating and ranked > 1 and op.shape == (ranked, tokens):
+                yield Cut(numbers, place, ranked, turned=True)
     for ids, numbers in _computed(flow, tokens):
         count = ids.value.shape[-1]
         following = _following(flow, {flow.choices[number].made for number in numbers})
@@ -216,8 +220,10 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     made = flow.ops[place]
     given = Op("input", ("weights",), {}, (len(ids), cut.count), made.dtype)
     shaped = Op("view", (Ref(place), list(made.shape)), {}, made.shape, made.dtype)
+    if cut.turned:
+        shaped = Op("t", (Ref(place),), {}, made.shape, made.dtype)
     choices = (Choice(Ref(place), cut.count, ids, True),)
-    if given.shape == shaped.shape:
+    if given.shape == shaped.shape and not cut.turned:
         ops = (*flow.ops[:place], given, *flow.ops[place + 1 :])
         return replace(flow, ops=ops, choices=choices, results=None, kept={}, positive=()), lambda index: index
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.arguments import arguments_of
-from moe_surgery.read.record.reach import functions, reachable
+from moe_surgery.read.record.reach import as_written, functions, reachable
 from moe_surgery.weights.layout import Layout, Piece
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,7 +52,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
             owners[storage] = name
             state[name] = tensor
     for name, tensor in state.items():
-        table = tensor.dtype is torch.int64 and tensor.ndim == 2
+        table = tensor.dtype in (torch.int32, torch.int64) and tensor.ndim == 2
         if tensor.dtype not in _DTYPES and not (table or (tensor.dtype in _NUMBERS and tensor.ndim < 2)):
             raise Unreadable(f"{name} is {tensor.dtype}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:
@@ -82,13 +82,13 @@ def check_dtypes(state: dict[str, Tensor], layout: Layout) -> bool:
 
 
 def _scripted(block: nn.Module) -> str | None:
-    """What of a block's code is TorchScript, whose control flow leaves no trace in a record."""
+    """What of a block's code is TorchScript that can't run as it was written; its branches leave no trace."""
     for path, module in block.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return path or "the block"
         for function in functions(module.forward):
             for name, value in reachable(function):
-                if isinstance(value, torch.jit.ScriptFunction):
+                if isinstance(value, torch.jit.ScriptFunction) and as_written(value) is None:
                     return name
     return None
 

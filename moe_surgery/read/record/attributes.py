@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Always, Constant, ShapeOfInput
+from moe_surgery.calling import Always, Constant, ShapeOfInput, structured
 from moe_surgery.read.record.reach import functions, holders
 
 PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -31,15 +31,18 @@ def kept(
 ) -> Attributes:
     """Those of the attributes a call wrote that it didn't find there, if they are plain values, tensors or its shape.
 
-    These are the ones that no code of the block reads, and those that it is known to have ``written_first``. What is a
-    ``constant`` is the same after every call; the input's ``shape`` is known in every call. An object isn't copied for
-    the replacement, which writes to it in every call.
+    So are dicts, lists and tuples of such values that it made.
+
+    These are the ones that no code of the block reads, and those that it is known to have ``written_first``, as keys
+    of a dict must be. What is a ``constant`` is the same after every call; the input's ``shape`` is known in each.
+    An object isn't copied for the replacement, which writes to it in every call.
     """
     read = frozenset(names_read(block)) if changed else frozenset()
     modules = {path for path, _ in block.named_modules()}
+    tables = {path for path, holder in holders(block) if type(holder) is dict} if changed else set()
     found: Attributes = {}
     for (path, name), value in changed.items():
-        if name in read and (path, name) not in written_first:
+        if (name in read or path in tables) and (path, name) not in written_first:
             continue
         if type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
@@ -48,7 +51,16 @@ def kept(
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape):
             found[path, name] = ShapeOfInput(leads)
+        elif type(value) in (dict, list, tuple) and _of_values(value):
+            found[path, name] = value
     return found
+
+
+def _of_values(container: Any) -> bool:
+    """Whether a container holds tensors and plain values only, however deep they are in it."""
+    leaves: list[Any] = []
+    structured(container, lambda leaf, _: leaves.append(leaf))
+    return all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:

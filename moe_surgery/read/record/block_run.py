@@ -16,7 +16,7 @@ from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.assembly import assembled, constant
 from moe_surgery.read.record.attributes import PLAIN_VALUES, Attributes, kept
 from moe_surgery.read.record.choices import no_choice
-from moe_surgery.read.record.eager import eagerly
+from moe_surgery.read.record.eager import eagerly, unscripted
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
@@ -134,7 +134,7 @@ def _once(
     block, written = watch.block, watch.before()
     written.give(given or {})
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
+        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly(), unscripted(block):
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block, own_int), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
@@ -156,7 +156,7 @@ def _once(
     if recorder.objections or recorder.reservations:
         raise recorder.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
-    state = [name for name in names if name not in known]
+    state = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in known)]
     if state:
         reason = f"it keeps state between calls ({', '.join(state[:3])} changed)"
         others = {place: value for place, value in changed.items() if place not in same}

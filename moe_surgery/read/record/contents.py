@@ -36,6 +36,16 @@ def has_attributes(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict)
 
 
+def is_table(value: Any) -> bool:
+    """Whether a value is a dict that code may keep things in by name."""
+    return type(value) is dict and all(isinstance(key, str) for key in value)
+
+
+def held_by_name(holder: Any) -> dict[str, Any]:
+    """What a module or object has in its attributes, or a dict under its keys, to be changed in place."""
+    return holder if type(holder) is dict else vars(holder)
+
+
 def print_of(value: Any, told: Set[int], around: tuple[int, ...] = ()) -> Any:
     """What stands for a value: its content if it is plain or can change, else its identity.
 
@@ -57,7 +67,7 @@ def print_of(value: Any, told: Set[int], around: tuple[int, ...] = ()) -> Any:
 
 def print_but_attributes(value: Any, told: Set[int]) -> Any:
     """What stands for an object whose attributes are told one by one."""
-    items = _items(value, attributes=False) if not isinstance(value, nn.Module) else ()
+    items = _items(value, attributes=False) if not isinstance(value, nn.Module) and not is_table(value) else ()
     return id(value), [[print_of(part, told) for part in item] for item in items]
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
-from moe_surgery.read.record.contents import has_attributes, held_by
+from moe_surgery.read.record.contents import has_attributes, held_by, held_by_name, is_table
 
 _DEPTH = 3
+_INTERNAL = frozenset(vars(nn.Module()))
 _FOLLOWED = 8  # functions that call one another, one after another
 _KNOWN = frozenset(["torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names])
 _NOT_RUN = frozenset(["__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "extra_repr"])
@@ -67,7 +69,7 @@ class Reach:
                 for name, value in list(vars(cls).items()):
                     if name not in _NOT_RUN:
                         yield from self._of(value, 0)
-            yield from self._of(vars(holder).get("forward"), 0)
+            yield from self._of(held_by_name(holder).get("forward"), 0)
 
     def _in_class(self, cls: type) -> Iterator[Place]:
         self._note(cls)
@@ -118,6 +120,7 @@ def identical(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 def _function(value: Any) -> FunctionType | None:
     """A callable's Python function, unless it is that of a library that computes nothing else next time."""
+    value = as_written(value) or value
     while not isinstance(value, FunctionType):
         if isinstance(value, functools.partial):
             value = value.func
@@ -148,7 +151,10 @@ def _code_names(code: CodeType) -> frozenset[str]:
 
 
 def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once."""
+    """What has attributes in a block, by path: its modules, and the plain objects in their attributes, each once.
+
+    So have dicts, whose keys are as good as names.
+    """
     seen: set[int] = set()
     for path, module in block.named_modules():
         yield path, module
@@ -158,8 +164,10 @@ def holders(block: nn.Module) -> Iterator[tuple[str, Any]]:
 def _objects(path: str, holder: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
     if depth == _DEPTH:
         return
-    for name, value in list(vars(holder).items()):
-        if id(value) not in seen and has_attributes(value):
+    for name, value in list(held_by_name(holder).items()):
+        if name in _INTERNAL or "." in name or id(value) in seen:
+            continue
+        if has_attributes(value) or is_table(value):
             seen.add(id(value))
             inner = f"{path}.{name}".lstrip(".")
             yield inner, value
@@ -170,12 +178,21 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
     """A callable's Python function, and those of its own code that it calls by a global name or a closure cell."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
+    value = as_written(value) or value
     if not isinstance(value, FunctionType) or depth > _DEPTH or value.__module__.split(".")[0] == "torch":
         return
     yield value
     for _, other in reachable(value):
-        if isinstance(other, (FunctionType, MethodType, functools.partial)):
+        if isinstance(other, (FunctionType, MethodType, functools.partial, torch.jit.ScriptFunction)):
             yield from functions(other, depth + 1)
+
+
+def as_written(value: Any) -> FunctionType | None:
+    """The Python function that a TorchScript function was made of, if it is one and does the same."""
+    if not issubclass(type(value), torch.jit.ScriptFunction):  # what isn't one isn't even asked
+        return None
+    made_of = getattr(value, "_torchdynamo_inline", None)
+    return made_of if isinstance(made_of, FunctionType) and "is_scripting" not in made_of.__code__.co_names else None
 
 
 def reachable(function: FunctionType) -> Iterator[tuple[str, Any]]:

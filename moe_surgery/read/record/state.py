@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.read.record.attributes import Attributes
-from moe_surgery.read.record.contents import Contents, print_but_attributes, print_of
+from moe_surgery.read.record.contents import Contents, held_by_name, print_but_attributes, print_of
 from moe_surgery.read.record.reach import Reach, identical
 from moe_surgery.read.record.tensor_entries import storage
 
@@ -49,7 +49,7 @@ def _prints(block: nn.Module, reach: Reach) -> dict[str, Any]:
     held = dict(reach.holders)
     told = {id(holder) for holder in held.values()}  # whose attributes are looked at one by one
     for path, holder in held.items():
-        for name, value in vars(holder).items():
+        for name, value in held_by_name(holder).items():
             if name not in _INTERNAL:
                 found = print_but_attributes(value, told) if id(value) in told else print_of(value, told)
                 seen[f"{path}.{name}".lstrip(".")] = found
@@ -71,7 +71,7 @@ class Written:
 
     def __init__(self, block: nn.Module, reach: Reach | None = None) -> None:
         self._reach = reach = reach or Reach(block)
-        self._before = {path: (holder, dict(vars(holder))) for path, holder in reach.holders}
+        self._before = {path: (holder, dict(held_by_name(holder))) for path, holder in reach.holders}
         held = [value for _, had in self._before.values() for name, value in had.items() if name not in _INTERNAL]
         self._contents = Contents([*held, *(place.value for place in reach.places)])
         self._tables = [(vars(m)[name], dict(vars(m)[name])) for m in block.modules() for name in _TABLES]
@@ -80,13 +80,13 @@ class Written:
     def give(self, values: Attributes) -> None:
         """Give attributes, by module and name, other values."""
         for (path, name), value in values.items():
-            vars(self._before[path][0])[name] = value
+            held_by_name(self._before[path][0])[name] = value
 
     def changed(self) -> Attributes:
         """What the call wrote, by module and name."""
         found: Attributes = {}
         for path, (holder, before) in self._before.items():
-            for name, value in vars(holder).items():
+            for name, value in held_by_name(holder).items():
                 if before.get(name, _ABSENT) is not value:
                     found[path, name] = value
         return found
@@ -94,7 +94,7 @@ class Written:
     def intact(self) -> bool:
         """Whether the call left the very same objects everywhere; what can't be told counts as changed."""
         return (
-            all(identical(vars(holder), before) for holder, before in self._before.values())
+            all(identical(held_by_name(holder), before) for holder, before in self._before.values())
             and all(identical(table, entries) for table, entries in self._tables)
             and all(_same_data(tensor, data) and not _follows(tensor) for tensor, data in self._data)
             and self._reach.intact()
@@ -119,7 +119,7 @@ class Written:
             if _follows(tensor):
                 tensor.detach_()
         for holder, before in self._before.values():
-            held = vars(holder)
+            held = held_by_name(holder)
             for name in [name for name in held if name not in before]:
                 del held[name]
             held.update({name: value for name, value in before.items() if held.get(name, _ABSENT) is not value})
