@@ -269,6 +269,20 @@ def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
     call(tmp_path / "none", exit_code=2)
 
 
+def test_a_page_that_cant_be_written_hides_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, replace(ONE, outcome="failed", error="no", exit_code=12))
+    found = call(tmp_path, "--html", "/dev/full", exit_code=12)
+    assert "1 failed" in found.stdout
+    assert "error: can't write /dev/full: No space left on device" in found.stderr.splitlines()
+
+
+def test_a_receipt_is_no_place_for_its_report(tmp_path: Path) -> None:
+    path = write(tmp_path, ONE)
+    before = path.read_bytes()
+    assert "the command reads it" in call(tmp_path, "--html", str(path), exit_code=2).stderr
+    assert path.read_bytes() == before
+
+
 def test_the_command_says_what_runs_unpatched(tmp_path: Path) -> None:
     write(tmp_path, replace(ONE, outcome="unpatched", fingerprint=None, error="no kernels"))
     assert call(tmp_path, exit_code=0).stderr == "warning: Model runs unpatched in process 11: no kernels\n"

@@ -19,6 +19,7 @@ def diff(screen: Screen, old: Path, new: Path) -> int:
     """Say what differs; ends with 10 if anything does."""
     from moe_surgery.report.difference import changes, difference_data, difference_sentence, render_difference
 
+    screen.will_read(*_files(old), *_files(new))
     before, after = ({record.name: record for record in read(path)} for path in (old, new))
     if before.keys() != after.keys():
         strange = sorted(before.keys() ^ after.keys())
@@ -31,6 +32,13 @@ def diff(screen: Screen, old: Path, new: Path) -> int:
         difference_sentence(found),
     )
     return code
+
+
+def _files(path: Path) -> list[Path]:
+    """What :func:`read` reads."""
+    from moe_surgery.engine.receipts import files
+
+    return files(path) if path.is_dir() else [path]
 
 
 def read(path: Path) -> list[Record]:

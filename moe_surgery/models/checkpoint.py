@@ -19,7 +19,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_PARTS = (CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *PICKLES)
+_PARTS = (
+    CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *PICKLES,
+    "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.*", "*processor_config.json", "*.py",
+)  # fmt: skip
 
 _OF_NO_MEANING = ("transformers_version", "_name_or_path")
 # The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
@@ -82,7 +86,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is there that by its name is the config or weights of a model."""
+    """Whether a file is there that by its name is the config, weights, tokenizer or code of a model."""
     return path.is_file() and any(map(path.match, _PARTS))
 
 
