@@ -233,6 +233,56 @@ def call(*arguments: str | Path, exit_code: int) -> Result:
     return result
 
 
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        (("sites", 0, "path"), 1),
+        (("sites", 0, "outcome"), "gone"),
+        (("sites", 0, "spec", "router", "top_k"), "2"),
+        (("sites", 0, "spec", "shared", "alpha"), [1]),
+        (("sites", 0, "proof", "margin"), "large"),
+        (("sites", 0, "proof", "mutants", 0, "family"), []),
+        (("sites", 0, "proof", "passed"), 1),
+        (("sites", 0, "weights", 0, "sink"), -1),
+        (("memory", "new"), True),
+        (("versions",), {"torch": 2}),
+        (("phases",), {"load": "long"}),
+        (("sites", 0), float("nan")),
+        (("seconds",), float("inf")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [(), ("--format", "json"), ("--html", "page.html")], ids=["text", "json", "page"])
+def test_a_damaged_report_is_one_error(
+    where: tuple[Any, ...],
+    value: object,
+    form: tuple[str, ...],
+    applied: Report,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write(tmp_path, replace(ONE, report=applied.to_json()))
+    monkeypatch.chdir(tmp_path)
+    call(tmp_path, *form, exit_code=0)
+    data = json.loads(path.read_text())
+    *inner, last = where
+    held = data["report"]
+    for key in inner:
+        held = held[key]
+    held[last] = value
+    path.write_text(json.dumps(data))
+    found = call(tmp_path, *form, exit_code=2)
+    assert len(found.stderr.splitlines()) == 1 and found.stderr.startswith(f"error: {path}: not a re")
+
+
+def test_a_terminal_obeys_no_name(applied: Report, tmp_path: Path) -> None:
+    report = applied.but(model="\x1b[31mred\x9b0m\r", steps=(replace(applied.steps[0], path="a\x1b]0;title\x07"),))
+    write(tmp_path, replace(ONE, report=report.to_json(), outcome="failed", error="\x1b[2Jgone", exit_code=12))
+    found = call(tmp_path, exit_code=12)
+    assert not {"\x1b", "\x9b", "\x07", "\r"} & {*found.stdout, *found.stderr}
+    assert "a\\x1b]0;title\\x07" in found.stdout and found.stderr == "error: Model: \\x1b[2Jgone\n"
+
+
 def test_the_command_shows_equal_reports_once(tmp_path: Path, applied: Report) -> None:
     for receipt in ranks(2, fingerprint=applied.fingerprint, report=applied.to_json()):
         write(tmp_path, receipt)

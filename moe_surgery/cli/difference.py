@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,7 @@ def read(path: Path) -> list[Record]:
     from moe_surgery.planning.plan import Plan
     from moe_surgery.report.difference import Record
     from moe_surgery.report.from_json import report_from_json
+    from moe_surgery.report.json import loads
 
     if path.is_dir():
         from moe_surgery.engine.receipts import check, read_all
@@ -58,7 +58,7 @@ def read(path: Path) -> list[Record]:
         check(receipts)
         return _run(receipt.to_json() for receipt in receipts)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -96,5 +96,7 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         for sample in told["samples"]:
             size = f"{sample['sequences']} × {sample['tokens']} tokens"
             if sample["ratio"] is not None:
+                if not all(isinstance(sample[key], int | float | None) for key in ("ratio", "spread")):
+                    raise TypeError(f"no ratio: {sample}")
                 found[f"{name}, {size}"] = (sample["ratio"], sample["spread"])
     return found

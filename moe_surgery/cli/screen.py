@@ -16,6 +16,7 @@ from moe_surgery.errors import SurgeryError, UsageError
 from moe_surgery.models.checkpoint import is_part
 from moe_surgery.report.files import check_writable, write_whole
 from moe_surgery.report.json import dumps
+from moe_surgery.report.words import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +153,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Write a line to stderr."""
-        self._streams.err.write(text.rstrip("\n") + "\n")
+        self._streams.err.write(visible(text.rstrip("\n")) + "\n")
         self._streams.err.flush()
 
     @contextmanager
@@ -174,7 +175,7 @@ class Screen:
             self._to(place, text)
         except UsageError:
             if place != _STDOUT:  # a file: what took long to find is shown at least
-                self.say(text)
+                self._to(_STDERR, text)
             raise
 
     def _to(self, place: str, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -14,7 +13,8 @@ from typing import get_args
 
 from moe_surgery.errors import ReceiptError, SurgeryError, UsageError
 from moe_surgery.report.files import write_whole
-from moe_surgery.report.json import dumps
+from moe_surgery.report.from_json import report_from_json
+from moe_surgery.report.json import dumps, loads
 from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 
 _NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
@@ -151,7 +151,7 @@ def _check_equal(model: str, what: str, ranks: Sequence[Receipt], values: Sequen
 def _read(path: Path) -> tuple[Receipt, int]:
     try:
         written = path.stat().st_mtime_ns
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: not a receipt: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -165,6 +165,11 @@ def _read(path: Path) -> tuple[Receipt, int]:
     wrong += ["rank"] if not wrong and not 0 <= data["rank"] < data["world"] else []
     if wrong:
         raise UsageError(f"{path}: not a receipt: {wrong[0]} can't be {data[wrong[0]]!r}")
+    if data["report"] is not None:
+        try:
+            report_from_json(data["report"])
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
     return Receipt(**data), written
 
 
