@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import HANG
 from typer.testing import CliRunner, Result
 
 import moe_surgery
@@ -144,6 +145,13 @@ def test_an_unreadable_receipt_is_named(tmp_path: Path, change: str | dict[str, 
     with pytest.raises(UsageError, match=rf"{re.escape(str(path))}: not a receipt.*|.*{message}") as caught:
         read_all(tmp_path)
     assert str(caught.value).startswith(str(path)) and re.search(message, str(caught.value))
+
+
+def test_a_pipe_is_no_receipt(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "Model-rank0-1.json")
+    code = "import sys; from moe_surgery.engine.receipts import read_all; read_all(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=HANG)
+    assert "rank0-1.json: not a receipt: no file" in done.stderr
 
 
 def test_a_folder_that_isnt_there(tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def _check_equal(model: str, what: str, ranks: Sequence[Receipt], values: Sequen
 
 
 def _read(path: Path) -> tuple[Receipt, int]:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: not a receipt: no file")
     try:
         written = path.stat().st_mtime_ns
         data = loads(path.read_text(encoding="utf-8"))
