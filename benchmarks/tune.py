@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from shapes import CASES  # noqa: E402
 
 from moe_surgery.kernels.choice import FOLDER, shape_name  # noqa: E402
+from moe_surgery.targets.folded.fold import folded_terms  # noqa: E402
 from moe_surgery.tuning.compiling import begin_compiling, compilers  # noqa: E402
-from moe_surgery.tuning.shapes import folded_terms  # noqa: E402
 from moe_surgery.tuning.table import tune  # noqa: E402
 
 DTYPE = "bfloat16"

@@ -7,7 +7,7 @@ was read with holds for that only: an argument that was at its default must be a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ class Argument:
 
     "unused" ones are named by no code of the forward, so that any value will do; "fixed" ones must be what they were
     when the block was read, ``default``, or nothing where there are ``many``; ``required`` ones must be given as that.
-    "beside" ones are tensors that the block's own operations take, of the form that ``companion`` says.
+    "beside" ones are tensors that the block's own operations take, of the form that ``companion`` says. A ``gathered``
+    one is the first of those that ``*given`` takes.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Argument:
     by_name_only: bool = False
     required: bool = False
     companion: Companion | None = None
+    gathered: bool = False
 
 
 class UnreadCall(SurgeryError):
@@ -249,6 +251,17 @@ class Structure:
         if self.keys is not None:
             return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+def leaves_of(values: Iterable[Any]) -> Iterator[Any]:
+    """The leaves of structures among some values, and the others."""
+    for value in values:
+        yield from value.leaves() if isinstance(value, Structure) else (value,)
+
+
+def mapped_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A structure with other leaves, or ``leaf`` of what is none."""
+    return value.mapped(leaf) if isinstance(value, Structure) else leaf(value)
 
 
 def structured(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> Any:

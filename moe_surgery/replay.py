@@ -35,12 +35,17 @@ class At:
 class Many:
     """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
 
-    ``was`` is what it was in the record that it was found in.
+    With a ``power`` of -1 it is ``times`` divided by that. ``was`` is what it was in the record that it was found in.
     """
 
     of: Literal["tokens", "batch", "sequence"]
-    times: int = 1
-    was: int = field(default=0, compare=False)
+    times: float = 1
+    was: float = field(default=0, compare=False)
+    power: int = 1
+
+    def made(self, size: int) -> float:
+        """The number, of a batch of that ``size``."""
+        return self.times * size if self.power > 0 else self.times / size
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class Begun:
             return values[operand.number]
         if isinstance(operand, Many):
             sizes = {"tokens": self.x.shape[:-1].numel(), "batch": self.x.shape[0], "sequence": self.x.shape[-2]}
-            return sizes[operand.of] * operand.times
+            return operand.made(sizes[operand.of])
         if isinstance(operand, dict):
             return {name: self._filled(item, values) for name, item in operand.items()}
         if isinstance(operand, torch.dtype) and operand.is_floating_point:

@@ -22,6 +22,7 @@ from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 from moe_surgery.subject import Model, Packs, Subject, explained, planned
 from moe_surgery.targets import get_target
+from moe_surgery.targets.folded.ahead import KernelsAhead
 
 if TYPE_CHECKING:
     from moe_surgery.report.explanation import Explanation
@@ -160,7 +161,9 @@ def apply(
     checks.margin(margin), checks.seed(seed), checks.truth(undoable, "undoable")
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
     settings = Settings(margin, seed, undoable, on_progress, model_check, expect, strict)
-    return _operation(_live(model), plan, settings, as_plan).apply()
+    subject = Subject.of(_live(model))
+    with KernelsAhead(subject.module) as kernels:
+        return _operation(subject, plan, settings, as_plan, kernels).apply()
 
 
 def verify(
@@ -204,18 +207,21 @@ def verify(
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
     settings = Settings(margin, seed, True, on_progress, False, expect, strict)
-    return _operation(model, plan, settings, as_plan).verify()
-
-
-def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan: dict[str, Any]) -> Operation:
-    started = time.perf_counter()
     subject = Subject.of(model)
+    with KernelsAhead(subject.module) as kernels:
+        return _operation(subject, plan, settings, as_plan, kernels).verify()
+
+
+def _operation(
+    subject: Subject, made: Plan | None, settings: Settings, as_plan: dict[str, Any], kernels: KernelsAhead
+) -> Operation:
+    started = time.perf_counter()
     if made is not None and not isinstance(made, Plan):
         raise UsageError(f"plan must be a Plan, not {checks.shown(made)}; Plan.load reads a saved one")
     unknown = sorted(as_plan.keys() - {"packs", "target", "only", "skip", "expect", "strict"})
     if unknown:
         raise UsageError(f"unknown: {', '.join(unknown)}")
-    sites = survey(model)
+    sites = survey(subject.module)
     if made is None:
         packs, target = as_plan.pop("packs", None), as_plan.pop("target", "auto")
         only, skip = checks.texts(as_plan.pop("only", ()), "only"), checks.texts(as_plan.pop("skip", ()), "skip")
@@ -225,7 +231,7 @@ def _operation(model: nn.Module, made: Plan | None, settings: Settings, as_plan:
     else:
         made.check_origin(subject.digest(), subject.name)
         made.warn_of_versions()
-    operation = Operation(model, made, sites, get_target, settings)
+    operation = Operation(subject.module, made, sites, get_target, settings, kernels)
     operation.read = operation.started - started
     return operation
 

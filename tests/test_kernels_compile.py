@@ -117,7 +117,10 @@ def compile_both_paths(terms: Terms, dtype: str) -> None:
 
 
 @compiles
-def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [None, (1, 2, 300)], ids=["any number of tokens", "some"])
+def test_ahead_in_other_processes(
+    numbers: tuple[int, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that is wanted later is found in the cache: what it is kept under is the same in either process."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -130,24 +133,28 @@ def test_ahead_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def get_current_stream(self, _: int) -> int:
             return 0
 
-    def few(terms: Terms, dtype: torch.dtype) -> list[tuple[Any, int]]:
+    def few(terms: Terms, dtype: torch.dtype, _: None) -> list[tuple[Any, int]]:
         rows = {row.path: row for row in rows_for(terms, dtype)}
         return [(rows["pairs"], 2), (rows["grouped"], WIDE_ROWS + 1)]
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         hits.append(cache_hit)
 
-    for module in (ahead, warming):
+    for module in (ahead, warming) if numbers is None else ():
         monkeypatch.setattr(module, "variants", few)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(knobs.compilation, "listener", listen)
-    terms, cpu = terms_of(SPEC), torch.device("cpu")
+    # Each has sizes of its own, so that this process has compiled nothing of it.
+    terms, cpu = terms_of(SPEC if numbers is None else replace(SPEC, hidden=2 * SPEC.hidden)), torch.device("cpu")
     hits: list[bool] = []
     monkeypatch.setattr(driver, "_active", Elsewhere(GPUTarget("cuda", 90, 32)))
-    jobs = ahead.specializations(terms, torch.bfloat16, cpu)
+    jobs = ahead.specializations(terms, torch.bfloat16, cpu, numbers)
     assert not hits and len(jobs) > 5 and knobs.runtime.jit_cache_hook is None
-    ahead.Compilers(cpu, 2).begin([terms], torch.bfloat16)()
-    warming.warm(stand_ins(terms, torch.bfloat16, cpu), terms)
+    compilers = ahead.Compilers(cpu, 2)
+    assert not compilers.underway
+    compilers.begin([terms], torch.bfloat16, numbers)()
+    assert compilers.underway
+    warming.warm(stand_ins(terms, torch.bfloat16, cpu), terms, numbers)
     assert hits == [True] * len(jobs)
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.published import ALL
+from zoo.gathered import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
 from moe_surgery.calling import structured
 from moe_surgery.errors import ProofError, SurgeryError
+from moe_surgery.planning import survey
 from moe_surgery.targets.base import StandingBlock, SwappedBlock
 
 SHAPES = ((2, 3), (1, 1), (5, 13))
@@ -217,6 +218,16 @@ def test_a_block_that_the_model_calls_with_more_is_refused_and_others_are_replac
     assert distance(model(x), before) < 64
 
 
+def test_a_block_that_reading_breaks_at_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("of nothing")
+
+    broken, model = survey.read_within.__globals__, Layer(next(c for c in ALL if c.name == "HalfOfAllBeside").make())
+    monkeypatch.setitem(broken, "check_site", fails)
+    step = moe_surgery.apply(model.eval()).steps[0]
+    assert step.outcome == "missed" and "ZeroDivisionError: of nothing" in step.reason
+
+
 def test_a_wrong_result_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_surgery.targets.convention import Convention
 
@@ -258,6 +269,42 @@ def test_what_every_call_writes_to_an_object_is_written_by_calls_alone() -> None
     assert held.ready and held.tokens == (6, 32) and held.shape == (2, 3, 32) and held.scale == 1
 
 
+def test_a_dict_of_a_block_is_the_same_and_kept_up_to_date() -> None:
+    def made() -> Layer:
+        return Layer(next(case for case in ALL if case.name == "KeepsUnderNames").make()).eval()
+
+    model, old = made(), made()
+    held = model.mlp.stats
+    report = moe_surgery.apply(model, target="reference")
+    assert report.steps[0].outcome == "replaced" and held == {}
+    for x in inputs(shapes=SHAPES):
+        model(x), old(x)
+        assert model.mlp.stats is held and list(held) == list(old.mlp.stats)
+        for name, value in old.mlp.stats.items():
+            assert_same(held[name], value, exactly=False)
+    moe_surgery.undo(report)
+    assert model.mlp.stats is held
+
+
+def test_a_dict_that_a_block_makes_is_made_anew_in_every_call() -> None:
+    case = next(case for case in ALL if case.name == "KeepsADict")
+    model, old = Layer(case.make()).eval(), Layer(case.make()).eval()
+    moe_surgery.apply(model, target="reference")
+    assert not hasattr(model.mlp, "losses")
+    for x in inputs(shapes=SHAPES):
+        model(x), old(x)
+        assert_same(model.mlp.losses, old.mlp.losses, exactly=False)
+
+
+def test_a_wrong_value_in_a_dict_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = StandingBlock.write
+    monkeypatch.setattr(
+        StandingBlock, "write", lambda self, path, name, value: right(self, path, name, {**value, "z": 2 * value["z"]})
+    )
+    with pytest.raises(ProofError, match="losses"):
+        moe_surgery.apply(Layer(next(case for case in ALL if case.name == "KeepsADict").make()), target="reference")
+
+
 def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_surgery.targets.base import StandingBlock
 
@@ -266,6 +313,13 @@ def test_an_object_that_the_new_block_does_not_write_to_fails_the_proof(monkeypa
     with pytest.raises(ProofError, match="token_dispatcher"):
         moe_surgery.apply(model, target="reference")
     assert vars(model.mlp.token_dispatcher) == {}
+
+
+def test_a_weight_that_the_first_call_converts_is_a_reason_to_leave_a_block_alone() -> None:
+    block = next(case for case in ALL if case.name == "ConvertsItsBias").make().bfloat16()
+    [step] = moe_surgery.apply(Layer(block), target="reference").steps
+    assert step.outcome == "missed" and "exchanges the data of shift" in step.reason
+    assert block.shift.dtype is torch.bfloat16
 
 
 def test_a_new_tensor_has_the_dtype_of_the_one_that_it_is_asked_of() -> None:

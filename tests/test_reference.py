@@ -19,7 +19,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 
 from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.targets.base import Context
-from moe_surgery.targets.reference import Visits, _each, expert_outputs, forward, gated, router_scores
+from moe_surgery.targets.reference import Visits, _products, expert_outputs, forward, gated, router_scores
 from moe_surgery.targets.reference_target import ReferenceTarget
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -202,15 +202,16 @@ def test_the_target_refuses_what_it_can_not_compute() -> None:
     assert "8 experts, but there are 16" in odd.reason
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_some_matrices_at_once_give_what_each_gives(biased: bool) -> None:
-    """On a GPU experts are multiplied some at a time."""
+def test_some_matrices_at_once_give_what_each_gives(biased: bool, together: int) -> None:
+    """On a GPU experts are multiplied some at a time, those that are visited."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [3, 1, 7, 2]
-    rows, matrices = (torch.randn(*shape, generator=generator).double() for shape in ((13, 8), (4, 6, 8)))
-    biases = torch.randn(4, 6, generator=generator).double() if biased else None
+    counts = [3, 1, 0, 7, 0, 0, 2, 5]
+    rows, matrices = (torch.randn(*shape, generator=generator).double() for shape in ((18, 8), (8, 6, 8)))
+    biases = torch.randn(8, 6, generator=generator).double() if biased else None
     wanted = [
         torch.nn.functional.linear(part, matrices[place], None if biases is None else biases[place])
-        for place, part in enumerate(rows.split(sizes))
+        for place, part in enumerate(rows.split(counts))
     ]
-    torch.testing.assert_close(_each(rows, sizes, matrices, biases), torch.cat(wanted))
+    torch.testing.assert_close(_products(rows, counts, matrices, None, biases, together), torch.cat(wanted))

@@ -241,6 +241,20 @@ def test_who_else_holds_a_block_is_found_before_anything_is_built(name: str) -> 
     assert first.outcome == "replaced"
 
 
+@pytest.mark.parametrize("listened", [False, True])
+def test_blocks_may_share_a_module_that_holds_nothing(listened: bool) -> None:
+    model, shared = talking.model(lambda layer, x: layer.mlp(x)), nn.SiLU().eval()
+    model.aside = shared
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for expert in block.experts:
+            expert.act = shared
+    if listened:
+        model.aside.register_forward_hook(lambda *_: None)
+    report = right(model)
+    assert report is not None
+    assert {step.outcome for step in report.steps} == {"missed" if listened else "replaced"}, report.steps
+
+
 @pytest.mark.parametrize(
     "hook",
     [lambda *_: None, lambda _, args, output=None: (args[0] * 1.0,) if output is None else output + 0.0],

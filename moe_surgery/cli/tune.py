@@ -46,8 +46,9 @@ def tune(screen: Screen, job: Job, trust: Trust) -> int:
     import torch
 
     from moe_surgery.kernels.choice import own_folder
+    from moe_surgery.targets.folded.fold import folded_terms
     from moe_surgery.tuning.compiling import begin_compiling, compilers
-    from moe_surgery.tuning.shapes import folded_terms, shapes
+    from moe_surgery.tuning.shapes import shapes
     from moe_surgery.tuning.table import DTYPES, TOKENS
     from moe_surgery.tuning.table import tune as tune_shape
 

@@ -46,16 +46,20 @@ class Compilers:
         """Returns at once."""
         self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.underway = False
+        """Whether a process has done a job: until then all are making themselves ready."""
         self._pool = ThreadPoolExecutor(most + 2)
         self._target = self._pool.submit(self._start, most)
         self._pool.submit(triton_key)  # a digest of half a gigabyte, which Triton keeps
 
-    def begin(self, terms: Sequence[Terms], dtype: torch.dtype) -> Callable[[], None]:
+    def begin(
+        self, terms: Sequence[Terms], dtype: torch.dtype, numbers: Sequence[int] | None = None
+    ) -> Callable[[], None]:
         """Begin to compile every kernel that blocks of these ``terms`` may ever launch; may be called once.
 
-        Returns what waits for that, and for the processes to end.
+        With ``numbers`` of tokens, those that they need. Returns what waits for that, and for the processes to end.
         """
-        done = self._pool.submit(self._compile, terms, dtype)
+        done = self._pool.submit(self._compile, terms, dtype, numbers)
 
         def wait_for_it() -> None:
             done.exception()
@@ -85,27 +89,27 @@ class Compilers:
         with self._on_device():
             return vars(driver.active.get_current_target())
 
-    def _compile(self, terms: Sequence[Terms], dtype: torch.dtype) -> None:
+    def _compile(self, terms: Sequence[Terms], dtype: torch.dtype, numbers: Sequence[int] | None) -> None:
         target = self._target.result()
         with self._on_device():
-            found = dict.fromkeys(job for each in terms for job in specializations(each, dtype, self._device))
+            found = dict.fromkeys(job for each in terms for job in specializations(each, dtype, self._device, numbers))
         jobs = iter([*reversed(found)])  # those for many tokens take longest
-        served: list[Future[None]] = [self._pool.submit(_serve, each, target, jobs) for each in self._processes]
+        served: list[Future[None]] = [self._pool.submit(self._serve, each, target, jobs) for each in self._processes]
         wait(served, _HANG)
+
+    def _serve(self, process: subprocess.Popen[bytes], target: dict[str, Any], jobs: Iterator[Job]) -> None:
+        """Give a process one job after the other, as long as there are any and it does them."""
+        assert process.stdout is not None
+        with suppress(OSError):
+            _tell(process, target)
+            for job in jobs:
+                _tell(process, job)
+                if not process.stdout.readline():
+                    break
+                self.underway = True
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
-
-def _serve(process: subprocess.Popen[bytes], target: dict[str, Any], jobs: Iterator[Job]) -> None:
-    """Give a process one job after the other, as long as there are any and it does them."""
-    assert process.stdin is not None and process.stdout is not None
-    with suppress(OSError):
-        _tell(process, target)
-        for job in jobs:
-            _tell(process, job)
-            if not process.stdout.readline():
-                break
 
 
 def _tell(process: subprocess.Popen[bytes], what: Any) -> None:
@@ -122,8 +126,10 @@ def _started() -> subprocess.Popen[bytes]:
     return process
 
 
-def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> list[Job]:
-    """All that Triton would compile for blocks of these ``terms``; nothing is compiled."""
+def specializations(
+    terms: Terms, dtype: torch.dtype, device: torch.device, numbers: Sequence[int] | None = None
+) -> list[Job]:
+    """All that Triton would compile for blocks of these ``terms``, or for some ``numbers`` of tokens."""
     found: dict[Job, None] = {}
     own, others = threading.get_ident(), knobs.runtime.jit_cache_hook
 
@@ -136,7 +142,7 @@ def specializations(terms: Terms, dtype: torch.dtype, device: torch.device) -> l
     weights = stand_ins(terms, dtype, device)
     knobs.runtime.jit_cache_hook = note
     try:
-        for choice, tokens in variants(terms, dtype):
+        for choice, tokens in variants(terms, dtype, numbers):
             compile_only(weights.router.new_empty(tokens, terms.hidden), weights, terms, choice)
     finally:
         knobs.runtime.jit_cache_hook = others

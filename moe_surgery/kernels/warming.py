@@ -19,15 +19,19 @@ def warm(weights: Weights, terms: Terms, numbers: Sequence[int] | None = None) -
 
     With ``numbers`` of tokens, those that they need.
     """
-    dtype = weights.router.dtype
-    wanted = variants(terms, dtype) if numbers is None else ((choose(terms, n, dtype), n) for n in numbers)
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
-        for choice, tokens in wanted:
+        for choice, tokens in variants(terms, weights.router.dtype, numbers):
             compile_only(weights.router.new_empty(tokens, terms.hidden), weights, terms, choice)
 
 
-def variants(terms: Terms, dtype: torch.dtype) -> Iterator[tuple[Choice, int]]:
-    """Every row of the table with a number of tokens for each dtype of experts' outputs that it may meet."""
+def variants(terms: Terms, dtype: torch.dtype, numbers: Sequence[int] | None = None) -> Iterator[tuple[Choice, int]]:
+    """What serves these ``numbers`` of tokens, each with its number.
+
+    Without, every row of the table with a number of tokens for each dtype of experts' outputs that it may meet.
+    """
+    if numbers is not None:
+        yield from ((choose(terms, tokens, dtype), tokens) for tokens in numbers)
+        return
     rows = rows_for(terms, dtype)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         if row.tokens <= WIDE_ROWS:

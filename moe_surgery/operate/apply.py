@@ -30,12 +30,13 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock, Target
 from moe_surgery.targets.convention import Convention
+from moe_surgery.targets.folded.ahead import KernelsAhead
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -49,8 +50,9 @@ class Operation:
         sites: Sequence[Surveyed],
         targets: Callable[[str], Target],
         settings: Settings,
+        kernels: KernelsAhead,
     ) -> None:
-        self.model, self.plan, self.settings = model, plan, settings
+        self.model, self.plan, self.settings, self.kernels = model, plan, settings, kernels
         named = cache(targets)
         self.targets = {step.path: named(step.target) for step in plan.steps if step.target is not None}
         self.rules = {step.path: step.rule for step in plan.steps}
@@ -61,9 +63,10 @@ class Operation:
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
         self.whole: WholeModel | None = None
         self.exchanged: Transaction | None = None
+        folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
+        kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
         self.started = time.perf_counter()
-        self.read = 0.0
-        self.proved = 0.0
+        self.read = self.proved = 0.0
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
@@ -200,6 +203,7 @@ class Operation:
                 return None
             if reading.spec not in self.prepared:
                 self.prepared.add(reading.spec)
+                self.kernels.wait()
                 with suppress(Exception):  # what doesn't compile is told where it is called
                     new.prepare(NUMBERS)
             settings = self.settings

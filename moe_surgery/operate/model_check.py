@@ -25,7 +25,7 @@ from moe_surgery.operate.inner_calls import InnerCalls
 from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.watching import under, watched
 from moe_surgery.prove.own_tokens import Heard
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import ModelCheck
 from moe_surgery.targets.base import StandingBlock
 

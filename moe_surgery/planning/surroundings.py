@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.models.site import Site
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.reach import functions
 from moe_surgery.read.sameness import words
 from moe_surgery.weights.reach import reachable
 
@@ -96,7 +96,7 @@ class Surroundings:
         for what, value in self._roots(module):
             for found in self._unregistered(value, seen):
                 inner = self._inner_of(found)
-                if inner is not None and inner.site != own:
+                if inner is not None and inner.site != own and not _weightless(found):
                     held = self.sites[inner.site].path + (f".{inner.name}" if inner.name else "")
                     self._found.setdefault(
                         inner.site, f"{what.format(where=where)} holds {held}, which would stay as it is"
@@ -177,6 +177,14 @@ class Surroundings:
                     if used and not _known(hook):
                         return f"{_HOOKS[hooks]} of {where} may reach into it (it names {', '.join(used[:3])})"
         return None
+
+
+def _weightless(found: Tensor | nn.Module) -> bool:
+    """Whether something is a module that holds nothing, such as an activation: several may share one."""
+    if isinstance(found, Tensor) or any(vars(found).get(stored) for stored in _STORED):
+        return False
+    own = [value for name, value in vars(found).items() if name in _HOOKS or name not in _INTERNAL]
+    return not any(vars(found)[hooks] for hooks in _HOOKS) and not any(True for _ in reachable(own, set()))
 
 
 def _attributes(module: nn.Module) -> Iterator[str]:

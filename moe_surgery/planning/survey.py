@@ -11,6 +11,7 @@ from moe_surgery.installed.imports import uncollected
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites
 from moe_surgery.planning.surroundings import Surroundings
+from moe_surgery.read.asking import Records
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
 from moe_surgery.read.parsed import NO_TOP_K
@@ -61,16 +62,17 @@ def _may_choose(item: Surveyed) -> bool:
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
     if isinstance(site.module, SwappedBlock):
         return Surveyed(site, None, None)
+    records = Records(site.module)
     try:
-        return _whole(site, known, shared)
+        return _whole(site, known, shared, records)
     except Broken as error:
         return Surveyed(site, None, str(error))
     except Unreadable as error:
         inside = _inside(site, known, shared, str(error))
-        return inside if inside.reading is not None else _around(site, known, shared, inside)
+        return inside if inside.reading is not None else _around(site, known, shared, records, inside)
 
 
-def _around(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
+def _around(site: Site, known: Readings, shared: dict[int, list[str]], records: Records, unread: Surveyed) -> Surveyed:
     """A block of which a part can be read, split behind its router or all around its experts; else ``unread``.
 
     What came closest to being taken is named too: where the experts were found, why the rest can't go on as it is.
@@ -78,7 +80,7 @@ def _around(site: Site, known: Readings, shared: dict[int, list[str]], unread: S
     for reader in (read_around, read_within):
         try:
             _check_place(site, shared)
-            return Surveyed(site, replace(_read(site, known, reader), around=unread.unread or ""), None)
+            return Surveyed(site, replace(_read(site, known, reader, records), around=unread.unread or ""), None)
         except Unreadable as error:
             problem = error
     if isinstance(problem, (Untold, Unfollowed)) or str(problem) in (unread.unread or ""):
@@ -86,10 +88,10 @@ def _around(site: Site, known: Readings, shared: dict[int, list[str]], unread: S
     return replace(unread, unread=f"{unread.unread}; nor can the rest of it go on as it is: {problem}")
 
 
-def _whole(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
+def _whole(site: Site, known: Readings, shared: dict[int, list[str]], records: Records) -> Surveyed:
     _check_place(site, shared)
     check_site(site.module)
-    reading = _read(site, known, read)
+    reading = _read(site, known, read, records)
     if reading.above_zero is not None:
         held = weight(site.module, reading.above_zero.path)
         if held.is_meta or bool((held < 0).any()):
@@ -122,10 +124,16 @@ def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
         raise Unreadable(f"it is one module at several places: {', '.join(shared[id(site.module)])}")
 
 
-def _read(site: Site, known: Readings, reader: Callable[[nn.Module], Reading]) -> Reading:
+def _read(site: Site, known: Readings, reader: Callable[..., Reading], *records: Records) -> Reading:
     def read_now() -> Reading:
         with uncollected():
-            return reader(site.module)
+            try:
+                return reader(site.module, *records)
+            except Unreadable:
+                raise
+            except Exception as error:  # of a block that nobody thought of; the others are replaced all the same
+                what = f"{type(error).__name__}: {error}"
+                raise Unreadable(f"reading it broke off, which is a mistake of this library ({what})") from error
 
     return known.once((reader, structure(site.module, site.path)), read_now)
 

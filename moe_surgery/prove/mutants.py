@@ -233,9 +233,9 @@ def reached(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> bool:
 
 def _zeroed(parts: Parts, everyone: Tensor) -> Twin:
     """One expert zeroed, for every expert."""
-    ranks = range(parts.ids.shape[1])
-    left = torch.cat([parts.routed - parts.weights[:, j, None] * parts.outputs[:, j] for j in ranks])
-    tokens, experts = everyone.repeat(len(ranks)), parts.ids.T.flatten()
+    ranks = parts.ids.shape[1]
+    left = (parts.routed - parts.weights.T[..., None] * parts.outputs[:, :ranks].transpose(0, 1)).flatten(0, 1)
+    tokens, experts = everyone.repeat(ranks), parts.ids.T.flatten()
     if parts.spec.experts.empty:
         acting = experts < parts.spec.experts.acting
         left, tokens, experts = left[acting], tokens[acting], experts[acting]

@@ -17,7 +17,7 @@ from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of,
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.record.attributes import unwritten
+from moe_surgery.read.record.state import unwritten
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
 from moe_surgery.weights.tensors import BlockTensors
@@ -150,12 +150,16 @@ def _batches(block: nn.Module, x: Tensor, calling: Calling) -> tuple[Tensor, ...
 def _attribute(block: nn.Module, path: str, name: str) -> Any:
     owner: Any = block
     for part in path.split(".") if path else ():
-        owner = getattr(owner, part)
-    return getattr(owner, name, None)
+        owner = owner[part] if type(owner) is dict else getattr(owner, part)
+    return owner.get(name) if type(owner) is dict else getattr(owner, name, None)
 
 
 def _apart(what: str, old: Any, new: Any) -> Iterator[str]:
     """Why what the same operations made of the same input differs in two blocks, if it does."""
+    if type(old) in (dict, list, tuple) and _form(old) == _form(new):
+        for one, other in zip(_leaves(old), _leaves(new), strict=True):
+            yield from _apart(what, one, other)
+        return
     if not isinstance(old, Tensor) and type(old) is type(new) and old == new:  # a shape, or a plain value
         return
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):

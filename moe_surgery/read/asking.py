@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -17,10 +18,31 @@ from moe_surgery.read.reading import Silent, Unfollowed, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.flow import Flow, Route
+from moe_surgery.read.record.state import Watch
 
 FEW = (3, 7)
 """Rows and columns of a small batch, which are seldom sizes of anything else."""
 _MOST_BRANCHES = 3  # each doubles the records
+
+
+class Records:
+    """The records of one ``block`` so far, as nothing else comes of the same call; holds while nobody changes it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self._made: dict[Hashable, Flow | Unreadable] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Flow]) -> Flow:
+        """The record of the call that ``key`` tells of. Raises :class:`Unreadable` as ``make`` did."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except Unreadable as error:
+                self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, Unreadable):
+            raise found.with_traceback(None)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +52,34 @@ class Asking:
     ``inside``: it is sent to experts of the groups that it chose.
     """
 
-    block: nn.Module
+    records: Records
     calling: Calling
     parse: Callable[[Flow, torch.dtype], Record] = parse_record
     inside: bool = False
+    _watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_watch", Watch(self.block))
+
+    @property
+    def block(self) -> nn.Module:
+        return self.records.block
+
+    def record(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        route: Route,
+        *,
+        plain: bool = False,
+        more: Mapping[str, Any] | None = None,
+        turned: frozenset[str] = frozenset(),
+        calling: Calling | None = None,
+    ) -> Flow:
+        """A record of the block, as :func:`~moe_surgery.read.record.block_run.record` makes it."""
+        how: dict[str, Any] = {"plain": plain, "turned": turned, "calling": calling or self.calling}
+        made = partial(record, self._watch, shape, dtype, route, inside=self.inside, more=more, **how)
+        return made() if more else self.records.once((shape, dtype, route, self.inside, *how.items()), made)
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False) -> Record:
         try:
@@ -52,14 +98,13 @@ class Asking:
         self, shape: tuple[int, ...], dtype: torch.dtype, route: Route, *, plain: bool = False
     ) -> tuple[Record, list[tuple[frozenset[str], Record | None]]]:
         """A record, and those in which some comparisons are answered the other way; None for one that can't be read."""
-        how: dict[str, Any] = {"plain": plain, "calling": self.calling, "inside": self.inside}
-        flow = record(self.block, shape, dtype, route, **how)
+        flow = self.record(shape, dtype, route, plain=plain)
         found = self.parse(flow, dtype)
         others: list[tuple[frozenset[str], Record | None]] = []
         for turned in _some(flow.branches):
             other = None
             with suppress(Unreadable):
-                turned_flow = record(self.block, shape, dtype, route, turned=turned, **how)
+                turned_flow = self.record(shape, dtype, route, plain=plain, turned=turned)
                 if set(turned_flow.branches) <= set(flow.branches):
                     other = self.parse(turned_flow, dtype)
             others.append((turned, other))
@@ -74,7 +119,7 @@ class Asking:
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False) -> bool:
         """Whether the block's own forward takes such an input."""
         try:
-            record(self.block, shape, dtype, crowded_together, plain=plain, calling=self.calling)
+            self.record(shape, dtype, crowded_together, plain=plain)
         except Unfollowed:
             return False
         return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Broken, Mistaken, Unfollowed, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
-from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.together import but_slots
 
@@ -129,9 +127,8 @@ def records_of_parts(ask: Asking, crowded: Crowded, beyond: set[int], dtype: tor
         raise Unreadable(reason)
     tokens = 2 * max(beyond) + 3
     leads = [(tokens,)] if crowded.flat else [(1, tokens), (tokens, 1)]
-    how: dict[str, Any] = {"plain": True, "calling": ask.calling, "inside": ask.inside}
     found = [
-        ask.parse(record(ask.block, (*lead, crowded.width), dtype, route, **how), dtype)
+        ask.parse(ask.record((*lead, crowded.width), dtype, route, plain=True), dtype)
         for lead, route in [(leads[0], together), *((lead, rolled) for lead in leads)]
     ]
     reached = {end for record_ in found for end in record_.within}

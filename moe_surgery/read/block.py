@@ -13,13 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.read.asking import FEW, Asking, rolled, spread
+from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
@@ -27,9 +26,8 @@ from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
-from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched
+from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
-from moe_surgery.read.record.block_run import record
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -51,58 +49,61 @@ _MANY = 65  # tokens: more than the thresholds that blocks are known to branch a
 _ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
 
-def read(block: nn.Module) -> Reading:
+def read(block: nn.Module, records: Records | None = None) -> Reading:
     """What ``block`` computes. No weight is touched; weights may be on the meta device.
+
+    ``records`` are those that were made of it before, where it is read in several ways.
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
+    records = records or Records(block)
     try:
-        return _read(block, parse_record)
+        return _read(records, parse_record)
     except Outside as error:
         try:
-            return _read(block, parse_record, inside=True)
+            return _read(records, parse_record, inside=True)
         except Unreadable:
             raise error from None
 
 
-def read_around(block: nn.Module) -> Reading:
+def read_around(block: nn.Module, records: Records | None = None) -> Reading:
     """What ``block`` computes, of which the router is left as it is: its own operations find ids and weights.
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read_beside(block, Splitting)
+    return _read_beside(records or Records(block), Splitting)
 
 
-def read_within(block: nn.Module) -> Reading:
+def read_within(block: nn.Module, records: Records | None = None) -> Reading:
     """What the routed experts in ``block`` compute, of which all else is left as it is.
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    return _read_beside(block, Within)
+    return _read_beside(records or Records(block), Within)
 
 
-def _read_beside(block: nn.Module, parse: type[Splitting | Within]) -> Reading:
+def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
     """A block read in parts; one that fails without what it takes beside its input, with tensors of some form there."""
     try:
-        return _read_in_parts(block, parse())
+        return _read_in_parts(records, parse())
     except Unfollowed as error:
         problem: Unreadable = error
-    for calling in with_companions(block, arguments_of(block, absent=True)):
+    for calling in with_companions(records.block, arguments_of(records.block, absent=True)):
         try:
             return with_others_alike(
-                _read_in_parts(block, parse(), calling), lambda calling: _read_in_parts(block, parse(), calling)
+                _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
             )
         except Unreadable as error:
             problem = error if isinstance(problem, Unfollowed) and not isinstance(error, Unfollowed) else problem
     raise problem
 
 
-def _read_in_parts(block: nn.Module, parse: Splitting | Within, calling: Calling | None = None) -> Reading:
+def _read_in_parts(records: Records, parse: Splitting | Within, calling: Calling | None = None) -> Reading:
     """A block read where it can be cut; the first reason is told, if it can't be anywhere."""
     problem: Unreadable | None = None
     while True:
         try:
-            return _read(block, parse, calling=calling)
+            return _read(records, parse, calling=calling)
         except Unreadable as error:
             problem = problem or error
             if not parse.otherwise():
@@ -110,18 +111,21 @@ def _read_in_parts(block: nn.Module, parse: Splitting | Within, calling: Calling
 
 
 def _read(
-    block: nn.Module,
+    records: Records,
     parse: Callable[[Flow, torch.dtype], Record],
     *,
     inside: bool = False,
     calling: Calling | None = None,
 ) -> Reading:
+    block = records.block
     state = check_site(block)
-    ask = Asking(block, calling or arguments_of(block, absent=True), parse, inside)
+    ask = Asking(records, calling or arguments_of(block, absent=True), parse, inside)
     with own_forward(block):
         try:
             crowded = crowded_record(ask, hidden_sizes(state), state)
         except Unfollowed as error:
+            if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
+                return _read(records, parse, inside=inside, calling=longer)
             if calling is None:
                 _check_arguments(block, error)
             raise
@@ -135,33 +139,33 @@ def _read(
         more = crowded.record.ranked > router.top_k and not (cut is not None and cut.computed)
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
         batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid)
-        records = [
+        made = [
             crowded.record,
             ask(crowded.shape(batch), torch.float32, rolled if more else spread),
             record_of_one(ask, crowded.shape((1, 1)), own, crowded.record),
         ]
-        calling = _without_effect(ask, crowded.shape((1, 1)), own, records[-1])
-        records += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
+        calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])
+        made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
         few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid)
-        records += ask.if_it_takes((few[0] * few[1], width), own)
-        if any(record_.lone for record_ in records) and not crowded.flat:
-            records += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
-        if any(record_.one_by_one for record_ in records):  # the number of a row may be branched on unseen
-            records.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
-        if beyond := {end for record_ in records for end, _ in record_.beyond}:
-            records += records_of_parts(ask, crowded, beyond, own)
+        made += ask.if_it_takes((few[0] * few[1], width), own)
+        if any(record_.lone for record_ in made) and not crowded.flat:
+            made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
+        if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen
+            made.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
+        if beyond := {end for record_ in made for end, _ in record_.beyond}:
+            made += records_of_parts(ask, crowded, beyond, own)
         if first.on_input and split:
             raise Unreadable("its experts weight their inputs")
         # What differs there decides, and not what follows.
-        experts = same_experts(records, first, router.num_experts, split=split)
+        experts = same_experts(made, first, router.num_experts, split=split)
         numbers = renumbered(experts)
-        program = own_part(ask, records, crowded.shape(few), crowded.shape(batch), own, numbers)
+        program = own_part(ask, made, crowded.shape(few), crowded.shape(batch), own, numbers)
     check_identities(experts, split)
     layout = layout_of(first, experts)
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:
         raise Unreadable(f"the {router.groups.chosen} groups it chooses hold fewer than {router.top_k} experts")
     # How it rounds shows in half precision, or in the dtype of its own weights if that isn't float32.
-    precisions = (first if own == torch.float32 else records[2].first).precisions
+    precisions = (first if own == torch.float32 else made[2].first).precisions
     if router.correction and precisions.scores == "native" and state[router.correction.path].dtype != own:
         raise Unreadable("its correction bias is of another dtype than the scores that it is added to")
     spec = MoESpec(
@@ -173,14 +177,16 @@ def _read(
         own_rest=cut is not None and cut.routed is not None,
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
-    spare = frozenset(state).difference(*(record_.used for record_ in records))
+    spare = frozenset(state).difference(*(record_.used for record_ in made))
     if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
-        spare = frozenset(name for name in spare if state[name].dtype is torch.int64 and state[name].ndim == 2)
+        spare = frozenset(
+            name for name in spare if state[name].dtype in (torch.int32, torch.int64) and state[name].ndim == 2
+        )
     own_code = own_weights(program, layout)
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
-    results = all_say((record_.results, record_.lead) for record_ in records)
+    results = all_say((record_.results, record_.lead) for record_ in made)
     spec = replace(spec, results=str(results or ""))
-    kept = reduce(kept_by_both, [record_.kept for record_ in records])
+    kept = reduce(kept_by_both, [record_.kept for record_ in made])
     above = layout.correction_bias if router.above_zero else None
     return Reading(
         spec,
@@ -217,9 +223,9 @@ def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, lik
     calling = ask.calling
     for argument in passed_on(calling):
         value = Untouched()
-        how: dict[str, Any] = {"plain": True, "calling": calling, "more": {argument.name: value}}
         with suppress(Unreadable):
-            found = ask.parse(record(ask.block, shape, dtype, spread, **how), dtype)
+            flow = ask.record(shape, dtype, spread, plain=True, calling=calling, more={argument.name: value})
+            found = ask.parse(flow, dtype)
             if not was_touched(value) and (found.tokens, found.results) == (like.tokens, like.results):
                 calling = unused(calling, argument)
     return calling

@@ -23,6 +23,7 @@ from moe_surgery.read.record.arguments import arguments_of, weights_first
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
+from moe_surgery.read.record.state import Watch
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.together import experts_spec, renumbered, same_experts
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
@@ -56,53 +57,54 @@ def read_experts(module: nn.Module) -> Reading:
     state = check_site(module, inputs=3)
     calling = arguments_of(module, 3)
     with own_forward(module):
+        watch = Watch(module)
         try:
-            return _read(module, calling, state)
+            return _read(watch, calling, state)
         except Unreadable as error:
             try:  # some take routing weights before ids
-                return _read(module, weights_first(calling), state)
+                return _read(watch, weights_first(calling), state)
             except Unreadable as other:
                 raise (other if _further(other) > _further(error) else error) from None
 
 
-def _read(module: nn.Module, calling: Calling, state: dict[str, Tensor]) -> Reading:
+def _read(watch: Watch, calling: Calling, state: dict[str, Tensor]) -> Reading:
     """The reading with the sizes that fit: of the input's width, and of how many experts there are."""
     problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
     for width in hidden_sizes(state):
-        for total in totals(module, state):
+        for total in totals(watch.block, state):
             try:
-                _try_out(module, calling, width, total)
-                return _of_size(module, calling, state, width, total)
+                _try_out(watch, calling, width, total)
+                return _of_size(watch, calling, state, width, total)
             except Unreadable as error:
                 problem = error if _further(error) > _further(problem) else problem
     raise problem
 
 
-def _try_out(module: nn.Module, calling: Calling, width: int, total: int) -> None:
+def _try_out(watch: Watch, calling: Calling, width: int, total: int) -> None:
     """Raise :class:`Unreadable` if the last of so many experts is none: most wrong sizes show at once."""
     few = min(2, total)
     ids = torch.tensor([[total - 1, 0][:few]] * 3)
-    record = _record(module, calling, width, ids, torch.bfloat16, torch.bfloat16, plain=True)
+    record = _record(watch, calling, width, ids, torch.bfloat16, torch.bfloat16, plain=True)
     if any(slot is not None and slot.identity for token in record.tokens for slot in token.slots):
         raise Unreadable("some of its experts return their input")
 
 
-def _of_size(module: nn.Module, calling: Calling, state: dict[str, Tensor], width: int, total: int) -> Reading:
+def _of_size(watch: Watch, calling: Calling, state: dict[str, Tensor], width: int, total: int) -> Reading:
     few = min(2, total)
     own = own_dtype(state) or torch.float32
     batch = odd_batch(state, max(_MANY, total // min(3, total) + 1), total, few)
     count = batch[0] * batch[1]
     k = min(3, total)
     records = [
-        _record(module, calling, width, spread(count, total, k), torch.float32, torch.float32),
-        _record(module, calling, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
-        _record(module, calling, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
+        _record(watch, calling, width, spread(count, total, k), torch.float32, torch.float32),
+        _record(watch, calling, width, spread(1, total, min(2, total))[:1], own, own, plain=True),
+        _record(watch, calling, width, spread(7, total, few), torch.bfloat16, torch.bfloat16),
     ]
     with suppress(Unfollowed):  # some modules take no single choice
-        records.append(_record(module, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
+        records.append(_record(watch, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
     first = records[0].first
     router = first.router
-    identities = _beyond(module, calling, width, total, own)
+    identities = _beyond(watch, calling, width, total, own)
     if any(record.results is not None for record in records):
         raise Unreadable("its experts return more than one tensor")
     if first.shared is not None or first.output_bias is not None:
@@ -133,7 +135,7 @@ def _further(problem: Unreadable) -> float:
 
 
 def _record(
-    module: nn.Module,
+    watch: Watch,
     calling: Calling,
     width: int,
     ids: Tensor,
@@ -142,13 +144,13 @@ def _record(
     *,
     plain: bool = False,
 ) -> Record:
-    flow = record_experts(module, calling, width, ids, dtype, weights, plain=plain)
+    flow = record_experts(watch, calling, width, ids, dtype, weights, plain=plain)
     if flow.branches:
         raise Unreadable(f"{DEPENDS} (compares it with {flow.branches[0].rpartition(' ')[2]})")
     return parse_record(flow, dtype)
 
 
-def _beyond(module: nn.Module, calling: Calling, width: int, total: int, dtype: torch.dtype) -> int:
+def _beyond(watch: Watch, calling: Calling, width: int, total: int, dtype: torch.dtype) -> int:
     """How many ids beyond the experts stand for experts that return their input.
 
     An id beyond those stands for none, or is an error, in the module as in its replacement.
@@ -157,7 +159,7 @@ def _beyond(module: nn.Module, calling: Calling, width: int, total: int, dtype: 
     def kind(expert: int) -> str:
         ids = torch.tensor([[expert, 0], [expert, 0]])
         try:
-            [one, _] = _record(module, calling, width, ids, dtype, torch.float32, plain=True).tokens
+            [one, _] = _record(watch, calling, width, ids, dtype, torch.float32, plain=True).tokens
         except Unfollowed:
             return "error"
         slot = one.slots[0]

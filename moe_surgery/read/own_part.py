@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from moe_surgery.calling import Replayed
+from moe_surgery.calling import Replayed, leaves_of
 from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.parsed import Record, attribute
@@ -89,7 +88,7 @@ def _check(
 
 def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype) -> Program:
     first, second = (_on_all_branches(ask, shape, dtype) for shape in (one, other))
-    found = of_both(first, second)
+    found = of_both(first, second, one, other)
     if found is None:
         raise Unreadable(f"{_told(first)} depends on the batch in a way that can't be followed")
     return found
@@ -101,14 +100,14 @@ def _on_all_branches(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype) ->
     companions = ask.calling.companions
     found = _program(record, shape, companions)
     for _, other in others:
-        if other is None or other.says != record.says or of_both(found, _program(other, shape, companions)) is None:
+        if other is None or other.says != record.says or _program(other, shape, companions) != found:
             raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     return found
 
 
 def _named(record: Record) -> Iterator[str]:
     """What of a record's results and attributes is to be computed again."""
-    leaves: list[Any] = [*(record.results.leaves() if record.results else ()), *record.kept.values()]
+    leaves = [*leaves_of([record.results]), *leaves_of(record.kept.values())]
     yield from (leaf.where for leaf in leaves if isinstance(leaf, Replayed))
 
 
@@ -118,9 +117,10 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
     if flow.lone:  # what one token does is compared as far as it is read, and this isn't
         raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     router = record.first.router
+    kept = [(key, leaf) for key, value in flow.kept.items() for leaf in leaves_of([value])]
     given = {
         **{leaf.where: leaf for leaf in (flow.results.leaves() if flow.results else ()) if isinstance(leaf, Given)},
-        **{attribute(*key): leaf for key, leaf in flow.kept.items() if isinstance(leaf, Given)},
+        **{attribute(path, leaf.where): leaf for (path, _), leaf in kept if isinstance(leaf, Given)},
     }
     builder = Builder(flow, shape)
     wanted: dict[str, Ref | Given] = {}
@@ -132,7 +132,9 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
         if taken := set(wanted) & names:
             raise Unreadable(f"it returns something called {min(taken)}, beside a router that goes on as it was")
     wanted |= {name: given[name] for name in sorted(names)}
-    found = builder.program(wanted, router.num_experts, record.cut.routed if record.cut else None, flow.output)
+    cut = record.cut
+    routed, turned = (cut.routed, cut.turned) if cut else (None, False)
+    found = builder.program(wanted, router.num_experts, routed, flow.output, turned)
     return replace(found, companions=companions)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_surgery.calling import Replayed, Result, Structure, Updated
+from moe_surgery.calling import Replayed, Result, Structure, Updated, mapped_leaves
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
+from moe_surgery.read.parse.rounding import Rounding
+from moe_surgery.read.parse.successive import joined
 from moe_surgery.read.parse.token_output import TokenParser, TokenRead
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Outside, Silent, Unreadable
@@ -30,7 +33,7 @@ class Cut:
 
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
     gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
-    they are calculated from what was chosen, as those of the best expert of every group.
+    they are calculated from what was chosen, as those of the best expert of every group. ``turned`` weights are [k, T].
     """
 
     choices: tuple[int, ...]
@@ -39,11 +42,12 @@ class Cut:
     entering: int | None = None
     routed: int | None = None
     computed: Given | None = None
+    turned: bool = False
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is alike in the cuts of two records of one block."""
-        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin)
+        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin), self.turned
 
 
 @dataclass(frozen=True)
@@ -141,33 +145,35 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     native = str(dtype).removeprefix("torch.")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
+    rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
-    parsers = [
-        TokenParser(terms.token(number, size), native, terms, [seen[number] for seen in rankings], given)
-        for number in range(count)
-    ]
-    tokens = tuple(parser.parse(term) for parser, term in zip(parsers, output.lead.reshape(-1), strict=True))
+    parsers: list[TokenParser] = []
+    tokens: tuple[TokenRead, ...] = ()
+    for number, term in enumerate(output.lead.reshape(-1)):
+        ranked = [seen[number] for seen in rankings]
+        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given))
+        tokens += (parsers[-1].parse(term),)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")
-    choice = flow.choices[tokens[0].router.choice]
+    choice = choices[tokens[0].router.choice]
     ids = choice.ids.reshape(count, -1)
     if not given:
         ids = ids[:, : tokens[0].router.top_k]
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
-    results = parse_results(flow, run, native, tokens[0].router, parsers, lead)
+    results = parse_results(replace(flow, choices=choices), run, native, tokens[0].router, parsers, lead)
     return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
 
 
 def replayed(kept: Attributes) -> Attributes:
     """Attributes, with what came of the input named."""
 
-    def named(key: tuple[str, str], value: Any) -> Any:
+    def named(path: str, value: Any) -> Any:
         if not isinstance(value, Given):
             return value
-        return (Updated if value.state else Replayed)(attribute(*key))
+        return (Updated if value.state else Replayed)(attribute(path, value.where))
 
-    return {key: named(key, value) for key, value in kept.items()}
+    return {key: mapped_leaves(value, partial(named, key[0])) for key, value in kept.items()}
 
 
 def attribute(path: str, name: str) -> str:

@@ -6,13 +6,16 @@ tokens, may come of the batch; whether it does shows where records of two batche
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.choices import Made
@@ -21,6 +24,7 @@ from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Pla
 from moe_surgery.replay import ENTERING, ROUTING, At, Many, Numbers, Program, Step
 
 _MOST_NUMBERS = 4096
+_EXACTLY = 1e-13  # some roundings of Python's floats
 _RANK = frozenset(["topk", "max", "sort"])  # which give values and indices
 _MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
 
@@ -38,14 +42,23 @@ class Builder:
     _values: dict[int, Tensor] = field(default_factory=dict)
 
     def program(
-        self, wanted: Mapping[str, Ref | Given], experts: int, routed: int | None = None, output: Ref | None = None
+        self,
+        wanted: Mapping[str, Ref | Given],
+        experts: int,
+        routed: int | None = None,
+        output: Ref | None = None,
+        turned: bool = False,
     ) -> Program:
         """The program of what is ``wanted``, by name, of a router of so many ``experts``.
+
+        Weights that are ``turned`` are [k, T].
 
         With ``routed``, the operation that gives the routed experts' sum, also of the block's ``output`` that comes of
         it. Raises :class:`~moe_surgery.read.reading.Unreadable` for what can't be run again.
         """
         outputs = [(name, self._wanted(name, what).number) for name, what in wanted.items()]
+        if turned:
+            outputs = [(name, self._turned(number) if name == "weights" else number) for name, number in outputs]
         last = max((number for name, number in outputs if name in ROUTING), default=-1)
         whole = None
         if routed is not None and output is not None:
@@ -55,6 +68,10 @@ class Builder:
                 raise Unreadable("its output doesn't come of its routed experts")
         flat = len(self.shape) == 2
         return Program(tuple(self.steps), tuple(outputs), flat, self._logits(experts, last), whole=whole)
+
+    def _turned(self, number: int) -> int:
+        turned = self._step(torch.ops.aten.t.default, (At(number),))
+        return self._step(torch.ops.aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}).number
 
     def ids(self, choices: Sequence[Made], count: int) -> Given:
         """The first ``count`` ids [T, k] that choices make, one after another, as something to be wanted."""
@@ -203,23 +220,47 @@ class Builder:
         return max((number for number in found if number <= last), default=None)
 
 
-def of_both(first: Program, second: Program) -> Program | None:
-    """The program of two records of the same code, of batches of different sizes; None if they aren't of one program.
+Shape = tuple[int, ...]
 
-    A number that is the same in both is no size of a batch, even if it happened to be one of one of them.
+
+def of_both(first: Program, second: Program, one: Shape, other: Shape) -> Program | None:
+    """The program of two records of the same code, of batches of shapes ``one`` and ``other``; None if it isn't one.
+
+    A number that is the same in both is no size of a batch, even if it happened to be one of one of them. A float that
+    is the same multiple of a size of both, or the same number divided by one, is that of any batch; no routing and no
+    output may come of such.
     """
     if len(first.steps) != len(second.steps):
         return None
-    one, other = _settled(first, second), _settled(second, first)
-    return one if one == other else None
+    found = _settled(first, second, one, other)
+    if found != _settled(second, first, other, one):
+        return None
+    ends = [number for name, number in found.outputs if name in (*ROUTING, ENTERING)]
+    ends += [] if found.whole is None else [found.whole]
+    scaled = any(isinstance(leaf, Many) and type(leaf.times) is float for leaf in _operands(found, ends))
+    return None if scaled else found
 
 
-def _settled(program: Program, other: Program) -> Program:
+def _operands(program: Program, ends: list[int]) -> Iterator[Any]:
+    """The operands of all steps that the results of some steps come of."""
+    seen, waiting = set[int](), list(ends)
+    while waiting:
+        number = waiting.pop()
+        if number not in seen:
+            seen.add(number)
+            leaves = tree_leaves((program.steps[number].args, program.steps[number].kwargs))
+            waiting += [leaf.number for leaf in leaves if isinstance(leaf, At)]
+            yield from leaves
+
+
+def _settled(program: Program, other: Program, shape: Shape, others: Shape) -> Program:
     """``program`` with the plain number wherever ``other`` has the same number and says something else of it."""
 
     def settled(mine: Any, theirs: Any) -> Any:
         if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
             return tuple(map(settled, mine, theirs))
+        if type(mine) is type(theirs) is float and mine != theirs:
+            return _of_sizes((mine, theirs), shape, others)
         return _was(mine) if mine != theirs and _was(mine) == _was(theirs) else mine
 
     steps = (
@@ -227,6 +268,16 @@ def _settled(program: Program, other: Program) -> Program:
         for one, two in zip(program.steps, other.steps, strict=True)
     )
     return replace(program, steps=tuple(steps))
+
+
+def _of_sizes(numbers: tuple[float, float], *shapes: Shape) -> float | Many:
+    """What a number comes of that is one of ``numbers`` in batches of two ``shapes``; the first if none can be told."""
+    named = [{"tokens": torch.Size(shape[:-1]).numel(), "batch": shape[0], "sequence": shape[-2]} for shape in shapes]
+    for of, power in itertools.product(named[0], (1, -1)):
+        times = [number / size[of] ** power for number, size in zip(numbers, named, strict=True)]
+        if math.isclose(*times, rel_tol=_EXACTLY):
+            return Many(of, float(f"{times[0]:.14g}"), power=power)  # type: ignore[arg-type]
+    return numbers[0]
 
 
 def _was(operand: Any) -> Any:

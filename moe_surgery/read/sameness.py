@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.read.reading import Reading, Unreadable
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.reach import functions
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_RUN = frozenset(["__init__", "extra_repr", "load_weights", "weight_loader"])

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
@@ -66,7 +66,7 @@ class Splitting(Trying):
         Raises :class:`~moe_surgery.read.reading.Unreadable` if there is no place to split it at.
         """
         problem, silent = Unreadable("its router makes no weights for the experts that it chooses"), False
-        check_above_zero(flow, Interpreter(flow, Terms()))
+        check_positive(flow)
         others = (cut for cut in cuts(flow) if cut.kind not in self.left_out)
         for cut in sorted(others, key=lambda cut: (cut.kind != self.found, cut.weights != self.weights)):
             split, _ = given_weights(flow, cut)
@@ -112,6 +112,8 @@ def _scored(flow: Flow, cut: Cut) -> int:
 
 def _check_ids(found: Record, ids: torch.Tensor) -> None:
     """Raise :class:`Unreadable` if ids [T, k] don't tell experts apart: others may, that come of these."""
+    if any(len(token.slots) != ids.shape[-1] for token in found.tokens):
+        raise Unreadable("it gives weights to more experts than its router chooses")
     pairs = {
         (expert, mlp)
         for token, chosen in zip(found.tokens, ids.tolist(), strict=True)
@@ -130,6 +132,12 @@ def _ids(flow: Flow, cut: Cut) -> torch.Tensor:
         return computed
     choices = [flow.choices[number] for number in cut.choices]
     return torch.cat([choice.ids.reshape(-1, choice.k) for choice in choices], -1)[:, : cut.count]
+
+
+def check_positive(flow: Flow) -> None:
+    """Raise :class:`Unreadable` if the whole record took numbers for above zero, or for zero, that may be others."""
+    if flow.positive:
+        check_above_zero(flow, Interpreter(flow, Terms()))
 
 
 def cuts(flow: Flow) -> Iterator[Cut]:
@@ -152,6 +160,8 @@ def cuts(flow: Flow) -> Iterator[Cut]:
             floating = op.name not in _MADE and op.dtype.startswith(("float", "bfloat"))
             if floating and (one or several):
                 yield Cut(numbers, place, op.shape[-1] if ranked > 1 else 1)
+            if floating and ranked > 1 and op.shape == (ranked, tokens):
+                yield Cut(numbers, place, ranked, turned=True)
     for ids, numbers in _computed(flow, tokens):
         count = ids.value.shape[-1]
         following = _following(flow, {flow.choices[number].made for number in numbers})
@@ -191,7 +201,7 @@ def _following(flow: Flow, choices: set[Made | None]) -> set[int]:
     for place, op in enumerate(flow.ops):
         known = op.origin is not None and not choices.isdisjoint(chosen([op.origin]))
         made = op.made is not None and (op.made in choices or (op.made.node, op.made.largest) in maxima)
-        if known or made or not found.isdisjoint(refs(op)):
+        if known or made or not found.isdisjoint(op.operands):
             found.add(place)
     return found
 
@@ -201,12 +211,7 @@ def _looked_up_by(flow: Flow, choice: Made) -> set[Made]:
     op = next((op for op in flow.ops if op.made is choice), None)
     if op is None or choice.among is None:
         return set()
-    return chosen(origin for place in refs(op) if (origin := flow.ops[place].origin) is not None)
-
-
-def refs(op: Op) -> set[int]:
-    """The operations that an operation takes the results of."""
-    return {leaf.index for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)}
+    return chosen(origin for place in op.operands if (origin := flow.ops[place].origin) is not None)
 
 
 def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
@@ -215,8 +220,10 @@ def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     made = flow.ops[place]
     given = Op("input", ("weights",), {}, (len(ids), cut.count), made.dtype)
     shaped = Op("view", (Ref(place), list(made.shape)), {}, made.shape, made.dtype)
+    if cut.turned:
+        shaped = Op("t", (Ref(place),), {}, made.shape, made.dtype)
     choices = (Choice(Ref(place), cut.count, ids, True),)
-    if given.shape == shaped.shape:
+    if given.shape == shaped.shape and not cut.turned:
         ops = (*flow.ops[:place], given, *flow.ops[place + 1 :])
         return replace(flow, ops=ops, choices=choices, results=None, kept={}, positive=()), lambda index: index
 

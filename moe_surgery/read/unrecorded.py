@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.arguments import arguments_of
-from moe_surgery.read.record.outside_state import scripted
+from moe_surgery.read.record.reach import as_written, functions, reachable
 from moe_surgery.weights.layout import Layout, Piece
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +32,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
         raise Unreadable("its weights have no elements, as of a model with no experts")
     if type(block).__call__ is not nn.Module.__call__:
         raise Unreadable("its __call__ is its own, so that its output isn't what its forward computes")
-    if (script := scripted(block)) is not None:
+    if (script := _scripted(block)) is not None:
         raise Unreadable(f"{script} is TorchScript, whose control flow can't be followed")
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         raise Unreadable("a global module hook is registered")
@@ -52,7 +52,7 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
             owners[storage] = name
             state[name] = tensor
     for name, tensor in state.items():
-        table = tensor.dtype is torch.int64 and tensor.ndim == 2
+        table = tensor.dtype in (torch.int32, torch.int64) and tensor.ndim == 2
         if tensor.dtype not in _DTYPES and not (table or (tensor.dtype in _NUMBERS and tensor.ndim < 2)):
             raise Unreadable(f"{name} is {tensor.dtype}, not floating point")
     if len({tensor.device for tensor in state.values()}) > 1:
@@ -79,6 +79,18 @@ def check_dtypes(state: dict[str, Tensor], layout: Layout) -> bool:
     if state[layout.router.path].dtype != torch.float32:
         raise Unreadable(f"its router is {state[layout.router.path].dtype}, its experts are {next(iter(found))}")
     return True
+
+
+def _scripted(block: nn.Module) -> str | None:
+    """What of a block's code is TorchScript that can't run as it was written; its branches leave no trace."""
+    for path, module in block.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return path or "the block"
+        for function in functions(module.forward):
+            for name, value in reachable(function):
+                if isinstance(value, torch.jit.ScriptFunction) and as_written(value) is None:
+                    return name
+    return None
 
 
 def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = range(0)) -> None:

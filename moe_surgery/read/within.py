@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ import torch
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.row_moves import MEANINGS as ROW_MOVES
-from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Silent, Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
 from moe_surgery.read.record.zeros import SHAPED
-from moe_surgery.read.split import Trying, cuts, given_weights, of_cut, refs
+from moe_surgery.read.split import Trying, check_positive, cuts, given_weights, of_cut
 
 _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
@@ -39,20 +39,17 @@ class Within(Trying):
 
     _left: int = -1
     _silent: bool = False
-    _operands: list[set[int]] = field(default_factory=list)
 
     def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
         """What a record says of every token's routed experts.
 
         Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
         """
-        check_above_zero(flow, Interpreter(flow, Terms()))
+        check_positive(flow)
         self._silent = False
-        self._operands = [refs(op) for op in flow.ops]
         pairs = [
             ((number, cut.kind), entrance, cut)
-            for number, entrance in enumerate(_entrances(flow))
-            for cut in cuts(flow)
+            for (number, entrance), cut in product(enumerate(_entrances(flow)), cuts(flow))
         ]
         pairs = [pair for pair in pairs if pair[0] not in self.left_out]
         for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self.found):
@@ -86,7 +83,7 @@ class Within(Trying):
         """How many operations come of a result, but for those that only shape or convert it: some records have more."""
         following = {place}
         for later in range(place + 1, len(flow.ops)):
-            if not following.isdisjoint(self._operands[later]):
+            if not following.isdisjoint(flow.ops[later].operands):
                 following.add(later)
         return sum(flow.ops[number].name not in _SHAPES for number in following - {place})
 

@@ -31,7 +31,7 @@ class Convention:
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
-    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | Always], ...] = ()
+    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | Always | Structure], ...] = ()
     state: tuple[tuple[str, str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
@@ -53,7 +53,7 @@ class Convention:
         written = tuple(
             (place, value)
             for place, value in kept
-            if isinstance(value, (Replayed, ShapeOfInput, Always)) and not isinstance(value, Updated)
+            if isinstance(value, (Replayed, ShapeOfInput, Always, Structure)) and not isinstance(value, Updated)
         )
         if results is None:
             return cls(calling, None, own, written, state)
@@ -85,15 +85,20 @@ class Convention:
 
     def values(self, x: Tensor, replayed: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, str], Any]]:
         """What a call with ``x`` writes, by the old block's module or object and the attribute's name."""
-        for place, value in self.written:
+
+        def made(value: Any) -> Any:
             match value:
                 case Replayed():
-                    yield place, replayed[value.where]
+                    return replayed[value.where]
                 case ShapeOfInput():
-                    yield place, x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                    return x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
                 case Always():
                     same = value.value
-                    yield place, _full(same, x) if isinstance(same, Constant) else same
+                    return _full(same, x) if isinstance(same, Constant) else same
+            return value
+
+        for place, value in self.written:
+            yield place, value.made(made) if isinstance(value, Structure) else made(value)
 
     def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
         """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""

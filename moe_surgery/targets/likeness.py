@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from moe_surgery.errors import SurgeryError
+from moe_surgery.read.record.contents import held_by_name
 from moe_surgery.targets.given_up import GivenUp
 from moe_surgery.weights.reach import has_weights, holds_weights
 
@@ -106,7 +107,11 @@ class Likeness:
         first, _, rest = path.partition(".")
         if first not in self.children:  # an object, which is there itself unless it holds weights
             inner = [name for name in rest.split(".") if name]
-            return vars(reduce(getattr, inner, self.plain[first])) if first in self.plain else {}
+            held: dict[str, Any] = {}
+            if first in self.plain:
+                found = reduce(lambda holder, name: held_by_name(holder)[name], inner, self.plain[first])
+                held = held_by_name(found)
+            return held
         child = self.children[first]
         if isinstance(child, Likeness):
             return child.attributes(rest)

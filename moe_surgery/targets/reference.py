@@ -10,7 +10,7 @@ Weights are converted one expert at a time, or a few, so a float64 copy of all e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,22 +157,57 @@ def expert_outputs(tensors: BlockTensors, visits: Sequence[Visits], dtype: torch
 
 
 def _products(
-    rows: Tensor, counts: Sequence[int], weights: Tensor, scales: Tensor | None, bias: Tensor | None
+    rows: Tensor,
+    counts: Sequence[int],
+    weights: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    together: int | None = None,
 ) -> Tensor:
-    """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on."""
+    """Each expert's matrix times its own ``rows``: the first ``counts[0]`` are the first expert's, and so on.
+
+    So many experts ``together`` are multiplied at a time; on a CPU, unless that is given, one.
+    """
     out, start = rows.new_empty(len(rows), weights.shape[1]), 0
-    size = weights[0].numel() * rows.element_size()
-    together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
+    if together is None:
+        size = weights[0].numel() * rows.element_size()
+        together = 1 if rows.device.type == "cpu" else min(max(_TOGETHER // size, 1), _MOST)
     experts = [expert for expert, count in enumerate(counts) if count]
+    places = _places([counts[expert] for expert in experts], together, rows.device)
     for first in range(0, len(experts), together):
         some = experts[first : first + together]
-        sizes = [counts[expert] for expert in some]
-        end = start + sum(sizes)
+        end = start + sum(counts[expert] for expert in some)
         biases = None if bias is None else _some(bias, some).to(rows.dtype)
         # The converted matrices have no name, or they would still be there when the next are made.
-        out[start:end] = _each(rows[start:end], sizes, _converted(weights, scales, some, rows.dtype), biases)
+        if together == 1:
+            its = None if biases is None else biases[0]
+            out[start:end] = F.linear(rows[start:end], _converted(weights, scales, some, rows.dtype)[0], its)
+        else:
+            given, kept = next(places)
+            out[start:end] = _each(rows[given], _converted(weights, scales, some, rows.dtype), biases)[kept]
         start = end
     return out
+
+
+def _places(sizes: Sequence[int], together: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows that so many experts ``together`` are given [E, P], and which of their products [E * P] are kept.
+
+    Expert after expert has ``sizes`` of the rows, which are repeated until all experts of a part have as many. All is
+    worked out on the CPU and moved at once: on a GPU it is launching and waiting that takes the time.
+    """
+    parts = [sizes[first : first + together] for first in range(0, len(sizes), together)]
+    shapes = [(len(part), max(part)) for part in parts]
+    lengths = torch.tensor([most for count, most in shapes for _ in range(count)], device="cpu")
+    own, begins = torch.tensor(sizes, device="cpu"), lengths.cumsum(0) - lengths
+    expert = torch.arange(len(sizes), device="cpu").repeat_interleave(lengths)
+    place = torch.arange(len(expert), device="cpu") - begins[expert]
+    given = (own.cumsum(0) - own)[expert] + place.minimum(own[expert] - 1)
+    there = place < own[expert]
+    kept = there.nonzero().flatten() - begins[::together][expert[there] // together]
+    given, kept = torch.cat([given, kept]).to(device).split([len(given), len(kept)])
+    at_once = given.split([count * most for count, most in shapes])
+    for rows, shape, mine in zip(at_once, shapes, kept.split([sum(part) for part in parts]), strict=True):
+        yield rows.view(shape), mine
 
 
 def _converted(weights: Tensor, scales: Tensor | None, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -182,22 +217,10 @@ def _converted(weights: Tensor, scales: Tensor | None, experts: Sequence[int], d
     return dequantised(_some(weights.view(torch.uint8), experts).view(E4M3), _some(scales, experts), dtype)
 
 
-def _each(rows: Tensor, sizes: Sequence[int], matrices: Tensor, biases: Tensor | None) -> Tensor:
-    """The first ``sizes[0]`` rows times the first of the ``matrices``, and so on; all at once if there are several.
-
-    On a GPU it is launching that takes the time: rows are repeated until every matrix has as many.
-    """
-    if len(sizes) == 1:
-        return F.linear(rows, matrices[0], None if biases is None else biases[0])
-    ends, most = torch.tensor(sizes, device="cpu").cumsum(0)[:, None], torch.arange(max(sizes), device="cpu")
-    starts = ends - torch.tensor(sizes, device="cpu")[:, None]
-    at = starts + most
-    both = torch.cat([at.minimum(ends - 1).flatten(), (at < ends).flatten().nonzero().flatten()]).to(rows.device)
-    given, kept = both.split([at.numel(), len(rows)])
-    products = torch.bmm(rows[given].view(*at.shape, -1), matrices.transpose(1, 2))
-    if biases is not None:
-        products = products + biases[:, None]
-    return products.flatten(0, 1)[kept]
+def _each(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+    """The ``rows`` [E, P, H] times each of the ``matrices`` [E, N, H], one after the other: [E * P, N]."""
+    products = torch.bmm(rows, matrices.transpose(1, 2))
+    return (products if biases is None else products + biases[:, None]).flatten(0, 1)
 
 
 def _some(weights: Tensor, experts: Sequence[int]) -> Tensor:
@@ -208,6 +231,8 @@ def _some(weights: Tensor, experts: Sequence[int]) -> Tensor:
 
 def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum_j weights[:, j] * outputs[:, j]``: [T, k, H], [T, k] → [T, H]; each term is rounded to ``dtype``."""
+    if outputs.dtype == weights.dtype == dtype == torch.float64:  # the truth, whose own rounding counts for nothing
+        return torch.bmm(weights[:, None], outputs[:, : weights.shape[1]])[:, 0]
     total = (outputs[:, 0] * weights[:, :1]).to(dtype)
     for rank in range(1, weights.shape[1]):
         total += (outputs[:, rank] * weights[:, rank, None]).to(dtype)

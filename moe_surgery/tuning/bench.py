@@ -12,8 +12,7 @@ from moe_surgery.kernels import launch
 from moe_surgery.kernels.arguments import BLOCK, Routed, Scales, Terms, Weights
 from moe_surgery.kernels.choice import Choice
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folded.fold import fold
-from moe_surgery.tuning.shapes import folded_terms, is_given
+from moe_surgery.targets.folded.fold import fold, folded_terms, is_given
 from moe_surgery.weights.tensors import BlockTensors
 
 _MOST_LAYERS = 24

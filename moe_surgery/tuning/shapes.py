@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from moe_surgery.errors import UsageError
-from moe_surgery.kernels.arguments import BLOCK, Terms
+from moe_surgery.kernels.arguments import BLOCK
 from moe_surgery.kernels.choice import shape_name
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.folded.fitness import beside, outside
-from moe_surgery.targets.folded.fold import terms_of
+from moe_surgery.targets.folded.fold import folded_terms
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,3 @@ def share(spec: MoESpec, ranks: int) -> MoESpec:
             raise UsageError(f"experts of width {width} can't be shared by {ranks} ranks")
     part = replace(spec, experts=replace(spec.experts, width=spec.experts.width // ranks))
     return part if shared is None else replace(part, shared=replace(shared, width=shared.width // ranks))
-
-
-def folded_terms(spec: MoESpec, dtype: str, *, scaled: bool = False) -> Terms:
-    """The numbers that the folded target's block of ``spec`` gives the kernels in a model of ``dtype``.
-
-    ``scaled`` where its experts are in e4m3.
-    """
-    given, apart = is_given(spec, dtype)
-    return replace(terms_of(spec, given=given, beside=apart), scaled=scaled)
-
-
-def is_given(spec: MoESpec, dtype: str) -> tuple[bool, bool]:
-    """Whether experts are chosen outside of the experts' kernels, and whether the shared expert is computed beside."""
-    given = spec.at == "experts" or next(outside(spec, dtype), None) is not None
-    return given, given and spec.shared is not None and next(beside(spec), None) is not None

@@ -113,6 +113,22 @@ class ByTokenIds(ByToken):
 
 
 @taken
+class ByTokenIdsInAParameter(ByToken):
+    """Its table is a parameter of smaller whole numbers (DeepSeek-V4's own code)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.nn.Parameter(self.table.to(torch.int32), requires_grad=False)
+        del self.table
+        self.table = table
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.hidden)
+        ids = self.table[input_ids.reshape(-1)].long()
+        return self.routed(flat, F.softplus(self.gate(flat)).sqrt().gather(1, ids), ids).view_as(x)
+
+
+@taken
 class UnderOtherNumbers(Alone):
     """What a top-k chose are places, of which a table says which expert is there."""
 

@@ -27,14 +27,29 @@ class ConvertsItsRouter(Alone):
         return self.gate(x.bfloat16()).float()
 
 
-@block(RESULTS, "(1) comes of a tensor that it makes of numbers of tokens in Python")
+@block(RESULTS)
 class CountsRowsInPython(Alone):
     """How many rows each expert gets, by len() of its list of them, in the input's dtype (labml's Switch)."""
 
     def forward(self, hidden_states: Tensor) -> Any:
         _, ids = self.route(hidden_states.view(-1, self.hidden))
         rows = [(ids == e).nonzero()[:, 0] for e in range(self.num_experts)]
-        return super().forward(hidden_states), hidden_states.new_tensor([len(chosen) for chosen in rows])
+        return super().forward(hidden_states), hidden_states.new_tensor([self.counted(chosen) for chosen in rows])
+
+    def counted(self, rows: Tensor) -> int:
+        return len(rows)
+
+
+@block(RESULTS)
+class CountsRowsBySize(CountsRowsInPython):
+    def counted(self, rows: Tensor) -> int:
+        return rows.size(0)
+
+
+@block(RESULTS, "(1) comes of a tensor that it makes of numbers of tokens in Python")
+class CountsRowsTwice(CountsRowsInPython):
+    def counted(self, rows: Tensor) -> int:
+        return 2 * len(rows)
 
 
 @block(STATE, "keeps state")

@@ -1251,7 +1251,7 @@ def _scripted(x: Tensor) -> Tensor:
     return x
 
 
-@near_miss("TorchScript")
+@near_miss("the batch size")
 class ScriptedFunction(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return _scripted(super().forward(hidden_states))

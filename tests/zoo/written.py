@@ -673,7 +673,7 @@ class _Bank(nn.Module):
         return torch.cat([expert(chunk) for chunk, expert in zip(chunks, self.bank_experts, strict=True)])
 
 
-class _Gathering(nn.Module):
+class Gathering(nn.Module):
     """What its input is stands in no signature."""
 
     def __init__(self, sizes: plain.Sizes) -> None:
@@ -696,7 +696,7 @@ class AroundOneThatGathers(nn.Module):
 
     def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
         super().__init__()
-        self.inner = _Gathering(sizes)
+        self.inner = Gathering(sizes)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         return self.inner(hidden_states, used_token)

@@ -24,25 +24,46 @@ _ON_ROWS = {**arithmetic.MEANINGS, **row_moves.MEANINGS}
 
 
 class Interpreter:
-    """Evaluates a record. ``value(ref)`` is a :class:`Rows`, :class:`Mats`, known tensor, or a tuple of them."""
+    """Evaluates a record, as far as it is asked.
+
+    ``value(ref)`` is a :class:`Rows`, :class:`Mats`, known tensor, or a tuple of them.
+    """
 
     def __init__(self, flow: Flow, terms: Terms) -> None:
         self.flow, self.terms = flow, terms
         self._floats = {"float32", *(op.dtype for op in flow.ops if op.name == "input")}
-        self._values: list[Any] = []
-        known: dict[str, Any] = {}  # a loop over experts does many things alike once per expert
-        for op in flow.ops:
-            key = "" if op.name == "const" else f"{op.name}{op.args}{op.kwargs}{op.dtype}"
-            if key not in known:
-                known[key] = self._meaning(op)
-            self._values.append(known.pop(key) if op.name == "const" else known[key])
+        self._values: dict[int, Any] = {}
+        self._known: dict[str, Any] = {}  # a loop over experts does many things alike once per expert
 
     def value(self, operand: Any) -> Any:
         """An operand's value: that of a result, or the operand itself."""
-        value = self._values[operand.index] if isinstance(operand, Ref) else operand
+        if not isinstance(operand, Ref):
+            return operand
+        if operand.index not in self._values:
+            for index in sorted(self._behind(operand.index)):
+                if index not in self._values:  # what an operation means may be asked of another
+                    self._values[index] = self._meant(self.flow.ops[index])
+        value = self._values[operand.index]
         if isinstance(value, Unreadable):
             raise Unreadable(str(value))
         return value
+
+    def _behind(self, index: int) -> set[int]:
+        """An operation and those that its result comes of, but for what is known of already."""
+        found, waiting = {index}, [index]
+        while waiting:
+            more = {before for before in self.flow.ops[waiting.pop()].operands if before not in self._values} - found
+            found |= more
+            waiting += more
+        return found
+
+    def _meant(self, op: Op) -> Any:
+        if op.name == "const":
+            return self._meaning(op)
+        key = f"{op.name}{op.args}{op.kwargs}{op.dtype}"
+        if key not in self._known:
+            self._known[key] = self._meaning(op)
+        return self._known[key]
 
     def rows(self, operand: Any) -> Rows:
         """An operand as rows of terms: a result, known numbers, or a Python number."""

@@ -67,6 +67,7 @@ class Terms:
             return self._element_by_element(self.add, args)
         size = max(arg.size for arg in args)
         flat, constants = _flat("add", args)
+        flat = sums.cancelled(self, flat)
         if any(term.op == "lin" and term.args[1].cols for term in flat):
             flat = sums.joined(self, flat)
         if any(term.op == "elem" and term.args[0].op == "chosen" for term in flat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,20 @@ def summed(terms: Terms, summands: list[Term]) -> list[Term]:
         if sorted(term.args[1] for term in mine) == list(range(vector.size)):
             summands = [term for term in summands if term not in mine] + [terms.total(vector)]
     return summands
+
+
+def cancelled(terms: Terms, summands: list[Term]) -> list[Term]:
+    """Without what is added and taken away again, as code does that hands gradients past a sum of its own."""
+    for negative in [term for term in summands if term.op == "mul" and any(map(_below_zero, term.args))]:
+        taken = terms.mul(negative, terms.const(-1.0))
+        parts = Counter(taken.args if taken.op == "add" else (taken,))
+        if parts <= Counter(summands):
+            summands = list((Counter(summands) - parts - Counter([negative])).elements())
+    return summands
+
+
+def _below_zero(term: Term) -> bool:
+    return bool(term.op == "const" and term.args[0] < 0.0)
 
 
 def joined(terms: Terms, summands: list[Term]) -> list[Term]:

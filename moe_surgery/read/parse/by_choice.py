@@ -27,12 +27,20 @@ class ByChoice:
 
     def _renamed(self, term: Term) -> Term:
         terms = self._terms
+        if term.op == "elem" and term.args[0].op in _EACH and self._of_tokens(term.args[0]):
+            return self(terms.of_elements(term))
         if term.op == "elem" and term.args[0].op in (*_SCORES, *_EACH):
             for ranking in self._rankings:
                 if term.args[0].size == ranking.scores.size > len(ranking.ids) and term.args[1] in ranking.ids:
                     if term.args[0].op in _EACH:
                         return self(terms.of_elements(term))
                     return terms.elem(self._chosen(term.args[0], ranking), ranking.ids.index(term.args[1]))
+        if term.op == "chosen" and term.size == 1:
+            values, ranked, number = term.args
+            for ranking in self._rankings:
+                if number in ranking.parts:
+                    values = ranking.scores if values is ranked else values
+                    return terms.elem(self._chosen(values, ranking), ranking.parts.index(number))
         if term.op == "largest":
             for ranking in self._rankings:
                 if self._bare(term.args[0]) is self._bare(ranking.scores):
@@ -49,6 +57,10 @@ class ByChoice:
         if term.op == "clamp":
             return terms.clamp(self(term.args[0]), *term.args[1:])
         return term
+
+    def _of_tokens(self, vector: Term) -> bool:
+        """Whether a vector isn't one of an element for each expert: of such, scores are named."""
+        return all(vector.size != ranking.scores.size for ranking in self._rankings)
 
     def _chosen(self, values: Term, ranking: Ranking) -> Term:
         return self._terms.chosen(values, ranking.scores, ranking.number, ranking.count)

@@ -13,6 +13,7 @@ from typing import cast
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.by_choice import ByChoice
+from moe_surgery.read.parse.divisor import sum_of
 from moe_surgery.read.parse.logits import parse_logits
 from moe_surgery.read.parse.mlp import short
 from moe_surgery.read.parse.rounding import Rounding
@@ -93,6 +94,12 @@ class _Found:
     summed: bool
 
 
+def _least(read: RouterRead) -> float:
+    """What the chosen scores of a token add up to at least, whatever they are, with room for rounding."""
+    best = read.scoring == "softmax" and read.groups is None and read.correction is None
+    return read.top_k / read.num_experts / 2 if best else 0.0
+
+
 class RouterParser:
     """Parses routing weights of the token whose input row is ``x``, in a record made at dtype ``native``."""
 
@@ -110,6 +117,18 @@ class RouterParser:
             return Weight(replace(OWN, scale=scale), Precisions(), slot)
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
+
+    def without(self) -> Weight | None:
+        """The weight of 1 that the only expert has which a token was sent to, if the code gives it none.
+
+        It is that of a top-1 that is renormalised. None if the token met more than one top-k, or one of more.
+        """
+        ranking = self._rankings.only
+        if ranking is None:
+            return None
+        scores = ranking.scores if self._scoring(ranking.scores) else self.terms.fn("softmax", ranking.scores)
+        read, precisions = self._router(self.terms.chosen(scores, ranking.scores, ranking.number, 1), 1.0)
+        return Weight(replace(read, renormalize=True), precisions, 0)
 
     def _slot(self, term: Term) -> tuple[Term, int]:
         """A scalar as an element of a vector: ``sigmoid(v[j])`` is ``sigmoid(v)[j]``."""
@@ -144,7 +163,7 @@ class RouterParser:
                 vector = rest[0]
             elif vector.op == "div":
                 over, constant = self._scaled(*vector.args)
-                divisor = self._divisor(over, vector.args[1])
+                divisor = sum_of(over, vector.args[1], self.terms, self.bare, self._rankings.outside)
                 scale = scale if renormalize else scale * constant
                 if renormalize and (epsilon or floor):
                     raise Unreadable("routing weights are divided twice")
@@ -158,7 +177,7 @@ class RouterParser:
         found = self._scores(vector)
         if found.summed and (epsilon or floor > 1.0 or norm != 1.0):
             raise Unreadable("routing weights that sum to one are divided by their sum plus a constant")
-        floor = 0.0 if found.summed else floor
+        floor = 0.0 if found.summed or (norm == 1.0 and floor < _least(found.read)) else floor
         read = replace(
             found.read,
             renormalize=renormalize or found.summed,
@@ -183,25 +202,6 @@ class RouterParser:
         if self.bare(term).op in ("add", "clamp", "sum", "norm"):
             for inner in self.terms.inner(self.bare(term)):
                 yield from self._within(inner)
-
-    def _divisor(self, over: Term, under: Term) -> tuple[float, float, float]:
-        """``(epsilon, floor, norm)`` of a division of weights by their norm."""
-        under, epsilon, floor = self.bare(under), 0.0, 0.0
-        if under.op == "clamp" and under.args[2] == float("inf"):
-            floor, under = under.args[1], self.bare(under.args[0])
-        if under.op == "add" and len(under.args) == 2 and any(arg.op == "const" for arg in under.args):
-            epsilon = next(arg.args[0] for arg in under.args if arg.op == "const")
-            under = self.bare(next(arg for arg in under.args if arg.op != "const"))
-        norm = under.args[1] if under.op == "norm" else 1.0
-        # Every scoring that is known gives weights above zero, so that the sum is the 1-norm.
-        whole = under.args[0] if under.op in ("sum", "norm") else under
-        if self.bare(whole) is not self.bare(over) or (under.op not in ("sum", "norm") and over.size != 1):
-            if self._rankings.outside:
-                raise Unreadable("routing weights are divided by masked scores that aren't those that its top-k gives")
-            raise Unreadable(f"routing weights are divided by {short(under)}")
-        if epsilon < 0 or floor < 0:
-            raise Unreadable("routing weights are divided by their sum less a constant")
-        return epsilon, floor, norm
 
     def _scores(self, term: Term) -> _Found:
         """The router behind chosen scores."""

@@ -70,24 +70,29 @@ class TokenParser:
         output_bias: list[Piece] = []
         on_input: set[bool] = set()
         products = [self._by_choice(product) for product in self._products(output)]
+        without = None
         if products and not self.given and not any(map(self._routed, chain.from_iterable(products))):
-            raise Unreadable(_UNWEIGHTED)
+            without = self.routers.without()
+            if without is None:
+                raise Unreadable(_UNWEIGHTED)
         for factors in products:
             routing = [factor for factor in factors if self._routed(factor)]
-            if not routing:
+            if not routing and without is None:
                 alone = self.bare(factors[0])
                 if len(factors) == 1 and alone.op == "param":
                     output_bias.append(alone.args[0])
                 else:
                     shared.append(self._shared(factors))
                 continue
-            weight, mlp, applied = self._expert(routing, [factor for factor in factors if factor not in routing])
+            weight, mlp, applied = self._expert(routing, [f for f in factors if f not in routing], without)
             if isinstance(mlp, Piece):
                 if weight.slot in biases:
                     raise Unreadable(f"routing weight {weight.slot} is used more than once")
                 biases[weight.slot] = mlp
             else:
                 if weight.slot in slots:
+                    if without is not None:
+                        raise Unreadable(_UNWEIGHTED)
                     raise Unreadable(f"routing weight {weight.slot} is used more than once")
                 slots[weight.slot] = mlp
                 on_input.add(applied)
@@ -149,7 +154,10 @@ class TokenParser:
         elif not (term.op == "const" and term.args[0] == 0.0):
             yield [term]
 
-    def _expert(self, routing: list[Term], others: list[Term]) -> tuple[Weight, MLPRead | Piece, bool]:
+    def _expert(
+        self, routing: list[Term], others: list[Term], without: Weight | None
+    ) -> tuple[Weight, MLPRead | Piece, bool]:
+        """A summand as a routed expert, or what it adds, and its weight: the one that it has ``without`` a factor."""
         inside = [factor for factor in routing if self.bare(factor).op == "lin"]
         outside = [factor for factor in routing if factor not in inside]
         scale, others = _constants(others)
@@ -164,7 +172,9 @@ class TokenParser:
         if len(routing) > 1:
             strange = [factor for factor in routing if self.bare(factor).op not in SCORED] or routing
             raise Unreadable(f"a routed expert's output is multiplied by {short(strange[-1])}")
-        weight = self.routers.parse(routing[0], scale)
+        if without is not None and scale != 1.0:
+            raise Unreadable(_UNWEIGHTED)
+        weight = without or self.routers.parse(routing[0], scale)
         if len(others) == 1 and self.bare(others[0]).op == "param":
             return weight, self.bare(others[0]).args[0], False
         if len(others) == 1 and self.bare(others[0]) is self.x:

@@ -16,13 +16,17 @@ from moe_surgery.spec import Groups, GroupScore
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """One top-k as one token met it: what it ranked, how many it took, and which it was told to take."""
+    """One top-k as one token met it: what it ranked, how many it took, and which it was told to take.
+
+    ``parts`` are the numbers of those that chose one after the other, if it is made of several.
+    """
 
     number: int
     scores: Term
     count: int
     ids: tuple[int, ...]
     largest: bool
+    parts: tuple[int, ...] = ()
 
 
 class Rankings:
@@ -35,6 +39,12 @@ class Rankings:
     def whole(self) -> list[Ranking]:
         """Those that were made once for the token, of its highest."""
         return [ranking for ranking in self._rankings if ranking.largest and len(ranking.ids) == ranking.count]
+
+    @property
+    def only(self) -> Ranking | None:
+        """The only one that there is, if it takes one."""
+        one = len(self._rankings) == len(self.whole) == 1 and self._rankings[0].count == 1
+        return self._rankings[0] if one else None
 
     @property
     def outside(self) -> bool:

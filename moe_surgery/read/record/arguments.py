@@ -37,7 +37,8 @@ def arguments_of(module: nn.Module, inputs: int = 1, *, absent: bool = False) ->
         required = False
         if named is not None and parameter.name not in named:
             role = "unused"
-        if many == "*" and not needed and inputs == 1:  # nothing else can be the input
+        gathered = many == "*" and not needed and inputs == 1  # nothing else can be the input
+        if gathered:
             role, many = next(roles, None), ""
         if role == "needed":
             role = next(roles, "fixed" if absent else None)
@@ -46,10 +47,23 @@ def arguments_of(module: nn.Module, inputs: int = 1, *, absent: bool = False) ->
         by_name = parameter.kind is parameter.KEYWORD_ONLY
         if role is None or (by_name and default is MISSING):
             raise Unreadable(_not_so(parameters, inputs))
-        found.append(Argument(parameter.name, role, many, default, by_name, required))
+        found.append(Argument(parameter.name, role, many, default, by_name, required, gathered=gathered))
     if next(roles, None) is not None:
         raise Unreadable(_not_so(parameters, inputs))
     return Calling(tuple(found))
+
+
+def with_one_more(calling: Calling) -> Calling | None:
+    """The same arguments and a None behind an input that is gathered with others, as ``*given`` is; else None.
+
+    There are no more than two of these.
+    """
+    place, found = next((n, a) for n, a in enumerate(calling.arguments) if a.role == "hidden_states")
+    number = sum(a.name.startswith(f"{found.name}[") for a in calling.arguments) + 1
+    if not found.gathered or number > 2:
+        return None
+    more = Argument(f"{found.name}[{number}]", "fixed", required=True)
+    return Calling((*calling.arguments[: place + number], more, *calling.arguments[place + number :]))
 
 
 def passed_on(calling: Calling) -> list[Argument]:

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from moe_surgery.calling import Alone, Constant, Structure, structured
+from moe_surgery.calling import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes
 from moe_surgery.read.record.choices import Made, no_choice
@@ -38,7 +38,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     positive = [node for node, _ in recorder.positive]
     attributes = {key: _attribute(recorder, value, key[1]) for key, value in kept.items()}
     several = isinstance(results, Structure)
-    leaves = [*(results.leaves() if several else ()), *attributes.values()]
+    leaves = [*(results.leaves() if several else ()), *leaves_of(attributes.values())]
     made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
     needed = _before([entry.node, *(choice.node for choice in made), *positive])
     if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
@@ -75,7 +75,7 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     def placed(leaf: Any) -> Any:
         return replace(leaf, value=index[leaf.value]) if _recorded(leaf) else leaf
 
-    found = replace(found, kept={key: placed(leaf) for key, leaf in attributes.items()})
+    found = replace(found, kept={key: mapped_leaves(leaf, placed) for key, leaf in attributes.items()})
     return replace(found, results=results.mapped(placed)) if several else found
 
 
@@ -97,6 +97,13 @@ def _before(ends: list[torch.fx.Node]) -> set[torch.fx.Node]:
 
 def _attribute(recorder: Recorder, value: Any, name: str) -> Any:
     """An attribute that the block wrote, as :func:`_result` puts it."""
+
+    def leaf(value: Any, where: str) -> Any:
+        found = _result(recorder, value, where, None)
+        return Always(found) if isinstance(found, Constant) else found
+
+    if type(value) in (dict, list, tuple):
+        return structured(value, leaf, name)
     return _result(recorder, value, name, None) if isinstance(value, Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Sizes that come from the batch: ordinary integers and shapes that object when code branches on them.
+"""Sizes that come from the batch: ordinary numbers and shapes that object when code branches on them.
 
 They calculate and index as integers do, so that code which only shapes tensors with them runs unchanged. What they
 object to is every way of telling one batch size from another. Two ways can't be seen in Python: multiplying a plain
@@ -7,6 +7,7 @@ float by a size, and the indices of a loop over one; reading therefore records b
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ class Branches:
     def __init__(self, turned: frozenset[str] = frozenset()) -> None:
         self.turned, self.met, self.lone = turned, dict[str, None](), False
 
-    def answer(self, compare: Callable[[Any, Any], bool], size: int, number: Any, pure: bool) -> bool:
+    def answer(self, compare: Callable[[Any, Any], bool], size: float, number: Any, pure: bool) -> bool:
         found = compare(size, number)
         if pure and tells_one_apart(
             compare, number
@@ -83,7 +84,7 @@ def _comparison(compare: Callable[[Any, Any], bool], plain: Callable[[Any, Any],
 def _calculation(plain: Callable[[Any, Any], Any], swapped: bool = False) -> Any:
     def method(self: BatchSize, other: object) -> Any:
         if not isinstance(other, int):
-            raise self._object(f"it calculates with {self._what}")
+            return self._number(plain, other)
         left, right = int.__index__(self), int.__index__(other)
         if isinstance(other, BatchSize):
             pure = self.pure and other.pure and plain in (operator.add, operator.sub, operator.mul)
@@ -104,6 +105,8 @@ def _objection(deed: str) -> Any:
 class BatchSize(int):
     """A number of tokens. ``pure`` ones are numbers of tokens, their sums, differences and multiples.
 
+    ``origin`` says which known tensor it was asked of, if it was.
+
     Comparing loads is allowed, since records of different loads show what comes of it, and so is telling a sign.
     Comparing two sizes of the batch is a branch.
     """
@@ -112,6 +115,7 @@ class BatchSize(int):
     _what: str
     pure: bool
     _branches: Branches | None
+    origin: Any = None
 
     @classmethod
     def of(
@@ -130,6 +134,20 @@ class BatchSize(int):
     def of_batch(self) -> bool:
         """Whether it is a size of the batch itself, and not how many tokens an expert got."""
         return self._what == BATCH
+
+    def objected(self, reason: str) -> Exception:
+        """The exception to raise for what a record can't show."""
+        return self._object(reason)
+
+    def compared(self, compare: Callable[[Any, Any], bool], number: float, other: float) -> bool:
+        """The answer to a comparison of a ``number`` made of this one with a plain one."""
+        if self._branches is None:
+            raise self._object(f"what it does depends on {self._what} (compares it with {other})")
+        return self._branches.answer(compare, number, other, pure=False)
+
+    def made(self, value: int) -> BatchSize:
+        """A whole number calculated from this one."""
+        return self._like(value, pure=False)
 
     def _like(self, value: int, pure: bool, other: object = None) -> BatchSize:
         branches = self._branches if not isinstance(other, BatchSize) or other._branches is not None else None
@@ -159,13 +177,50 @@ class BatchSize(int):
     def __neg__(self) -> BatchSize:
         return self._like(-int.__index__(self), self.pure)
 
-    __truediv__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __divmod__ = __rdivmod__ = _objection("calculates with")
+    def __truediv__(self, other: object) -> Any:
+        return self._number(operator.truediv, other)
+
+    def __rtruediv__(self, other: object) -> Any:
+        return self._number(operator.truediv, other, swapped=True)
+
+    def _number(self, plain: Callable[[Any, Any], Any], other: object, swapped: bool = False) -> Any:
+        """A number that isn't whole, made by multiplying or dividing a size of the batch."""
+        scales = plain in (operator.mul, operator.truediv) and isinstance(other, (int, float))
+        if not scales or isinstance(other, BatchSize) or not (self.pure and self.of_batch):
+            raise self._object(f"it calculates with {self._what}")
+        made = BatchNumber.of(self)
+        return plain(other, made) if swapped else plain(made, other)
+
+    __rfloordiv__ = __rmod__ = __divmod__ = __rdivmod__ = _objection("calculates with")
     __pow__ = __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _objection("calculates with")
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _objection("calculates with")
     __abs__ = __round__ = __trunc__ = __ceil__ = __floor__ = _objection("calculates with")
     __int__ = __float__ = _objection("makes a plain number of")
-    __str__ = __repr__ = __format__ = _objection("makes text of")
+
+    def __str__(self) -> str:
+        return BatchText.of(format(int.__index__(self)), self)
+
+    __repr__ = __str__
+
+    def __format__(self, form: str) -> str:
+        return BatchText.of(format(int.__index__(self), form), self)
+
     bit_length = bit_count = to_bytes = as_integer_ratio = conjugate = _objection("calculates with")
+
+
+class BatchText(str):
+    """A size of the batch as text. People may be told of it, in logs, among other words; alone it isn't compared."""
+
+    _object: Callable[[str], Exception]
+    _what: str
+
+    @classmethod
+    def of(cls, text: str, size: BatchSize) -> BatchText:
+        made = cls(text)
+        made._object, made._what = size._object, size._what
+        return made
+
+    __eq__ = __ne__ = __hash__ = __lt__ = __gt__ = __contains__ = _objection("makes text of")
 
 
 class BatchShape(tuple[int, ...]):
@@ -180,3 +235,96 @@ class BatchShape(tuple[int, ...]):
     def __getitem__(self, place: Any) -> Any:
         item = tuple.__getitem__(self, place)
         return BatchShape(item) if isinstance(place, slice) else item
+
+
+def _compared(compare: Callable[[Any, Any], bool]) -> Any:
+    def method(self: BatchNumber, other: object) -> bool:
+        if isinstance(other, (BatchSize, BatchNumber)) or not isinstance(other, (int, float)):
+            raise self.source.objected(f"what it does depends on {BATCH} (compares numbers made of it)")
+        return self.source.compared(compare, float.__float__(self), other)
+
+    return method
+
+
+def _product(of_power: int, swapped: bool = False) -> Any:
+    """Multiplication (1) or division (-1) by a number; ``swapped``: of a number by this."""
+
+    def method(self: BatchNumber, other: object) -> Any:
+        if not isinstance(other, (int, float)) or isinstance(other, (BatchSize, BatchNumber)):
+            raise self.source.objected(f"it calculates with {BATCH}")
+        if swapped:
+            return BatchNumber.of(self.source, other / self.times, -self.power)
+        return BatchNumber.of(self.source, self.times * other if of_power > 0 else self.times / other, self.power)
+
+    return method
+
+
+def _refusal(deed: str) -> Any:
+    def method(self: BatchNumber, *others: object) -> Any:
+        raise self.source.objected(f"it {deed} {BATCH}")
+
+    return method
+
+
+class BatchNumber(float):
+    """A number made of sizes of the batch by multiplying and dividing: ``times * source ** power``.
+
+    Statistics are divided by such numbers, and capacities calculated of them. ``power`` is 1 or -1.
+    """
+
+    source: BatchSize
+    times: float
+    power: int
+
+    @classmethod
+    def of(cls, source: BatchSize, times: float = 1.0, power: int = 1) -> BatchNumber:
+        number = cls(scaled(int.__index__(source), times, power))
+        number.source, number.times, number.power = source, times, power
+        return number
+
+    @property
+    def pure(self) -> bool:
+        """Whether it is a multiple of a size, or a part of a number by one."""
+        return self.source.pure
+
+    @property
+    def of_batch(self) -> bool:
+        return self.source.of_batch
+
+    __mul__ = __rmul__ = _product(1)
+    __truediv__ = _product(-1)
+    __rtruediv__ = _product(-1, swapped=True)
+    __eq__ = _compared(operator.eq)
+    __ne__ = _compared(operator.ne)
+    __lt__ = _compared(operator.lt)
+    __le__ = _compared(operator.le)
+    __gt__ = _compared(operator.gt)
+    __ge__ = _compared(operator.ge)
+
+    def __ceil__(self) -> int:
+        return self.source.made(math.ceil(float.__float__(self)))
+
+    def __floor__(self) -> int:
+        return self.source.made(math.floor(float.__float__(self)))
+
+    def __trunc__(self) -> int:
+        return self.source.made(math.trunc(float.__float__(self)))
+
+    def __hash__(self) -> int:
+        raise TypeError(f"a number made of {BATCH} is no key")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = _refusal("calculates with")
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _refusal("calculates with")
+    __pow__ = __rpow__ = __abs__ = __neg__ = __round__ = _refusal("calculates with")
+    __bool__ = _refusal("asks for the truth of")
+    __int__ = __float__ = _refusal("makes a plain number of")
+    __str__ = __repr__ = __format__ = _refusal("makes text of")
+    is_integer = as_integer_ratio = conjugate = hex = _refusal("calculates with")
+
+
+def scaled(size: int, times: float, power: int) -> float:
+    """``times * size ** power``."""
+    return times * size if power > 0 else times / size
+
+
+MARKED = (BatchSize, BatchNumber)

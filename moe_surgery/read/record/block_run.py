@@ -8,21 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.assembly import assembled, constant
-from moe_surgery.read.record.attributes import PLAIN_VALUES, Attributes, Written, kept
+from moe_surgery.read.record.attributes import PLAIN_VALUES, Attributes, kept
 from moe_surgery.read.record.choices import no_choice
-from moe_surgery.read.record.eager import eagerly
+from moe_surgery.read.record.eager import eagerly, unscripted
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
-from moe_surgery.read.record.outside_state import changes, watched
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
+from moe_surgery.read.record.state import Watch
 
 
 class Stateful(Unreadable):
@@ -34,7 +34,7 @@ class Stateful(Unreadable):
 
 
 def record(
-    block: nn.Module,
+    watch: Watch,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     route: Route,
@@ -45,7 +45,7 @@ def record(
     turned: frozenset[str] = frozenset(),
     inside: bool = False,
 ) -> Flow:
-    """Run ``block`` once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
+    """Run a watched block once on a meta tensor of ``shape`` and ``dtype`` and write down what it does.
 
     Weights are read as if they had ``dtype``; their data is never touched, and they may be on any device. Sizes of the
     batch must differ from all other sizes in the block. A ``plain`` record takes any batch, but notices nothing that
@@ -60,11 +60,12 @@ def record(
         beside = {c.key: beside_input(recorder, c, shape) for c in calling.companions}
         return calling.placed({"hidden_states": hidden_states, **beside, **(more or {})})
 
-    return _recorded(partial(Recorder, block, dtype, route, turned, inside), block, shape, plain, inputs)
+    recorder = partial(Recorder, watch.block, dtype, route, turned, inside)
+    return _recorded(recorder, watch, shape, plain, inputs)
 
 
 def record_experts(
-    module: nn.Module,
+    watch: Watch,
     calling: Calling,
     width: int,
     ids: Tensor,
@@ -79,29 +80,28 @@ def record_experts(
         numbers, weights = experts_inputs(recorder, ids, weights_dtype)
         return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
 
-    return _recorded(partial(Recorder, module, dtype, no_choice), module, (len(ids), width), plain, inputs)
+    recorder = partial(Recorder, watch.block, dtype, no_choice)
+    return _recorded(recorder, watch, (len(ids), width), plain, inputs)
 
 
 _Inputs = Callable[[Recorder, Tensor], tuple[Any, ...]]
 
 
-def _recorded(
-    make: Callable[[], Recorder], block: nn.Module, shape: tuple[int, ...], plain: bool, inputs: _Inputs
-) -> Flow:
+def _recorded(make: Callable[[], Recorder], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs) -> Flow:
     """A record that :func:`_once` gives.
 
     Where code gives ``int`` as a dtype, it is recorded with Python's own.
     """
     try:
-        return _stateless(make, block, shape, plain, inputs, own_int=False)
+        return _stateless(make, watch, shape, plain, inputs, own_int=False)
     except Unfollowed as error:
         if not isinstance(error.__cause__, TypeError):
             raise
-    return _stateless(make, block, shape, plain, inputs, own_int=True)
+    return _stateless(make, watch, shape, plain, inputs, own_int=True)
 
 
 def _stateless(
-    make: Callable[[], Recorder], block: nn.Module, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
+    make: Callable[[], Recorder], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
 ) -> Flow:
     """A record that :func:`_once` gives.
 
@@ -110,13 +110,13 @@ def _stateless(
     without looking at it, so plain values are left there once more too, as the call left them.
     """
     try:
-        return _once(make(), block, shape, plain, inputs, own_int)
+        return _once(make(), watch, shape, plain, inputs, own_int)
     except Stateful as error:
         ways: list[Attributes] = [{place: Untouched() for place in error.written}]
         left = {place: value for place, value in error.written.items() if type(value) in PLAIN_VALUES}
         ways += [{place: left.get(place, Untouched()) for place in error.written}] if left else []
         with suppress(Unreadable):
-            flows = [_once(make(), block, shape, plain, inputs, own_int, way) for way in ways]
+            flows = [_once(make(), watch, shape, plain, inputs, own_int, way) for way in ways]
             if error.flow is not None and all(flow.like(error.flow) for flow in flows):
                 return flows[0]
         raise
@@ -124,17 +124,17 @@ def _stateless(
 
 def _once(
     recorder: Recorder,
-    block: nn.Module,
+    watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
     inputs: _Inputs,
     own_int: bool,
     given: Attributes | None = None,
 ) -> Flow:
-    before, written = watched(block), Written(block)
+    block, written = watch.block, watch.before()
     written.give(given or {})
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly():
+        with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly(), unscripted(block):
             arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
             with marked_lengths(block, own_int), Sizes(recorder, marks=not plain), recorder:
                 output = block(*arguments)
@@ -152,12 +152,11 @@ def _once(
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
         raise Unfollowed(reason, len(recorder.graph.nodes)) from error
     finally:
-        after = watched(block)
-        written.undo()
+        names = watch.after()
     if recorder.objections or recorder.reservations:
         raise recorder.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
-    state = [name for name in changes(before, after) if name not in known]
+    state = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in known)]
     if state:
         reason = f"it keeps state between calls ({', '.join(state[:3])} changed)"
         others = {place: value for place, value in changed.items() if place not in same}

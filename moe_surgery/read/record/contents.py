@@ -20,16 +20,30 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice)
 _CODE = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 _LEAVES = (torch.Tensor, type, ModuleType, CodeType, FrameType)
+_NO_STATE = (*_PLAIN, *_LEAVES)
+_NO_ATTRIBUTES = (*_LEAVES, *_CODE, nn.Module)
 _CONTAINERS = (list, tuple, deque, set, frozenset, dict)
+_PLAIN_KINDS = frozenset([*_PLAIN, *_CONTAINERS])
+_FIXED = (tuple, frozenset, MethodType)
 # Libraries of which no object keeps what a block computes by; loggers cache what they were asked for.
 _STRANGERS = frozenset(["logging", "pathlib", "threading", "torch"])
 
 
 def has_attributes(value: Any) -> bool:
     """Whether a value is an object whose attributes are its state: no tensor, module, class or function."""
-    if type(value) is Untouched or isinstance(value, (*_LEAVES, *_CODE, nn.Module)):
+    if type(value) in _PLAIN_KINDS or type(value) is Untouched or isinstance(value, _NO_ATTRIBUTES):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is a dict that code may keep things in by name."""
+    return type(value) is dict and all(isinstance(key, str) for key in value)
+
+
+def held_by_name(holder: Any) -> dict[str, Any]:
+    """What a module or object has in its attributes, or a dict under its keys, to be changed in place."""
+    return holder if type(holder) is dict else vars(holder)
 
 
 def print_of(value: Any, told: Set[int], around: tuple[int, ...] = ()) -> Any:
@@ -53,7 +67,7 @@ def print_of(value: Any, told: Set[int], around: tuple[int, ...] = ()) -> Any:
 
 def print_but_attributes(value: Any, told: Set[int]) -> Any:
     """What stands for an object whose attributes are told one by one."""
-    items = _items(value, attributes=False) if not isinstance(value, nn.Module) else ()
+    items = _items(value, attributes=False) if not isinstance(value, nn.Module) and not is_table(value) else ()
     return id(value), [[print_of(part, told) for part in item] for item in items]
 
 
@@ -71,6 +85,8 @@ def _items(value: Any, *, attributes: bool = True) -> Iterator[tuple[Any, ...]]:
         yield value.func, value.args, value.keywords
     elif isinstance(value, GeneratorType) and value.gi_frame is not None:
         yield value.gi_frame.f_lasti, dict(value.gi_frame.f_locals)
+    if type(value) in _CONTAINERS:
+        return
     if isinstance(value, nn.Module):
         yield from [(name, held) for name, held in vars(value).items() if name not in _INTERNAL]
     elif not isinstance(value, _CODE) and not _strange(type(value)):
@@ -139,22 +155,32 @@ class Contents:
     """What stands in the containers and objects that ``values`` lead to, to be put back."""
 
     def __init__(self, values: Iterable[Any]) -> None:
-        self._then: list[tuple[Any, list[tuple[Any, ...]]]] = []
+        self._then: list[tuple[Any, list[tuple[Any, ...]], list[tuple[Any, ...]]]] = []
         seen: set[int] = set()
-        waiting = [(value, 0) for value in values]
-        while waiting:
-            value, depth = waiting.pop()
-            if type(value) is Untouched or isinstance(value, (*_PLAIN, *_LEAVES)):
+        waiting = deque((value, 0) for value in values)
+        while waiting:  # what is nearest first, as nothing is looked at twice
+            value, depth = waiting.popleft()
+            if type(value) is Untouched or isinstance(value, _NO_STATE):
                 continue
             if id(value) in seen or depth > _DEPTH:
                 continue
             seen.add(id(value))
-            self._then.append((value, _held(value)))
-            waiting += [(part, depth + 1) for item in _items(value) for part in item]
+            items = list(_items(value))
+            self._then.append((value, _held(value), items))
+            waiting.extend((part, depth + 1) for item in items for part in item)
+
+    def intact(self) -> bool:
+        """Whether the very same stands everywhere. What tells its state by new objects each time counts as changed."""
+        for value, _, then in self._then:
+            if type(value) not in _FIXED:
+                now = list(_items(value))
+                if len(now) != len(then) or not all(map(_same, now, then)):
+                    return False
+        return True
 
     def undo(self) -> None:
         """Put back what stood there, wherever something else does now."""
-        for value, then in self._then:
+        for value, then, _ in self._then:
             now = _held(value)
             if len(now) != len(then) or not all(map(_same, now, then)):
                 _fill(value, then)
@@ -174,7 +200,9 @@ def _held(value: Any) -> list[tuple[Any, ...]]:
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return all(a is b or (type(a) is bytes and a == b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a is b or (type(a) is type(b) is bytes and a == b) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _fill(value: Any, then: list[tuple[Any, ...]]) -> None:

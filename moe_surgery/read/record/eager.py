@@ -1,11 +1,16 @@
-"""Functions that code had compiled, run as they are written: a compiler sees no operation as a record sees it."""
+"""Functions that code had compiled, run as they are written: compilers hide operations, and TorchScript branches."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
+
+from moe_surgery.read.record.length import spaces
+from moe_surgery.read.record.reach import as_written
 
 
 def eagerly() -> AbstractContextManager[object]:
@@ -18,3 +23,22 @@ def eagerly() -> AbstractContextManager[object]:
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextmanager
+def unscripted(block: nn.Module) -> Iterator[None]:
+    """While this lasts, TorchScript functions that code of ``block`` names or holds run as they are written."""
+    held = [*spaces(block), *map(vars, block.modules())]
+    placed = [
+        (space, name, value, made_of)
+        for space in {id(space): space for space in held}.values()
+        for name, value in space.items()
+        if (made_of := as_written(value)) is not None
+    ]
+    for space, name, _, made_of in placed:
+        space[name] = made_of
+    try:
+        yield
+    finally:
+        for space, name, value, _ in placed:
+            space[name] = value

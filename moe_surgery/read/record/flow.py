@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Structure
 from moe_surgery.read.record.choices import Made
-from moe_surgery.read.record.lineage import Asked, Origin
+from moe_surgery.read.record.lineage import Asked, Origin, chosen
 
 Route = Callable[[int, int, int], Tensor]
 """``(rows, choices, k) -> ids`` int64 [rows, k]: which choices a top-k is to return."""
@@ -46,6 +47,21 @@ class Op:
     made: Made | None = None
     origin: Origin | None = None
     objection: str | None = None
+
+    @cached_property
+    def operands(self) -> frozenset[int]:
+        """The operations that it takes the results of."""
+        return frozenset(_indices((self.args, self.kwargs)))
+
+
+def _indices(operand: Any) -> Iterator[int]:
+    if isinstance(operand, Ref):
+        yield operand.index
+    elif isinstance(operand, (list, tuple)):
+        for item in operand:
+            yield from _indices(item)
+    elif isinstance(operand, dict):
+        yield from _indices(tuple(operand.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +126,29 @@ class Flow:
     beyond: frozenset[tuple[int, int]] = frozenset()
 
     def like(self, other: Flow) -> bool:
-        """Whether another record of the same call did the same."""
+        """Whether another record of the same call did the same, attributes that it keeps aside."""
+        return self._alone() == other._alone()
 
-        def alone(op: Op) -> tuple[Any, ...]:
-            plain = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if not isinstance(leaf, Tensor)]
+    def _alone(self) -> list[tuple[Any, ...]]:
+        """The operations that what it returns came of, numbered anew, with all but the numbers of tensors."""
+        returned = [leaf.value for leaf in self.results.leaves() if isinstance(leaf, Given)] if self.results else []
+        ends = [self.output, *(value for value in returned if isinstance(value, Ref))]
+        waiting, scores = list(ends), {choice.made: choice.scores for choice in self.choices}
+        needed: set[int] = set()
+        while waiting:
+            place = waiting.pop().index
+            if place not in needed:
+                needed.add(place)
+                op = self.ops[place]
+                waiting += [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref)]
+                waiting += [scores[made] for made in chosen([op.origin] if op.origin else []) if made in scores]
+        number = {place: count for count, place in enumerate(sorted(needed))}
+        found: list[tuple[Any, ...]] = [tuple(number[end.index] for end in ends)]
+        for place in number:
+            op = self.ops[place]
+            named = {name: value for name, value in op.kwargs.items() if name != "choice"}
+            leaves = [leaf for leaf in tree_leaves((op.args, named)) if not isinstance(leaf, Tensor)]
+            plain = [number[leaf.index] if isinstance(leaf, Ref) else leaf for leaf in leaves]
             known = [str(leaf.tolist()) for leaf in tree_leaves(op.args) if isinstance(leaf, Tensor)]  # nan equals nan
-            return op.name, op.shape, op.dtype, plain, known
-
-        return [alone(op) for op in self.ops] == [alone(op) for op in other.ops] and self.output == other.output
+            found.append((op.name, op.shape, op.dtype, plain, known))
+        return found

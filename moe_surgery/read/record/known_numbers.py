@@ -138,6 +138,8 @@ class Ledger:
         if name in ("floor_divide", "remainder", "div"):  # a quotient is rounded before it can be an index
             return self._divided(name, args, top)
         if name in _LIMITS:
+            if name == "where" and kind_of(args[0]) <= Kind.CHOSEN:  # each token's own choices say which it is
+                return top if top < Kind.COUNT else max(top, Kind.DERIVED)
             if top >= Kind.COUNT:
                 return self._load(f"aten.{name}")
             return top

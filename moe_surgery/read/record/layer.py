@@ -19,7 +19,7 @@ import torch.fx
 from torch import nn
 
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.read.record.outside_state import changes, watched
+from moe_surgery.read.record.state import changes, watched
 
 _MOST_OPTIONAL = 6
 _SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -1,8 +1,9 @@
-"""``len`` and ``int`` that keep marks: Python's own give plain numbers, whatever they are asked of."""
+"""``len``, ``int`` and ``float`` that keep marks: Python's own give plain numbers, whatever they are asked of."""
 
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -10,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_surgery.read.record.batch_size import BatchSize
-from moe_surgery.read.record.outside_state import functions
+from moe_surgery.read.record.batch_size import BatchNumber, BatchSize
+from moe_surgery.read.record.reach import functions
 
 
 class Choices(list[int]):
@@ -36,6 +37,8 @@ class _Whole(type):
     def __call__(cls, *given: Any, **named: Any) -> int:
         if given and isinstance(given[0], BatchSize):
             return given[0]
+        if given and isinstance(given[0], BatchNumber):
+            return math.trunc(given[0])
         if len(given) == 1 and isinstance(given[0], Tensor) and not given[0].is_floating_point():
             number: int = given[0].item()  # type: ignore[assignment]
             return number
@@ -52,16 +55,39 @@ class _Int(metaclass=_Whole):
     """What code of the block finds as ``int``."""
 
 
+class _Broken(type):
+    def __call__(cls, *given: Any) -> builtins.float:
+        if given and isinstance(given[0], BatchNumber):
+            return given[0]
+        if given and isinstance(given[0], BatchSize) and given[0].pure and given[0].of_batch:
+            return BatchNumber.of(given[0])
+        return builtins.float(*given)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, builtins.float)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, builtins.float)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(builtins.float, name)
+
+
+class _Float(metaclass=_Broken):
+    """What code of the block finds as ``float``."""
+
+
 @contextmanager
 def marked_lengths(block: nn.Module, own_int: bool = False) -> Iterator[None]:
-    """While this lasts, code of ``block`` and what it calls by name finds a ``len`` and an ``int`` that keep marks.
+    """While this lasts, code of ``block``, and what it calls by name, finds others that keep marks.
 
+    These are ``len``, ``int`` and ``float``.
     Code that it finds otherwise gets Python's own, to which a size of the batch is an objection; with ``own_int`` all
-    code gets Python's ``int``, as torch takes no other for a dtype.
+    code gets Python's ``int`` and ``float``, as torch takes no others for dtypes.
     """
-    spaces = list({id(space): space for space in _spaces(block)}.values())
-    kept = {"len": _length} if own_int else {"len": _length, "int": _Int}
-    placed = [(space, name) for space in spaces for name in kept if name not in space]
+    own = list({id(space): space for space in spaces(block)}.values())
+    kept = {"len": _length} if own_int else {"len": _length, "int": _Int, "float": _Float}
+    placed = [(space, name) for space in own for name in kept if name not in space]
     for space, name in placed:
         space[name] = kept[name]
     try:
@@ -77,7 +103,7 @@ def _length(value: Any) -> int:
     return value.shape[0] if isinstance(value, Tensor) and value.ndim else builtins.len(value)
 
 
-def _spaces(block: nn.Module) -> Iterator[dict[str, Any]]:
+def spaces(block: nn.Module) -> Iterator[dict[str, Any]]:
     """The global names of all code that a block's modules define, or that their forwards call by name."""
     for module in block.modules():
         for cls in type(module).__mro__:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.tensor_entries import mapped
+
+_OF_FOUND = frozenset(["select", "slice", "unbind", "squeeze", "alias", "detach", "_to_copy"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,26 @@ class Lineage:
 
     def counted(self, tensor: Tensor) -> None:
         self._known[id(tensor)] = Plain(tensor, counted=True)
+
+    def sized(self, tensor: Tensor, dim: int) -> Origin:
+        """Where the size of a known tensor along one of its dimensions comes from."""
+        return Computed(torch.ops.aten.sym_size.int, (self.of(tensor), dim), {}, None)
+
+    def found(self, tensor: Tensor) -> bool:
+        """Whether a known tensor's first dimension is as long as something was found often in another."""
+        origin = self.of(tensor)
+        while isinstance(origin, Computed) and origin.func._schema.name.split("::")[1] in _OF_FOUND:
+            origin = origin.args[0]
+        return isinstance(origin, Computed) and origin.func is torch.ops.aten.nonzero.default
+
+    def listed(self, tensor: Tensor, origins: Sequence[Origin | None]) -> None:
+        """Take down that a vector was made of numbers in Python, of which each comes from one of ``origins``."""
+        if tensor.ndim != 1 or len(origins) != len(tensor) or None in origins:
+            self.counted(tensor)
+            return
+        kwargs = {"dtype": tensor.dtype, "device": tensor.device}
+        parts = [Computed(torch.ops.aten.full.default, ([], origin), kwargs, None) for origin in origins]
+        self._known[id(tensor)] = Computed(torch.ops.aten.stack.default, (parts,), {}, None)
 
     def full(self, tensor: Tensor, value: float) -> None:
         kwargs = {"dtype": tensor.dtype, "device": tensor.device}

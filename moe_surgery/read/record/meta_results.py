@@ -9,25 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_surgery.read.record.tensor_entries import tensors
+
+_Results = dict[Hashable, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+_KNOWN: _Results = {}  # the same in every record
+_MOST = 1 << 14
+
 
 class MetaResults:
-    """Operations run on meta tensors; those that make one new tensor, once for each form of their operands."""
+    """Operations run on meta tensors; those that make one new tensor, once for each form of their operands.
+
+    What real tensors among them hold may tell the result's size; they are told apart in one record only.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
+        self._with_real: _Results = {}
 
     def of(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of ``func``."""
         if not _makes_one(func):
             return func(*args, **kwargs)
-        key = func, _form(args), _form(kwargs)
-        if key not in self._known:
+        key = func, _form(args), _form(kwargs), torch.get_default_dtype()
+        alike = all(tensor.is_meta for tensor in tensors((args, kwargs)))
+        known = _KNOWN if alike else self._with_real
+        if key not in known:
             result = _made(func, args, kwargs)
             if not isinstance(result, Tensor) or not result.is_meta:
                 return result
-            self._known[key] = tuple(result.shape), result.stride(), result.dtype
+            if len(known) >= _MOST:
+                known.clear()
+            known[key] = tuple(result.shape), result.stride(), result.dtype
             return result
-        shape, stride, dtype = self._known[key]
+        shape, stride, dtype = known[key]
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
@@ -50,7 +63,6 @@ def _makes_one(func: Any) -> bool:
 
 def _form(value: Any) -> Hashable:
     if isinstance(value, Tensor):
-        # What is known of it may tell the result's size.
         return (value.shape, value.stride(), value.dtype) if value.is_meta else id(value)
     if isinstance(value, (list, tuple)):
         return tuple(map(_form, value))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.read.record.batch_size import BatchShape, BatchSize
+from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
+from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.tensor_entries import tensors
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_EXCHANGE = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _NBYTES = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
 # Where a tensor lies: where the block would run, not where the record does.
 _DEVICE = torch.Tensor.device.__get__
@@ -57,10 +59,14 @@ class Sizes(TorchFunctionMode):
             kwargs = {"dtype": recorder.entry(args[0]).symbol().dtype, **kwargs}
             func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
-            own = func(*args)
-            return recorder.entries.seen_dtype(own) if recorder.entries.owned(args[0]) else own
+            own, known = func(*args), recorder.entries.get(args[0])
+            if not recorder.entries.owned(args[0]):
+                return own
+            return recorder.entries.seen_dtype(own) if known is None else known.symbol().dtype
         if func == _DEVICE:
             return recorder.entries.device
+        if func == _EXCHANGE and (weight := recorder.entries.owned(args[0])) is not None:
+            return exchange(recorder, weight, *args)
         if func in _ON:
             return recorder.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
@@ -79,7 +85,7 @@ class Sizes(TorchFunctionMode):
             self._check_cuts(args[0], args[1])
         if name.strip("_") in COMPARISONS and operands and not any(map(recorder.symbolic, operands)):
             args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
-        sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, BatchSize)]
+        sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, MARKED)]
         if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
             if name.strip("_") not in _SCALES or not all(size.pure and size.of_batch for size in sizes):
                 raise recorder.object_to(_CALCULATES)
@@ -90,7 +96,10 @@ class Sizes(TorchFunctionMode):
         finally:
             recorder.scaled = None
         if name in _SIZES or func == _SHAPE:
-            return BatchShape(map(self._mark, result)) if isinstance(result, torch.Size) else self._mark(result)
+            if isinstance(result, torch.Size):
+                return BatchShape(self._sized(args[0], dim, size) for dim, size in enumerate(result))
+            dim = kwargs.get("dim", *args[1:2]) if name == "size" else -1
+            return self._sized(args[0], dim % max(args[0].ndim, 1), result) if name == "size" else self._mark(result)
         made = tensors(result) if sizes else []
         if name == "__setitem__" and sizes:
             if not any(map(recorder.symbolic, operands)):
@@ -117,12 +126,21 @@ class Sizes(TorchFunctionMode):
         finally:
             self.recorder.lenient = self.recorder.by_batch = False
 
-    def _mark(self, size: int) -> int:
-        return (
-            size
-            if size in self.recorder.fixed
-            else BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
-        )
+    def _mark(self, size: int, always: bool = False) -> int:
+        if size in self.recorder.fixed and not always:
+            return size
+        return BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+
+    def _sized(self, tensor: Tensor, dim: int, size: int) -> int:
+        """A tensor's ``size`` along a dimension, with where it comes from if its numbers are known."""
+        recorder = self.recorder
+        if recorder.symbolic(tensor):
+            return self._mark(size)
+        # Of what was found the number is no other size, though it be one of them here.
+        size = self._mark(size, always=dim == 0 and recorder.lineage.found(tensor))
+        if isinstance(size, BatchSize):
+            size.origin = recorder.lineage.sized(tensor, dim)
+        return size
 
     def _from_batch(self, tensor: Tensor) -> bool:
         return any(size not in self.recorder.fixed for size in tensor.shape)
@@ -149,11 +167,13 @@ class Sizes(TorchFunctionMode):
         self.recorder.raise_kind(places, Kind.COUNT)
         return places
 
-    def _made_of_sizes(self, name: str, args: Any, kwargs: Any, sizes: Sequence[BatchSize], result: Tensor) -> None:
+    def _made_of_sizes(
+        self, name: str, args: Any, kwargs: Any, sizes: Sequence[BatchSize | BatchNumber], result: Tensor
+    ) -> None:
         kind = Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED
         if name in ("full", "new_full"):
             fill = kwargs.get("fill_value", args[-1] if args else None)
-            if not isinstance(fill, BatchSize):
+            if not isinstance(fill, MARKED):
                 return
         elif name in ("__getitem__", "narrow", "select", "split", "split_with_sizes"):  # a table cut to the batch
             if self.recorder.uniform(args[0]):
@@ -163,7 +183,8 @@ class Sizes(TorchFunctionMode):
         elif name == "one_hot":
             kind = Kind.PLACED
         elif name in _TENSORS:
-            self.recorder.lineage.counted(result)
+            listed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.recorder.lineage.listed(result, [getattr(item, "origin", None) for item in listed])
         elif name not in _NUMBERS:
             kind = Kind.DERIVED
         self.recorder.raise_kind(result, kind)
@@ -200,6 +221,8 @@ def _numbers(values: Any) -> Any:
     """Values with plain numbers instead of sizes."""
     if isinstance(values, (list, tuple)):
         return [_numbers(value) for value in values]
+    if isinstance(values, BatchNumber):
+        return float.__float__(values)
     return int.__index__(values) if isinstance(values, BatchSize) else values
 
 

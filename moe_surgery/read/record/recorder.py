@@ -132,6 +132,8 @@ class Recorder(TorchDispatchMode):
         finally:
             self.paused = False
         self.entries.enter(tensor, None, None, tensor, Kind.COUNT if size.pure else Kind.DERIVED)
+        if size.pure and size.of_batch:
+            self.lineage.full(tensor, int.__index__(size))
         if size.pure:
             self.ledger.limits[id(tensor)] = size.of_batch
             self._limits.append(tensor)
@@ -237,7 +239,8 @@ class Recorder(TorchDispatchMode):
         self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
-        if not (self.lenient and name in ("min", "max", "aminmax")):
+        alike = torch.Tag.pointwise in func.tags and not any(kinds.values())
+        if not (alike or (self.lenient and name in ("min", "max", "aminmax"))):
             found = self.ledger.kinds(name, args, kwargs, made, lambda tensor: kinds[id(tensor)])
         dead = [self._reasons[entry.storage] for entry in entries.values() if entry.kind == Kind.LOAD]
         reason = (dead or [self.ledger.reason])[0]

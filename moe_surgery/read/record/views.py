@@ -28,14 +28,14 @@ def bring_up_to_date(recorder: Recorder, entry: Entry, writer: Entry) -> None:
         return
     source, target = (torch.tensor(places) for places in zip(*shared, strict=True))
     aten, shape = torch.ops.aten, list(entry.tensor.shape)
-    new = _call(recorder, aten.view.default, writer.node, [len(theirs), width])
+    new = _call(recorder, aten.reshape.default, writer.node, [len(theirs), width])
     if len(shared) == len(mine):
         new = _call(recorder, aten.index.Tensor, new, [recorder.known(source[target.argsort()])])
     else:
-        old = _call(recorder, aten.view.default, recorder.node(entry), [len(mine), width])
+        old = _call(recorder, aten.reshape.default, recorder.node(entry), [len(mine), width])
         new = _call(recorder, aten.index.Tensor, new, [recorder.known(source)])
         new = _call(recorder, aten.index_put.default, old, [recorder.known(target)], new)
-    node = _call(recorder, aten.view.default, new, shape)
+    node = _call(recorder, aten.reshape.default, new, shape)
     entry.node, entry.meta, entry.real = node, entry.symbol(), None
 
 

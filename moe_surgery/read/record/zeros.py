@@ -51,7 +51,7 @@ def support(
         return Support(func(first.found, *args[1:], **kept), first.kind)
     if name == "div" and kwargs.get("rounding_mode") is None:
         return Support(first.found.expand(shape), first.kind)
-    if name == "_to_copy":
+    if name == "_to_copy" or (name == "add" and type(args[1]) is int and args[1] == 0):  # as sum() begins
         return entry.support
     if name == "sum" and len(args) > 1 and args[1]:
         return Support(first.found.to(torch.int64).sum(*args[1:]) > 0, first.kind)
@@ -82,6 +82,8 @@ def asked_of_support(
 ) -> Tensor | None:
     """Where numbers are that were put among zeros, asked of the tensor that they were put in."""
     first = entries.get(id(args[0])) if args else None
+    if first is not None and first.support is None and name == "nonzero":
+        return _taken_for_all(recorder, func, args, kwargs, first)
     if first is None or first.support is None:
         return None
     number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
@@ -94,4 +96,19 @@ def asked_of_support(
     kind = first.support.kind if as_mask else Kind.COUNT
     recorder.entries.enter(real, None, None, real, kind)
     recorder.lineage.asked(real, func, args[1:], kwargs, first.node)
+    return real
+
+
+def _taken_for_all(recorder: Recorder, func: Any, args: Any, kwargs: Any, asked: Entry) -> Tensor | None:
+    """Every place of numbers of which code asks where they are above zero, or other than zero; None if it doesn't."""
+    node = asked.node
+    if node is not None and node.meta.get("name") in ("gt", "ne") and node.args[1] == 0:
+        node = node.args[0]
+    if node is None or asked.meta is None or not node.meta["val"].is_floating_point():
+        return None
+    places = torch.ones(asked.meta.shape, dtype=torch.bool)
+    recorder.positive.append((node, places))
+    real = places.nonzero()
+    recorder.entries.enter(real, None, None, real, Kind.COUNT)
+    recorder.lineage.asked(real, func, args[1:], kwargs, asked.node)
     return real

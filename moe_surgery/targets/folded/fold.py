@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from moe_surgery.kernels.arguments import RouterTerms, Terms, Weights
 from moe_surgery.spec import MoESpec
+from moe_surgery.targets.folded.fitness import beside as objections_to_fold
+from moe_surgery.targets.folded.fitness import outside
 from moe_surgery.targets.shared_as_experts import slices, unfoldable
 from moe_surgery.weights.tensors import BlockTensors
 
@@ -48,6 +50,21 @@ def terms_of(spec: MoESpec, *, given: bool = False, beside: bool = False) -> Ter
         native=router.logits_dtype == "native",
         by_sigmoid=router.scoring == "sigmoid" and router.ranks == "scores",
     )
+
+
+def folded_terms(spec: MoESpec, dtype: str, *, scaled: bool = False) -> Terms:
+    """The numbers that the folded target's block of ``spec`` gives the kernels in a model of ``dtype``.
+
+    ``scaled`` where its experts are in e4m3.
+    """
+    given, apart = is_given(spec, dtype)
+    return replace(terms_of(spec, given=given, beside=apart), scaled=scaled)
+
+
+def is_given(spec: MoESpec, dtype: str) -> tuple[bool, bool]:
+    """Whether experts are chosen outside of the experts' kernels, and whether the shared expert is computed beside."""
+    given = spec.at == "experts" or next(outside(spec, dtype), None) is not None
+    return given, given and spec.shared is not None and next(objections_to_fold(spec), None) is not None
 
 
 def router_terms_of(spec: MoESpec, *, beside: bool = False) -> RouterTerms:
