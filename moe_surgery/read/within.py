@@ -46,46 +46,56 @@ class Within(Trying):
         Raises :class:`~moe_surgery.read.reading.Unreadable` if there are none that can be told from the rest.
         """
         check_positive(flow)
-        self._silent = False
+        self._silent, left = False, _left_behind(flow)
         pairs = [
             ((number, cut.kind), entrance, cut)
             for (number, entrance), cut in product(enumerate(_entrances(flow)), cuts(flow))
         ]
         pairs = [pair for pair in pairs if pair[0] not in self.left_out]
         for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self.found):
-            found = self._parsed(flow, dtype, entrance, cut)
+            found = self._parsed(flow, dtype, entrance, cut, left)
             if found is not None:
                 self.found = self.found or place
                 return found
         raise (Silent if self._silent else Untold)("its routed experts can't be told from what stands around them")
 
-    def _parsed(self, flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut) -> Record | None:
-        """The record with ``entrance`` and ``cut``, where its experts' sum is found."""
+    def _parsed(self, flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut, left: list[int]) -> Record | None:
+        """The record with ``entrance`` and ``cut``, where its experts' sum is found.
+
+        ``left`` is how many operations come of each result.
+        """
         if entrance == cut.weights:
             return None
         split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
         run = Interpreter(split, Terms())
         size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
         places = _sums(flow, max(cut.weights, entrance or 0), size)
-        for place in sorted(places, key=lambda place: self._coming_of(flow, place) != self._left):
+        for place in sorted(places, key=lambda place: left[place] != self._left):
             ended = replace(split, output=Ref(moved(place)), results=None, kept={})
             try:
                 found = parse_record(ended, dtype, run)
                 if all(token.shared is None and token.output_bias is None for token in found.tokens):
                     record = of_cut(found, flow, replace(cut, entering=entrance, routed=place))
-                    self._left = self._coming_of(flow, place)
+                    self._left = left[place]
                     return record
             except Unreadable as error:
                 self._silent |= isinstance(error, Silent)
         return None
 
-    def _coming_of(self, flow: Flow, place: int) -> int:
-        """How many operations come of a result, but for those that only shape or convert it: some records have more."""
-        following = {place}
-        for later in range(place + 1, len(flow.ops)):
-            if not following.isdisjoint(flow.ops[later].operands):
-                following.add(later)
-        return sum(flow.ops[number].name not in _SHAPES for number in following - {place})
+
+def _left_behind(flow: Flow) -> list[int]:
+    """How many operations come of each result, but for those that only shape or convert it: some records have more."""
+    found: list[int] = []
+    following: dict[int, int] = {}  # as bits, the last operation's first, which later ones need no room for
+    counted = 0
+    for place, op in reversed(list(enumerate(flow.ops))):
+        after = following.pop(place, 0)
+        found.append((after & counted).bit_count())
+        bit = 1 << (len(flow.ops) - 1 - place)
+        counted |= bit if op.name not in _SHAPES else 0
+        for operand in op.operands:
+            following[operand] = following.get(operand, 0) | after | bit
+    return found[::-1]
 
 
 def _entrances(flow: Flow) -> Iterator[int | None]:
