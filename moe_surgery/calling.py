@@ -7,6 +7,7 @@ was read with holds for that only: an argument that was at its default must be a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -203,6 +204,29 @@ class ShapeOfInput:
     """
 
     leads: frozenset[str]
+
+
+@dataclass(frozen=True)
+class SizeOfInput:
+    """An attribute that is a size of the input of the last call, or a multiple of one.
+
+    ``ways`` are those that fit: of its tokens, or its rows ("batch") or columns ("sequence"), and how many times that.
+    ``value`` is the number itself where it was the same for every input: then it is nothing else.
+    """
+
+    ways: frozenset[tuple[str, int]]
+    value: int | None = None
+
+    def of(self, shape: Sequence[int]) -> int:
+        """The number for an input of ``shape`` [..., H]."""
+        sizes = sizes_of(shape)
+        name, times = min(self.ways)
+        return sizes[name] * times
+
+
+def sizes_of(shape: Sequence[int]) -> dict[str, int]:
+    """The sizes of an input of ``shape`` [..., H], by name."""
+    return {"tokens": math.prod(shape[:-1]), "batch": shape[0], "sequence": shape[-2]}
 
 
 @dataclass(frozen=True)

@@ -394,6 +394,47 @@ def test_the_result_can_go_to_a_file(model: str, tmp_path: Path) -> None:
     assert "can't write" in call("plan", model, *REFERENCE, "--out", tmp_path / "no" / "x", exit_code=2).stderr
 
 
+@pytest.mark.parametrize("flag", ["--html", "--svg", "--out"])
+def test_a_file_on_a_full_disk_loses_no_result(model: str, flag: str) -> None:
+    found = call("verify", model, *REFERENCE, flag, "/dev/full", exit_code=2)
+    shown = found.stderr if flag == "--out" else found.stdout
+    assert "3 proven, 0 kept, 0 missed, 0 refused" in shown
+    assert found.stderr.splitlines()[-1] == "error: can't write /dev/full: No space left on device"
+
+
+def test_a_full_disk_hides_no_failure(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "get_target", lambda name: Flipped())
+    found = call("verify", model, *REFERENCE, "--html", "/dev/full", exit_code=12)
+    assert [line.partition(" at ")[0] for line in found.stderr.splitlines()] == [
+        "error: can't write /dev/full: No space left on device",
+        "error: the proof failed",
+    ]
+
+
+def test_no_result_replaces_what_the_command_reads(model: str, tmp_path: Path) -> None:
+    pack, made, other = (tmp_path / name for name in ("mine.toml", "plan.json", "other.json"))
+    shutil.copy(Path(__file__).parent.parent / "rules" / "generic.toml", pack)
+    pack.write_text(pack.read_text().replace('"generic"', '"mine"'))
+    for each in (made, other):
+        call("plan", model, *REFERENCE, "-o", each)
+    link = tmp_path / "link"
+    link.symlink_to(made)
+    before = {path: path.read_bytes() for path in (pack, made, other)}
+    for given in (
+        ["apply", made, "--out", made],
+        ["verify", made, "--html", link],
+        ["bench", link, "--svg", made],
+        ["diff", made, other, "--out", other],
+        ["explain", model, "model.layers.0.mlp", "--pack", pack, "--out", pack],
+        ["plan", model, "--pack", pack, *REFERENCE, "-o", pack],
+        ["packs", "show", pack, "--out", pack],
+        ["packs", "check", pack, "--out", pack],
+    ):
+        found = call(*given, exit_code=2)
+        assert found.stderr == f"error: can't write {given[-1]}: the command reads it\n", given
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_quiet_leaves_the_last_line(model: str) -> None:
     result = CliRunner().invoke(app, ["plan", model, *REFERENCE, "-q"])
     assert result.stdout.startswith("3 to replace, ")

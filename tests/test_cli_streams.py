@@ -327,7 +327,10 @@ def test_files_may_be_streams_and_two_results_never_meet(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "modeling_mine.py"],
+)
 def test_no_result_replaces_a_file_of_a_checkpoint(tmp_path: Path, name: str) -> None:
     body = "from pathlib import Path; screen.will_write(Path({!r}))"
     held, link = tmp_path / name, tmp_path / "link"

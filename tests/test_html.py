@@ -87,7 +87,7 @@ def test_a_page_says_what_the_terminal_says() -> None:
     flat = "".join(words.split())
     for line in text_of(made, 400).splitlines():
         for part in re.split(r"  +|^[~=?!] | · ", line):
-            part = part.removeprefix("rel ").removeprefix("margin ").replace("\x00", "\ufffd")
+            part = part.removeprefix("rel ").removeprefix("margin ").replace("\\x00", "\ufffd")
             assert "".join(part.split()) in flat, part
 
 

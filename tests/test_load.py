@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hanging import HANG
 from qwen3_omni_config import FULL, SMALL, omni_config
 from safetensors.torch import load_file, save_file
 
@@ -213,6 +216,16 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     for open_it in (open_meta, load_model):
         with pytest.raises(ModelError, match=r"pytorch_model\.bin: pickled weights are never read"):
             open_it(str(model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(write_tiny: WriteTiny, tmp_path: Path, name: str) -> None:
+    directory = Path(shutil.copytree(write_tiny("float32"), tmp_path / "model"))
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    code = "import sys; from moe_surgery.models.opening import load_model as load; load(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, timeout=HANG)
+    assert f"ModelError: {directory / name}: neither a file nor a link to one" in done.stderr
 
 
 def test_no_weights(tmp_path: Path) -> None:

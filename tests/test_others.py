@@ -286,6 +286,18 @@ def test_a_dict_of_a_block_is_the_same_and_kept_up_to_date() -> None:
     assert model.mlp.stats is held
 
 
+def test_sizes_of_the_input_are_kept() -> None:
+    case = next(case for case in ALL if case.name == "KeepsItsInputsSizes")
+    model, old = Layer(case.make()).eval(), Layer(case.make()).eval()
+    moe_surgery.apply(model, target="reference")
+    assert (model.mlp.choices, model.mlp.one) == (2, 1) and not hasattr(model.mlp, "tokens")
+    for x in [*inputs(shapes=SHAPES), *(x[0] for x in inputs(shapes=SHAPES))]:
+        model(x), old(x)
+        for name in ("tokens", "rows", "last", "chosen", "choices", "one"):
+            assert getattr(model.mlp, name) == getattr(old.mlp, name)
+            assert type(getattr(model.mlp, name)) is int
+
+
 def test_a_dict_that_a_block_makes_is_made_anew_in_every_call() -> None:
     case = next(case for case in ALL if case.name == "KeepsADict")
     model, old = Layer(case.make()).eval(), Layer(case.make()).eval()

@@ -178,6 +178,16 @@ CASES: list[tuple[str, int, str]] = [
     (swap('count = "@layers"', "count = -1"), 28, "count must be an integer"),
     (swap('count = "@layers"', "count = true"), 28, "count must be an integer"),
     (swap('"@/talks"', '"talks"'), 29, 'unless_false: "talks" is no config key'),
+    # what is too large
+    (swap("experts + 2.5 * shared", f"experts * 0.{'0' * 100000}1"), 16, "a formula of 100013 characters"),
+    (GOOD + "#" * 2**18, 1, "bytes; a pack has at most 262144"),
+    (GOOD + ".".join(["a"] * 20000) + " = 1", GOOD.count("\n") + 1, "a name with more than 100 dots"),
+    (swap('"@top_k|k"', "0x" + "f" * 5000), 20, "top_k is an integer of more than 64 bits"),
+    (swap("scale = 1.5", "scale = 0x" + "f" * 5000), 22, "scale is an integer of more than 64 bits"),
+    (swap('path = "**.mlp"', f'path = "{"a*" * 600}"'), 13, "a glob of 1200 characters"),
+    (swap('"re:Mixture|Sparse"', f'"re:{"a" * 1000}"'), 14, "a regular expression of 1003 characters"),
+    (swap("experts + 2.5 * shared", " * ".join(["experts"] * 5000)), 16, "a formula of 49997 characters"),
+    (swap('gate = "E H"', f'gate = "{"K" * 5000}"'), 15, "K … "),
     (swap('name = "two"', 'name = "one"'), 32, 'a rule named "one" is already at p.toml:6'),
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import HANG
 from typer.testing import CliRunner, Result
 
 import moe_surgery
@@ -146,6 +147,13 @@ def test_an_unreadable_receipt_is_named(tmp_path: Path, change: str | dict[str, 
     assert str(caught.value).startswith(str(path)) and re.search(message, str(caught.value))
 
 
+def test_a_pipe_is_no_receipt(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "Model-rank0-1.json")
+    code = "import sys; from moe_surgery.engine.receipts import read_all; read_all(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=HANG)
+    assert "rank0-1.json: not a receipt: no file" in done.stderr
+
+
 def test_a_folder_that_isnt_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the folder of a run: No such file"):
         read_all(tmp_path / "none")
@@ -233,6 +241,56 @@ def call(*arguments: str | Path, exit_code: int) -> Result:
     return result
 
 
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        (("sites", 0, "path"), 1),
+        (("sites", 0, "outcome"), "gone"),
+        (("sites", 0, "spec", "router", "top_k"), "2"),
+        (("sites", 0, "spec", "shared", "alpha"), [1]),
+        (("sites", 0, "proof", "margin"), "large"),
+        (("sites", 0, "proof", "mutants", 0, "family"), []),
+        (("sites", 0, "proof", "passed"), 1),
+        (("sites", 0, "weights", 0, "sink"), -1),
+        (("memory", "new"), True),
+        (("versions",), {"torch": 2}),
+        (("phases",), {"load": "long"}),
+        (("sites", 0), float("nan")),
+        (("seconds",), float("inf")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [(), ("--format", "json"), ("--html", "page.html")], ids=["text", "json", "page"])
+def test_a_damaged_report_is_one_error(
+    where: tuple[Any, ...],
+    value: object,
+    form: tuple[str, ...],
+    applied: Report,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write(tmp_path, replace(ONE, report=applied.to_json()))
+    monkeypatch.chdir(tmp_path)
+    call(tmp_path, *form, exit_code=0)
+    data = json.loads(path.read_text())
+    *inner, last = where
+    held = data["report"]
+    for key in inner:
+        held = held[key]
+    held[last] = value
+    path.write_text(json.dumps(data))
+    found = call(tmp_path, *form, exit_code=2)
+    assert len(found.stderr.splitlines()) == 1 and found.stderr.startswith(f"error: {path}: not a re")
+
+
+def test_a_terminal_obeys_no_name(applied: Report, tmp_path: Path) -> None:
+    report = applied.but(model="\x1b[31mred\x9b0m\r", steps=(replace(applied.steps[0], path="a\x1b]0;title\x07"),))
+    write(tmp_path, replace(ONE, report=report.to_json(), outcome="failed", error="\x1b[2Jgone", exit_code=12))
+    found = call(tmp_path, exit_code=12)
+    assert not {"\x1b", "\x9b", "\x07", "\r"} & {*found.stdout, *found.stderr}
+    assert "a\\x1b]0;title\\x07" in found.stdout and found.stderr == "error: Model: \\x1b[2Jgone\n"
+
+
 def test_the_command_shows_equal_reports_once(tmp_path: Path, applied: Report) -> None:
     for receipt in ranks(2, fingerprint=applied.fingerprint, report=applied.to_json()):
         write(tmp_path, receipt)
@@ -267,6 +325,20 @@ def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
     assert (found["schema"], found["exit"], found["error"]) == ("moe-surgery/run/1", 12, "Model: one reason")
     assert found["receipts"] == [json.loads((tmp_path / "Model-rank0-11.json").read_text())]
     call(tmp_path / "none", exit_code=2)
+
+
+def test_a_page_that_cant_be_written_hides_no_failure(tmp_path: Path) -> None:
+    write(tmp_path, replace(ONE, outcome="failed", error="no", exit_code=12))
+    found = call(tmp_path, "--html", "/dev/full", exit_code=12)
+    assert "1 failed" in found.stdout
+    assert "error: can't write /dev/full: No space left on device" in found.stderr.splitlines()
+
+
+def test_a_receipt_is_no_place_for_its_report(tmp_path: Path) -> None:
+    path = write(tmp_path, ONE)
+    before = path.read_bytes()
+    assert "the command reads it" in call(tmp_path, "--html", str(path), exit_code=2).stderr
+    assert path.read_bytes() == before
 
 
 def test_the_command_says_what_runs_unpatched(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def verify(screen: Screen, job: Job) -> int:
 def begin(screen: Screen, job: Job) -> Plan | None:
     """Check all that can be before a model is loaded, and return the plan if the argument is one."""
     screen.will_write(job.svg, html=job.html)
+    screen.will_read(job.model, *(job.choice.pack or ()))
     checks.margin(job.proof.margin)
     checks.seed(job.proof.seed)
     return saved_plan(job)

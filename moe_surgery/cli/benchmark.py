@@ -77,6 +77,7 @@ def bench_engine(screen: Screen, job: Job, times: Times, *, eager: bool) -> int:
     from moe_surgery.report.from_json import report_from_json
 
     screen.will_write(job.svg, html=job.html)
+    screen.will_read(*(job.choice.pack or ()))
     _check(job)
     load_packs(job.choice.pack or None)
     asked = asking.Job(

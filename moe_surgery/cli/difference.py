@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ def diff(screen: Screen, old: Path, new: Path) -> int:
     """Say what differs; ends with 10 if anything does."""
     from moe_surgery.report.difference import changes, difference_data, difference_sentence, render_difference
 
+    screen.will_read(*_files(old), *_files(new))
     before, after = ({record.name: record for record in read(path)} for path in (old, new))
     if before.keys() != after.keys():
         strange = sorted(before.keys() ^ after.keys())
@@ -33,6 +33,13 @@ def diff(screen: Screen, old: Path, new: Path) -> int:
     return code
 
 
+def _files(path: Path) -> list[Path]:
+    """What :func:`read` reads."""
+    from moe_surgery.engine.receipts import files
+
+    return files(path) if path.is_dir() else [path]
+
+
 def read(path: Path) -> list[Record]:
     """The records at ``path``: a plan, a report or a run as JSON, or the folder of a run's receipts.
 
@@ -42,6 +49,7 @@ def read(path: Path) -> list[Record]:
     from moe_surgery.planning.plan import Plan
     from moe_surgery.report.difference import Record
     from moe_surgery.report.from_json import report_from_json
+    from moe_surgery.report.json import loads
 
     if path.is_dir():
         from moe_surgery.engine.receipts import check, read_all
@@ -50,7 +58,7 @@ def read(path: Path) -> list[Record]:
         check(receipts)
         return _run(receipt.to_json() for receipt in receipts)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -88,5 +96,7 @@ def _speeds(data: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
         for sample in told["samples"]:
             size = f"{sample['sequences']} × {sample['tokens']} tokens"
             if sample["ratio"] is not None:
+                if not all(isinstance(sample[key], int | float | None) for key in ("ratio", "spread")):
+                    raise TypeError(f"no ratio: {sample}")
                 found[f"{name}, {size}"] = (sample["ratio"], sample["spread"])
     return found

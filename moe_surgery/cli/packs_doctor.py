@@ -39,6 +39,7 @@ def packs_show(screen: Screen, name: str) -> int:
     """Print one pack as it was understood, in the form of its file."""
     from moe_surgery.packs.registry import load_packs
 
+    screen.will_read(name)
     (pack,) = load_packs([name])
     data = {"schema": "moe-surgery/pack/1", "origin": pack.origin, **pack.to_data(), "exit": exits.DONE}
     text = pack.to_toml()
@@ -55,7 +56,9 @@ def packs_check(screen: Screen, paths: list[str]) -> int:
     """Read pack files and show them; a bad one is an error with file and line."""
     from moe_surgery.packs.registry import check_packs
 
-    _show(screen, check_packs(paths))
+    found = check_packs(paths)
+    screen.will_read(*(pack.origin.rpartition(":")[0] for pack in found))
+    _show(screen, found)
     return exits.DONE
 
 

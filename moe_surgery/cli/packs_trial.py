@@ -30,6 +30,7 @@ def packs_test(
     as_published = None if published is None else Published.read(published)
     on_cuda = None if cuda is None else OnCuda.read(cuda)
     screen.will_write(markdown)
+    screen.will_read(*(packs or ()), cuda, published)
     started = time.perf_counter()
     chosen = load_packs(packs or None)
     cases = choose(chosen, families or (), settings or (DEFAULT,))

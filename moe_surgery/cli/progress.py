@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moe_surgery.report.words import estimate, size
+from moe_surgery.report.words import estimate, size, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -76,7 +76,7 @@ class Lines:
             self._write(f"{10 * tenth}% ({amount}{rest}) {what}")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text.rstrip() + "\n")
+        self._stream.write(visible(text).rstrip() + "\n")
         self._stream.flush()
 
 
@@ -88,14 +88,14 @@ class Terminal:
         self._task = bar.add_task("", total=None, amount="")
 
     def phase(self, text: str) -> None:
-        self._bar.reset(self._task, total=None, description=text, amount="")
+        self._bar.reset(self._task, total=None, description=visible(text), amount="")
 
     def step(self, done: int, total: int, what: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=what, amount=f"{done}/{total}")
+        self._bar.update(self._task, completed=done, total=total, description=visible(what), amount=f"{done}/{total}")
 
     def read(self, done: int, total: int, what: str) -> None:
         amount = f"{size(done)} of {size(total)}"
-        self._bar.update(self._task, completed=done, total=total, description=what, amount=amount)
+        self._bar.update(self._task, completed=done, total=total, description=visible(what), amount=amount)
 
 
 @contextmanager

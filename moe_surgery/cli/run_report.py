@@ -43,6 +43,7 @@ def launch(screen: Screen, job: Launch) -> int:
     from moe_surgery.engine.receipts import first_failure, read_all
 
     screen.will_write(job.html)
+    screen.will_read(job.plan, *(job.packs or ()))
     orders = _orders(job)
     try:
         environ = environment(orders, os.environ)
@@ -67,9 +68,10 @@ def launch(screen: Screen, job: Launch) -> int:
 
 def report(screen: Screen, run: Path, html: Path | None) -> int:
     """Tell what the processes of a run did."""
-    from moe_surgery.engine.receipts import read_all
+    from moe_surgery.engine.receipts import files, read_all
 
     screen.will_write(html)
+    screen.will_read(*files(run))
     receipts = read_all(run)
     fault = _fault(receipts)
     if fault is not None:
@@ -130,10 +132,12 @@ def _tell(
     from moe_surgery.report.run import render_run, run_data, run_sentence
 
     line = None if error is None else " ".join(error.split())
-    if html is not None:
+
+    def page() -> str:
         from moe_surgery.report.html import run_page
 
-        screen.file(html, run_page(run, receipts, line or (ended if code else None), code))
+        return run_page(run, receipts, line or (ended if code else None), code)
+
     data = run_data(run, receipts, line, code)
     screen.result(lambda console: render_run(run, receipts, console), data, run_sentence(receipts))
     for receipt in receipts:
@@ -141,4 +145,5 @@ def _tell(
             screen.say(f"warning: {receipt.model} runs unpatched in process {receipt.pid}: {receipt.error}")
     if line is not None:
         screen.say(f"error: {line}")
+    screen.page(html, page, code)
     return code

@@ -44,6 +44,7 @@ def plan(
     import moe_surgery
 
     screen.will_write(save, svg, html=html)
+    screen.will_read(*(choice.pack or ()))
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         wanted = {**choice.as_plan(), **place.as_plan()}
@@ -66,6 +67,7 @@ def explain(screen: Screen, model: str, site: str, trust: Trust, *, packs: list[
     import moe_surgery
     from moe_surgery.report.explanation import render_trail, trail_data, trail_sentence
 
+    screen.will_read(*(packs or ()))
     with screen.progress() as progress:
         progress.phase(f"reading {model}")
         found = moe_surgery.explain(model, site, packs=packs, trust_remote_code=trust.trust_remote_code)

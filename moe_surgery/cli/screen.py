@@ -16,6 +16,7 @@ from moe_surgery.errors import SurgeryError, UsageError
 from moe_surgery.models.checkpoint import is_part
 from moe_surgery.report.files import check_writable, write_whole
 from moe_surgery.report.json import dumps
+from moe_surgery.report.words import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,8 @@ class Screen:
     def __init__(self, output: Output, streams: Streams) -> None:
         self.output = output
         self._streams = streams
-        self._taken: set[str] = set()
+        self._taken: dict[str, Path] = {}
+        self._read: set[str] = set()
         self._html: Path | None = None
 
     def will_write(self, *paths: Path | None, html: Path | None = None) -> None:
@@ -60,14 +62,41 @@ class Screen:
                     raise UsageError(f"can't write {path}: it is a file of a checkpoint")
             if place in self._taken and (stream or _is_regular(place)):
                 raise UsageError(f"{path}: two results can't go to one place")
-            self._taken.add(place)
+            self._taken[place] = path
+        self._check_apart()
         stdout = self._out_place() == _STDOUT or _STDOUT in self._taken
         if stdout and self._streams.out is None:
             raise UsageError("stdout is closed; --out FILE writes the result to a file")
 
+    def will_read(self, *paths: str | Path | None) -> None:
+        """Say what files the command reads, before or after what it writes: no result may replace one of them.
+
+        What is no file, such as a hub id or the name of a pack, is passed over.
+        """
+        self._read |= {os.path.realpath(path) for path in paths if path is not None and os.path.isfile(path)}
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        for place, path in self._taken.items():
+            if place in self._read:
+                raise UsageError(f"can't write {path}: the command reads it")
+
     def file(self, path: Path, text: str) -> None:
         """Write one of the files that were told to :meth:`will_write`."""
         self._to(_place(path), text)
+
+    def page(self, path: Path | None, text: Callable[[], str], code: int) -> None:
+        """Write a file that shows the result once more, if there is to be one.
+
+        What can't be written is an error of its own only where ``code``, of the command so far, tells of none.
+        """
+        try:
+            if path is not None:
+                self.file(path, text())
+        except UsageError as fault:
+            if not code:
+                raise
+            self.say(f"error: {fault}")
 
     def result(self, render: Callable[[Console], None], data: Mapping[str, Any], summary: str) -> None:
         """Write the command's one result: ``render``ed as text, or ``data`` as JSON.
@@ -91,18 +120,22 @@ class Screen:
         speeds: Sequence[Speed] = (),
         svg: Path | None = None,
     ) -> None:
-        """Write a report as the result; ``notes`` are its further findings, and ``more`` the same for JSON."""
+        """Write a report as the result, then its pictures: it is told even where these can't be written.
+
+        ``notes`` are its further findings, and ``more`` the same for JSON.
+        """
         from moe_surgery.report.figure import picture
         from moe_surgery.report.terminal import render, sentence
 
-        if svg is not None:
-            self.file(svg, picture(report, notes=notes))
-        if self._html is not None:
+        def page() -> str:
             from moe_surgery.report.html import page
 
-            self.file(self._html, page(report, notes=notes, speeds=speeds, error=(more or {}).get("error")))
+            return page(report, notes=notes, speeds=speeds, error=(more or {}).get("error"))
+
         data = {**report.to_json(), **(more or {})}
         self.result(lambda console: render(report, console, notes), data, sentence(report))
+        self.page(svg, lambda: picture(report, notes=notes), report.exit_code)
+        self.page(self._html, page, report.exit_code)
 
     def fail(self, message: str, code: int, report: Outcomes | None = None) -> int:
         """End with an error: the report so far if there is one, and the error in one line on stderr.
@@ -120,7 +153,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Write a line to stderr."""
-        self._streams.err.write(text.rstrip("\n") + "\n")
+        self._streams.err.write(visible(text.rstrip("\n")) + "\n")
         self._streams.err.flush()
 
     @contextmanager
@@ -137,7 +170,13 @@ class Screen:
         return _STDERR if _STDOUT in self._taken else _STDOUT
 
     def _write(self, text: str) -> None:
-        self._to(self._out_place(), text)
+        place = self._out_place()
+        try:
+            self._to(place, text)
+        except UsageError:
+            if place != _STDOUT:  # a file: what took long to find is shown at least
+                self._to(_STDERR, text)
+            raise
 
     def _to(self, place: str, text: str) -> None:
         stream = {_STDOUT: self._streams.out, _STDERR: self._streams.err}.get(place)

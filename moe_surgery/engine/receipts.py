@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -14,7 +13,8 @@ from typing import get_args
 
 from moe_surgery.errors import ReceiptError, SurgeryError, UsageError
 from moe_surgery.report.files import write_whole
-from moe_surgery.report.json import dumps
+from moe_surgery.report.from_json import report_from_json
+from moe_surgery.report.json import dumps, loads
 from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 
 _NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
@@ -54,7 +54,7 @@ def new_run(run: str | Path) -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"can't write to {run}: {error.strerror or error}") from error
-    if _paths(folder):
+    if files(folder):
         raise UsageError(f"{run} has the receipts of an earlier run; give another folder")
     return folder
 
@@ -78,7 +78,7 @@ def read_all(run: str | Path) -> tuple[Receipt, ...]:
     left is passed over; but what a process tells isn't as long as it lives: two engines may share a run. Raises
     :class:`UsageError` naming the folder, or the file that is no receipt.
     """
-    told = sorted((_read(path) for path in _paths(Path(run))), key=lambda read: (read[1], read[0].pid))
+    told = sorted((_read(path) for path in files(Path(run))), key=lambda read: (read[1], read[0].pid))
     newest = {(receipt.model, receipt.load, receipt.rank): receipt for receipt, _ in told}
     living = [receipt for receipt, _ in told if lives(receipt.pid)]
     return tuple(sorted({id(receipt): receipt for receipt in (*newest.values(), *living)}.values(), key=_order))
@@ -121,7 +121,8 @@ def first_failure(receipts: Iterable[Receipt]) -> SurgeryError | None:
     return SurgeryError(message).with_code(failed.exit_code or SurgeryError.exit_code)
 
 
-def _paths(run: Path) -> list[Path]:
+def files(run: Path) -> list[Path]:
+    """The receipts in the folder ``run``, in no order. Raises :class:`UsageError` if it can't be looked into."""
     try:
         return [path for path in run.iterdir() if _NAME.fullmatch(path.name)]
     except OSError as error:
@@ -148,9 +149,11 @@ def _check_equal(model: str, what: str, ranks: Sequence[Receipt], values: Sequen
 
 
 def _read(path: Path) -> tuple[Receipt, int]:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: not a receipt: no file")
     try:
         written = path.stat().st_mtime_ns
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: not a receipt: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -164,6 +167,11 @@ def _read(path: Path) -> tuple[Receipt, int]:
     wrong += ["rank"] if not wrong and not 0 <= data["rank"] < data["world"] else []
     if wrong:
         raise UsageError(f"{path}: not a receipt: {wrong[0]} can't be {data[wrong[0]]!r}")
+    if data["report"] is not None:
+        try:
+            report_from_json(data["report"])
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
     return Receipt(**data), written
 
 

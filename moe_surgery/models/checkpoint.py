@@ -19,7 +19,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_PARTS = (CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *PICKLES)
+_PARTS = (
+    CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *PICKLES,
+    "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.*", "*processor_config.json", "*.py",
+)  # fmt: skip
 
 _OF_NO_MEANING = ("transformers_version", "_name_or_path")
 # The name and the size in bytes of every dtype the safetensors format knows in whole bytes.
@@ -50,6 +54,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or one error naming the file and, if it isn't JSON, the line."""
+    _check_regular(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,6 +70,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def _check_regular(path: Path) -> None:
+    """Raise :class:`ModelError` for a pipe or a device: opening one may wait for ever. What isn't there passes."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ModelError(f"{path}: neither a file nor a link to one")
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` as the checkpoint has it: no default of any config class is added.
 
@@ -73,6 +84,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if directory.is_dir() and not (directory / CONFIG).exists():
         raise ModelError(f"{directory / CONFIG}: no such file{_instead(directory)}")
     config = read_json(directory / CONFIG)
+    for path in sorted(directory.glob("*.json")):  # transformers reads others
+        _check_regular(path)
     names, quantisation = config.get("architectures"), config.get("quantization_config")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"{directory / CONFIG}: architectures: a list of class names is wanted, not {names!r}")
@@ -82,7 +95,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is there that by its name is the config or weights of a model."""
+    """Whether a file is there that by its name is the config, weights, tokenizer or code of a model."""
     return path.is_file() and any(map(path.match, _PARTS))
 
 
@@ -217,6 +230,7 @@ def uneven_expert(headers: Header) -> str | None:
 
 def _header(path: Path, complete: bool) -> Header:
     """One file's header: 8 bytes of length (little endian), then JSON, then the tensors' bytes without gaps."""
+    _check_regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

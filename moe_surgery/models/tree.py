@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -36,11 +37,18 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             wide, surely = _wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
-            unsure |= around | ({path} if wide else set())
+            unsure |= around | ({path} if wide or _by_another(module, modules.values()) else set())
     unsure = {path for path in unsure - paths if takes_one(modules[path])}
     paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
     return tuple(Site(path, module, path not in unsure) for path, module in modules.items() if path in inner)
+
+
+def _by_another(module: nn.Module, tree: Iterable[nn.Module]) -> bool:
+    """Whether a module's forward was exchanged for that of a module that the model doesn't hold, as adapters do."""
+    lent = vars(module).get("forward")
+    owner = lent.__self__ if isinstance(lent, MethodType) else None
+    return isinstance(owner, nn.Module) and not any(owner is one for one in tree)
 
 
 def _inside(path: str, outer: str) -> bool:
@@ -63,9 +71,9 @@ def _around_banks(modules: dict[str, nn.Module], path: str, called: bool, over_p
 def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple[tuple[str, ...], int, bool]]:
     """Banks of experts that ``module`` holds directly: ``(names of its children, number of experts, certain)``.
 
-    No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers, or
-    equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank only where
-    something scores as many experts. ``called`` says that the module's own name is one for experts.
+    No name means stacked tensors of the module's own. A bank is one list of MLPs, several lists of single layers or of
+    matrices, or equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank
+    only where something scores as many experts. ``called`` says that the module's own name is one for experts.
     """
     named_so = _HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
@@ -79,7 +87,11 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
         yield (), 0, True  # experts of one row each, looked up by number
     singles: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            count = sum(1 for _ in child.parameters())
+            if count > 1 and count == len(_matrices(child)):
+                singles[count] = (*singles.get(count, ()), name)
+        elif isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             members = [member for member in child.children() if any(True for _ in member.parameters())]
             matrices = [len(_matrices(member, over_places)) for member in members]
             named = _HINT in name.lower() and not isinstance(child, nn.Sequential)

@@ -12,6 +12,8 @@ FUNCTIONS = ("sigmoid",)
 _TOKEN = re.compile(
     r"\s*(?:(?P<name>[A-Za-z_]\w*(?:\.\w+)*)|(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d\d?)?)|(?P<sign>[+*()]))"
 )
+LONGEST = 1000
+"""Characters of a formula."""
 _MOST_TERMS = 64
 
 # A sum of products: each product is its factors in sorted order, with a coefficient.
@@ -39,6 +41,8 @@ class Formula:
     @classmethod
     def parse(cls, text: str) -> Formula:
         """Read a formula. Raises :class:`FormulaError` naming the column."""
+        if len(text) > LONGEST:
+            raise FormulaError(f"a formula of {len(text)} characters; it has at most {LONGEST}")
         parser = _Parser(text)
         try:
             terms = parser.sum()

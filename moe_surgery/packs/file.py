@@ -36,6 +36,10 @@ from moe_surgery.packs.toml_lines import key_lines, line_of
 from moe_surgery.targets import check_name
 
 PACKAGES = ("torch", "transformers")
+_MOST_BYTES = 2**18
+_MOST_DOTS = 100
+_NAMES = re.compile(r"""[\w"'. \t-]+""")
+_LONGEST_ERROR = 500
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _T = TypeVar("_T")
 
@@ -51,11 +55,18 @@ def load_pack(path: Path) -> Pack:
 
 def parse_pack(data: bytes, file: str) -> Pack:
     """Read a pack file's bytes; ``file`` is what errors and origins call it. Raises :class:`PackError`."""
+    # Packs come from strangers, and what parses TOML takes hours for some of what is large, or deep.
+    if len(data) > _MOST_BYTES:
+        raise PackError(f"{file}:1: {len(data)} bytes; a pack has at most {_MOST_BYTES}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise PackError(f"{file}:{line}: not UTF-8: byte {data[error.start]:#04x}") from None
+    deep = next((found for found in _NAMES.finditer(text) if found[0].count(".") > _MOST_DOTS), None)
+    if deep is not None:
+        line = text.count("\n", 0, deep.start()) + 1
+        raise PackError(f"{file}:{line}: a name with more than {_MOST_DOTS} dots")
     try:
         parsed = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -82,6 +93,8 @@ class _Table:
     what: str
 
     def error(self, message: str, *keys: str | int) -> PackError:
+        if len(message) > _LONGEST_ERROR:
+            message = f"{message[: _LONGEST_ERROR - 100]} … {message[-100:]}"
         return PackError(f"{self.file}:{self.line(*keys)}: {message}")
 
     def line(self, *keys: str | int) -> int:
@@ -92,6 +105,9 @@ class _Table:
         unknown = sorted((key for key in self.data if key not in names), key=self.line)
         for key in unknown:
             raise self.error(f'unknown key "{key}" in {self.what}{_nearest(key, names)}', key)
+        for key, value in self.data.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise self.error(f"{key} is an integer of more than 64 bits, which TOML hasn't", key)
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.get(key, default)

@@ -9,6 +9,8 @@ from moe_surgery.errors import UsageError
 from moe_surgery.packs.regex import Regex, RegexError, compiled
 
 REGEX = "re:"
+LONGEST = 1000
+"""Characters of a glob or regular expression."""
 _PART = re.compile(r"[^\s.{}()\[\]|\\^$]+")
 
 
@@ -44,6 +46,8 @@ class Pattern:
     def _compiled(self) -> Regex:
         if not isinstance(self.text, str):
             raise PatternError(f"a glob is a string, not {self.text!r}")
+        if len(self.text) > LONGEST:
+            raise PatternError(f"a {self._what()} of {len(self.text)} characters; it has at most {LONGEST}")
         try:
             if self.text.startswith(REGEX):
                 return compiled(self.text.removeprefix(REGEX))

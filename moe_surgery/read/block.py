@@ -9,6 +9,7 @@ difference between two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, re
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.results import all_say, kept_by_both
+from moe_surgery.read.parse.results import all_say, constants, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
@@ -45,6 +46,7 @@ from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
 from moe_surgery.spec import MoESpec
 
+_DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
 _ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
@@ -187,6 +189,7 @@ def _read(
     results = all_say((record_.results, record_.lead) for record_ in made)
     spec = replace(spec, results=str(results or ""))
     kept = reduce(kept_by_both, [record_.kept for record_ in made])
+    kept = constants(kept, dict(block.named_modules()))
     above = layout.correction_bias if router.above_zero else None
     return Reading(
         spec,
@@ -211,9 +214,14 @@ def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
         raise Unfollowed(str(reason), error.operations) from error
     if not isinstance(error.__cause__, (RuntimeError, IndexError, ValueError)):  # as code of other shapes fails
         return
+    if wanted := _DIMENSIONS.search(str(error.__cause__)):
+        problem = f"it takes an input of {wanted[1]} dimensions, and no tokens [T, H] or [B, S, H]"
+        raise Unfollowed(problem, error.operations) from error
     for name, layer in block.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             held = f"{name} ({type(layer).__name__})"
+            if set(layer.kernel_size) == {1}:
+                raise Unfollowed(f"{held} is a convolution, which can't be followed", error.operations) from error
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
 

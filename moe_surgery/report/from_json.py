@@ -9,8 +9,9 @@ from typing import Any
 
 from moe_surgery.errors import UsageError
 from moe_surgery.prove.verdict import Family, Mutant, Verdict
-from moe_surgery.report.outcomes import SCHEMA, Memory, ModelCheck, Step
+from moe_surgery.report.outcomes import SCHEMA, Memory, ModelCheck, Outcomes, Step
 from moe_surgery.report.report import Report
+from moe_surgery.report.typed import check_types
 from moe_surgery.spec import MoESpec
 
 
@@ -23,7 +24,7 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
     if data.get("schema") != SCHEMA:
         raise UsageError(f"not a report of schema {SCHEMA}: {data.get('schema')}")
     try:
-        return Report(
+        report = Report(
             model=data["model"],
             done=data["done"],
             steps=tuple(_step(site) for site in data["sites"]),
@@ -35,7 +36,9 @@ def report_from_json(data: Mapping[str, Any]) -> Report:
             phases=tuple(data.get("phases", {}).items()),
             model_check=None if data.get("model_check") is None else ModelCheck.from_json(data["model_check"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        check_types(report, Outcomes)
+        return report
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"not a report: {error!r}") from error
 
 

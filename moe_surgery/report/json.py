@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,3 +36,14 @@ def scan_data(report: Outcomes) -> dict[str, Any]:
 def dumps(data: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     """``data`` as indented JSON with a last newline. Raises :class:`ValueError` for a number that JSON hasn't."""
     return json.dumps(data, indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n"
+
+
+def loads(text: str) -> Any:
+    """What JSON says. Raises :class:`ValueError` if it isn't, or has a number that JSON hasn't, or no float can be."""
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is no number here")
+        return value
+
+    return json.loads(text, parse_float=number, parse_constant=number)

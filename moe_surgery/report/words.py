@@ -30,11 +30,19 @@ _ASCII = str.maketrans(
         "─": "-",
     }
 )
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# What turns the order of the characters after it around.
+_CONTROLS |= {code: f"\\u{code:04x}" for code in (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """``text`` without characters that a terminal obeys: names come from other people's files."""
+    return text.translate(_CONTROLS)
 
 
 def writable(text: str, console: Console) -> str:
     """``text`` in the characters that ``console``'s encoding has; the others are replaced, never an error."""
-    encoding = console.encoding
+    encoding, text = console.encoding, visible(text)
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import Always, Calling, Constant, Replayed, Result, ShapeOfInput, Structure, Updated
+from moe_surgery.calling import (
+    Always,
+    Calling,
+    Constant,
+    Replayed,
+    Result,
+    ShapeOfInput,
+    SizeOfInput,
+    Structure,
+    Updated,
+)
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -31,7 +41,7 @@ class Convention:
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
-    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | Always | Structure], ...] = ()
+    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | SizeOfInput | Always | Structure], ...] = ()
     state: tuple[tuple[str, str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
@@ -53,7 +63,8 @@ class Convention:
         written = tuple(
             (place, value)
             for place, value in kept
-            if isinstance(value, (Replayed, ShapeOfInput, Always, Structure)) and not isinstance(value, Updated)
+            if isinstance(value, (Replayed, ShapeOfInput, SizeOfInput, Always, Structure))
+            and not isinstance(value, Updated)
         )
         if results is None:
             return cls(calling, None, own, written, state)
@@ -90,6 +101,8 @@ class Convention:
             match value:
                 case Replayed():
                     return replayed[value.where]
+                case SizeOfInput():
+                    return value.of(x.shape)
                 case ShapeOfInput():
                     return x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
                 case Always():

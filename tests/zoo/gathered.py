@@ -235,4 +235,68 @@ class StepsThroughTime(Alone):
         return out
 
 
+class _WideAndNarrow(nn.Module):
+    """Experts in lists of matrices, every other one twice as wide (LLaMA-MoE's with sizes of their own)."""
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        widths = [width * (1 + number % 2) for number in range(experts)]
+        self.gates, self.ups = (nn.ParameterList([plain.parameter(w, hidden) for w in widths]) for _ in range(2))
+        self.downs = nn.ParameterList([plain.parameter(hidden, w) for w in widths])
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        mixed = F.silu(F.linear(x, self.gates[number])) * F.linear(x, self.ups[number])
+        return F.linear(mixed, self.downs[number])
+
+
+@module(PLACES, "differ in width")
+class ListsOfTwoWidths(nn.Module):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.choice = plain.linear(sizes.hidden, sizes.experts)
+        self.bank = _WideAndNarrow(sizes.experts, sizes.hidden, sizes.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, ids = self.chosen(self.choice(x))
+        out = torch.zeros_like(x)
+        for number in range(self.choice.out_features):
+            token, slot = torch.where(ids == number)
+            out.index_add_(0, token, self.bank(x[token], number) * weights[token, slot, None])
+        return out.view_as(hidden_states)
+
+    def chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best, ids = torch.topk(logits, 2, dim=-1)
+        return best.softmax(-1), ids
+
+
+class _Adapter(nn.Module):
+    """A router with tensors of its own around one MLP, kept where no model sees it (MixLoRA)."""
+
+    def __init__(self, base: nn.Module, gate: Tensor, deltas: Tensor) -> None:
+        super().__init__()
+        self.held, self.gate, self.deltas = [base], gate, deltas
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = F.linear(x, self.gate).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for number, delta in enumerate(self.deltas):
+            share = (weights * (ids == number)).sum(-1, keepdim=True)
+            out = out + share * self.held[0].down(F.silu(self.held[0].up(x) + F.linear(x, delta)))
+        return out
+
+
+@module(PLACES, "neither its input nor one of its own weights")
+class ForwardOfAnother(nn.Module):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__()
+        self.up, self.down = plain.linear(sizes.hidden, sizes.width), plain.linear(sizes.width, sizes.hidden)
+        gate, deltas = torch.randn(sizes.experts, sizes.hidden), torch.randn(sizes.experts, sizes.width, sizes.hidden)
+        self.adapters = {"one": _Adapter(self, gate, deltas)}
+        self.forward = self.adapters["one"].forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
 ALL = repositories.ALL  # those above among them

@@ -169,6 +169,39 @@ class OtherwiseOnceAName(_Keeping):
         return super().forward(hidden_states) * factor
 
 
+class _KeepingSizes(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.note(hidden_states)
+        return super().forward(hidden_states)
+
+    def note(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+@block(STATE)
+class KeepsItsInputsSizes(_KeepingSizes):
+    """Numbers of tokens, rows and choices of the last call, and two that are no such numbers (Megatron)."""
+
+    def note(self, x: Tensor) -> None:
+        self.tokens = int(x.reshape(-1, self.hidden).shape[0])
+        self.rows, self.last = x.shape[0], x.shape[-2]
+        self.chosen, self.choices, self.one = self.tokens * self.top_k, self.top_k, 1
+
+
+@block(STATE, "keeps state between calls (seen")
+class AddsUpItsTokens(_KeepingSizes):
+    seen = 0
+
+    def note(self, x: Tensor) -> None:
+        self.seen = self.seen + x.shape[0]
+
+
+@block(STATE, "state", "differ", "batch size")
+class KeepsHalfOfItsTokens(_KeepingSizes):
+    def note(self, x: Tensor) -> None:
+        self.half = x.reshape(-1, self.hidden).shape[0] // 2
+
+
 # Weights that a call converts
 
 
@@ -291,6 +324,29 @@ class BestAndNextByLogits(_BestAndNext):
 
 
 @block(FORMS)
+class BestAndNextInPlace(_BestAndNext):
+    """Outputs take the place of inputs, in a copy of the batch for each expert (NLLB)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        first = F.one_hot(scores.argmax(-1), self.num_experts)
+        second = F.one_hot(self.rest(logits, scores, first).argmax(-1), self.num_experts)
+        weights = [(scores * mask).sum(-1) for mask in (first, second)]
+        whole = torch.clamp(weights[0] + weights[1], min=torch.finfo(scores.dtype).eps)
+        one, other = (weight / whole for weight in weights)
+        dense = first * one[:, None] + second * other[:, None]
+        sent = dense.bool()
+        copies = torch.einsum("th,te->eth", x, sent.to(x.dtype))
+        for number, expert in enumerate(self.experts):
+            rows = sent[:, number]
+            done = torch.einsum("t,th->th", dense[rows, number], expert(copies[number, rows]))
+            copies[number, rows] = done
+        return copies.sum(0).view(hidden_states.shape)
+
+
+@block(FORMS)
 class BestAndNextByScores(_BestAndNext):
     def rest(self, logits: Tensor, scores: Tensor, first: Tensor) -> Tensor:
         return scores * (1 - first)
@@ -350,6 +406,97 @@ class SlotsForBoth(_DenseLoads):
 @block(COUNTS, "how many tokens")
 class SlotsForSomeOfBoth(_DenseLoads):
     drops = True
+
+
+# Questions to what it computes
+
+
+class _Asking(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states)
+        if self.strange(out):
+            raise FloatingPointError("not finite")
+        return out
+
+    def strange(self, out: Tensor) -> Any:
+        raise NotImplementedError
+
+
+@block(COUNTS, "it asks whether what it computes is finite")
+class AsksWhetherAllIsFinite(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return not torch.isfinite(out).all()
+
+
+@block(COUNTS, "it asks whether what it computes is finite")
+class AsksWhetherAnyIsNone(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return torch.isnan(out).any() or torch.isinf(out).any()
+
+
+@block(COUNTS, "depends on the values it computes")
+class AsksWhetherAnyIsLarge(_Asking):
+    def strange(self, out: Tensor) -> Any:
+        return (torch.isfinite(out) & (out.abs() > 1e6)).any()
+
+
+# Einsums of three
+
+
+class _CombinedAtOnce(Alone):
+    """Slots, scores and outputs meet in one einsum, over slots and experts (GShard's ports)."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        sent = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, 1.0)
+        places = ((sent.cumsum(0) - 1) * sent).long()
+        slots = F.one_hot(places, len(x)).to(x.dtype) * sent[..., None]
+        dense = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(1, ids, weights)
+        given = torch.einsum("tec,th->ech", slots, x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("ech,tec,te->th", done, slots, self.taken(dense))
+
+    def taken(self, dense: Tensor) -> Tensor:
+        return dense
+
+
+@block(FORMS)
+class CombinedAtOnce(_CombinedAtOnce):
+    pass
+
+
+@block(FORMS)
+class TheirFirstElementTwice(_CombinedAtOnce):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = super().routed(x, weights, ids)
+        return torch.cat([2 * out[:, :1], out[:, 1:]], -1)
+
+
+class _MaskOfThree(Alone):
+    """Weights, choices and slots meet in one einsum, and where that isn't zero tokens are sent."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        chosen = F.one_hot(ids, self.num_experts).to(x.dtype)
+        flat = chosen.reshape(-1, self.num_experts)
+        places = (flat.cumsum(0) * flat).view(chosen.shape) - 1
+        slots = F.one_hot(places.amax(-1).long(), self.most(chosen)).to(x.dtype)
+        combined = torch.einsum("tk,tke,tkc->tec", weights, chosen, slots)
+        given = torch.einsum("tec,th->ech", (combined > 0).to(x.dtype), x)
+        done = torch.stack([expert(part) for expert, part in zip(self.experts, given, strict=True)])
+        return torch.einsum("tec,ech->th", combined, done)
+
+    def most(self, chosen: Tensor) -> int:
+        return int(chosen.sum((0, 1)).max())
+
+
+@block(COUNTS)
+class MaskOfThree(_MaskOfThree):
+    pass
+
+
+@block(COUNTS)
+class MaskOfThreeByItem(_MaskOfThree):
+    def most(self, chosen: Tensor) -> int:
+        return int(chosen.sum((0, 1)).max().item())
 
 
 ALL = published.ALL  # those above among them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,45 @@ def extended(terms: Terms, term: Term, start: int, size: int) -> Term | None:
         return None
     known = [part for part in parts if part is not None]
     return terms.rebuilt(term, known)
+
+
+def gathered(terms: Terms, vector: Term) -> Term:
+    """A vector that is spelled out element by element, as sums and products of vectors, if it is one."""
+    if vector.op != "vec":
+        return vector
+    first, second = vector.args[:2]
+    whole = _of_first(terms, first, vector.size, set(_inside(second)))
+    if whole is None or any(_at(terms, whole, place) is not element for place, element in enumerate(vector.args)):
+        return vector
+    return whole
+
+
+def _at(terms: Terms, term: Term, place: int) -> Term:
+    """An element of sums and products of vectors, as the sum or product of elements."""
+    if term.size == 1:
+        return term
+    if term.op not in ("add", "mul"):
+        return terms.elem(term, place)
+    return terms.rebuilt(term, [_at(terms, arg, place) for arg in term.args])
+
+
+def _inside(term: Term) -> Iterator[int]:
+    """A term and those that it is made of by adding and multiplying, by number."""
+    yield term.uid
+    if term.op in ("add", "mul"):
+        for arg in term.args:
+            yield from _inside(arg)
+
+
+def _of_first(terms: Terms, term: Term, size: int, alike: set[int]) -> Term | None:
+    """The vector that ``term`` is the first element of, where those in ``alike`` are the same for all elements."""
+    if term.uid in alike:
+        return term
+    if term.op not in ("add", "mul"):
+        return extended(terms, term, 0, size)
+    parts = [_of_first(terms, arg, size, alike) for arg in term.args]
+    known = [part for part in parts if part is not None]
+    return terms.rebuilt(term, known) if len(known) == len(parts) else None
 
 
 def neighbours(terms: Terms, parts: list[Term], width: int) -> Term | None:

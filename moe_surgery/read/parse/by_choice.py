@@ -59,8 +59,8 @@ class ByChoice:
         return term
 
     def _of_tokens(self, vector: Term) -> bool:
-        """Whether a vector isn't one of an element for each expert: of such, scores are named."""
-        return all(vector.size != ranking.scores.size for ranking in self._rankings)
+        """Whether a vector isn't one of an element for each expert, or each chosen one: of such, scores are named."""
+        return all(vector.size not in (ranking.scores.size, ranking.count) for ranking in self._rankings)
 
     def _chosen(self, values: Term, ranking: Ranking) -> Term:
         return self._terms.chosen(values, ranking.scores, ranking.number, ranking.count)

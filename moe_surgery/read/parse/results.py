@@ -5,14 +5,14 @@ Whatever else it returns its own operations must go on computing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.calling import Alone, Always, Constant, Replayed, Result, ShapeOfInput, Structure, Value
+from moe_surgery.calling import Alone, Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Value
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term
@@ -168,6 +168,17 @@ def _named(results: Structure) -> str:
     return "one tensor of its input's shape" if alike else str(results)
 
 
+def constants(kept: Attributes, modules: Container[str]) -> Attributes:
+    """Attributes of which those that were the same number for every input are that number; others are objects'."""
+
+    def settled(path: str, value: Any) -> Any:
+        if not isinstance(value, SizeOfInput) or value.value is None:
+            return value
+        return value.value if path in modules else Always(value.value)
+
+    return {key: settled(key[0], value) for key, value in kept.items()}
+
+
 def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
     """The attributes that two records wrote, with values that fit both."""
     if set(one) != set(other):
@@ -176,6 +187,16 @@ def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
     if unlike := [name for (_, name), value in both.items() if value is _UNLIKE]:
         raise Unreadable(f"it keeps state between calls ({', '.join(unlike)} is another after another batch)")
     return both
+
+
+def _sized(mine: Any, its: Any) -> Any:
+    """What a number is that may be a size of the input, or a multiple of one."""
+    one, other = (value.value if isinstance(value, (SizeOfInput, Always)) else value for value in (mine, its))
+    same = one if type(one) is type(other) is int and one == other else None
+    ways = [value.ways if isinstance(value, SizeOfInput) else frozenset() for value in (mine, its)]
+    if same is None and not ways[0] & ways[1]:
+        return _UNLIKE
+    return SizeOfInput(ways[0] & ways[1], same)
 
 
 def _met(mine: Any, its: Any) -> Any:
@@ -188,6 +209,8 @@ def _met(mine: Any, its: Any) -> Any:
         same = isinstance(other, Always) and isinstance(other.value, Constant)
         if isinstance(one, Replayed) and (same or (isinstance(other, Result) and other.value != "output")):
             return one
+    if isinstance(mine, SizeOfInput) or isinstance(its, SizeOfInput):
+        return _sized(mine, its)
     if type(mine) is not type(its):
         return _UNLIKE
     if isinstance(mine, Always):

@@ -11,6 +11,7 @@ from itertools import chain
 
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
+from moe_surgery.read.meaning.wholes import gathered
 from moe_surgery.read.parse.mlp import IDENTITY, MLPParser, MLPRead, short
 from moe_surgery.read.parse.router import OWN, SCORED, Precisions, RouterParser, RouterRead, Weight
 from moe_surgery.read.parse.top_k import Ranking
@@ -69,7 +70,7 @@ class TokenParser:
         shared: list[SharedRead] = []
         output_bias: list[Piece] = []
         on_input: set[bool] = set()
-        products = [self._by_choice(product) for product in self._products(output)]
+        products = [self._by_choice(product) for product in self._products(gathered(self.terms, self.bare(output)))]
         without = None
         if products and not self.given and not any(map(self._routed, chain.from_iterable(products))):
             without = self.routers.without()

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_surgery.calling import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.batch_size import MARKED
 from moe_surgery.read.record.choices import Made, no_choice
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
 from moe_surgery.read.record.known_numbers import Kind
@@ -165,7 +166,8 @@ def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -
         return Given(where, entry.real, shape, dtype, recorder.lineage.of(value))
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise recorder.object_to(f"it also returns ({where}) a {type(value).__name__}")
+    what = "number of tokens in Python" if isinstance(value, MARKED) else type(value).__name__
+    raise recorder.object_to(f"it also returns ({where}) a {what}")
 
 
 def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:

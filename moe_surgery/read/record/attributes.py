@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Always, Constant, ShapeOfInput, structured
+from moe_surgery.calling import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
 from moe_surgery.read.record.reach import functions, holders
 
 PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -44,7 +44,9 @@ def kept(
     for (path, name), value in changed.items():
         if (name in read or path in tables) and (path, name) not in written_first:
             continue
-        if type(value) in PLAIN_VALUES:
+        if ways := _ways(value, shape):
+            found[path, name] = SizeOfInput(ways, int.__index__(value))
+        elif type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
         elif isinstance(value, Tensor):
             same = constant(value)
@@ -61,6 +63,14 @@ def _of_values(container: Any) -> bool:
     leaves: list[Any] = []
     structured(container, lambda leaf, _: leaves.append(leaf))
     return all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _ways(value: Any, shape: tuple[int, ...]) -> frozenset[tuple[str, int]]:
+    """Which sizes of an input of ``shape`` a number is, or a multiple of which."""
+    if not isinstance(value, int) or isinstance(value, bool) or int.__index__(value) < 1:
+        return frozenset()
+    sizes, number = sizes_of(shape), int.__index__(value)
+    return frozenset((name, number // size) for name, size in sizes.items() if number % size == 0)
 
 
 def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:

@@ -33,7 +33,7 @@ def has_attributes(value: Any) -> bool:
     """Whether a value is an object whose attributes are its state: no tensor, module, class or function."""
     if type(value) in _PLAIN_KINDS or type(value) is Untouched or isinstance(value, _NO_ATTRIBUTES):
         return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+    return not isinstance(value, (int, float)) and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def is_table(value: Any) -> bool:

@@ -17,7 +17,11 @@ def exchange(recorder: Recorder, name: str, weight: Tensor, data: Tensor) -> Non
 
     Where the record has the dtype of the block, the weight would be another one after the call.
     """
-    entry, made = recorder.entry(weight), recorder.entry(data)
+    recorder.paused = True  # a weight that is first met here is no operation of the block's
+    try:
+        entry, made = recorder.entry(weight), recorder.entry(data)
+    finally:
+        recorder.paused = False
     source = made.node
     while source is not None and source.meta.get("name") in _CONVERTS:
         source = source.args[0]

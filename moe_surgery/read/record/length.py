@@ -39,9 +39,9 @@ class _Whole(type):
             return given[0]
         if given and isinstance(given[0], BatchNumber):
             return math.trunc(given[0])
-        if len(given) == 1 and isinstance(given[0], Tensor) and not given[0].is_floating_point():
-            number: int = given[0].item()  # type: ignore[assignment]
-            return number
+        if len(given) == 1 and isinstance(given[0], Tensor):
+            number = given[0].item()
+            return number if isinstance(number, BatchSize) else builtins.int(number)
         return builtins.int(*given, **named)
 
     def __instancecheck__(cls, value: object) -> bool:

@@ -203,7 +203,8 @@ class Sizes(TorchFunctionMode):
                 return Choices(tensor.tolist(), self._mark, recorder.object_to)
             raise recorder.object_to("it takes single tokens' numbers to Python, as many as the batch size")
         elif kind >= Kind.COUNT:
-            whole = not tensor.is_floating_point() and tensor.dtype is not torch.bool
+            # Numbers of tokens are whole, of whatever dtype they are.
+            whole = tensor.dtype is not torch.bool and (kind == Kind.COUNT or not tensor.is_floating_point())
             if not whole or name in ("__int__", "__float__") or (name == "__bool__" and kind == Kind.DERIVED):
                 raise recorder.object_to(f"it makes a plain number of {LOAD}")
             if name != "__bool__":

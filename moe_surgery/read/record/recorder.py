@@ -39,6 +39,7 @@ from moe_surgery.read.record.choices import (
     no_choice,
     ranking,
 )
+from moe_surgery.read.record.finite import asks_finite
 from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage, done
@@ -264,6 +265,8 @@ class Recorder(TorchDispatchMode):
             return known
         func, name, args = as_index(func, name, args, entries)
         if name in _READS_BACK:
+            if asks_finite(entries[id(args[0])].node):
+                raise self.object_to("it asks whether what it computes is finite, and does otherwise where it isn't")
             raise self.object_to(f"what it does depends on the values it computes ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")

@@ -44,6 +44,8 @@ def support(
         return Support(found, max(mask.kind for mask in masks))
     if name == "add" and len(masks) == 2 and masks[0].found is not None and masks[1].found is not None:
         return Support(masks[0].found | masks[1].found, max(mask.kind for mask in masks))
+    if name in ("mm", "bmm") and any(mask.found is not None for mask in masks):
+        return _multiplied([_mask(entries.get(id(arg)), everywhere=True) for arg in args[:2]])
     if first.found is None or (entry := entries.get(id(args[0]))) is None or entry.support is None:
         return None
     if name in SHAPED:
@@ -58,10 +60,22 @@ def support(
     return None
 
 
-def _mask(entry: Entry | None) -> _Mask:
+def _multiplied(masks: list[_Mask]) -> Support | None:
+    """Where a product of matrices may be other than zero."""
+    found = [mask.found.double() for mask in masks if mask.found is not None]
+    return Support(found[0] @ found[1] > 0, max(mask.kind for mask in masks)) if len(found) == 2 else None
+
+
+def _mask(entry: Entry | None, everywhere: bool = False) -> _Mask:
+    """Where an operand may be other than zero; with ``everywhere`` that is found of known numbers without zeros too."""
     if entry is not None and entry.support is not None:
         return _Mask(entry.support.places, entry.support.kind)
-    if entry is not None and entry.real is not None and entry.kind < Kind.COUNT and not bool(entry.real.all()):
+    if (
+        entry is not None
+        and entry.real is not None
+        and entry.kind < Kind.COUNT
+        and (everywhere or not bool(entry.real.all()))
+    ):
         return _Mask(entry.real != 0, entry.kind)
     return _Mask(None, Kind.PLAIN)
 
