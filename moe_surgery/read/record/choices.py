@@ -119,7 +119,7 @@ def looked_up(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry
 
     Such numbers are a choice of experts: by token ids, or of those that stand for the experts of a top-k.
     """
-    if name not in _LOOKS_UP or recorder.route is no_choice or not recorder.counts or args[0].is_floating_point():
+    if name not in _LOOKS_UP or recorder.route is no_choice or args[0].is_floating_point() or not recorder.counts:
         return False
     table, places = entries[id(args[0])], [entries[id(leaf)] for leaf in tensors(args[1:])]
     if table.node is None or args[0].dtype is torch.bool or not places or not _of_weights(table.node):

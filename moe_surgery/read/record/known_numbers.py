@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.read.record.batch_size import DEPENDS, tells_sizes_apart
+from moe_surgery.read.record.batch_size import DEPENDS
+from moe_surgery.read.record.branches import tells_sizes_apart
 
 LOAD = "how many tokens an expert gets, or where a token stands in the batch"
 

@@ -17,6 +17,7 @@ recorded. Two things make control flow safe to follow:
 from __future__ import annotations
 
 import operator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.counts import totals
 from moe_surgery.read.reading import Mistaken, Unreadable
-from moe_surgery.read.record.batch_size import BatchSize, Branches
+from moe_surgery.read.record.batch_size import BatchSize
+from moe_surgery.read.record.branches import Branches
 from moe_surgery.read.record.choices import (
     Choices,
     any_places,
@@ -58,8 +60,8 @@ class Recorder(TorchDispatchMode):
 
     ``fixed`` are sizes that don't come from the batch: those of the weights, the number of experts, top-k, and what
     the code gives as plain numbers. ``batch`` are the input's own, and ``tokens`` how many it has.
-    ``counts`` are those that experts may have. With ``inside``, what is ranked of masked scores is
-    chosen among those that no mask covers; ``outside`` says that some were not.
+    With ``inside``, what is ranked of masked scores is chosen among those that no mask covers; ``outside`` says that
+    some were not.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Recorder(TorchDispatchMode):
         inside: bool = False,
     ) -> None:
         super().__init__()
-        self.branches = Branches(turned)
+        self._block, self.branches = block, Branches(turned)
         self.dtype, self.route = dtype, route
         self.inside, self.outside = inside, False
         self.graph = torch.fx.Graph()
@@ -91,13 +93,17 @@ class Recorder(TorchDispatchMode):
         self.fixed = {1, *self.entries.sizes}
         self.batch: set[int] = set()
         self.tokens = 0
-        self.counts = totals(block, dict(block.named_parameters()))
         self.mistaken: set[int] = set()  # sizes of the batch that the code also gives as plain numbers
         self.ledger = Ledger(self.fixed, self.object_to)
         self.ledger.whole = route is no_choice
         self.lineage = Lineage()
         self._results = MetaResults()
         self._limits: list[Tensor] = []  # kept alive, as they are told by identity
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many experts there may be."""
+        return totals(self._block, dict(self._block.named_parameters()))
 
     def unreadable(self) -> Unreadable:
         """The first objection."""
