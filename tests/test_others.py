@@ -340,7 +340,7 @@ def test_a_new_tensor_has_the_dtype_of_the_one_that_it_is_asked_of() -> None:
     assert model(torch.randn(2, 3, 32, dtype=torch.bfloat16))[1].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay"])
+@pytest.mark.parametrize("name", ["ConvertsItsRouter", "MakesABufferOnTheWay", "DoublesItsBias", "ExchangesItsBias"])
 def test_reading_leaves_weights_that_a_block_replaces_as_they_were(name: str) -> None:
     block = next(case for case in ALL if case.name == name).make()
     held = block.state_dict(keep_vars=True)
