@@ -220,7 +220,7 @@ def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
     for name, layer in block.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             held = f"{name} ({type(layer).__name__})"
-            if set(layer.kernel_size) == {1}:
+            if isinstance(layer, nn.Conv1d) and layer.kernel_size == (1,):  # a block may turn its tokens for it
                 raise Unfollowed(f"{held} is a convolution, which can't be followed", error.operations) from error
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
