@@ -37,7 +37,7 @@ class GuardedBlock(StandingBlock):
         self._observed: ObservedRouter | None = None
         self._unchanged: Unchanged | None = None
 
-    def tokens(self, hidden_states: Tensor) -> Tensor:
+    def flat_tokens(self, hidden_states: Tensor) -> Tensor:
         """The input as [T, H], contiguous; hooks on the old router are called.
 
         Raises :class:`GradientError` where gradients are asked for or the block is in training mode, and

@@ -43,7 +43,7 @@ class ReferenceBlock(GuardedBlock):
 
     @answering
     def forward(self, x: Tensor) -> Tensor:
-        work, flat, tensors = torch.promote_types(x.dtype, torch.float32), self.tokens(x), self._tensors()
+        work, flat, tensors = torch.promote_types(x.dtype, torch.float32), self.flat_tokens(x), self._tensors()
         ids = chosen(self.spec, tensors, flat)
         return forward(self.spec, tensors, flat, work, ids).to(x.dtype).view(x.shape)
 
@@ -55,7 +55,7 @@ class ReferenceExperts(ReferenceBlock):
         arguments = self.arguments(given, named)
         x, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
         work = torch.promote_types(x.dtype, torch.float32)
-        flat, count = self.tokens(x), ids.shape[-1]
+        flat, count = self.flat_tokens(x), ids.shape[-1]
         acting = self.spec.experts.acting
         ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), acting)
         visits = Visits(flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix))
