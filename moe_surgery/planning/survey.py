@@ -14,7 +14,7 @@ from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.asking import Records
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.parsed import NO_TOP_K
+from moe_surgery.read.parsed import MIXES, NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.sameness import Readings, structure
@@ -55,7 +55,12 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
 
 
 def _may_choose(item: Surveyed) -> bool:
-    """Whether a place that can't be read may route: its record has a top-k, or its code names something of the kind."""
+    """Whether a place that can't be read may route: its record has a top-k, or its code names something of the kind.
+
+    One that mixes what all of its experts compute is told too.
+    """
+    if MIXES in (item.unread or ""):
+        return True
     return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
 
