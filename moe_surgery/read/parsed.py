@@ -38,10 +38,11 @@ class Cut:
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
     gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
     they are calculated from what was chosen, as those of the best expert of every group. ``turned`` weights are [k, T].
+    There may be no ``weights``: then each is 1.
     """
 
     choices: tuple[int, ...]
-    weights: int
+    weights: int | None
     count: int
     entering: int | None = None
     routed: int | None = None
@@ -51,7 +52,8 @@ class Cut:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is alike in the cuts of two records of one block."""
-        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin), self.turned
+        computed = None if self.computed is None else form(self.computed.origin)
+        return *self.choices, self.count, computed, self.turned, self.weights is None
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,13 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
-    given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
+    weights = next((op for op in flow.ops if op.name == "input" and op.args[0] == "weights"), None)
+    given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
     parsers: list[TokenParser] = []
     tokens: tuple[TokenRead, ...] = ()
     for number, term in enumerate(output.lead.reshape(-1)):
         ranked = [seen[number] for seen in rankings]
-        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given))
+        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given, ones))
         tokens += (parsers[-1].parse(term),)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
