@@ -18,6 +18,7 @@ from moe_surgery.spec import RouterSpec
 
 Role = Literal["hidden_states", "ids", "weights", "beside", "unused", "fixed"]
 _TENSORS = ("hidden_states", "ids", "weights")
+_SIZES = {"tokens": "tokens", "batch": "rows", "sequence": "columns"}
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -208,20 +209,28 @@ class ShapeOfInput:
 
 @dataclass(frozen=True)
 class SizeOfInput:
-    """An attribute that is a size of the input of the last call, or a multiple of one.
+    """An attribute, or result, that is a size of the input of the last call, or a multiple of one.
 
     ``ways`` are those that fit: of its tokens, or its rows ("batch") or columns ("sequence"), and how many times that.
-    ``value`` is the number itself where it was the same for every input: then it is nothing else.
+    ``value`` is the number itself where it was the same for every input: then it is nothing else. It is an ``int``
+    unless it is ``broken``.
     """
 
     ways: frozenset[tuple[str, int]]
-    value: int | None = None
+    value: float | None = None
+    broken: bool = False
 
-    def of(self, shape: Sequence[int]) -> int:
+    def of(self, shape: Sequence[int]) -> float:
         """The number for an input of ``shape`` [..., H]."""
         sizes = sizes_of(shape)
         name, times = min(self.ways)
-        return sizes[name] * times
+        return float(sizes[name] * times) if self.broken else sizes[name] * times
+
+    def __str__(self) -> str:
+        if self.value is not None:
+            return str(self.value)
+        name, times = min(self.ways)
+        return f"its number of {_SIZES[name]}" + (f", times {times}" if times > 1 else "")
 
 
 def sizes_of(shape: Sequence[int]) -> dict[str, int]:

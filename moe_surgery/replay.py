@@ -35,17 +35,20 @@ class At:
 class Many:
     """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
 
-    With a ``power`` of -1 it is ``times`` divided by that. ``was`` is what it was in the record that it was found in.
+    With a ``power`` of -1 it is ``times`` divided by that; ``plus`` is added to it. ``was`` is what it was in the
+    record that it was found in.
     """
 
     of: Literal["tokens", "batch", "sequence"]
     times: float = 1
     was: float = field(default=0, compare=False)
     power: int = 1
+    plus: float = 0.0
 
     def made(self, size: int) -> float:
         """The number, of a batch of that ``size``."""
-        return self.times * size if self.power > 0 else self.times / size
+        made = self.times * size if self.power > 0 else self.times / size
+        return made + self.plus if self.plus else made
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Runs vLLM engines on the example models of examples/engine in a process of their own, nothing installed.
-
-python tests/engine_examples.py JSON OUT     # what :func:`run_all` starts
-"""
+"""Runs vLLM engines on the example models of examples/engine in a process of their own, nothing installed."""
 
 from __future__ import annotations
 
@@ -10,12 +7,8 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 import tomllib
 import traceback
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from hanging import HANG
+from own_process import run_apart
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "examples" / "engine"
@@ -131,29 +125,13 @@ class Result:
 
 
 def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
-    """The result of each run, one engine after the other, in one child process of the caller's.
+    """The result of each run, one engine after the other, in one process of their own.
 
     The engine is of that process too, so that it starts in seconds, unless an environment variable says otherwise.
     """
-    out, log = tmp / "results.json", tmp / "log.txt"
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(
-            [sys.executable, __file__, json.dumps([asdict(run) for run in runs]), str(out)],
-            env={**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | str = child.wait(HANG * len(runs))
-        except subprocess.TimeoutExpired:
-            code = f"nothing in {HANG * len(runs)} s"
-        finally:
-            with suppress(ProcessLookupError):  # workers that hang don't end by themselves
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    if code:
-        raise AssertionError(f"the engine process ended with {code}\n{log.read_text(encoding='utf-8')}")
+    out = tmp / "results.json"
+    env = {**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env}
+    run_apart(_write_results, runs, out, env=env, log=tmp / "log.txt", seconds=HANG * len(runs))
     results = json.loads(out.read_text(encoding="utf-8"))
     return [Result(**{**result, "outputs": [Output(**output) for output in result["outputs"]]}) for result in results]
 
@@ -163,6 +141,10 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
     results = run_all(runs, tmp, **env)
     assert [result.error for result in results if result.error is not None] == []
     return [result.outputs for result in results]
+
+
+def _write_results(runs: list[Run], out: Path) -> None:
+    out.write_text(json.dumps([asdict(_result(run)) for run in runs]), encoding="utf-8")
 
 
 def _result(run: Run) -> Result:
@@ -249,8 +231,6 @@ def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor import model_loader
 
-    if gc.get_freeze_count() == 0:  # what was imported need not be walked whenever an engine ends
-        gc.freeze()
     own_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,
@@ -297,8 +277,3 @@ def _outputs(run: Run, pushes: dict[str, list[Any]]) -> list[Output]:
         gc.collect()
         if not own_process:
             cleanup_dist_env_and_memory()
-
-
-if __name__ == "__main__":
-    results = [asdict(_result(Run(**run))) for run in json.loads(sys.argv[1])]
-    Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.gathered import ALL
 from zoo.same import distance, inputs
+from zoo.tallies import ALL
 
 import moe_surgery
 from moe_surgery.calling import structured

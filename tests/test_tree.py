@@ -245,3 +245,42 @@ def test_ordinary_layers_of_many_equal_matrices_are_no_sites() -> None:
 
     layers = nn.ModuleList(nn.Sequential(Attention(), nn.LSTM(8, 8), nn.Linear(64, 256)) for _ in range(4))
     assert find_sites(nn.ModuleDict({"layers": layers, "head": nn.Linear(64, 12)})) == ()
+
+
+class Mixing(nn.Module):
+    """Two MLPs side by side, and a small layer; ``mix`` says what comes of them."""
+
+    def __init__(self, mix: Callable[..., torch.Tensor], scores: int = 2) -> None:
+        super().__init__()
+        self.weigh, self.mix = nn.Linear(32, scores), mix
+        self.words, self.images = plain.MLP(32, 48), plain.MLP(32, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.weigh(x), self.words(x), self.images(x))
+
+
+MIXED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
+    "softmax": (lambda s, a, b: s.softmax(-1)[..., :1] * a + s.softmax(-1)[..., 1:] * b, 2),
+    "sigmoid": (lambda s, a, b: s.sigmoid() * a + (1 - s.sigmoid()) * b, 1),
+    "stacked": (lambda s, a, b: (torch.stack([a, b], -2) * s.softmax(-1)[..., None]).sum(-2), 2),
+}
+UNMIXED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
+    "sum": (lambda s, a, b: a + b, 2),
+    "gated sum": (lambda s, a, b: s.sigmoid() * (a + b.tanh()), 1),
+    "one weighted": (lambda s, a, b: s.sigmoid() * a + b, 1),
+    "constant weights": (lambda s, a, b: 0.3 * a + 0.7 * b, 2),
+    "product": (lambda s, a, b: a * b, 2),
+    "heads": (lambda s, a, b: torch.cat([s, a, b], -1), 2),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_two_mlps_that_are_mixed_are_listed_with_that_reason(name: str) -> None:
+    [step] = moe_surgery.plan(stack(Mixing(*MIXED[name])).eval()).steps
+    assert (step.path, step.outcome) == ("layers.0.mlp", "missed")
+    assert step.reason == "it has no top-k: every token goes through all of its experts, and each has a weight"
+
+
+@pytest.mark.parametrize("name", UNMIXED)
+def test_two_mlps_that_are_not_mixed_are_no_site(name: str) -> None:
+    assert not moe_surgery.plan(stack(Mixing(*UNMIXED[name])).eval()).steps

@@ -37,7 +37,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             wide, surely = _wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
-            unsure |= around | ({path} if wide or _by_another(module, modules.values()) else set())
+            may_be = wide or _by_another(module, modules.values()) or _two_beside(module)
+            unsure |= around | ({path} if may_be else set())
     unsure = {path for path in unsure - paths if takes_one(modules[path])}
     paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
@@ -114,15 +115,26 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
 
 def _side_by_side(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...]]:
     """The names of children that are equal MLPs: at least three, or two that are called experts."""
+    for names in _equal_mlps(module, over_places):
+        if len(names) > 2 or (len(names) == 2 and all(_HINT in name.lower() for name in names)):
+            yield tuple(names)
+
+
+def _equal_mlps(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...]]:
+    """The names of children that are equal MLPs."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return
     alike: dict[Hashable, list[str]] = {}
     for name, child in module.named_children():
         if 2 <= len(_matrices(child, over_places)) <= _MOST_MATRICES:
             alike.setdefault((type(child), _form(child)), []).append(name)
-    for names in alike.values():
-        if len(names) > 2 or (len(names) == 2 and all(_HINT in name.lower() for name in names)):
-            yield tuple(names)
+    yield from map(tuple, alike.values())
+
+
+def _two_beside(module: nn.Module) -> bool:
+    """Whether ``module`` holds two equal MLPs, and a layer that may weigh them."""
+    pairs = _equal_mlps(module, over_places=False)
+    return any(len(names) == 2 and any(_scores(module, n, names) for n in (1, 2)) for names in pairs)
 
 
 def _matrices(module: nn.Module, over_places: bool = False) -> list[Tensor]:

@@ -14,7 +14,7 @@ from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.asking import Records
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.parsed import NO_TOP_K
+from moe_surgery.read.parsed import MIXES, NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.sameness import Readings, structure
@@ -55,7 +55,12 @@ def survey(model: nn.Module) -> tuple[Surveyed, ...]:
 
 
 def _may_choose(item: Surveyed) -> bool:
-    """Whether a place that can't be read may route: its record has a top-k, or its code names something of the kind."""
+    """Whether a place that can't be read may route: its record has a top-k, or its code names something of the kind.
+
+    One that mixes what all of its experts compute is told too.
+    """
+    if MIXES in (item.unread or ""):
+        return True
     return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
 
@@ -69,20 +74,25 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
         return Surveyed(site, None, str(error))
     except Unreadable as error:
         inside = _inside(site, known, shared, str(error))
-        return inside if inside.reading is not None else _around(site, known, shared, records, inside)
+        alone = isinstance(error, Unfollowed)
+        return inside if inside.reading is not None else _around(site, known, shared, records, inside, alone)
 
 
-def _around(site: Site, known: Readings, shared: dict[int, list[str]], records: Records, unread: Surveyed) -> Surveyed:
+def _around(
+    site: Site, known: Readings, shared: dict[int, list[str]], records: Records, unread: Surveyed, alone: bool
+) -> Surveyed:
     """A block of which a part can be read, split behind its router or all around its experts; else ``unread``.
 
     What came closest to being taken is named too: where the experts were found, why the rest can't go on as it is.
+    With ``alone`` nothing was found out of it without what it takes beside its input.
     """
+    problem: Unreadable = Untold()
     for reader in (read_around, read_within):
         try:
             _check_place(site, shared)
             return Surveyed(site, replace(_read(site, known, reader, records), around=unread.unread or ""), None)
         except Unreadable as error:
-            problem = error
+            problem = problem if alone and isinstance(error, Untold) else error
     if isinstance(problem, (Untold, Unfollowed)) or str(problem) in (unread.unread or ""):
         return unread
     return replace(unread, unread=f"{unread.unread}; nor can the rest of it go on as it is: {problem}")

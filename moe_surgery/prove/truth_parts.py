@@ -98,7 +98,9 @@ def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
         other = routing.logits.sigmoid() if softmax else routing.logits.softmax(-1)
         yield f"{'sigmoid for softmax' if softmax else 'softmax for ' + spec.router.scoring}", weighted(ids, other)
         yield from _rescored(parts, reweighted)
-    if own and k == 1 and on_output:
+    if own and k == 1 and on_output and spec.router.renormalize:
+        yield "routing weights halved", reweighted(weights / 2)
+    elif own and k == 1 and on_output:
         yield "routing weights left out", reweighted(torch.ones_like(weights))
         yield "routing weights applied twice", reweighted(weights.square())
     if k > 1:

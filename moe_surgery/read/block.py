@@ -26,7 +26,7 @@ from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_both
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import Outside, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import VALUES, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.experts_dispatch import own_forward
@@ -96,7 +96,9 @@ def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
                 _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
             )
         except Unreadable as error:
-            problem = error if isinstance(problem, Unfollowed) and not isinstance(error, Unfollowed) else problem
+            # Of forms that it doesn't take, or numbers that are no token ids, the reason is none of the block's.
+            vague = isinstance(problem, Unfollowed) or str(problem).startswith(VALUES)
+            problem = error if vague and not isinstance(error, Unfollowed) else problem
     raise problem
 
 

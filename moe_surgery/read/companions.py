@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.counts import totals
 from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.record.arguments import passed_on
-from moe_surgery.replay import Program
+from moe_surgery.replay import At, Many, Program, Step
 
 _MOST = 2  # sizes of a kind, of which each is tried
 
@@ -39,6 +39,8 @@ def with_others_alike(reading: Reading, read: Callable[[Calling], Reading]) -> R
         companion = argument.companion
         if companion is None or companion.over != "tokens":
             continue
+        if reading.program is not None:
+            companion = next(c for c in reading.program.companions if c.key == companion.key)
         also = []
         for dtype in (torch.int64, torch.bool, None):
             other = replace(companion, dtype=dtype)
@@ -48,6 +50,24 @@ def with_others_alike(reading: Reading, read: Callable[[Calling], Reading]) -> R
                         also.append(dtype)
         reading = _taking(reading, place, replace(companion, also=tuple(also)))
     return reading
+
+
+def reaching_all(program: Program, companions: tuple[Companion, ...]) -> Program:
+    """A program with ``companions`` made up so that every expert is reached which what remains of one chooses."""
+    return replace(program, companions=tuple(replace(one, below=_below(program.steps, one)) for one in companions))
+
+
+def _below(steps: Sequence[Step], companion: Companion) -> int:
+    """What the numbers of a ``companion`` are to be below, of which ``steps`` take what remains."""
+    found: dict[int, int] = {}  # steps that it comes to
+    for number, step in enumerate(steps):
+        first = step.args[0] if step.args else None
+        if step.func == "beside" and first == companion.key:
+            found[number] = companion.below
+        elif isinstance(first, At) and first.number in found:
+            by = step.args[1] if step.func is torch.ops.aten.remainder.Scalar else 0
+            found[number] = max(found[first.number], int(by.was) if isinstance(by, Many) else by)
+    return max(found.values(), default=companion.below)
 
 
 def _of(calling: Calling, place: int, companion: Companion) -> Calling:

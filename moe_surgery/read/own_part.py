@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_leaves
 from moe_surgery.calling import Replayed, leaves_of
 from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, spread
+from moe_surgery.read.companions import reaching_all
 from moe_surgery.read.parsed import Record, attribute
 from moe_surgery.read.program import Builder, of_both
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
+from moe_surgery.read.record.lineage import Computed
 from moe_surgery.read.trial import Trial
 from moe_surgery.replay import ENTERING, ROUTING, Program
 from moe_surgery.weights.layout import Layout
@@ -126,7 +128,8 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
     wanted: dict[str, Ref | Given] = {}
     if record.cut is not None:
         made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
-        wanted = {"weights": Ref(record.cut.weights), "ids": record.cut.computed or builder.ids(made, record.cut.count)}
+        weights = _ones(shape) if record.cut.weights is None else Ref(record.cut.weights)
+        wanted = {"weights": weights, "ids": record.cut.computed or builder.ids(made, record.cut.count)}
         if record.cut.entering is not None:
             wanted[ENTERING] = Ref(record.cut.entering)
         if taken := set(wanted) & names:
@@ -135,7 +138,14 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
     cut = record.cut
     routed, turned = (cut.routed, cut.turned) if cut else (None, False)
     found = builder.program(wanted, router.num_experts, routed, flow.output, turned)
-    return replace(found, companions=companions)
+    return reaching_all(found, companions)
+
+
+def _ones(shape: tuple[int, ...]) -> Given:
+    """A weight of 1 for the expert of each token of an input of ``shape``."""
+    tokens, how = prod(shape[:-1]), {"dtype": torch.float32, "device": torch.device("cpu")}
+    made = Computed(torch.ops.aten.full.default, ([tokens, 1], 1.0), how, None)
+    return Given("weights", torch.ones(tokens, 1), (tokens, 1), "float32", made)
 
 
 def own_weights(program: Program | None, layout: Layout) -> frozenset[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from moe_surgery.calling import Replayed, Result, Structure, Updated, mapped_leaves
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors
+from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
 from moe_surgery.read.parse.rounding import Rounding
@@ -25,6 +28,7 @@ from moe_surgery.read.record.flow import Choice, Flow, Given
 from moe_surgery.read.record.lineage import form
 
 NO_TOP_K = "it has no top-k"
+MIXES = "it has no top-k: every token goes through all of its experts, and each has a weight"
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class Cut:
     ``entering`` is the operation that gives the experts' input, where that isn't the block's; ``routed`` the one that
     gives their weighted sum, where the block's output is more than that. ``computed`` are the ids [T, count], where
     they are calculated from what was chosen, as those of the best expert of every group. ``turned`` weights are [k, T].
+    There may be no ``weights``: then each is 1.
     """
 
     choices: tuple[int, ...]
-    weights: int
+    weights: int | None
     count: int
     entering: int | None = None
     routed: int | None = None
@@ -47,7 +52,8 @@ class Cut:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is alike in the cuts of two records of one block."""
-        return *self.choices, self.count, None if self.computed is None else form(self.computed.origin), self.turned
+        computed = None if self.computed is None else form(self.computed.origin)
+        return *self.choices, self.count, computed, self.turned, self.weights is None
 
 
 @dataclass(frozen=True)
@@ -139,19 +145,20 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     run = run or Interpreter(flow, Terms())
     terms = run.terms
     if not flow.choices:
-        raise Unreadable(NO_TOP_K)
+        raise Unreadable(MIXES if _mixes(flow, run) else NO_TOP_K)
     output = vectors(run.rows(flow.output), terms)
     size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     native = str(dtype).removeprefix("torch.")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
-    given = next((op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "weights"), 0)
+    weights = next((op for op in flow.ops if op.name == "input" and op.args[0] == "weights"), None)
+    given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
     parsers: list[TokenParser] = []
     tokens: tuple[TokenRead, ...] = ()
     for number, term in enumerate(output.lead.reshape(-1)):
         ranked = [seen[number] for seen in rankings]
-        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given))
+        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given, ones))
         tokens += (parsers[-1].parse(term),)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
@@ -163,6 +170,29 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(replace(flow, choices=choices), run, native, tokens[0].router, parsers, lead)
     return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
+
+
+def _mixes(flow: Flow, run: Interpreter) -> bool:
+    """Whether a record without a choice is a weighted sum of several MLPs, with weights that come of the input."""
+    with suppress(Unreadable):
+        token = Rounding("", run.terms).bare(vectors(run.rows(flow.output), run.terms).lead.reshape(-1)[0])
+        return sum(map(_weighted_mlp, token.args if token.op == "add" else ())) > 1
+    return False
+
+
+def _weighted_mlp(term: Term) -> bool:
+    """Whether a term is a number made by a linear map times a vector made by two, one after another."""
+    parts, known = term.args if term.op == "mul" else (), dict[int, int]()
+    weights = any(_maps(part, known) > 0 for part in parts if part.size == 1)
+    return weights and any(_maps(part, known) > 1 for part in parts if part.size > 1)
+
+
+def _maps(term: Term, known: dict[int, int]) -> int:
+    """How many linear maps a term is made by, one after another; ``known`` are those of other terms."""
+    if term.uid not in known:
+        inner = [leaf for leaf in tree_leaves(term.args) if isinstance(leaf, Term)]
+        known[term.uid] = (term.op == "lin") + max((_maps(part, known) for part in inner), default=0)
+    return known[term.uid]
 
 
 def replayed(kept: Attributes) -> Attributes:

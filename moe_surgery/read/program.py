@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.batch_size import MOST_ADDED
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.flow import Flow, Given, Op, Ref
 from moe_surgery.read.record.lineage import Asked, Chosen, Computed, Origin, Plain, done
@@ -277,6 +278,12 @@ def _of_sizes(numbers: tuple[float, float], *shapes: Shape) -> float | Many:
         times = [number / size[of] ** power for number, size in zip(numbers, named, strict=True)]
         if math.isclose(*times, rel_tol=_EXACTLY):
             return Many(of, float(f"{times[0]:.14g}"), power=power)  # type: ignore[arg-type]
+    least = numbers.index(min(numbers))  # of which an epsilon is rounded least
+    for of, digits in itertools.product(named[0], (5, 3, 1)):
+        many, more = divmod(numbers[least], named[least][of])
+        way = Many(of, many, plus=float(f"{more:.{digits}g}"))  # type: ignore[arg-type]
+        if way.plus <= MOST_ADDED and numbers == tuple(way.made(sizes[of]) for sizes in named):
+            return way
     return numbers[0]
 
 

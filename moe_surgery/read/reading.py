@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from moe_surgery.replay import Program
 
 
+VALUES = "what it does depends on the values it computes"
+
+
 class Unreadable(Exception):
     """Something in a block that reading can't account for; the message is the reason. Never leaves the library."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from typing import Any
 
@@ -58,7 +58,7 @@ class Splitting(Trying):
     place are tried first, and what leaves out no expert is taken rather than what does.
     """
 
-    weights = -1
+    weights: int | None = -1
 
     def __call__(self, flow: Flow, dtype: torch.dtype) -> Record:
         """What a record says of every token.
@@ -68,7 +68,7 @@ class Splitting(Trying):
         problem, silent = Unreadable("its router makes no weights for the experts that it chooses"), False
         check_positive(flow)
         partial: Record | None = None
-        others = (cut for cut in cuts(flow) if cut.kind not in self.left_out)
+        others = (cut for cut in chain(cuts(flow), _unweighted(flow)) if cut.kind not in self.left_out)
         for cut in sorted(others, key=lambda cut: (cut.kind != self.found, cut.weights != self.weights)):
             if partial is not None and cut.kind != self.found:
                 break
@@ -184,6 +184,11 @@ def cuts(flow: Flow) -> Iterator[Cut]:
                 yield Cut(numbers, place, count, computed=ids)
 
 
+def _unweighted(flow: Flow) -> Iterator[Cut]:
+    """Choices of one expert that may have no weight."""
+    return (Cut((number,), None, 1) for number, choice in enumerate(flow.choices) if choice.k == 1)
+
+
 def _computed(flow: Flow, tokens: int) -> Iterator[tuple[Given, tuple[int, ...]]]:
     """Numbers that may be ids, [T, k], calculated from choices, the last first; and which choices these are."""
     builder = Builder(flow, next(op.shape for op in flow.ops if op.name == "input"))
@@ -229,6 +234,11 @@ def _looked_up_by(flow: Flow, choice: Made) -> set[Made]:
 def given_weights(flow: Flow, cut: Cut) -> tuple[Flow, Callable[[int], int]]:
     """The record with its routing weights as something given, and where each of its operations is in that."""
     place, ids = cut.weights, _ids(flow, cut)
+    if place is None:
+        ones = Op("input", ("weights",), {"ones": True}, (len(ids), cut.count), "float32")
+        choices = (Choice(Ref(len(flow.ops)), cut.count, ids, True),)
+        unweighted = replace(flow, ops=(*flow.ops, ones), choices=choices, results=None, kept={}, positive=())
+        return unweighted, lambda index: index
     made = flow.ops[place]
     given = Op("input", ("weights",), {}, (len(ids), cut.count), made.dtype)
     shaped = Op("view", (Ref(place), list(made.shape)), {}, made.shape, made.dtype)

@@ -75,7 +75,7 @@ class Within(Trying):
         split, moved = given_weights(flow if entrance is None else _started(flow, entrance), cut)
         run = Interpreter(split, Terms())
         size = next(op for op in split.ops if op.name == "input" and op.args[0] == "hidden_states").shape[-1]
-        places = _sums(flow, max(cut.weights, entrance or 0), size)
+        places = _sums(flow, max(cut.weights or 0, entrance or 0), size)
         for place in sorted(places, key=lambda place: left[place] != self._left):
             ended = replace(split, output=Ref(moved(place)), results=None, kept={})
             try:

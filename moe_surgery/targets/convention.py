@@ -82,6 +82,8 @@ class Convention:
                 return _full(leaf, x)
             if isinstance(leaf, Replayed):
                 return replayed[leaf.where]
+            if isinstance(leaf, SizeOfInput):
+                return leaf.of(x.shape)
             if not isinstance(leaf, Result):
                 return leaf
             if leaf.value == "output":

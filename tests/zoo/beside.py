@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import around
+from . import around, plain
 from .plain import ListOfMLPs, OneHotLoop, SoftmaxFirst, block_class
 
 Alone: Any = block_class(around.Alone, SoftmaxFirst, ListOfMLPs, OneHotLoop, name="Alone")
@@ -128,6 +128,68 @@ class ByTokenIdsInAParameter(ByToken):
         return self.routed(flat, F.softplus(self.gate(flat)).sqrt().gather(1, ids), ids).view_as(x)
 
 
+class ByTokenAlone(Alone):
+    """One expert for each token id, and no weights (hash layers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gate
+        self.register_buffer("table", torch.arange(50) * 7 % self.num_experts)
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        return self.sent(x.reshape(-1, self.hidden), self.table[input_ids.reshape(-1)]).view_as(x)
+
+    def sent(self, x: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(ids == number)[0]
+            out.index_add_(0, rows, expert(x[rows]))
+        return out
+
+    @staticmethod
+    def told(x: Tensor) -> Tensor:
+        return ByToken.told(x)
+
+
+@taken
+class ByTokenIdsAlone(ByTokenAlone):
+    pass
+
+
+@taken
+class ByWhatRemainsOfTokenIds(ByTokenAlone):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.table
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        return self.sent(x.reshape(-1, self.hidden), self.hashed(input_ids.reshape(-1))).view_as(x)
+
+    def hashed(self, input_ids: Tensor) -> Tensor:
+        return input_ids % self.num_experts
+
+
+@taken
+class ByWhatRemainsOfMovedTokenIds(ByWhatRemainsOfTokenIds):
+    def hashed(self, input_ids: Tensor) -> Tensor:
+        return (super().hashed(input_ids * 5 - 100) + 1) % self.num_experts
+
+
+@taken
+class ByAnglesAlone(ByTokenAlone):
+    """The nearest expert of a router of its own, with no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.table
+        self.centres = plain.parameter(self.num_experts, self.hidden)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, self.hidden)
+        near = F.normalize(flat, dim=-1) @ F.normalize(self.centres, dim=-1).t()
+        return self.sent(flat, near.argmax(-1)).view_as(x)
+
+
 @taken
 class UnderOtherNumbers(Alone):
     """What a top-k chose are places, of which a table says which expert is there."""
@@ -164,6 +226,43 @@ class SharedOutAmongUnmasked(Masked):
 
     def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         return super().forward(hidden_states, mask / mask.sum().clamp(min=1))
+
+
+@left("looks at other tokens")
+class ByTheTokenIdBefore(ByWhatRemainsOfTokenIds):
+    def hashed(self, input_ids: Tensor) -> Tensor:
+        return super().hashed(input_ids.roll(1))
+
+
+@left("no routed experts")
+class ByTokenIdsTwice(ByWhatRemainsOfTokenIds):
+    def sent(self, x: Tensor, ids: Tensor) -> Tensor:
+        return 2 * super().sent(x, ids)
+
+
+@left("no routed experts")
+class ByTokenIdsOneExpertTwice(ByWhatRemainsOfTokenIds):
+    def sent(self, x: Tensor, ids: Tensor) -> Tensor:
+        return super().sent(x, ids) * (1 + (ids == 3).to(x.dtype)[:, None])
+
+
+@left("no routed experts")
+class ByTwoTokenIds(ByWhatRemainsOfTokenIds):
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        return super().forward(x, input_ids) + super().forward(x, input_ids // self.num_experts)
+
+
+@left("aren't those of its experts")
+class ByTokenIdsWithoutAnExpert(ByWhatRemainsOfTokenIds):
+    def hashed(self, input_ids: Tensor) -> Tensor:
+        return super().hashed(input_ids).clamp(max=self.num_experts - 2)
+
+
+@left("nothing is known")
+class ByFewTokenIds(ByTokenAlone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table %= 5
 
 
 @left("")

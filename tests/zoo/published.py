@@ -104,7 +104,7 @@ class MixedByTwoNumbers(IntAsADtype):
         return self.beta * super().forward(hidden_states) + self.alpha * self.always(hidden_states)
 
 
-@block(AROUND, "no routed experts (weights of a top-k times an MLP)", "told from")
+@block(AROUND)
 class TheBestWithoutAWeight(Alone):
     def make_expert(self) -> nn.Module:
         return BiasedMLP(self.hidden, self.width)
@@ -114,6 +114,12 @@ class TheBestWithoutAWeight(Alone):
         for number in range(self.num_experts):
             out[best == number] = self.expert(number, x[best == number])
         return out
+
+
+@block(AROUND, "no routed experts (weights of a top-k times an MLP)", "told from")
+class TheBestTwiceWithoutAWeight(TheBestWithoutAWeight):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return 2 * super().routed(x, weights, ids)
 
 
 @block(ACTIVATIONS)

@@ -143,7 +143,7 @@ def all_say(records: Iterable[tuple[Structure | None, tuple[int, ...]]]) -> Stru
 
     Raises :class:`Unreadable` if they contradict each other.
     """
-    found = reduce(_both_say, [_of_shape(results, lead) for results, lead in records])
+    found = reduce(_both_say, [_of_shape(results, lead) for results, lead in records]).mapped(number)
     [output, *others] = found.leaves()
     plain = found.kind is Alone and not others and isinstance(output, Result) and "batch" in output.leads
     return None if plain else found
@@ -172,11 +172,18 @@ def constants(kept: Attributes, modules: Container[str]) -> Attributes:
     """Attributes of which those that were the same number for every input are that number; others are objects'."""
 
     def settled(path: str, value: Any) -> Any:
+        if isinstance(value, Structure):
+            return value.mapped(number)
         if not isinstance(value, SizeOfInput) or value.value is None:
             return value
         return value.value if path in modules else Always(value.value)
 
     return {key: settled(key[0], value) for key, value in kept.items()}
+
+
+def number(leaf: Any) -> Any:
+    """A leaf of results; what was the same number for every input is that number."""
+    return leaf.value if isinstance(leaf, SizeOfInput) and leaf.value is not None else leaf
 
 
 def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
@@ -192,11 +199,12 @@ def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
 def _sized(mine: Any, its: Any) -> Any:
     """What a number is that may be a size of the input, or a multiple of one."""
     one, other = (value.value if isinstance(value, (SizeOfInput, Always)) else value for value in (mine, its))
-    same = one if type(one) is type(other) is int and one == other else None
+    same = one if type(one) is type(other) in (int, float) and one == other else None
     ways = [value.ways if isinstance(value, SizeOfInput) else frozenset() for value in (mine, its)]
-    if same is None and not ways[0] & ways[1]:
+    broken = {value.broken for value in (mine, its) if isinstance(value, SizeOfInput)}
+    if len(broken) > 1 or (same is None and not ways[0] & ways[1]):
         return _UNLIKE
-    return SizeOfInput(ways[0] & ways[1], same)
+    return SizeOfInput(ways[0] & ways[1], same, *broken)
 
 
 def _met(mine: Any, its: Any) -> Any:

@@ -13,7 +13,7 @@ from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.meaning.wholes import gathered
 from moe_surgery.read.parse.mlp import IDENTITY, MLPParser, MLPRead, short
-from moe_surgery.read.parse.router import OWN, SCORED, Precisions, RouterParser, RouterRead, Weight
+from moe_surgery.read.parse.router import ALONE, OWN, SCORED, Precisions, RouterParser, RouterRead, Weight
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.weights.layout import Piece
@@ -54,10 +54,13 @@ class TokenParser:
     """Parses the output term of one token, whose input row is ``x``, in a record made at dtype ``native``.
 
     ``given`` is how many routing weights the record starts with, of tokens that may meet no expert; zero if it chooses.
+    With ``ones`` it is one weight of 1, which no output says.
     """
 
-    def __init__(self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking], given: int = 0) -> None:
-        self.x, self.terms, self.given = x, terms, given
+    def __init__(
+        self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking], given: int = 0, ones: bool = False
+    ) -> None:
+        self.x, self.terms, self.given, self.ones = x, terms, given, ones
         self.mlps = MLPParser(x, native)
         self.routers = RouterParser(x, native, terms, rankings)
         self.bare = self.mlps.bare
@@ -72,8 +75,9 @@ class TokenParser:
         on_input: set[bool] = set()
         products = [self._by_choice(product) for product in self._products(gathered(self.terms, self.bare(output)))]
         without = None
-        if products and not self.given and not any(map(self._routed, chain.from_iterable(products))):
-            without = self.routers.without()
+        unchosen = self.ones or not self.given
+        if products and unchosen and not any(map(self._routed, chain.from_iterable(products))):
+            without = Weight(ALONE, Precisions(), 0) if self.ones else self.routers.without()
             if without is None:
                 raise Unreadable(_UNWEIGHTED)
         for factors in products:
@@ -109,7 +113,7 @@ class TokenParser:
             raise Unreadable("it adds two biases to its output")
         beside = (shared[0] if shared else None, output_bias[0] if output_bias else None)
         if silent:
-            return TokenRead(OWN, Precisions(), (None,) * self.given, *beside)
+            return TokenRead(ALONE if self.ones else OWN, Precisions(), (None,) * self.given, *beside)
         if len(weights) != 1 or len(on_input) != 1:
             raise Unreadable("its experts are weighted in different ways")
         weight = weights.pop()

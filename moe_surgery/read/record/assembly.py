@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_surgery.calling import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
-from moe_surgery.read.record.attributes import Attributes
+from moe_surgery.read.record.attributes import Attributes, size_of
 from moe_surgery.read.record.batch_size import MARKED
 from moe_surgery.read.record.choices import Made, no_choice
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
@@ -33,11 +33,11 @@ def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Att
     entry = recorder.entry(output)
     if entry.node is None:
         raise recorder.object_to("its output doesn't depend on its input")
-    results = structured(answer, lambda value, where: _result(recorder, value, where, output))
+    results = structured(answer, lambda value, where: _result(recorder, value, where, output, shape))
     if answer is output and tuple(output.shape) != shape and recorder.route is not no_choice:
         results = Structure(Alone, (results,))
     positive = [node for node, _ in recorder.positive]
-    attributes = {key: _attribute(recorder, value, key[1]) for key, value in kept.items()}
+    attributes = {key: _attribute(recorder, value, key[1], shape) for key, value in kept.items()}
     several = isinstance(results, Structure)
     leaves = [*(results.leaves() if several else ()), *leaves_of(attributes.values())]
     made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
@@ -96,16 +96,16 @@ def _before(ends: list[torch.fx.Node]) -> set[torch.fx.Node]:
     return found
 
 
-def _attribute(recorder: Recorder, value: Any, name: str) -> Any:
+def _attribute(recorder: Recorder, value: Any, name: str, shape: tuple[int, ...]) -> Any:
     """An attribute that the block wrote, as :func:`_result` puts it."""
 
     def leaf(value: Any, where: str) -> Any:
-        found = _result(recorder, value, where, None)
+        found = _result(recorder, value, where, None, shape)
         return Always(found) if isinstance(found, Constant) else found
 
     if type(value) in (dict, list, tuple):
         return structured(value, leaf, name)
-    return _result(recorder, value, name, None) if isinstance(value, Tensor) else value
+    return _result(recorder, value, name, None, shape) if isinstance(value, Tensor) else value
 
 
 def _state(recorder: Recorder, needed: set[torch.fx.Node]) -> dict[str, Given]:
@@ -151,8 +151,8 @@ def constant(recorder: Recorder, value: Tensor) -> Constant | None:
     return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
 
 
-def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -> Any:
-    """One leaf of what the block returns: its output, another tensor, or what is the same in every call."""
+def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None, shape: tuple[int, ...]) -> Any:
+    """One leaf of what the block returns: its output, another tensor, a size of its input, or what is always so."""
     if isinstance(value, Tensor):
         if value is output:
             return Given(where, None, tuple(value.shape), "")
@@ -164,6 +164,8 @@ def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None) -
             return Given(where, entry.node, shape, dtype)
         assert entry.real is not None
         return Given(where, entry.real, shape, dtype, recorder.lineage.of(value))
+    if (size := size_of(value, shape)) is not None:
+        return size
     if value is None or type(value) in (bool, int, float, str):
         return value
     what = "number of tokens in Python" if isinstance(value, MARKED) else type(value).__name__

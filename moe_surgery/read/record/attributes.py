@@ -8,6 +8,7 @@ else that outlives a call is.
 from __future__ import annotations
 
 import dis
+import math
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
+from moe_surgery.read.record.batch_size import MARKED
 from moe_surgery.read.record.reach import functions, holders
 
 PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -44,8 +46,8 @@ def kept(
     for (path, name), value in changed.items():
         if (name in read or path in tables) and (path, name) not in written_first:
             continue
-        if ways := _ways(value, shape):
-            found[path, name] = SizeOfInput(ways, int.__index__(value))
+        if (size := size_of(value, shape)) is not None:
+            found[path, name] = size
         elif type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
         elif isinstance(value, Tensor):
@@ -62,15 +64,18 @@ def _of_values(container: Any) -> bool:
     """Whether a container holds tensors and plain values only, however deep they are in it."""
     leaves: list[Any] = []
     structured(container, lambda leaf, _: leaves.append(leaf))
-    return all(type(leaf) in PLAIN_VALUES or isinstance(leaf, Tensor) for leaf in leaves)
+    return all(type(leaf) in PLAIN_VALUES or isinstance(leaf, (Tensor, *MARKED)) for leaf in leaves)
 
 
-def _ways(value: Any, shape: tuple[int, ...]) -> frozenset[tuple[str, int]]:
-    """Which sizes of an input of ``shape`` a number is, or a multiple of which."""
-    if not isinstance(value, int) or isinstance(value, bool) or int.__index__(value) < 1:
-        return frozenset()
-    sizes, number = sizes_of(shape), int.__index__(value)
-    return frozenset((name, number // size) for name, size in sizes.items() if number % size == 0)
+def size_of(value: Any, shape: tuple[int, ...]) -> SizeOfInput | None:
+    """Which size of an input of ``shape`` a number is, or a multiple of which; None if it can't be one."""
+    if type(value) not in (int, float, *MARKED) or (isinstance(value, MARKED) and not (value.pure and value.of_batch)):
+        return None
+    plain = float.__float__(value) if isinstance(value, float) else int.__index__(value)
+    if not math.isfinite(plain) or plain < 1 or plain != int(plain):
+        return None
+    ways = frozenset((name, int(plain) // size) for name, size in sizes_of(shape).items() if plain % size == 0)
+    return SizeOfInput(ways, plain, isinstance(value, float)) if ways else None
 
 
 def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:

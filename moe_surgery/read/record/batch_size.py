@@ -16,6 +16,8 @@ from moe_surgery.read.record.branches import Branches, tells_sizes_apart
 
 BATCH = "the batch size"
 DEPENDS = f"what it does depends on {BATCH}"
+MOST_ADDED = 0.01
+"""Of a number of tokens, how much more a divisor may be: an epsilon."""
 
 
 def _comparison(compare: Callable[[Any, Any], bool], plain: Callable[[Any, Any], Any]) -> Any:
@@ -139,8 +141,9 @@ class BatchSize(int):
 
     def _number(self, plain: Callable[[Any, Any], Any], other: object, swapped: bool = False) -> Any:
         """A number that isn't whole, made by multiplying or dividing a size of the batch."""
-        scales = plain in (operator.mul, operator.truediv) and isinstance(other, (int, float))
-        if not scales or isinstance(other, BatchSize) or not (self.pure and self.of_batch):
+        scales = plain in (operator.mul, operator.truediv) or (plain is operator.add and not swapped)
+        number = isinstance(other, (int, float)) and not isinstance(other, BatchSize)
+        if not (scales and number and self.pure and self.of_batch):
             raise self._object(f"it calculates with {self._what}")
         made = BatchNumber.of(self)
         return plain(other, made) if swapped else plain(made, other)
@@ -204,7 +207,7 @@ def _product(of_power: int, swapped: bool = False) -> Any:
     """Multiplication (1) or division (-1) by a number; ``swapped``: of a number by this."""
 
     def method(self: BatchNumber, other: object) -> Any:
-        if not isinstance(other, (int, float)) or isinstance(other, (BatchSize, BatchNumber)):
+        if not isinstance(other, (int, float)) or isinstance(other, (BatchSize, BatchNumber)) or self.plus:
             raise self.source.objected(f"it calculates with {BATCH}")
         if swapped:
             return BatchNumber.of(self.source, other / self.times, -self.power)
@@ -220,8 +223,16 @@ def _refusal(deed: str) -> Any:
     return method
 
 
+def _sum(self: BatchNumber, other: object) -> Any:
+    """With a number added that only keeps statistics from being divided by zero."""
+    small = isinstance(other, (int, float)) and not isinstance(other, (BatchSize, BatchNumber))
+    if not small or not 0 <= other <= MOST_ADDED or self.power < 0 or self.plus:  # type: ignore[operator]
+        raise self.source.objected(f"it calculates with {BATCH}")
+    return BatchNumber.of(self.source, self.times, plus=float(other))  # type: ignore[arg-type]
+
+
 class BatchNumber(float):
-    """A number made of sizes of the batch by multiplying and dividing: ``times * source ** power``.
+    """A number made of sizes of the batch by multiplying and dividing: ``times * source ** power + plus``.
 
     Statistics are divided by such numbers, and capacities calculated of them. ``power`` is 1 or -1.
     """
@@ -229,11 +240,12 @@ class BatchNumber(float):
     source: BatchSize
     times: float
     power: int
+    plus: float
 
     @classmethod
-    def of(cls, source: BatchSize, times: float = 1.0, power: int = 1) -> BatchNumber:
-        number = cls(scaled(int.__index__(source), times, power))
-        number.source, number.times, number.power = source, times, power
+    def of(cls, source: BatchSize, times: float = 1.0, power: int = 1, plus: float = 0.0) -> BatchNumber:
+        number = cls(scaled(int.__index__(source), times, power) + plus)
+        number.source, number.times, number.power, number.plus = source, times, power, plus
         return number
 
     @property
@@ -267,7 +279,8 @@ class BatchNumber(float):
     def __hash__(self) -> int:
         raise TypeError(f"a number made of {BATCH} is no key")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = _refusal("calculates with")
+    __add__ = __radd__ = _sum
+    __sub__ = __rsub__ = _refusal("calculates with")
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _refusal("calculates with")
     __pow__ = __rpow__ = __abs__ = __neg__ = __round__ = _refusal("calculates with")
     __bool__ = _refusal("asks for the truth of")

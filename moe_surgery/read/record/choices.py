@@ -117,8 +117,13 @@ def _chosen(recorder: Recorder, record: torch.fx.Node, choice: Made, indices: Te
 def looked_up(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry]) -> bool:
     """Whether an operation looks whole numbers up in a table of the block's, by what was chosen or is given to it.
 
-    Such numbers are a choice of experts: by token ids, or of those that stand for the experts of a top-k.
+    Such numbers are a choice of experts: by token ids, or of those that stand for the experts of a top-k. So is what
+    remains of token ids where they are divided by the number of experts.
     """
+    if name == "remainder":
+        given = entries[id(args[0])].node if isinstance(args[0], Tensor) else None
+        whole = given is not None and not args[0].is_floating_point() and _given_beside(given)
+        return whole and type(args[1]) is int and args[1] in recorder.counts and recorder.route is not no_choice
     if name not in _LOOKS_UP or recorder.route is no_choice or args[0].is_floating_point() or not recorder.counts:
         return False
     table, places = entries[id(args[0])], [entries[id(leaf)] for leaf in tensors(args[1:])]
@@ -133,10 +138,17 @@ def _of_weights(node: torch.fx.Node) -> bool:
     return all(map(_of_weights, inputs)) if inputs else node.op == "get_attr"
 
 
+def _given_beside(node: torch.fx.Node) -> bool:
+    """Whether nothing but a tensor beside the block's input is in what ``node`` makes."""
+    inputs = node.all_input_nodes
+    return all(map(_given_beside, inputs)) if inputs else bool(node.meta.get("beside"))
+
+
 def look_up(recorder: Recorder, record: torch.fx.Node, indices: Tensor) -> Tensor | None:
     """The numbers of the ``indices`` that ``record`` looks up; None if they aren't so many for each token."""
     k, left = divmod(indices.numel(), recorder.tokens)
-    among = recorder.counts[0]
+    remains: Any = record.args[1]
+    among: int = remains if record.meta["name"] == "remainder" else recorder.counts[0]
     if left or not 1 <= k <= among:
         return None
     ids = recorder.choices.ids(recorder.tokens, among, k)

@@ -54,7 +54,8 @@ def print_of(value: Any, told: Set[int], around: tuple[int, ...] = ()) -> Any:
     if type(value) is Untouched:
         return "untouched"
     if isinstance(value, _PLAIN):
-        return type(value).__name__, int.__repr__(value) if isinstance(value, int) else repr(value)
+        marked = int if isinstance(value, int) else float if isinstance(value, float) else None
+        return type(value).__name__, repr(value) if marked is None else marked.__repr__(value)
     if isinstance(value, _LEAVES) or len(around) > _DEPTH or id(value) in told or id(value) in around:
         return id(value)
     identity = 0 if type(value) in _CONTAINERS else id(value)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.counts import totals
-from moe_surgery.read.reading import Mistaken, Unreadable
+from moe_surgery.read.reading import VALUES, Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import BatchSize
 from moe_surgery.read.record.branches import Branches
 from moe_surgery.read.record.choices import (
@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
         if name in _READS_BACK:
             if asks_finite(entries[id(args[0])].node):
                 raise self.object_to("it asks whether what it computes is finite, and does otherwise where it isn't")
-            raise self.object_to(f"what it does depends on the values it computes ({name})")
+            raise self.object_to(f"{VALUES} ({name})")
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
         objection = self._objection(name, [*args, *kwargs.values()], entries)
