@@ -170,11 +170,11 @@ def shell(line: str, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_the_walk_with_a_server(checkout: Path) -> None:
-    """The README's, exactly but for the port, which others may have; first-ten-minutes.md names the run's folder."""
+    """The README's and first-ten-minutes.md's, exactly but for the port, which others may have."""
     readme = list(printed(ROOT / "README.md"))
     install, make, serve, ask, report = readme[-5:]
     (other,) = (line for line in printed(ROOT / "docs" / "first-ten-minutes.md") if engines(line))
-    assert words(other.replace("--run receipts ", "")) == words(serve)
+    assert words(other) == words(serve)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,7 +194,7 @@ def test_the_walk_with_a_server(checkout: Path) -> None:
         server.wait(HANG)
     assert answer["usage"]["completion_tokens"] == 8
     told = (checkout / "err.txt").read_text(encoding="utf-8")
-    (run,) = re.findall(r"^run (\S+)$", told, re.MULTILINE)
+    assert re.findall(r"^run (\S+)$", told, re.MULTILINE) == [str(checkout / "receipts")]
     assert "1 model in 1 process: 1 operated, 0 unpatched, 0 failed" in told
-    shell(report.replace("RUN", run), checkout)
+    shell(report, checkout)
     assert "NaiveTalkerForCausalLM" in (checkout / "run.html").read_text(encoding="utf-8")
