@@ -137,6 +137,17 @@ class SlotsForTheGreatestLoad(InSlots):
     pass
 
 
+@block(COUNTS)
+class SlotsOfNoUse(SlotsForTheGreatestLoad):
+    """A capacity is calculated of the batch first, and nothing comes of it (DeepSpeed, where no token is dropped)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.shape[:-1].numel()
+        capacity = torch.ceil((tokens / self.num_experts) * torch.tensor(1.25)).to(torch.int64)
+        torch.maximum(capacity, torch.tensor(4))
+        return super().forward(hidden_states)
+
+
 @block(COUNTS, "how many tokens")
 class SlotsForTwoLoads(InSlots):
     """Not the greatest load, but at least that wherever it is one of these two."""

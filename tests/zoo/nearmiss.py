@@ -960,6 +960,12 @@ class CapacityFactorWithMinimum(Capacity):
 
 
 @near_miss("how many tokens")
+class CapacityFactorInATensor(Capacity):
+    def limit(self, tokens: Any) -> Any:
+        return torch.ceil((tokens / self.num_experts) * torch.tensor(4.0)).to(torch.int64)
+
+
+@near_miss("how many tokens")
 class CapacityByCount(Base):
     def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         counts = torch.bincount(ids.flatten(), minlength=self.num_experts)

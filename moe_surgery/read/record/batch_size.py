@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from moe_surgery.read.record.branches import Branches, tells_sizes_apart
 
 BATCH = "the batch size"
@@ -207,6 +209,8 @@ def _product(of_power: int, swapped: bool = False) -> Any:
     """Multiplication (1) or division (-1) by a number; ``swapped``: of a number by this."""
 
     def method(self: BatchNumber, other: object) -> Any:
+        if isinstance(other, Tensor):  # which says what comes of it
+            return NotImplemented
         if not isinstance(other, (int, float)) or isinstance(other, (BatchSize, BatchNumber)) or self.plus:
             raise self.source.objected(f"it calculates with {BATCH}")
         if swapped:
