@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
@@ -131,7 +131,7 @@ def _read(
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
             if calling is None:
-                _check_arguments(block, error)
+                _check_arguments(ask, state, error)
             raise
         cut = crowded.record.cut
         split = cut is not None
@@ -208,8 +208,9 @@ def _read(
     )
 
 
-def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
-    """Raise that ``block`` takes more than one tensor, or images, if that is why it failed with its own ``error``."""
+def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
+    """Raise that a block takes more than one tensor, or images, if that is why it failed with its own ``error``."""
+    block = ask.block
     try:
         arguments_of(block)
     except Unreadable as reason:
@@ -222,10 +223,24 @@ def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
     for name, layer in block.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             held = f"{name} ({type(layer).__name__})"
-            if isinstance(layer, nn.Conv1d) and layer.kernel_size == (1,):  # a block may turn its tokens for it
-                raise Unfollowed(f"{held} is a convolution, which can't be followed", error.operations) from error
+            if isinstance(layer, nn.Conv1d) and not _takes_channels_first(ask, state):  # a block may turn its tokens
+                continue
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
+
+
+def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
+    """Whether a block takes channels before places, of however many places."""
+    for width in hidden_sizes(state):
+        try:
+            for places in FEW:
+                ask.record((2, width, places), torch.float32, spread, plain=True)
+        except Unfollowed:
+            continue
+        except Unreadable:  # for another reason than its shape
+            return True
+        return True
+    return False
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:

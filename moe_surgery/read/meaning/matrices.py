@@ -13,7 +13,7 @@ from moe_surgery.read.meaning.rows import Array, Rows, Shape, each, objects
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.flow import Op
-from moe_surgery.weights.layout import Piece
+from moe_surgery.weights.layout import Piece, over_one_place
 
 ROWS, COLS = -2, -1
 _MOST_ROWS = 1 << 12
@@ -106,9 +106,10 @@ class Mats:
 
 
 def of(path: str, shape: Shape) -> Mats:
-    """A parameter of two dimensions, or of more, as matrices."""
-    if len(shape) == 2:
-        return Mats(objects([Piece(path)], ()), *shape, dims=((ROWS,), (COLS,)))
+    """A parameter of two dimensions, or of more, as matrices; that of a convolution over one place is one matrix."""
+    if over_one_place(shape):
+        dims: Dims = ((ROWS,), (COLS,), *[()] * (len(shape) - 2))
+        return Mats(objects([Piece(path)], ()), shape[0], shape[1], dims)
     if len(shape) < 2:
         raise Unreadable(f"{path} has {len(shape)} dimensions")
     lead = objects([Piece(path, index) for index in range(prod(shape[:-2]))], shape[:-2])
