@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ class Subject:
         if not isinstance(model, nn.Module | str | Path):
             raise UsageError(f"a model is a module, a directory or a hub id, not {checks.shown(model)}")
         if isinstance(model, nn.Module):
+            _check_sharded(model)
             config = getattr(model, "config", None)
             name = str(getattr(config, "name_or_path", "") or "")
             directory = Path(name) if name and os.path.isfile(os.path.join(name, CONFIG)) else None
@@ -68,6 +70,18 @@ class Subject:
     def digest(self) -> Digest | None:
         """What tells the checkpoint it came from from others, if that is known."""
         return None if self.directory is None else digest(self.directory)
+
+
+def _check_sharded(model: nn.Module) -> None:
+    """Raise :class:`UsageError` for a model whose modules have given up their weights: it would have no site."""
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    if sharding is not None and any(
+        isinstance(module, sharding.FullyShardedDataParallel) for module in model.modules()
+    ):
+        raise UsageError(
+            "FullyShardedDataParallel holds the model's weights, flat and in shards; operate on the model before it is "
+            "wrapped"
+        )
 
 
 def planned(

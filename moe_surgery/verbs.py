@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_surgery import checks
 from moe_surgery.errors import UsageError
+from moe_surgery.operate.alone import alone
 from moe_surgery.operate.apply import Operation
 from moe_surgery.operate.settings import Progress, Settings
 from moe_surgery.packs.registry import load_packs
@@ -114,6 +115,7 @@ def plan(
     return replace(made, device=kind, dtype=kept)
 
 
+@alone
 def apply(
     model: nn.Module,
     plan: Plan | None = None,
@@ -166,6 +168,7 @@ def apply(
         return _operation(subject, plan, settings, as_plan, kernels).apply()
 
 
+@alone
 def verify(
     model: Model,
     plan: Plan | None = None,
@@ -248,6 +251,7 @@ def _live(model: object) -> nn.Module:
     return model
 
 
+@alone
 def undo(report: Report) -> None:
     """Put the old blocks back: the model has the same module objects and storages as before ``apply``.
 

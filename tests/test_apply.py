@@ -6,12 +6,15 @@ import gc
 import hashlib
 import signal
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -277,6 +280,36 @@ def test_strict_names_the_first_miss() -> None:
 def test_a_model_in_training_mode_is_refused() -> None:
     report = moe_surgery.apply(tiny().train(), target="reference")
     assert len(report.refused) == 3 and "training mode" in report.refused[0].reason
+
+
+def test_threads_that_operate_on_one_model_do_so_in_turn() -> None:
+    model = tiny(3)
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(moe_surgery.apply, model, target="reference") for _ in range(3)]
+        reports = [task.result() for task in tasks]
+    assert sorted(len(report.replaced) for report in reports) == [0, 0, 3]
+    assert sorted(len(report.kept) for report in reports) == [0, 3, 3]
+
+
+def test_a_router_that_is_not_finite_is_refused_and_the_others_are_replaced() -> None:
+    model = tiny(3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[2, 3] = torch.inf
+    report = moe_surgery.apply(model, target="reference", model_check=False)
+    [refused] = report.refused
+    assert refused.path == "model.layers.1.mlp" and "the weights in router are not all finite" in refused.reason
+    assert len(report.replaced) == 2
+
+
+def test_a_model_whose_weights_lie_flat_in_shards_is_no_model_without_sites(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(tiny(1), device_id=torch.device("cpu")).eval()
+        for verb in (moe_surgery.scan, moe_surgery.plan, moe_surgery.apply, moe_surgery.verify):
+            with pytest.raises(UsageError, match="FullyShardedDataParallel holds the model's weights"):
+                verb(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_block_at_two_places_is_missed() -> None:

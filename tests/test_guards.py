@@ -19,6 +19,7 @@ from torch import nn
 import moe_surgery
 from moe_surgery.errors import SurgeryError, UsageError
 
+TARGETS = ("reference", "auto")
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "to bfloat16": lambda model: model.to(torch.bfloat16),
     "half": lambda model: model.half(),
@@ -29,10 +30,10 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture
-def operated() -> tuple[Any, Any]:
+@pytest.fixture(params=TARGETS)
+def operated(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     model = tiny(2)
-    return model, moe_surgery.apply(model, model_check=False)
+    return model, moe_surgery.apply(model, target=request.param, model_check=False)
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
@@ -57,6 +58,46 @@ def test_a_copy_is_refused_with_the_reason(copied: Callable[[Any], Any], operate
             copied(whole)
     moe_surgery.undo(report)
     copied(model)
+
+
+def test_weights_are_not_exchanged_for_none(operated: tuple[Any, Any]) -> None:
+    """``to_empty`` changes neither dtype nor device, and leaves whatever the memory holds."""
+    model, _ = operated
+    before = picture(model)
+    for _ in range(3):
+        with pytest.raises(SurgeryError, match="can't be given other weights, or none: undo first"):
+            model.to_empty(device="cpu")
+    assert picture(model) == before
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "an old weight": lambda model, old: old.experts.down_proj.mul_(2),
+    "a new weight": lambda model, old: model.model.layers[1].mlp.fused_router.mul_(2),
+    "a step": lambda model, old: torch.optim.SGD([_graded(old.gate.weight)], lr=0.1).step(),
+}
+
+
+def _graded(weight: torch.Tensor) -> torch.Tensor:
+    weight.grad = torch.ones_like(weight)
+    return weight
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_are_changed_in_place_are_an_error_and_never_half_seen(name: str, target: str) -> None:
+    model = tiny(2)
+    old = model.model.layers[1].mlp
+    report = moe_surgery.apply(model, target=target, model_check=False)
+    with torch.no_grad():
+        model(IDS)
+        CHANGES[name](model, old)
+        for _ in range(2):
+            with pytest.raises(SurgeryError, match=r"^model\.layers\.1\.mlp\.\S+ .*changed in place since"):
+                model(IDS)
+        moe_surgery.undo(report)
+        wanted = model(IDS).logits
+        moe_surgery.apply(model, target=target)
+        assert torch.allclose(model(IDS).logits, wanted, atol=1e-4)
 
 
 def test_what_converts_nothing_passes(operated: tuple[Any, Any]) -> None:

@@ -107,23 +107,25 @@ def progress(stream: TextIO, *, wanted: bool, no_color: bool) -> Iterator[Progre
         yield Lines(stream)
     else:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+        from rich.text import Text
+
+        class Times(ProgressColumn):
+            """How long a phase has taken so far, and how long it still will."""
+
+            max_refresh = 0.5
+
+            def render(self, task: Task) -> Text:
+                so_far = estimate(task.elapsed or 0)
+                rest = task.time_remaining if task.total is not None and not task.finished else None
+                return Text(so_far if rest is None else f"{so_far}, about {estimate(rest)} left")
 
         console = Console(file=stream, no_color=no_color or None)
         columns = (
             SpinnerColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            Times(),
             TextColumn("{task.description}", markup=False),
         )
         with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:

@@ -168,6 +168,8 @@ class Operation:
             if reading.layout.packed is None or reading.spec.at == "experts" or reading.spec.router.own:
                 return None
             tensors = gathered(self.model.get_submodule(path), reading)
+            if not bool(tensors.router.isfinite().all()):
+                return None  # no token can be steered by it; the proof says so
             return make_probes(reading.spec, tensors.router, self.settings.seed, tensors)
 
         return ProbesAhead(tuple(self.readings), make)

@@ -40,7 +40,7 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     for (inside, _), _ in reading.kept:
         if not likeness.reaches(inside):
             raise Unanswerable(f"its {inside}, which calls write to, holds weights too")
-    if overlap := new.overlap(likeness):
+    if overlap := new.overlap(likeness, [name for (inside, name), _ in reading.kept if not inside]):
         raise Unanswerable(f"its attribute {overlap[0]} would be answered by one of the replacement's own")
     new.hold_buffers(block, state := changing(reading))
     own = own_part(block, reading, tensors, new._buffers if state else {})

@@ -55,7 +55,7 @@ class Splitting(Trying):
     """Parses the records of one block that is split at its ids and weights.
 
     Of one token, a weight on its way to an expert looks like all weights: those that are found in the first record's
-    place are tried first.
+    place are tried first, and what leaves out no expert is taken rather than what does.
     """
 
     weights: int | None = -1
@@ -67,19 +67,31 @@ class Splitting(Trying):
         """
         problem, silent = Unreadable("its router makes no weights for the experts that it chooses"), False
         check_positive(flow)
+        partial: Record | None = None
         others = (cut for cut in chain(cuts(flow), _unweighted(flow)) if cut.kind not in self.left_out)
         for cut in sorted(others, key=lambda cut: (cut.kind != self.found, cut.weights != self.weights)):
+            if partial is not None and cut.kind != self.found:
+                break
             split, _ = given_weights(flow, cut)
             try:
                 found = of_cut(parse_record(split, dtype), flow, cut)
             except Unreadable as error:
                 problem = error
             else:
-                if not self.found:
-                    self.found, self.weights = cut.kind, cut.weights
-                return found
+                if not may_be_partial(found):
+                    if not self.found:
+                        self.found, self.weights = cut.kind, cut.weights
+                    return found
+                partial = partial or found
             silent |= isinstance(problem, Silent)
+        if partial is not None:
+            return partial
         raise Silent(str(problem)) if silent else problem
+
+
+def may_be_partial(found: Record) -> bool:
+    """Whether a record, of one token, leaves out one of its experts, as one does that was cut too late."""
+    return len(found.tokens) == 1 and None in found.tokens[0].slots
 
 
 def of_cut(found: Record, flow: Flow, cut: Cut) -> Record:

@@ -22,7 +22,7 @@ from moe_surgery.read.parsed import Cut, Record, parse_record
 from moe_surgery.read.reading import Silent, Unreadable, Untold
 from moe_surgery.read.record.flow import Flow, Op, Ref
 from moe_surgery.read.record.zeros import SHAPED
-from moe_surgery.read.split import Trying, check_positive, cuts, given_weights, of_cut
+from moe_surgery.read.split import Trying, check_positive, cuts, given_weights, may_be_partial, of_cut
 
 _MAPS = frozenset(["mm", "bmm", "addmm", "baddbmm", "_grouped_mm"])
 _MOST_ENTRANCES = 3
@@ -52,11 +52,17 @@ class Within(Trying):
             for (number, entrance), cut in product(enumerate(_entrances(flow)), cuts(flow))
         ]
         pairs = [pair for pair in pairs if pair[0] not in self.left_out]
+        partial: Record | None = None
         for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self.found):
+            if partial is not None and place != self.found:
+                break
             found = self._parsed(flow, dtype, entrance, cut, left)
-            if found is not None:
+            if found is not None and not may_be_partial(found):
                 self.found = self.found or place
                 return found
+            partial = partial or found
+        if partial is not None:
+            return partial
         raise (Silent if self._silent else Untold)("its routed experts can't be told from what stands around them")
 
     def _parsed(self, flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut, left: list[int]) -> Record | None:
@@ -76,7 +82,8 @@ class Within(Trying):
                 found = parse_record(ended, dtype, run)
                 if all(token.shared is None and token.output_bias is None for token in found.tokens):
                     record = of_cut(found, flow, replace(cut, entering=entrance, routed=place))
-                    self._left = left[place]
+                    if not may_be_partial(record):
+                        self._left = left[place]
                     return record
             except Unreadable as error:
                 self._silent |= isinstance(error, Silent)

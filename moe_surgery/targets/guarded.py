@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -12,6 +13,7 @@ from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock
 from moe_surgery.targets.observed import ObservedRouter
+from moe_surgery.targets.unchanged import Unchanged
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -33,14 +35,17 @@ class GuardedBlock(StandingBlock):
         self.label = label
         self.fused_router = nn.Parameter(router, requires_grad=False)
         self._observed: ObservedRouter | None = None
+        self._unchanged: Unchanged | None = None
 
-    def tokens(self, hidden_states: Tensor) -> Tensor:
+    def flat_tokens(self, hidden_states: Tensor) -> Tensor:
         """The input as [T, H], contiguous; hooks on the old router are called.
 
         Raises :class:`GradientError` where gradients are asked for or the block is in training mode, and
-        :class:`SurgeryError` for another dtype than the block's and under autocast.
+        :class:`SurgeryError` for another dtype than the block's, under autocast, and where somebody has changed the
+        weights of the block that stood here.
         """
         self._refuse_what_kernels_cannot(hidden_states)
+        self._refuse_changed_weights()
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         if self._observed is not None and self._observed.has_hooks:
             self._observed(x)
@@ -76,12 +81,30 @@ class GuardedBlock(StandingBlock):
         if torch.is_autocast_enabled(x.device.type):
             raise SurgeryError("a swapped MoE block computes in the dtype it was built for; turn autocast off")
 
+    def keep_original(self, original: nn.Module | None) -> None:
+        super().keep_original(original)
+        mine = {f"{name}, of the new block,": weight for name, weight in self.named_parameters()}
+        unchanged = None if original is None else Unchanged.of(_weights(original, self._buffers) | mine)
+        object.__setattr__(self, "_unchanged", unchanged)
+
+    def _refuse_changed_weights(self) -> None:
+        """A compiled graph doesn't ask."""
+        if torch.compiler.is_compiling() or self._unchanged is None:
+            return
+        name = self._unchanged.broken()
+        if name is not None:
+            path = "" if self.likeness is None else f"{self.likeness.path}."
+            raise SurgeryError(
+                f"{path}{name} has been changed in place since the block was replaced, which a swapped MoE block sees "
+                "in part at most; undo, and operate again"
+            )
+
     def _own_parameters(self) -> Iterable[nn.Parameter]:
         """The block's weights that take gradients, if any does."""
         return self.parameters(recurse=False)
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Let through what changes neither dtype nor device (``model.to("cpu")`` on a CPU model)."""
+        """Let through what changes nothing (``model.to("cpu")`` on a CPU model)."""
         weight = self.fused_router
         for dtype in {self._dtype, weight.dtype}:
             after = fn(torch.empty(0, dtype=dtype, device=weight.device))
@@ -90,6 +113,10 @@ class GuardedBlock(StandingBlock):
                     f"a swapped MoE block can't go from {dtype} on {weight.device} to {after.dtype} on "
                     f"{after.device}: its weights lie in the kernels' layout. Undo, convert the model, operate again"
                 )
+            # Values that no memory can hold by chance, which each floating dtype but the shortest can.
+            told = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).to(weight.device, dtype)
+            if not torch.equal(fn(told.clone()), told):
+                raise SurgeryError("a swapped MoE block can't be given other weights, or none: undo first")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.check_conversion(fn)
@@ -115,6 +142,12 @@ class GuardedBlock(StandingBlock):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SurgeryError("a swapped MoE block can't be copied or pickled; undo first, then operate on the copy")
+
+
+def _weights(block: nn.Module, without: Container[str]) -> dict[str, Tensor]:
+    """The parameters and buffers of a block but those that are called as in ``without``."""
+    named = (*block.named_parameters(), *block.named_buffers())
+    return {name: tensor for name, tensor in named if name not in without}
 
 
 def measure(block: nn.Module, tensors: BlockTensors) -> tuple[int, int]:

@@ -232,10 +232,10 @@ class Standing(nn.Module):
     def _get_name(self) -> str:
         return type(self).__name__
 
-    def overlap(self, likeness: Likeness) -> list[str]:
-        """Names that would be answered by this module's own attributes of another meaning."""
+    def overlap(self, likeness: Likeness, written: Iterable[str]) -> list[str]:
+        """Names, those that calls have ``written`` among them, that this module's own attributes would answer."""
         mine = {*vars(self), *self._parameters, *self._buffers, *self._modules, *dir(type(self))}
-        theirs = {*likeness.plain, *likeness.moved, *likeness.children}
+        theirs = {*likeness.plain, *likeness.moved, *likeness.children, *written}
         for cls in likeness.kind.__mro__:
             if cls is nn.Module:
                 break

@@ -11,11 +11,12 @@ from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
 from moe_surgery.targets.formula import mixer
+from moe_surgery.targets.guarded import GuardedBlock
 from moe_surgery.targets.reference import Visits, chosen, expert_outputs, forward, weighted_sum, within
 from moe_surgery.weights.tensors import BlockTensors
 
 
-class ReferenceBlock(StandingBlock):
+class ReferenceBlock(GuardedBlock):
     """A block that computes in float64 if it is a float64 block and in float32 otherwise, then rounds once.
 
     Experts are chosen in the block's own arithmetic: by what it ranks, rounded as it rounds.
@@ -23,9 +24,7 @@ class ReferenceBlock(StandingBlock):
     """
 
     def __init__(self, spec: MoESpec, tensors: BlockTensors) -> None:
-        super().__init__()
-        self.spec = spec
-        self.label = ReferenceTarget.label
+        super().__init__(spec, tensors.router, ReferenceTarget.label, tensors.dtype)
         for name in (*_REQUIRED, *_OPTIONAL):
             tensor = getattr(tensors, name)
             self.register_parameter(
@@ -37,11 +36,14 @@ class ReferenceBlock(StandingBlock):
 
     def _tensors(self) -> BlockTensors:
         tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
-        return BlockTensors(**tensors, copied=False)
+        return BlockTensors(self.fused_router, **tensors, copied=False)
+
+    def _refuse_what_kernels_cannot(self, x: Tensor) -> None:
+        """Nothing: plain torch computes in any dtype, and has a backward."""
 
     @answering
     def forward(self, x: Tensor) -> Tensor:
-        work, flat, tensors = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, x.shape[-1]), self._tensors()
+        work, flat, tensors = torch.promote_types(x.dtype, torch.float32), self.flat_tokens(x), self._tensors()
         ids = chosen(self.spec, tensors, flat)
         return forward(self.spec, tensors, flat, work, ids).to(x.dtype).view(x.shape)
 
@@ -53,7 +55,7 @@ class ReferenceExperts(ReferenceBlock):
         arguments = self.arguments(given, named)
         x, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
         work = torch.promote_types(x.dtype, torch.float32)
-        flat, count = x.reshape(-1, x.shape[-1]), ids.shape[-1]
+        flat, count = self.flat_tokens(x), ids.shape[-1]
         acting = self.spec.experts.acting
         ids, weights = within(ids.reshape(-1, count), weights.reshape(-1, count), acting)
         visits = Visits(flat.to(work).repeat_interleave(count, 0), ids.flatten().long(), mixer(self.spec.experts.mix))
@@ -63,7 +65,7 @@ class ReferenceExperts(ReferenceBlock):
         return self.answered(arguments, out.to(x.dtype).view(x.shape))
 
 
-_REQUIRED = ("router", "w13", "w2")
+_REQUIRED = ("w13", "w2")
 _OPTIONAL = (
     "shared_gate_proj",
     "shared_up_proj",

@@ -100,6 +100,20 @@ class TwoSharedExperts(Alone):
 
 
 @block(AROUND)
+class TwoSharedAndWeightsByMasks(TwoSharedExperts):
+    """Of a token, an expert takes all weights, and leaves out those of others by a mask."""
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            mine = ids == number
+            token = mine.any(-1)
+            weight = (weights[token] * mine[token].to(weights.dtype)).sum(-1, keepdim=True)
+            out[token] += self.expert(number, x[token]) * weight
+        return out
+
+
+@block(AROUND)
 class MixedByCoefficients(Alone):
     """The dense expert and the routed ones, weighted by a softmax of the token."""
 

@@ -188,6 +188,12 @@ class KeepsItsInputsSizes(_KeepingSizes):
         self.chosen, self.choices, self.one = self.tokens * self.top_k, self.top_k, 1
 
 
+@block(STATE, "its attribute label would be answered by one of the replacement's own")
+class KeepsWhatTheReplacementHas(_KeepingSizes):
+    def note(self, x: Tensor) -> None:
+        self.label = x.shape[0]
+
+
 @block(STATE, "keeps state between calls (seen")
 class AddsUpItsTokens(_KeepingSizes):
     seen = 0

@@ -116,7 +116,7 @@ class RoutedMoEBlock(_RoutedBlock):
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
-        x = self.tokens(hidden_states)
+        x = self.flat_tokens(hidden_states)
         if self.folded_router is None:
             weights, ids = self._routed(x)
             out = self._experts(x, ids, weights)
@@ -167,7 +167,7 @@ class RoutedExperts(_RoutedBlock):
         """See :meth:`RoutedMoEBlock.forward` for the errors it raises."""
         arguments = self.arguments(given, named)
         hidden_states, ids = arguments.hidden_states, arguments.ids
-        x, count = self.tokens(hidden_states), ids.shape[-1]
+        x, count = self.flat_tokens(hidden_states), ids.shape[-1]
         scaled = arguments.weights.reshape(-1, count).float() * self.spec.router.scale
         out = self._experts(x, ids.reshape(-1, count), scaled).view(hidden_states.shape)
         return self.answered(arguments, out)

@@ -42,7 +42,7 @@ class FusedMoEBlock(GuardedBlock):
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
-        x = self.tokens(hidden_states)
+        x = self.flat_tokens(hidden_states)
         work = torch.float32 if self.spec.router.logits_dtype == "float32" else x.dtype
         bias = None if self.fused_router_bias is None else self.fused_router_bias.to(work)
         logits = F.linear(x.to(work), self.fused_router.to(work), bias)
@@ -66,7 +66,7 @@ class FusedExperts(FusedMoEBlock):
         """See :meth:`FusedMoEBlock.forward` for the errors it raises."""
         arguments = self.arguments(given, named)
         hidden_states, ids, weights = arguments.hidden_states, arguments.ids, arguments.weights
-        x = self.tokens(hidden_states)
+        x = self.flat_tokens(hidden_states)
         experts, count = self.spec.experts, ids.shape[-1]
         ids, weights = ids.reshape(-1, count), weights.reshape(-1, count).float() * self.spec.router.scale
         kept, scaled = within(ids, weights, experts.num_experts)
