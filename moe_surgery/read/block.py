@@ -14,11 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
+from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
@@ -84,6 +86,28 @@ def read_within(block: nn.Module, records: Records | None = None) -> Reading:
     return _read_beside(records or Records(block), Within)
 
 
+def read_told(block: nn.Module, fits: Callable[[Companion], bool]) -> Reading:
+    """What ``block`` computes of its input and of a tensor beside it, of a form that ``fits``, which it can do without.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
+    """
+    records, problem = Records(block), Unreadable("it takes no such tensor beside its input")
+    callings = with_companions(block, arguments_of(block, absent=True))
+    wanted = (calling for calling in callings if all(map(fits, calling.companions)))
+    for calling, parse in product(wanted, (Splitting, Within)):
+        try:
+            return _told(records, parse, calling)
+        except Unreadable as error:
+            problem = error
+    raise problem
+
+
+def _told(records: Records, parse: type[Splitting | Within], calling: Calling) -> Reading:
+    return with_others_alike(
+        _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
+    )
+
+
 def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
     """A block read in parts; one that fails without what it takes beside its input, with tensors of some form there."""
     try:
@@ -92,9 +116,7 @@ def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
         problem: Unreadable = error
     for calling in with_companions(records.block, arguments_of(records.block, absent=True)):
         try:
-            return with_others_alike(
-                _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
-            )
+            return _told(records, parse, calling)
         except Unreadable as error:
             # Of forms that it doesn't take, or numbers that are no token ids, the reason is none of the block's.
             vague = isinstance(problem, Unfollowed) or str(problem).startswith(VALUES)
