@@ -81,7 +81,7 @@ class OfConvolutionsOfGroups(_Turning):
         return _Pointwise(hidden, width, groups=2)
 
 
-@module(PLACES, "no meaning for")
+@module(PLACES, "no meaning for", "single rows")
 class OfScaledConvolutions(_Turning):
     class _Scaled(_Pointwise):
         def forward(self, x: Tensor) -> Tensor:

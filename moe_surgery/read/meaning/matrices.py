@@ -78,6 +78,11 @@ class Mats:
 
     def viewed(self, shape: Shape) -> Mats:
         """The same elements in the same order, in other dimensions."""
+        held = *self.lead.shape, self.rows, self.cols
+        if len(held) > 2 and over_one_place(held) and shape == held[:2]:  # that of a convolution, as it uses it
+            whole = of(self.sample, held)
+            if self.dims == whole.dims and list(self.lead.flat) == list(whole.lead.flat):
+                return of(self.sample, shape)
         value, waiting, dims = self, [axis for axes in self.dims for axis in axes], []
         for size in shape:
             axes: list[int] = []
@@ -106,10 +111,9 @@ class Mats:
 
 
 def of(path: str, shape: Shape) -> Mats:
-    """A parameter of two dimensions, or of more, as matrices; that of a convolution over one place is one matrix."""
-    if over_one_place(shape):
-        dims: Dims = ((ROWS,), (COLS,), *[()] * (len(shape) - 2))
-        return Mats(objects([Piece(path)], ()), shape[0], shape[1], dims)
+    """A parameter of two dimensions, or of more, as matrices."""
+    if len(shape) == 2:
+        return Mats(objects([Piece(path)], ()), *shape, dims=((ROWS,), (COLS,)))
     if len(shape) < 2:
         raise Unreadable(f"{path} has {len(shape)} dimensions")
     lead = objects([Piece(path, index) for index in range(prod(shape[:-2]))], shape[:-2])
