@@ -91,6 +91,14 @@ def test_a_page_says_what_the_terminal_says() -> None:
             assert "".join(part.split()) in flat, part
 
 
+def test_the_table_of_kinds_says_why_sites_were_passed_over() -> None:
+    [step] = [step for step in mixed().steps if step.outcome == "missed"][:1]
+    table = page(mixed().but(steps=(replace(step, reason="word " * 99),))).partition("Each kind of block")[2]
+    [why] = re.findall(r'<div class="q why">(.*?)</div>', table.partition("</table>")[0])
+    assert re.fullmatch(r"(word ){10,22}…", why)
+    assert 'class="q why"' not in page(mixed().but(steps=mixed().steps[:0]))
+
+
 def test_names_of_a_model_never_become_markup() -> None:
     read = Read(page(mixed(), notes=[("speed", EVIL)], error=EVIL))
     assert "script" not in read.tags and "img" not in read.tags

@@ -131,7 +131,19 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
         ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "dtype": "int4"}, "dtype: 'int4'"),
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": "many"},
-            r"model/config\.json: .*num_experts",
+            r"model/config\.json: TypeError: Field 'num_experts' expected int, got str \(value: 'many'\)$",
+        ),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_attention_heads": 0},
+            r"model/config\.json: num_attention_heads is 0: ZeroDivisionError",
+        ),
+        (
+            {
+                "architectures": ["Qwen2MoeForCausalLM"],
+                "model_type": "qwen2_moe",
+                "shared_expert_intermediate_size": -1,
+            },
+            r"model/config\.json: shared_expert_intermediate_size is -1: RuntimeError: .* negative dimension",
         ),
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_act": "frob"},
@@ -146,6 +158,14 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
 def test_unfit_config(tmp_path: Path, config: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         open_meta(config_only(tmp_path / "model", config))
+
+
+def test_a_model_that_memory_has_no_room_for_is_told_so(write_tiny: WriteTiny, tmp_path: Path) -> None:
+    directory = shutil.copytree(write_tiny("float32"), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_experts": 10**11}))
+    with pytest.raises(MemoryError, match="allocate"):
+        load_model(str(directory))
 
 
 def test_not_a_model(tmp_path: Path) -> None:

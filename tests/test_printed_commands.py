@@ -67,7 +67,7 @@ NOT_RUN = {
     ".venv/bin/python examples/make_qwen3_omni.py demo-model": ENGINE,
     ".venv/bin/python examples/engine/make_checkpoint.py naive_talker talker-model": ENGINE,
     ".venv/bin/python examples/engine/generate.py talker-model 3,17,90,41,5": ENGINE,
-    ".venv/bin/moe-surgery report RUN --html run.html": ENGINE,
+    ".venv/bin/moe-surgery report receipts --html run.html": ENGINE,
 }
 """What isn't run by the tests of pages, without its comment, and why not."""
 OUTPUTS = ["my.toml:14:", "options:", "run /tmp/"]

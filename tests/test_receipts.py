@@ -161,6 +161,20 @@ def test_a_folder_that_isnt_there(tmp_path: Path) -> None:
         write(tmp_path / "none", ONE)
 
 
+def test_a_folder_is_that_of_one_run_at_a_time(tmp_path: Path) -> None:
+    script = f"import sys; from moe_surgery.engine.receipts import new_run; new_run({str(tmp_path)!r})"
+    script += "; print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+        with pytest.raises(UsageError, match=f"is that of a run which goes on, of process {other.pid}; give another"):
+            new_run(tmp_path)
+        other.communicate(timeout=HANG)
+    assert new_run(tmp_path) == new_run(tmp_path) == tmp_path  # which is over, and this process's own
+    (tmp_path / "run.pid").write_text("no number")
+    new_run(tmp_path)
+    assert (tmp_path / "run.pid").read_text() == str(os.getpid())
+
+
 def test_a_new_run_needs_a_folder_without_receipts(tmp_path: Path) -> None:
     assert new_run(tmp_path / "a" / "b").is_dir()
     write(tmp_path, ONE)

@@ -210,6 +210,15 @@ def test_an_infinite_margin_and_error_are_shown() -> None:
     assert re.search(r"rel ∞\s+margin 0\.0×", text)
 
 
+def test_where_nothing_was_compared_no_number_is_shown() -> None:
+    nothing = Verdict.of_nothing("the weights in router are not all finite")
+    refused = thinker(0, outcome="refused", reason=f"can't be proven: {nothing.reason}", verdict=nothing)
+    text = text_of(report([refused]))
+    assert "not all finite" in text and "rel" not in text and "margin" not in text
+    both = text_of(report([refused, thinker(1, outcome="refused", verdict=verdict(0.5, 2.0, passed=False))]))
+    assert "rel 5.0e-1" in both and "margin 2.0×" in both and "∞" not in both
+
+
 def test_colours_are_there_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

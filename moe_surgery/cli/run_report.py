@@ -97,7 +97,8 @@ def _orders(job: Launch) -> Orders:
     if job.packs is not None:
         packs = tuple(os.path.abspath(pack) if pack.endswith(".toml") else pack for pack in job.packs)
     plan = None if job.plan is None else os.path.abspath(job.plan)
-    return Orders(str(new_run(job.run or _folder())), packs, plan, job.prove, job.on_failure, job.target, job.audit)
+    run = _folder() if job.run is None else str(new_run(job.run))
+    return Orders(run, packs, plan, job.prove, job.on_failure, job.target, job.audit)
 
 
 def _folder() -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import get_args
@@ -18,6 +19,9 @@ from moe_surgery.report.json import dumps, loads
 from moe_surgery.report.receipt import SCHEMA, Outcome, Receipt
 
 _NAME = re.compile(r".*-rank\d+-\d+(\.\d+)?\.json")
+
+
+_CLAIM = "run.pid"
 
 
 SURGERY = "surgery"
@@ -42,8 +46,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def new_run(run: str | Path) -> Path:
     """The folder ``run``, made if need be, as an absolute path.
 
-    Raises :class:`UsageError` if it can't be made or written to, or has receipts already: they would pass for those of
-    a later run.
+    Raises :class:`UsageError` if it can't be made or written to, has receipts already, which would pass for those of
+    a later run, or is that of another process's run that goes on.
     """
     folder = Path(run).absolute()
     try:
@@ -56,7 +60,23 @@ def new_run(run: str | Path) -> Path:
         raise UsageError(f"can't write to {run}: {error.strerror or error}") from error
     if files(folder):
         raise UsageError(f"{run} has the receipts of an earlier run; give another folder")
+    _claim(folder)
     return folder
+
+
+def _claim(folder: Path) -> None:
+    """Note in ``folder`` that this process's run is there. Raises :class:`UsageError` if another's is, and goes on."""
+    path = folder / _CLAIM
+    try:
+        with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+            return
+        noted = path.read_text(encoding="utf-8")
+        if noted.isdecimal() and int(noted) != os.getpid() and lives(int(noted)):
+            raise UsageError(f"{folder} is that of a run which goes on, of process {noted}; give another folder")
+        write_whole(path, str(os.getpid()))
+    except OSError as error:
+        raise UsageError(f"can't write to {folder}: {error.strerror or error}") from error
 
 
 def write(run: str | Path, receipt: Receipt) -> Path:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _LONGEST_REASON = 300
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COUNTS = re.compile(r"^num_|_size$|_dim$|_step$|_heads$|^n_|^d_")
 _CONFIG_FILES = ("config.json", "generation_config.json", MODELOPT, INDEX)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -179,6 +180,16 @@ def _field_of(config: Mapping[str, Any], wanted: object, path: str = "") -> str 
     return None
 
 
+def _no_counts(config: Mapping[str, Any], *, zero: bool) -> str:
+    """The fields of a config that are zero, or else below, and as counts or sizes can't be, as a hint; or nothing."""
+    found = [
+        f"{name} is {value}"
+        for name, value in sorted(config.items())
+        if type(value) is int and (value == 0 if zero else value < 0) and _COUNTS.search(name)
+    ]
+    return f"{', '.join(found)}: " if found else ""
+
+
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config states, else the one of the weights, else float32 as in transformers.
 
@@ -235,14 +246,20 @@ def _model_errors(
     except (ModelError, MemoryError):
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # torch has no class of error for that on a CPU
+            raise MemoryError(" ".join(str(error).split())) from error
         # A bad field surfaces as a KeyError, AttributeError, ValueError or validation error, depending on the model.
         # torch lets stack frames follow, and transformers advice.
-        text = " ".join(str(error).partition("Exception raised from")[0].split())
-        reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(error).__name__
+        # transformers wraps what is wrong with a field once more.
+        told = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
+        text = " ".join(str(told).partition("Exception raised from")[0].split())
+        reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(told).__name__
         uneven = uneven_expert(headers or {})
         hint = f"{uneven}: " if uneven else ""
         if isinstance(error, KeyError) and (field := _field_of(config or {}, error.args[0])) is not None:
             raise ModelError(f"{where}: {field} is {error.args[0]!r}, which transformers has nothing for") from error
+        if isinstance(error, ZeroDivisionError) or "negative dimension" in reason:
+            hint += _no_counts(config or {}, zero=isinstance(error, ZeroDivisionError))
         if isinstance(error, ImportError):
             reason += " (moe-surgery doctor says whether the installation is sound)"
-        raise ModelError(f"{where}: {hint}{type(error).__name__}: {reason}") from error
+        raise ModelError(f"{where}: {hint}{type(told).__name__}: {reason}") from error

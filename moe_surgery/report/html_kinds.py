@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 
 from moe_surgery.report.html_parts import NARROW, WIDE, both, cell, chip, paragraph, table, tag
 from moe_surgery.report.outcomes import Outcomes, Step
@@ -16,6 +17,7 @@ from moe_surgery.report.pictures.weight_map import weight_map
 from moe_surgery.report.rows import Row, rows
 from moe_surgery.report.words import error, plural, ratio
 
+_LONGEST_REASON = 110
 AUDITED = ("right", "wrong", "not comparable")
 """Outcomes of layers that are only asked."""
 
@@ -42,7 +44,7 @@ def _overview(found: Sequence[Row], mark: str) -> str:
         lines.append(
             [
                 cell(chip(LETTERS[row.outcome], TONES[row.outcome]) + link),
-                cell(safe(_label(row))),
+                cell(safe(_label(row)) + _why(row)),
                 cell(f"×{len(row.sites)}", "n"),
                 cell(error(row.error), "n", "error") if row.error is not None else cell("", "n"),
                 cell(safe(margin), "n", "margin" if margin else ""),
@@ -52,6 +54,13 @@ def _overview(found: Sequence[Row], mark: str) -> str:
     columns = 5 if any(row.error is not None or row.margin is not None for row in found) else 3
     heads = ("site", "class → target", "sites", "error", "margin")[:columns]
     return table(heads, [line[:columns] for line in lines], (2, 3, 4)[: columns - 2])
+
+
+def _why(row: Row) -> str:
+    """The beginning of the reason why a row's sites were passed over; all of it stands further down."""
+    if row.outcome in ("replaced", "right"):
+        return ""
+    return tag("div", safe(shorten(row.reason, _LONGEST_REASON, placeholder=" …")), class_="q why")
 
 
 def _label(row: Row) -> str:

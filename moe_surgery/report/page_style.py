@@ -16,7 +16,7 @@ h4{{font-size:13px;margin:24px 0 8px;font-weight:600;color:var(--muted)}}
 p{{margin:6px 0;max-width:76ch;overflow-wrap:anywhere}}
 a{{color:inherit;text-decoration-color:var(--muted);text-underline-offset:3px}}
 code,pre,.mono{{font-family:{MONOSPACED};font-size:13px;overflow-wrap:anywhere}}
-.q{{color:var(--muted)}}
+.q{{color:var(--muted)}} .why{{font-size:13px;line-height:1.4}}
 .counts{{display:flex;flex-wrap:wrap;gap:8px 44px;margin:28px 0 10px;padding:0}}
 .counts div{{min-width:84px}}
 .counts b{{display:block;font-size:40px;line-height:1.1;font-weight:650;font-variant-numeric:tabular-nums}}

@@ -14,7 +14,7 @@ class Row:
     """Sites that are alike in all that a report says of them.
 
     ``paths`` are folded, ``sites`` are the single ones, of which ``proven`` were asked. ``error`` is the largest error
-    of their new blocks and ``margin`` the smallest margin, None where nothing was proven; ``reason`` is that of the
+    of their new blocks and ``margin`` the smallest margin, None where nothing was compared; ``reason`` is that of the
     site with the smallest margin.
     """
 
@@ -54,7 +54,8 @@ def _key(step: Step) -> tuple[object, ...]:
 def _row(steps: list[Step]) -> Row:
     first = steps[0]
     verdicts = [step.verdict for step in steps if step.verdict]
-    errors = [v.reading_error if v.build_error is None else v.build_error for v in verdicts]
+    compared = [v for v in verdicts if v.mutants or not v.powerless]
+    errors = [v.reading_error if v.build_error is None else v.build_error for v in compared]
     worst = min(steps, key=lambda step: step.verdict.margin if step.verdict else math.inf)
     paths = tuple(path for path, _ in fold_paths(step.path for step in steps))
     reason = worst.reason
@@ -72,5 +73,5 @@ def _row(steps: list[Step]) -> Row:
         passed=verdicts[0].passed if verdicts else None,
         proven=len(verdicts),
         error=max(errors, default=None),
-        margin=min((verdict.margin for verdict in verdicts), default=None),
+        margin=min((verdict.margin for verdict in compared), default=None),
     )
