@@ -43,14 +43,14 @@ class Argument:
 
 
 class UnreadCall(SurgeryError):
-    """A call with a value for ``argument`` that the block wasn't read with."""
+    """A call with a ``value`` for ``argument`` that the block wasn't read with."""
 
-    def __init__(self, argument: str) -> None:
+    def __init__(self, argument: str, value: object = None) -> None:
         super().__init__(
             f"a replaced block was called with a value for {argument} that it was not read with; undo, or leave the "
             "block alone with skip="
         )
-        self.argument = argument
+        self.argument, self.value = argument, value
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Calling:
             found.append((argument, value))
         for argument, value in found:
             if argument.role == "fixed" and (argument.many or not _same(value, argument.default)):
-                raise UnreadCall(f"{argument.many}{argument.name}")
+                raise UnreadCall(f"{argument.many}{argument.name}", value)
         tensors: dict[str, Any] = {argument.role: value for argument, value in found if argument.role in _TENSORS}
         for argument, value in found:
             if argument.companion is not None:
                 if not argument.companion.fits(value, tensors["hidden_states"]):
-                    raise UnreadCall(argument.name)
+                    raise UnreadCall(argument.name, value)
                 tensors[argument.companion.key] = value
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:

@@ -86,11 +86,23 @@ def test_what_is_given_beside_the_input_may_lie_anyhow_in_memory() -> None:
 
 def test_a_model_that_gives_another_form_is_refused() -> None:
     model = Telling(MaskedByTruth)
-    model.told = lambda x: MaskedByTruth.told(x).to(x.dtype)
+    model.told = lambda x: MaskedByTruth.told(x)[..., None]
     before = answers(model)
     [step] = moe_surgery.apply(model, target="reference", model_check={"x": torch.randn(2, 3, 32)}).steps
     assert step.outcome == "refused" and "mask" in step.reason
     assert all(torch.equal(one, other) for one, other in zip(before, answers(model), strict=True))
+
+
+def test_a_model_that_gives_another_dtype_is_asked_for_it() -> None:
+    model = Telling(MaskedByTruth)
+    model.told = lambda x: MaskedByTruth.told(x).to(x.dtype)
+    before = answers(model)
+    [step] = moe_surgery.apply(model, target="reference", model_check={"x": torch.randn(2, 3, 32)}).steps
+    assert step.outcome == "replaced", step.reason
+    for one, other in zip(before, answers(model), strict=True):
+        assert distance(other, one) < 64
+    with pytest.raises(SurgeryError, match="a value for mask"):
+        model.mlp(x := torch.randn(2, 3, 32), MaskedByTruth.told(x))
 
 
 @pytest.mark.parametrize("kind", [MaskedByTruth, ByTokenIds])

@@ -197,6 +197,26 @@ def test_experts_that_take_images_are_listed_with_that_reason(name: str, scores_
     assert step.reason == f"it takes channels before places, as {first} does, and no tokens [..., H]"
 
 
+def test_tokens_behind_their_channels_are_told_from_tokens() -> None:
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 4, bias=False)
+            self.experts = nn.ModuleDict({f"e{n}": PointwiseMLP() for n in range(4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            t = x.transpose(1, 2).reshape(-1, 32)
+            weights, ids = self.gate(t).softmax(-1).topk(1)
+            dense = torch.zeros(len(t), 4).scatter(1, ids, weights)
+            done = sum(expert(t) * dense[:, n, None] for n, expert in enumerate(self.experts.values()))
+            return done.view(x.shape[0], -1, 32).transpose(1, 2)
+
+    model = stack(Behind()).eval()
+    assert model.get_submodule("layers.0.mlp")(torch.randn(2, 32, 5)).shape == (2, 32, 5)
+    [step] = moe_surgery.plan(model).steps
+    assert step.reason == "it takes channels before places, as experts.e0.up (Conv1d) does, and no tokens [..., H]"
+
+
 def test_convolutions_of_which_none_is_chosen_are_no_site() -> None:
     assert not moe_surgery.plan(stack(MixedImages("branches", scores_places=True)).eval()).steps
 

@@ -21,6 +21,7 @@ from moe_surgery.operate.building import Double, Unanswerable, built, gathered, 
 from moe_surgery.operate.fitting import check_fits
 from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.model_check import WholeModel
+from moe_surgery.operate.reading_again import read_again
 from moe_surgery.operate.settings import Progress, Settings
 from moe_surgery.operate.transaction import Swap, Transaction
 from moe_surgery.planning.plan import Plan
@@ -30,6 +31,7 @@ from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
 from moe_surgery.prove.verdict import Verdict
+from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.state import unwritten
 from moe_surgery.report.outcomes import Done, Memory, Step
 from moe_surgery.report.report import Report
@@ -61,6 +63,7 @@ class Operation:
         self.refused: dict[str, str] = {}
         self.prepared: set[MoESpec] = set()
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
+        self.again: dict[str, Reading] = {}  # as the model calls them
         self.whole: WholeModel | None = None
         self.exchanged: Transaction | None = None
         folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
@@ -94,13 +97,13 @@ class Operation:
     def _applied(self) -> Report:
         wanted = self.settings.model_check
         if wanted is not False and self.readings:
-            hidden = next(iter(self.readings.values())).spec.hidden
-            callings = {path: reading.calling for path, reading in self.readings.items()}
-            given = None if wanted is True else wanted
-            self.whole = WholeModel(self.model, tuple(self.readings), hidden, given, callings)
-            self.whole.before()
-            for path, argument in self.whole.unread.items():
-                self.refused[path] = f"the model calls it with a value for {argument}, which it was not read with"
+            self.whole = self._run_before(None if wanted is True else wanted)
+            self.again = read_again(self.whole, self.targets)
+            if self.again:
+                self.readings |= self.again
+                self.whole = self._run_before(None if wanted is True else wanted)
+            for path, call in self.whole.unread.items():
+                self.refused[path] = f"the model calls it with a value for {call.argument}, which it was not read with"
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
         with self._ahead() as ahead:
@@ -123,6 +126,14 @@ class Operation:
             kept=sum(swap.kept_bytes for swap in transaction.swaps),
         )
         return self._report("applied", memory=memory, transaction=transaction)
+
+    def _run_before(self, given: Mapping[str, Any] | None) -> WholeModel:
+        """The model run with its old blocks, as far as it can be, with the arguments ``given``."""
+        hidden = next(iter(self.readings.values())).spec.hidden
+        callings = {path: reading.calling for path, reading in self.readings.items()}
+        whole = WholeModel(self.model, tuple(self.readings), hidden, given, callings)
+        whole.before()
+        return whole
 
     def _exchanged(self, blocks: Mapping[str, StandingBlock]) -> Transaction:
         """The blocks in their places, and the model around them checked; :meth:`apply` takes back what fails."""
@@ -288,6 +299,9 @@ class Operation:
         verdict = self.verdicts.get(step.path)
         if step.outcome != "replaced":
             return step
+        if step.path in self.again:
+            spec = self.again[step.path].spec
+            step = replace(step, spec=spec, reason=spec.sentence())
         if step.path in self.refused:
             return replace(step, outcome="refused", reason=self.refused[step.path], verdict=verdict)
         if verdict is not None and not verdict.passed:

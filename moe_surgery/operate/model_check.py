@@ -69,8 +69,10 @@ class WholeModel:
     hidden: int
     given: Mapping[str, Any] | None = None
     callings: Mapping[str, Calling] = field(default_factory=dict)
-    unread: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, UnreadCall] = field(default_factory=dict)
     """Sites that the model calls otherwise than they were read, with the argument that it gives."""
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """What they were called with there."""
     inner: InnerCalls = field(default_factory=InnerCalls)
     """What the model calls inside of sites, and not through them."""
     _played: list[_Played] = field(default_factory=list)
@@ -142,7 +144,9 @@ class WholeModel:
                         found = self.callings[path].taken(args, kwargs)
                         tensors = copied(found) if self.callings[path].companions else {}
                     except UnreadCall as error:
-                        self.unread[path] = error.argument
+                        self.unread[path] = error
+                        if values and isinstance(values[0], Tensor):
+                            self.inputs[path] = values[0]
                 with self.inner.through(path):
                     answer = inner(*args, **kwargs)
                 events.append(_Event("called", path, values, copied(answer), tensors))

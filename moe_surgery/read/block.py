@@ -14,11 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
+from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
+from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
@@ -84,6 +86,28 @@ def read_within(block: nn.Module, records: Records | None = None) -> Reading:
     return _read_beside(records or Records(block), Within)
 
 
+def read_told(block: nn.Module, fits: Callable[[Companion], bool]) -> Reading:
+    """What ``block`` computes of its input and of a tensor beside it, of a form that ``fits``, which it can do without.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
+    """
+    records, problem = Records(block), Unreadable("it takes no such tensor beside its input")
+    callings = with_companions(block, arguments_of(block, absent=True))
+    wanted = (calling for calling in callings if all(map(fits, calling.companions)))
+    for calling, parse in product(wanted, (Splitting, Within)):
+        try:
+            return _told(records, parse, calling)
+        except Unreadable as error:
+            problem = error
+    raise problem
+
+
+def _told(records: Records, parse: type[Splitting | Within], calling: Calling) -> Reading:
+    return with_others_alike(
+        _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
+    )
+
+
 def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
     """A block read in parts; one that fails without what it takes beside its input, with tensors of some form there."""
     try:
@@ -92,9 +116,7 @@ def _read_beside(records: Records, parse: type[Splitting | Within]) -> Reading:
         problem: Unreadable = error
     for calling in with_companions(records.block, arguments_of(records.block, absent=True)):
         try:
-            return with_others_alike(
-                _read_in_parts(records, parse(), calling), lambda calling: _read_in_parts(records, parse(), calling)
-            )
+            return _told(records, parse, calling)
         except Unreadable as error:
             # Of forms that it doesn't take, or numbers that are no token ids, the reason is none of the block's.
             vague = isinstance(problem, Unfollowed) or str(problem).startswith(VALUES)
@@ -131,7 +153,7 @@ def _read(
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
             if calling is None:
-                _check_arguments(block, error)
+                _check_arguments(ask, state, error)
             raise
         cut = crowded.record.cut
         split = cut is not None
@@ -208,8 +230,9 @@ def _read(
     )
 
 
-def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
-    """Raise that ``block`` takes more than one tensor, or images, if that is why it failed with its own ``error``."""
+def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
+    """Raise that a block takes more than one tensor, or images, if that is why it failed with its own ``error``."""
+    block = ask.block
     try:
         arguments_of(block)
     except Unreadable as reason:
@@ -222,10 +245,24 @@ def _check_arguments(block: nn.Module, error: Unfollowed) -> None:
     for name, layer in block.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd):
             held = f"{name} ({type(layer).__name__})"
-            if isinstance(layer, nn.Conv1d) and layer.kernel_size == (1,):  # a block may turn its tokens for it
-                raise Unfollowed(f"{held} is a convolution, which can't be followed", error.operations) from error
+            if isinstance(layer, nn.Conv1d) and not _takes_channels_first(ask, state):  # a block may turn its tokens
+                continue
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
+
+
+def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
+    """Whether a block takes channels before places, of however many places."""
+    for width in hidden_sizes(state):
+        try:
+            for places in FEW:
+                ask.record((2, width, places), torch.float32, spread, plain=True)
+        except Unfollowed:
+            continue
+        except Unreadable:  # for another reason than its shape
+            return True
+        return True
+    return False
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:

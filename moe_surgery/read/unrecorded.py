@@ -123,7 +123,7 @@ def check_complete(state: dict[str, Tensor], layout: Layout, spare: range = rang
 
 def _places(piece: Piece, shape: tuple[int, ...]) -> tuple[range, int]:
     """Which rows (or columns, or elements of a vector) of its parameter a piece is, and how many elements each has."""
-    shape = shape[1:] if len(shape) < 4 and piece.index is not None else shape[-2:]
+    shape = shape[:2] if piece.index is None else shape[1:] if len(shape) < 4 else shape[-2:]
     if piece.cols is not None:
         if piece.rows is not None or piece.out is not None or piece.transposed:
             raise Unreadable(f"{piece} is a block of a weight")

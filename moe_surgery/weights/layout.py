@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,10 +11,10 @@ from functools import cached_property
 class Piece:
     """A matrix inside a parameter of the block: ``parameter[index][rows[0]:rows[1]]``, then transposed if it says so.
 
-    ``path`` is relative to the block. ``index`` is None for a parameter that is itself a matrix; of one that has more
-    than three dimensions it counts the matrices. The matrix that a piece yields always maps inputs to outputs as
-    ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs only ``out = (start, stop, step)`` are meant, where given: a
-    band of a transposed parameter, or every other row.
+    ``path`` is relative to the block. ``index`` is None for a parameter that is itself a matrix, as that of a
+    convolution over one place [out, in, 1] is; of one that has more than three dimensions it counts the matrices. The
+    matrix that a piece yields always maps inputs to outputs as ``torch.nn.Linear`` does: ``[out, in]``. Of its outputs
+    only ``out = (start, stop, step)`` are meant, where given: a band of a transposed parameter, or every other row.
 
     ``cols = (start, stop, all)`` says that only some of the matrix's ``all`` inputs are meant: those of one expert,
     where the down projections of all lie side by side.
@@ -53,6 +53,11 @@ class Piece:
         count = len(range(start, stop, step))
         begin = first + start * stride
         return replace(self, out=(begin, begin + (count - 1) * stride * step + 1, stride * step))
+
+
+def over_one_place(shape: Sequence[int]) -> bool:
+    """Whether a parameter of that ``shape`` is a matrix: it has two dimensions, and others of one at most."""
+    return len(shape) >= 2 and all(size == 1 for size in shape[2:])
 
 
 @dataclass(frozen=True)

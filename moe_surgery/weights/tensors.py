@@ -90,8 +90,7 @@ def gather(block: nn.Module, layout: Layout) -> BlockTensors:
 
     def matrix(piece: Piece) -> Tensor:
         tensor = weight(block, piece.path)
-        if piece.index is not None:
-            tensor = stacked(tensor)[piece.index]
+        tensor = tensor.flatten(1) if piece.index is None else stacked(tensor)[piece.index]
         if piece.rows is not None:
             tensor = tensor[piece.rows[0] : piece.rows[1]]
         if piece.transposed:

@@ -14,6 +14,7 @@ from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, 
 from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
+from moe_surgery.read.record.over_one_place import as_linear
 from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Sizes(TorchFunctionMode):
         operands = tensors((args, kwargs))
         if not all(map(recorder.entries.knows, operands)):
             raise recorder.object_to("it uses a tensor that is neither its input nor one of its own weights")
+        if (mapped := as_linear(name, args, kwargs, recorder.object_to)) is not None:
+            return mapped
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._places(args[1]), *args[2:])
         if not self.marks:
