@@ -14,7 +14,7 @@ from zoo.over_places import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
-from moe_surgery.calling import structured
+from moe_surgery.answers import structured
 from moe_surgery.errors import ProofError, SurgeryError
 from moe_surgery.planning import survey
 from moe_surgery.targets.base import StandingBlock, SwappedBlock

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_surgery.calling import output_of
+from moe_surgery.answers import output_of
 from moe_surgery.errors import ExpectationError, ProofError, SurgeryError
 from moe_surgery.installed.cards import cards
 from moe_surgery.installed.versions import versions

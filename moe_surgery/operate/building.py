@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Always, Replayed, ShapeOfInput, SizeOfInput, Structure, Updated
+from moe_surgery.answers import Always, Replayed, ShapeOfInput, SizeOfInput, Structure, Updated
 from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made

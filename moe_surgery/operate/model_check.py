@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Calling, Structure, UnreadCall, output_of
+from moe_surgery.answers import Structure, output_of
+from moe_surgery.calling import Calling, UnreadCall
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.operate.inner_calls import InnerCalls

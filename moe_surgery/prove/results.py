@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Calling, Replayed, Result, Structure, output_of, structured
+from moe_surgery.answers import Replayed, Result, Structure, output_of, structured
+from moe_surgery.calling import Calling
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch.utils._pytree import tree_leaves
 
-from moe_surgery.calling import Replayed, leaves_of
+from moe_surgery.answers import Replayed, leaves_of
 from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.companions import reaching_all

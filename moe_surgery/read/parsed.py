@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moe_surgery.calling import Replayed, Result, Structure, Updated, mapped_leaves
+from moe_surgery.answers import Replayed, Result, Structure, Updated, mapped_leaves
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.normal_form import Terms
 from moe_surgery.read.meaning.rows import vectors

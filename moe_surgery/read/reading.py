@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_surgery.calling import PLAIN, Calling, Structure
+from moe_surgery.answers import Structure
+from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.spec import MoESpec
 from moe_surgery.weights.layout import Layout, Piece
 

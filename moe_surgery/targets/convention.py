@@ -11,17 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.calling import (
-    Always,
-    Calling,
-    Constant,
-    Replayed,
-    Result,
-    ShapeOfInput,
-    SizeOfInput,
-    Structure,
-    Updated,
-)
+from moe_surgery.answers import Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Updated
+from moe_surgery.calling import Calling
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted

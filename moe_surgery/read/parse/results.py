@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.calling import Alone, Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Value
+from moe_surgery.answers import Alone, Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Value
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from moe_surgery.calling import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
+from moe_surgery.answers import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes, size_of
 from moe_surgery.read.record.batch_size import MARKED

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
+from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
 from moe_surgery.read.record.batch_size import MARKED
 from moe_surgery.read.record.reach import functions, holders
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from moe_surgery.calling import Structure
+from moe_surgery.answers import Structure
 from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.lineage import Asked, Origin, chosen
 

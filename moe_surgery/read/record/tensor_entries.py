@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.calling import structured
+from moe_surgery.answers import structured
 from moe_surgery.read.record.known_numbers import Kind
 
 
