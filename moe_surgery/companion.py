@@ -1,6 +1,7 @@
 """A tensor that a block takes beside its input: which form it has, and one made up where there is no model to give it.
 
-What is made up comes of the input row by row, so that tokens can be put together in any order and take it along.
+What is made up comes of the input row by row, so that tokens can be put together in any order and take it along. A mask
+that is made up hangs on the last bit of a token's first number, so that any token has a twin which is masked otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = 12
+_DIGITS = 2**8  # of bfloat16, which has the fewest
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Companion:
     dtype: torch.dtype | None = None
     below: int = 2
     also: tuple[torch.dtype | None, ...] = ()
+
+    @property
+    def masks(self) -> bool:
+        """Whether it is one number of each token, which may be zero."""
+        return self.over == "tokens" and (self.dtype is None or self.below == 2)
 
     @property
     def key(self) -> str:
@@ -65,10 +72,30 @@ class Companion:
         if self.over == "features":
             return x.roll(1, -1)
         if self.dtype is None:
-            return x[..., 0] * (x[..., 0] > 0)
+            return x[..., 0].abs() * _told(x[..., 0])
+        if self.below == 2:
+            return _told(x[..., 0]).to(self.dtype)
         signs = (x[..., :_BITS] > 0).long()
         numbers = (signs << torch.arange(signs.shape[-1], device=x.device)).sum(-1)
         return (numbers % self.below).to(self.dtype)
+
+
+def twins(x: Tensor) -> Tensor:
+    """Tokens [N, H] that are masked where those in ``x`` are not, and else as near to them as can be; zeros stay."""
+    import torch
+
+    first = x[:, 0]
+    mantissa, exponent = torch.frexp(first.float())
+    whole = (mantissa.abs() * _DIGITS).floor()
+    other = torch.ldexp(torch.where(whole % 2 == 0, whole + 1, whole - 1) / _DIGITS, exponent).copysign(first.float())
+    return torch.cat([torch.where(first == 0, first, other.to(x.dtype))[:, None], x[:, 1:]], 1)
+
+
+def _told(numbers: Tensor) -> Tensor:
+    """Whether the last of the bits that numbers of any dtype have is set."""
+    import torch
+
+    return (torch.frexp(numbers.float()).mantissa.abs() * _DIGITS).floor() % 2 == 1
 
 
 def made_up(companions: tuple[Companion, ...], x: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

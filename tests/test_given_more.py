@@ -12,6 +12,7 @@ from zoo.beside import Alone
 from zoo.same import distance
 
 import moe_surgery
+from moe_surgery.companion import Companion, twins
 from moe_surgery.errors import SurgeryError
 
 
@@ -36,6 +37,15 @@ class ByMaskedScores(MayBeMasked):
         x = hidden_states.reshape(-1, self.hidden)
         weights, ids = (self.logits(hidden_states) * scale).reshape(len(x), -1).softmax(-1).topk(self.top_k, dim=-1)
         return self.routed(x, weights, ids).view(hidden_states.shape)
+
+
+class MasksItsOutput(MayBeMasked):
+    """What is made up for a proof masks no expert's tokens all."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        out = self.routed(x, *self.route(x)).view(hidden_states.shape)
+        return out if attention_mask is None else out * attention_mask[..., None].to(out.dtype)
 
 
 class SharedOut(MayBeMasked):
@@ -85,7 +95,7 @@ def applied(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", [MayBeMasked, ByMaskedScores])
+@pytest.mark.parametrize("kind", [MayBeMasked, MasksItsOutput, ByMaskedScores])
 def test_a_mask_that_the_model_gives_goes_where_it_went(kind: type[Any], dtype: torch.dtype) -> None:
     def more(x: Tensor) -> dict[str, Any]:
         return {"attention_mask": told(x).to(dtype)}
@@ -142,3 +152,16 @@ def test_what_cant_be_told_of_one_token_is_left_alone(name: str) -> None:
     step = applied(model)
     assert step.outcome == "refused" and "the model calls it with a value for" in step.reason
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_twin_is_the_nearest_token_that_is_masked_otherwise(dtype: torch.dtype) -> None:
+    x = torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x *= torch.logspace(-3, 3, len(x), dtype=dtype)[:, None]
+    near = twins(x)
+    for mask in (Companion("mask", "tokens", torch.bool), Companion("mask", "tokens")):
+        assert ((mask.made(x) != 0) ^ (mask.made(near) != 0)).all()
+        assert 0.4 < (mask.made(x) != 0).float().mean() < 0.6
+    assert torch.equal(near[:, 1:], x[:, 1:])
+    assert ((near - x).abs() <= x.abs() * 2**-6).all()
+    assert torch.equal(twins(torch.zeros(1, 4, dtype=dtype)), torch.zeros(1, 4, dtype=dtype))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_surgery.answers import Replayed, Result, Structure, output_of, structured
 from moe_surgery.calling import Calling
+from moe_surgery.companion import twins
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
@@ -43,6 +44,8 @@ def prove_block(
     """:func:`~moe_surgery.prove.proof.prove` of blocks that are called, and answer, as ``convention`` says."""
     calling, results = convention.calling, convention.results
     asked = [_asked(block, calling, results) for block in (old, new)]
+    if any(companion.masks for companion in calling.companions):
+        probes = _with_twins(probes or make_probes(spec, tensors.router, seed, tensors))
     verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin, probes=probes)
     if not verdict.passed or (results is None and not convention.written and not convention.state):
         return verdict
@@ -53,6 +56,11 @@ def prove_block(
         if fault is None
         else replace(verdict, passed=False, reason=fault, powerless=fault in (UNSURE, UNCHANGED))
     )
+
+
+def _with_twins(probes: Probes) -> Probes:
+    """Each token once masked and once not: an expert all of whose tokens are masked shows nothing."""
+    return Probes(torch.cat([probes.x, twins(probes.x)]), probes.family.repeat(2))
 
 
 def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Callable[..., Any]:
