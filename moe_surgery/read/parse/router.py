@@ -52,9 +52,9 @@ class RouterRead:
 
 
 OWN = RouterRead(Piece(""), 0, 0, "own", renormalize=False, scale=1.0)
+"""A router that gives weights, however it finds them."""
 ALONE = replace(OWN, renormalize=True)
 """A router of its own that gives a token's only expert no weight, which is that of a top-1 renormalised."""
-"""A router that gives weights, however it finds them."""
 
 
 @dataclass(frozen=True)

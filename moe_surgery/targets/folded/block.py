@@ -44,7 +44,7 @@ class FoldedMoEBlock(GuardedBlock):
 
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
+        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`flat_tokens` raises."""
         x, weights = self.flat_tokens(hidden_states), self._weights()
         if torch.compiler.is_compiling():
             return folded_moe(x, weights, self.folded_terms).view(hidden_states.shape)

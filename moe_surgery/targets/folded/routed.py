@@ -115,7 +115,7 @@ class RoutedMoEBlock(_RoutedBlock):
 
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
+        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`flat_tokens` raises."""
         x = self.flat_tokens(hidden_states)
         if self.folded_router is None:
             weights, ids = self._routed(x)

@@ -41,7 +41,7 @@ class FusedMoEBlock(GuardedBlock):
 
     @answering
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`tokens` raises."""
+        """``[..., H]`` to ``[..., H]`` in the block's dtype; raises what :meth:`flat_tokens` raises."""
         x = self.flat_tokens(hidden_states)
         work = torch.float32 if self.spec.router.logits_dtype == "float32" else x.dtype
         bias = None if self.fused_router_bias is None else self.fused_router_bias.to(work)
