@@ -174,9 +174,8 @@ def constants(kept: Attributes, modules: Container[str]) -> Attributes:
     def settled(path: str, value: Any) -> Any:
         if isinstance(value, Structure):
             return value.mapped(number)
-        if not isinstance(value, SizeOfInput) or value.value is None:
-            return value
-        return value.value if path in modules else Always(value.value)
+        found = number(value)
+        return found if found is value or path in modules else Always(found)
 
     return {key: settled(key[0], value) for key, value in kept.items()}
 
