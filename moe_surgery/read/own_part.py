@@ -44,7 +44,8 @@ def own_part(
     of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
     if any(record.cut for record in records):
         _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
-    _check_ones(ask, found, [record for record in records if 1 in record.lead], dtype)
+    if any(record.lone for record in records):
+        _check_ones(ask, found, [record for record in records if 1 in record.lead], dtype)
     found = replace(found, of_tokens=of_tokens)
     _check_cuts(found, {end for record in records for end, _ in record.beyond})
     return found if numbers == tuple(range(len(numbers))) else found.renumbered(numbers)
