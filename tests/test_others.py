@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.in_python import ALL
+from zoo.absent import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
@@ -171,6 +171,14 @@ def test_arguments_are_never_ignored() -> None:
     assert torch.equal(passed_on(x, torch.arange(6)), passed_on(x))
     unused = replaced("Unused")
     assert torch.equal(unused(x, 3, cache=object()), unused(x))
+
+
+@pytest.mark.parametrize("name", ["AnotherRouterForImages", "OtherExpertsForImages"])
+def test_what_a_block_would_do_with_more_is_never_left_out(name: str) -> None:
+    model = Layer(next(case for case in ALL if case.name == name).make()).eval()
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"
+    with pytest.raises(SurgeryError, match="image_mask"):
+        model.mlp(torch.randn(2, 3, 32), torch.ones(2, 3, dtype=torch.bool))
 
 
 class Telling(Layer):

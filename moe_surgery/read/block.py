@@ -203,7 +203,9 @@ def _read(
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in made))
-    if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
+    absent = any(a.role == "fixed" and not a.many and a.default is None for a in calling.arguments)
+    if "training" not in names_read(block) and not absent:
+        # Nothing says what else they could be for, but tables of another layer's.
         spare = frozenset(
             name for name in spare if state[name].dtype in (torch.int32, torch.int64) and state[name].ndim == 2
         )
