@@ -234,9 +234,7 @@ def _operation(
     else:
         made.check_origin(subject.digest(), subject.name)
         made.warn_of_versions()
-    operation = Operation(subject.module, made, sites, get_target, settings, kernels)
-    operation.read = operation.started - started
-    return operation
+    return Operation(subject.module, made, sites, get_target, settings, kernels, started)
 
 
 def _live(model: object) -> nn.Module:

@@ -310,12 +310,15 @@ def test_a_dict_that_a_block_makes_is_made_anew_in_every_call() -> None:
         assert_same(model.mlp.losses, old.mlp.losses, exactly=False)
 
 
-def test_a_wrong_value_in_a_dict_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, said", [("z", "losses is 0.5 from"), ("none", "losses is inf from")])
+def test_a_wrong_value_in_a_dict_fails_the_proof(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = StandingBlock.write
-    monkeypatch.setattr(
-        StandingBlock, "write", lambda self, path, name, value: right(self, path, name, {**value, "z": 2 * value["z"]})
-    )
-    with pytest.raises(ProofError, match="losses"):
+
+    def wrong(self: StandingBlock, path: str, attribute: str, value: Any) -> None:
+        right(self, path, attribute, {**value, name: 1.5 * value[name] + (name == "none")})
+
+    monkeypatch.setattr(StandingBlock, "write", wrong)
+    with pytest.raises(ProofError, match=said):
         moe_surgery.apply(Layer(next(case for case in ALL if case.name == "KeepsADict").make()), target="reference")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,11 +11,10 @@ import torch
 from torch import nn
 
 from moe_surgery.answers import output_of
-from moe_surgery.errors import ExpectationError, ProofError, SurgeryError
-from moe_surgery.installed.cards import cards
-from moe_surgery.installed.versions import versions
+from moe_surgery.errors import ProofError, SurgeryError
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over, uncounted
+from moe_surgery.operate.findings import Findings
 from moe_surgery.operate.fitting import check_fits
 from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.model_check import WholeModel
@@ -30,10 +27,8 @@ from moe_surgery.prove.asking import NUMBERS
 from moe_surgery.prove.own_tokens import disagreement
 from moe_surgery.prove.probe import Probes, make_probes
 from moe_surgery.prove.results import prove_block
-from moe_surgery.prove.verdict import Verdict
-from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.state import unwritten
-from moe_surgery.report.outcomes import Done, Memory, Step
+from moe_surgery.report.outcomes import Memory
 from moe_surgery.report.report import Report
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.base import StandingBlock, Target
@@ -53,32 +48,27 @@ class Operation:
         targets: Callable[[str], Target],
         settings: Settings,
         kernels: KernelsAhead,
+        begun: float,
     ) -> None:
         self.model, self.plan, self.settings, self.kernels = model, plan, settings, kernels
         named = cache(targets)
         self.targets = {step.path: named(step.target) for step in plan.steps if step.target is not None}
         self.rules = {step.path: step.rule for step in plan.steps}
         self.readings = check_fits(plan, sites)
-        self.verdicts: dict[str, Verdict] = {}
-        self.refused: dict[str, str] = {}
+        self.findings = Findings(model, plan, settings, len(self.readings), begun)
         self.prepared: set[MoESpec] = set()
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
-        self.again: dict[str, Reading] = {}  # as the model calls them
-        self.whole: WholeModel | None = None
         self.exchanged: Transaction | None = None
         folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
         kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
-        self.started = time.perf_counter()
-        self.read = self.proved = 0.0
 
     def verify(self) -> Report:
         """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
         with uncounted(self.model, self.readings), self._ahead() as ahead:
             for path in self._paths():
                 self._proven(path, ahead)
-        self._check_counts("verified")
-        failed = any(not verdict.passed and not verdict.powerless for verdict in self.verdicts.values())
-        return self._report("verified", exit_code=ProofError.exit_code if failed else 0)
+        self.findings.check_counts("verified")
+        return self.findings.report("verified", exit_code=ProofError.exit_code if self.findings.wrong() else 0)
 
     def apply(self) -> Report:
         """Build and prove every block, then exchange all of those that can be proven.
@@ -96,14 +86,18 @@ class Operation:
 
     def _applied(self) -> Report:
         wanted = self.settings.model_check
+        findings = self.findings
         if wanted is not False and self.readings:
-            self.whole = self._run_before(None if wanted is True else wanted)
-            self.again = read_again(self.whole, self.targets)
-            if self.again:
-                self.readings |= self.again
-                self.whole = self._run_before(None if wanted is True else wanted)
-            for path, call in self.whole.unread.items():
-                self.refused[path] = f"the model calls it with a value for {call.argument}, which it was not read with"
+            findings.whole = self._run_before(None if wanted is True else wanted)
+            again = read_again(findings.whole, self.targets)
+            if again:
+                self.readings |= again
+                findings.again = {path: reading.spec for path, reading in again.items()}
+                findings.whole = self._run_before(None if wanted is True else wanted)
+            for path, call in findings.whole.unread.items():
+                findings.refused[path] = (
+                    f"the model calls it with a value for {call.argument}, which it was not read with"
+                )
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
         with self._ahead() as ahead:
@@ -111,8 +105,8 @@ class Operation:
                 new = self._accepted(path, ahead)
                 if new is not None:
                     blocks[path] = new if undoable else Double(new, self.wrote.pop(path, ()))
-        self._check_counts("rolled back")
-        self.proved = time.perf_counter() - self.started
+        findings.check_counts("rolled back")
+        findings.all_proven()
         transaction = self._exchanged(blocks)
         if not undoable:
             transaction.undo()
@@ -125,7 +119,7 @@ class Operation:
             new=sum(swap.new.new_bytes for swap in transaction.swaps),
             kept=sum(swap.kept_bytes for swap in transaction.swaps),
         )
-        return self._report("applied", memory=memory, transaction=transaction)
+        return findings.report("applied", memory=memory, transaction=transaction)
 
     def _run_before(self, given: Mapping[str, Any] | None) -> WholeModel:
         """The model run with its old blocks, as far as it can be, with the arguments ``given``."""
@@ -140,11 +134,12 @@ class Operation:
         transaction = Transaction(self.model, [Swap.at(self.model, path, new) for path, new in blocks.items()])
         self.exchanged = transaction
         transaction.commit()
-        if self.whole is not None:
-            bound = max((self.verdicts[path].bound for path in blocks), default=0.0)
-            difference = self.whole.after(blocks, bound)
+        findings = self.findings
+        if findings.whole is not None:
+            bound = max((findings.verdicts[path].bound for path in blocks), default=0.0)
+            difference = findings.whole.after(blocks, bound)
             if difference is not None:
-                raise self._failed(f"the whole model differs: {difference}")
+                raise findings.failed(f"the whole model differs: {difference}")
         return transaction
 
     def _exchange_one_by_one(self, paths: Sequence[str]) -> Transaction:
@@ -200,19 +195,19 @@ class Operation:
 
     def _proven(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
         """A block that was built and judged; None for a site that can't be replaced, which is then refused."""
-        block, probes = self.model.get_submodule(path), ahead.of(path)
-        if path in self.refused:
+        block, probes, findings = self.model.get_submodule(path), ahead.of(path), self.findings
+        if path in findings.refused:
             return None
         reading = self.readings[path]
         with torch.inference_mode(False), torch.no_grad():
             tensors = gathered(block, reading)
             try:
                 new = self._build(path, tensors)
-                name = None if self.whole is None else self.whole.inner.unanswered(path, new)
+                name = None if findings.whole is None else findings.whole.inner.unanswered(path, new)
                 if name is not None:
                     raise Unanswerable(f"the model calls its {name} past it, which can't be called in a swapped block")
             except Unanswerable as error:
-                self.refused[path] = str(error)
+                findings.refused[path] = str(error)
                 return None
             if reading.spec not in self.prepared:
                 self.prepared.add(reading.spec)
@@ -226,12 +221,12 @@ class Operation:
                 verdict = prove_block(
                     block, new, reading.spec, tensors, convention, seed=seed, margin=margin, probes=probes
                 )
-            self.verdicts[path] = verdict
+            findings.verdicts[path] = verdict
             if verdict.powerless:
-                self.refused[path] = f"can't be proven: {verdict.reason}"
+                findings.refused[path] = f"can't be proven: {verdict.reason}"
                 return None
-            if verdict.passed and self.whole is not None:
-                self._ask_as_the_model_does(path, new, tensors, self.whole)
+            if verdict.passed and findings.whole is not None:
+                self._ask_as_the_model_does(path, new, tensors, findings.whole)
         return new
 
     def _ask_as_the_model_does(self, path: str, new: StandingBlock, tensors: BlockTensors, whole: WholeModel) -> None:
@@ -245,72 +240,17 @@ class Operation:
                     if not self.settings.undoable:
                         self.wrote.setdefault(path, []).append(new.written())
             except Exception as error:
-                raise self._failed(f"{path}: {error} (on what the model gives it)") from error
-            apart, fault = disagreement(heard, answer, reading.spec, tensors, self.verdicts[path].bound)
+                raise self.findings.failed(f"{path}: {error} (on what the model gives it)") from error
+            apart, fault = disagreement(heard, answer, reading.spec, tensors, self.findings.verdicts[path].bound)
             if fault is not None:
-                raise self._failed(f"{path}: {fault}")
+                raise self.findings.failed(f"{path}: {fault}")
             whole.saw(apart)
 
     def _accepted(self, path: str, ahead: ProbesAhead) -> StandingBlock | None:
         new = self._proven(path, ahead)
-        if new is not None and not self.verdicts[path].passed:
-            raise self._failed(f"{path}: {self.verdicts[path].reason}")
+        if new is not None and not self.findings.verdicts[path].passed:
+            raise self.findings.failed(f"{path}: {self.findings.verdicts[path].reason}")
         return new
-
-    def _failed(self, reason: str) -> SurgeryError:
-        report = self._report("rolled back", exit_code=ProofError.exit_code)
-        return ProofError(reason).with_report(report)
-
-    def _check_counts(self, done: Done) -> None:
-        """Raise :class:`ExpectationError` if the proofs have left fewer blocks than were asked for."""
-        settings, left = self.settings, len(self.readings) - len(self.refused)
-        reason = None
-        if settings.expect is not None and left != settings.expect and self.refused:
-            reason = f"expected {settings.expect} sites to replace, {left} can be"
-        elif settings.strict and self.refused:
-            reason = (
-                f"strict: {len(self.refused)} sites are refused" if len(self.refused) > 1 else "strict: 1 is refused"
-            )
-        if reason is not None:
-            listed = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
-            report = self._report(done, exit_code=ExpectationError.exit_code)
-            raise ExpectationError(f"{reason}: {listed}").with_report(report)
-
-    def _report(self, done: Done, exit_code: int = 0, **rest: object) -> Report:
-        steps = tuple(self._step(step, done) for step in self.plan.steps)
-        seconds = time.perf_counter() - self.started
-        phases = {"read": self.read, "prove": self.proved or seconds}
-        if self.proved and done == "applied":
-            phases["exchange"] = seconds - self.proved
-        return Report(
-            self.plan.model,
-            done,
-            steps,
-            self.plan.fingerprint,
-            versions() | cards(self.model),
-            seconds + self.read,
-            exit_code=exit_code,
-            phases=tuple(phases.items()),
-            model_check=None if self.whole is None else self.whole.report(),
-            **rest,  # type: ignore[arg-type]
-        )
-
-    def _step(self, step: Step, done: Done) -> Step:
-        verdict = self.verdicts.get(step.path)
-        if step.outcome != "replaced":
-            return step
-        if step.path in self.again:
-            spec = self.again[step.path].spec
-            step = replace(step, spec=spec, reason=spec.sentence())
-        if step.path in self.refused:
-            return replace(step, outcome="refused", reason=self.refused[step.path], verdict=verdict)
-        if verdict is not None and not verdict.passed:
-            return replace(step, outcome="refused", reason=f"proof failed: {verdict.reason}", verdict=verdict)
-        if done == "rolled back":
-            return replace(
-                step, outcome="kept", reason="left as it was: the operation was rolled back", verdict=verdict
-            )
-        return replace(step, verdict=verdict)
 
 
 def _reported(paths: Sequence[str], progress: Progress) -> Iterator[str]:

@@ -182,7 +182,8 @@ def _apart(what: str, old: Any, new: Any) -> Iterator[str]:
         finite = old.isfinite()
         apart, size = float((old - new)[finite].double().norm()), float(old[finite].double().norm())
         if apart > (bound := _SLACK * torch.finfo(old.dtype).eps) * size:
-            yield f"the new block's {what} is {apart / size:.2g} from the old one's; {bound:.2g} are allowed"
+            relative = apart / size if size else float("inf")
+            yield f"the new block's {what} is {relative:.2g} from the old one's; {bound:.2g} are allowed"
 
 
 def _unlike(
