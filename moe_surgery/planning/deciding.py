@@ -133,7 +133,8 @@ def _decide(
 
 def _read_without(calling: Calling) -> str | None:
     """Of a block that could be given more: what becomes of it where the model does so, which only its run shows."""
-    names = [a.name for a in calling.arguments if a.role == "fixed" and not a.many and (a.required or a.default is None)]
+    fixed = [argument for argument in calling.arguments if argument.role == "fixed" and not argument.many]
+    names = [argument.name for argument in fixed if argument.required or argument.default is None]
     if not names:
         return None
     return f"{' and '.join(names)} at None; given a tensor there by the model, apply reads it again or leaves it alone"
