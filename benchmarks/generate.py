@@ -38,8 +38,8 @@ def seconds(model: Any, count: int, options: dict[str, Any]) -> float:
     return time.perf_counter() - started
 
 
-def step_us(impl: str, mode: str, layers: int, count: int, rounds: int) -> float:
-    """Build the model, operate on it if ``impl`` says so, and time it."""
+def steps_us(impl: str, mode: str, layers: int, count: int, rounds: int) -> list[float]:
+    """Build the model, operate on it if ``impl`` says so, and time it, a few times."""
     import moe_surgery
 
     torch.set_float32_matmul_precision("high")  # for what transformers computes in float32, alike for both
@@ -51,7 +51,7 @@ def step_us(impl: str, mode: str, layers: int, count: int, rounds: int) -> float
     for _ in range(2):
         seconds(model, count, options)
     times = [seconds(model, count, options) - seconds(model, 1, options) for _ in range(rounds)]
-    return statistics.median(times) / (count - 1) * 1e6
+    return [each / (count - 1) * 1e6 for each in times]
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = (arguments.layers, arguments.new_tokens, arguments.rounds)
     if arguments.child:
-        print(json.dumps(step_us(*arguments.child, *sizes)))
+        print(json.dumps(steps_us(*arguments.child, *sizes)))
         return
     path = arguments.out / f"{machine_name()}-generate.json"
     arguments.out.mkdir(exist_ok=True)
@@ -76,8 +76,10 @@ def main() -> None:
             options = [text for pair in zip(names, map(str, sizes), strict=True) for text in pair]
             child = [sys.executable, __file__, *options, "--child", impl, mode]
             done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True)
-            us = round(float(done.stdout.splitlines()[-1]), 1)
-            rows.append({"impl": impl, "mode": mode, "tokens": 1, "us": us})
+            times = json.loads(done.stdout.splitlines()[-1])
+            spread = [round(bound, 1) for bound in (min(times), max(times))]
+            us = round(statistics.median(times), 1)
+            rows.append({"impl": impl, "mode": mode, "tokens": 1, "us": us, "us_spread": spread})
             print(rows[-1], flush=True)
             result = {**describe(), "command": command(), "layers": arguments.layers, "rows": rows}
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -68,23 +68,26 @@ _PLACES = {
     **dict.fromkeys(_ERRORS, "errors"),
 }
 __all__ = ["__version__", *_PLACES]  # noqa: PLE0604
+_MODULES = {"testing": "testing"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    known = _PLACES | _MODULES
+    if name not in known:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import random
     import sys
     from importlib import import_module
 
-    place = f"{__name__}.{_PLACES[name]}"
+    place = f"{__name__}.{known[name]}"
     if place not in sys.modules:
         drawn = random.getstate()  # rich draws one of Python's random numbers when it is imported
         try:
             import_module(place)
         finally:
             random.setstate(drawn)
-    return getattr(import_module(place), name)
+    module = import_module(place)
+    return module if name in _MODULES else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
-"""Runs a function in a process of its own that has vLLM imported already, as that takes longer than an engine's start.
+"""Runs a function in a process of its own, in which no engine ever was.
 
-Such a process is forked from one that has done nothing but import, so no engine was ever there.
+On a CPU it is forked from one that has done nothing but import vLLM, as that takes longer than an engine's start. Where
+there is a GPU it starts anew: processes that an engine forks in turn can't use CUDA there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-_PROCESSES = multiprocessing.get_context("forkserver")
+import torch
+
+_FORKED = not torch.cuda.is_available()
+_PROCESSES = multiprocessing.get_context("forkserver" if _FORKED else "spawn")
 _PROCESSES.set_forkserver_preload(
     [
         "compressed_tensors",
@@ -37,8 +41,9 @@ def run_apart(function: Callable[..., None], *args: Any, env: Mapping[str, str],
 
     Raises AssertionError, with what was printed, if it doesn't end well in ``seconds``. What it started ends with it.
     """
-    with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # which is read once, when libraries are loaded
-        forkserver.ensure_running()
+    if _FORKED:
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # which is read once, when libraries are loaded
+            forkserver.ensure_running()
     child = _PROCESSES.Process(target=_begin, args=(function, args, dict(env), log))
     child.start()
     assert child.pid is not None

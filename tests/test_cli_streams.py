@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -348,21 +349,23 @@ def test_what_the_library_warns_of_is_a_line() -> None:
     assert (result.stdout, result.stderr) == ("the result ×\n", "warning: odd 1\n")
 
 
-def test_a_log_gets_a_line_for_every_tenth_at_most() -> None:
-    page = io.StringIO()
+@pytest.mark.parametrize(("each", "tenths"), [(0.02, []), (0.4, range(10, 101, 10)), (0.125, [20, 40, 70, 90, 100])])
+def test_a_log_gets_a_line_for_every_tenth_at_most_and_none_in_a_hurry(
+    each: float, tenths: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, page = [0.0], io.StringIO()
+    monkeypatch.setattr("moe_surgery.cli.progress.monotonic", lambda: now[0])
     lines = Lines(page)
-    lines.phase("operating")
-    for done in range(68):
-        lines.step(done, 68, f"layers.{done}")
-    lines.step(68, 68, "")
+    for start in (9.0, 99.0):  # imports come before a phase's first step
+        lines.phase("operating")
+        for done in range(69):
+            now[0] = start + each * done
+            lines.step(done, 68, f"layers.{done}")
     found = page.getvalue().splitlines()
-    assert found[0] == "operating"
-    assert re.fullmatch(r"10% \(7 of 68, about \d+ s left\) layers\.7", found[1])
-    assert found[-1] == "100% (68 of 68)"
-    assert len(found) == 11
-    lines.phase("again")
-    lines.step(1, 2, "b")
-    assert page.getvalue().splitlines()[-2:] == ["again", "50% (1 of 2) b"]
+    assert [line.partition("%")[0] for line in found] == ["operating", *map(str, tenths)] * 2
+    if tenths:
+        assert re.fullmatch(rf"{tenths[0]}% \(\d+ of 68, about \d+ s left\) layers\.\d+", found[1])
+        assert found[-1] == "100% (68 of 68) layers.68"
 
 
 def test_what_is_left_is_told_without_what_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +378,6 @@ def test_what_is_left_is_told_without_what_is_done_once(monkeypatch: pytest.Monk
         lines.step(done, 4, f"layers.{done}")
     assert page.getvalue().splitlines() == [
         "loading",
-        "20% (1 of 4) layers.1",
         "50% (2 of 4, about 4 s left) layers.2",
         "70% (3 of 4, about 2 s left) layers.3",
         "100% (4 of 4) layers.4",
@@ -383,7 +385,10 @@ def test_what_is_left_is_told_without_what_is_done_once(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kept", [{}, {"max_shard_size": "200KB"}], ids=["one file", "shards"])
-def test_loading_tells_the_bytes_that_were_read(tmp_path: Path, kept: dict[str, str]) -> None:
+def test_loading_tells_the_bytes_that_were_read(
+    tmp_path: Path, kept: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_surgery.cli.progress._APART", 0.0)
     model, _ = build("qwen2_moe")
     model.config.architectures = ["Qwen2MoeForCausalLM"]
     model.save_pretrained(tmp_path, **kept)

@@ -122,6 +122,10 @@ def test_a_mask_that_the_model_gives_goes_where_it_went(kind: type[Any], dtype: 
 
 def test_a_block_that_gets_no_mask_is_read_without_one() -> None:
     model = Model(MayBeMasked, lambda x: {})
+    plan = moe_surgery.plan(model, target="reference")
+    said = "attention_mask and scale at None; "
+    said += "given a tensor there by the model, apply reads it again or leaves it alone"
+    assert plan.steps[0].reason == f"{plan.steps[0].spec.sentence()} · {said}" and said in " ".join(str(plan).split())
     step = applied(model)
     assert step.outcome == "replaced" and not step.spec.router.own
     with pytest.raises(SurgeryError, match="attention_mask"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,11 +57,16 @@ def ordered() -> Orders:
     return orders
 
 
-def test_packs_are_for_loaded_models_and_for_engines(model: Path, pack: Path, tmp_path: Path) -> None:
+def test_packs_are_for_loaded_models_and_for_engines(
+    model: Path, pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with moe_surgery.install([pack], run=tmp_path / "run", prove="all", on_failure="keep") as handle:
         assert ordered() == Orders(str(tmp_path / "run"), (str(pack),), None, "all", "keep")
         assert swapped(model)
         assert [len(report.replaced) for report in handle.reports] == [2]
+        (said,) = re.findall("^moe-surgery: .*", capsys.readouterr().err, re.MULTILINE)
+        assert said.startswith("moe-surgery: Qwen2MoeForCausalLM: 2 replaced, 0 kept, 0 missed, 0 refused · ")
+        assert said.endswith("; Qwen2MoeSparseMoeBlock → reference")
         (receipt,) = handle.receipts()
         assert (receipt.model, receipt.outcome, receipt.pid) == ("Qwen2MoeForCausalLM", "operated", os.getpid())
         handle.check()

@@ -131,7 +131,19 @@ def test_class_without_architectures_comes_from_the_model_type(write_tiny: Write
         ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "dtype": "int4"}, "dtype: 'int4'"),
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": "many"},
-            r"model/config\.json: TypeError: Field 'num_experts' expected int, got str \(value: 'many'\)$",
+            r"model/config\.json: num_experts: a whole number is wanted, not 'many'$",
+        ),
+        (
+            omni_config(SMALL) | {"talker_config": omni_config(SMALL)["talker_config"] | {"text_config": [1]}},
+            r"model/config\.json: talker_config\.text_config: an object or null is wanted, not \[1\]$",
+        ),
+        (
+            {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "rope_scaling": "x"},
+            r"model/config\.json: rope_scaling: an object or null is wanted, not 'x'$",
+        ),
+        (
+            {"model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "auto_map": 5},
+            r"model/config\.json: auto_map: an object is wanted, not 5: TypeError",
         ),
         (
             {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_attention_heads": 0},

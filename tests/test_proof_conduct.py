@@ -134,6 +134,21 @@ def test_misconduct_of_the_old_block_is_rejected(conduct: str) -> None:
     assert "new block" not in verdict.reason
 
 
+def test_of_an_old_block_that_raises_nothing_is_known() -> None:
+    def never(self: PlainBlock, x: Tensor) -> Tensor:
+        raise ValueError("not in float64")
+
+    tensors = weights(TALKER)
+    raising, right = wrong(forward=never)(TALKER, tensors), reference(TALKER, tensors)
+    verdict = prove(raising, right, TALKER, tensors)
+    assert (verdict.passed, verdict.powerless) == (False, True)
+    assert verdict.reason == "the old block raised ValueError (not in float64) on 72 tokens in one sequence"
+    # A block that is wrong is wrong all the same.
+    for new in (raising, MISCONDUCT["clamps"][0](TALKER, tensors)):
+        verdict = prove(raising, new, TALKER, tensors)
+        assert (verdict.passed, verdict.powerless) == (False, False)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_old_block_may_take_one_kind_of_input_only(dims: int) -> None:
     def only(self: PlainBlock, x: Tensor) -> Tensor:

@@ -247,6 +247,24 @@ def test_a_swapped_block_is_a_site_and_nothing_inside_it_is() -> None:
     assert paths(stack(Swapped(), plain.block_class()())) == ["layers.0.mlp", "layers.1.mlp"]
 
 
+@pytest.mark.parametrize(
+    ("family", "adapted"),
+    [
+        ("kimi_linear", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("nllb_moe", ["q_proj", "k_proj", "v_proj", "out_proj"]),
+        ("vitpose_backbone", ["dense"]),
+    ],
+)
+def test_low_rank_layers_beside_others_are_no_experts_and_score_none(family: str, adapted: list[str]) -> None:
+    """Four equal layers, of which each has a matrix with four rows beside it now."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = moe_surgery.testing.build(family)
+    before = paths(model)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=adapted))
+    assert [path.removeprefix("base_model.model.") for path in paths(wrapped)] == before != []
+
+
 def test_the_order_is_that_of_the_module_tree() -> None:
     make = plain.block_class()
     assert paths(Model(z=make(), a=make(), m=stack(make()))) == ["z", "a", "m.layers.0.mlp"]

@@ -1,4 +1,4 @@
-"""Progress on stderr: one bar on a terminal, plain lines at most every tenth where there is none.
+"""Progress on stderr: one bar on a terminal, plain lines where there is none, as far apart as a tenth and some seconds.
 
 Both say how long the rest will take, as the steps so far went.
 """
@@ -14,6 +14,10 @@ from moe_surgery.report.words import estimate, size, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+
+_APART = 2.0
+"""Seconds between two lines of a log; what is done in less is told by its end."""
 
 
 class Progress(Protocol):
@@ -43,7 +47,7 @@ class Silent:
 
 
 class Lines:
-    """Progress for logs: a line per phase, and one for every tenth of its steps.
+    """Progress for logs: a line per phase, and one for every tenth of its steps, unless another was just written.
 
     What is left is told from the phase's second step on: before its first are imports and other things done once.
     """
@@ -52,6 +56,7 @@ class Lines:
         self._stream = stream
         self._tenth = 0
         self._first: tuple[float, int] | None = None
+        self._written = 0.0
 
     def phase(self, text: str) -> None:
         self._tenth = 0
@@ -68,7 +73,8 @@ class Lines:
         now = monotonic()
         began, before = self._first = self._first or (now, done)
         tenth = 10 * done // total if total else 10
-        if tenth > self._tenth:
+        late = now - max(self._written, began) >= _APART or (self._tenth and done == total)
+        if tenth > self._tenth and late:
             self._tenth = tenth
             rest = ""
             if before < done < total:
@@ -76,6 +82,7 @@ class Lines:
             self._write(f"{10 * tenth}% ({amount}{rest}) {what}")
 
     def _write(self, text: str) -> None:
+        self._written = monotonic()
         self._stream.write(visible(text).rstrip() + "\n")
         self._stream.flush()
 

@@ -27,6 +27,7 @@ from moe_surgery.models.checkpoint import (
     uneven_expert,
 )
 from moe_surgery.models.classes import Checkpoint, model_class
+from moe_surgery.models.config_faults import field_of, fields, ill_typed, no_counts, no_objects
 from moe_surgery.models.dtype_device import here, torch_dtype
 from moe_surgery.models.loading import Read, quiet_bars, told
 from moe_surgery.models.quantisation import FIELD, MODELOPT, Quantisation, quantisation_of
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 _LONGEST_REASON = 300
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_COUNTS = re.compile(r"^num_|_size$|_dim$|_step$|_heads$|^n_|^d_")
 _CONFIG_FILES = ("config.json", "generation_config.json", MODELOPT, INDEX)
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -161,33 +161,11 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
         raise ModelError(f"{model}: no such directory, and not to be had from the hub: {reason}") from error
 
 
-def _fields(config: Mapping[str, Any], key: str, path: str = "") -> Iterator[tuple[str, Any]]:
+def _stated(config: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
     """Every ``key`` that isn't null in a config and in the configs inside it, outermost first, with its path."""
-    if config.get(key) is not None:
-        yield path + key, config[key]
-    for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("_config"):
-            yield from _fields(value, key, f"{path}{name}.")
-
-
-def _field_of(config: Mapping[str, Any], wanted: object, path: str = "") -> str | None:
-    """The path of the first field of a config, or of a config inside it, whose value is the text ``wanted``."""
-    for name, value in config.items():
-        if isinstance(value, str) and value == wanted:
-            return path + name
-        if isinstance(value, dict) and (found := _field_of(value, wanted, f"{path}{name}.")) is not None:
-            return found
-    return None
-
-
-def _no_counts(config: Mapping[str, Any], *, zero: bool) -> str:
-    """The fields of a config that are zero, or else below, and as counts or sizes can't be, as a hint; or nothing."""
-    found = [
-        f"{name} is {value}"
-        for name, value in sorted(config.items())
-        if type(value) is int and (value == 0 if zero else value < 0) and _COUNTS.search(name)
-    ]
-    return f"{', '.join(found)}: " if found else ""
+    for path, name, value in fields(config):
+        if name == key and value is not None and all(part.endswith("_config") for part in path.split(".")[:-1]):
+            yield path, value
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -196,7 +174,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     The outermost statement counts; it may be called ``dtype`` or, in older checkpoints, ``torch_dtype``.
     """
     for key in ("dtype", "torch_dtype"):
-        for path, value in _fields(checkpoint.config, key):
+        for path, value in _stated(checkpoint.config, key):
             try:
                 return torch_dtype(value)
             except UsageError as error:
@@ -256,10 +234,14 @@ def _model_errors(
         reason = shorten(text, _LONGEST_REASON, placeholder=" …") or type(told).__name__
         uneven = uneven_expert(headers or {})
         hint = f"{uneven}: " if uneven else ""
-        if isinstance(error, KeyError) and (field := _field_of(config or {}, error.args[0])) is not None:
+        if isinstance(error, KeyError) and (field := field_of(config or {}, error.args[0])) is not None:
             raise ModelError(f"{where}: {field} is {error.args[0]!r}, which transformers has nothing for") from error
+        if (field := ill_typed(text, config or {})) is not None:
+            raise ModelError(f"{where}: {shorten(field, _LONGEST_REASON, placeholder=' …')}") from error
         if isinstance(error, ZeroDivisionError) or "negative dimension" in reason:
-            hint += _no_counts(config or {}, zero=isinstance(error, ZeroDivisionError))
+            hint += no_counts(config or {}, zero=isinstance(error, ZeroDivisionError))
+        elif isinstance(error, AttributeError | TypeError):
+            hint += no_objects(config or {})
         if isinstance(error, ImportError):
             reason += " (moe-surgery doctor says whether the installation is sound)"
         raise ModelError(f"{where}: {hint}{type(told).__name__}: {reason}") from error

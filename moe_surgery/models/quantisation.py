@@ -74,7 +74,7 @@ def _scheme(data: Mapping[str, Any]) -> str:
         kinds = {kind for name, kind in found.items() if "expert" in name} or set(found.values())
         return f"{' and '.join(sorted(kinds))} (ModelOpt, mixed)"
     if algorithm and algorithm != "MIXED_PRECISION":
-        groups = [group.get("weights") or {} for group in _groups(data)]
+        groups = [_weights(group) for group in _groups(data)]
         return f"{algorithm} (ModelOpt{next(filter(None, map(_size, [data, *groups])), '')})"
     if method == "fp8":
         block = data.get("weight_block_size")
@@ -92,8 +92,13 @@ def _groups(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
+def _weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    weights = group.get("weights")
+    return weights if isinstance(weights, dict) else {}
+
+
 def _group(group: Mapping[str, Any]) -> str:
-    weights = group.get("weights") or {}
+    weights = _weights(group)
     kind = f"{_TYPES.get(str(weights.get('type')), '')}{weights.get('num_bits', '?')}"
     return f"{kind}, scales by {weights.get('strategy', 'tensor')}{_size(weights)}"
 

@@ -13,6 +13,7 @@ from types import MethodType
 
 from torch import Tensor, nn
 
+from moe_surgery.models.adapters import own_layers, own_parameters
 from moe_surgery.models.site import Site
 from moe_surgery.targets.base import SwappedBlock
 
@@ -139,15 +140,16 @@ def _two_beside(module: nn.Module) -> bool:
 
 def _matrices(module: nn.Module, over_places: bool = False) -> list[Tensor]:
     """The matrices of a module; a convolution over one place is one, and one ``over_places`` if that is asked."""
+    own = {id(tensor): tensor for _, tensor in own_parameters(module)}
     if over_places:
         layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
-        return [layer.weight for layer in layers]
-    return [p for p in module.parameters() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
+        return [layer.weight for layer in layers if id(layer.weight) in own]
+    return [p for p in own.values() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
 
 
 def _form(module: nn.Module) -> Hashable:
     """The shapes of a module's parameters, by name."""
-    return tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    return tuple((name, parameter.shape) for name, parameter in own_parameters(module))
 
 
 def _wide_layers(module: nn.Module) -> tuple[bool, bool]:
@@ -155,7 +157,7 @@ def _wide_layers(module: nn.Module) -> tuple[bool, bool]:
 
     It is certain that these are experts where there is an up projection.
     """
-    own = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
+    own = [layer.weight for layer in own_layers(module)]
     shapes = Counter(tuple(weight.shape) for weight in [*own, *module.parameters(recurse=False)] if weight.ndim == 2)
     for (wide, hidden), times in shapes.items():
         if times > 2 or shapes.get((hidden, wide), 0) != 1 or shapes.total() != times + 2:
@@ -167,13 +169,13 @@ def _wide_layers(module: nn.Module) -> tuple[bool, bool]:
 
 def _around_wide(outer: nn.Module, module: nn.Module) -> bool:
     """Whether ``module`` is an MLP of wide layers alone, and ``outer`` has a layer ``[E, H]`` or so of its own."""
-    layers = [child.weight for child in module.children() if isinstance(child, nn.Linear)]
+    layers = [layer.weight for layer in own_layers(module)]
     if not 2 <= len(layers) <= 3 or len(layers) != sum(1 for child in module.children() if _matrices(child)):
         return False
     (wide, hidden), *others = sorted((tuple(weight.shape) for weight in layers), reverse=True)
     if wide <= hidden or others[-1] != (hidden, wide) or set(others[:-1]) - {(wide, hidden)}:
         return False
-    own = [child.weight for child in outer.children() if isinstance(child, nn.Linear)]
+    own = [layer.weight for layer in own_layers(outer)]
     scoring = [min(p.shape) for p in [*own, *outer.parameters(recurse=False)] if p.ndim == 2 and hidden in p.shape]
     return any(1 < count < hidden and wide % count == 0 for count in scoring)
 
@@ -197,7 +199,7 @@ def _around_stacked(modules: dict[str, nn.Module], path: str) -> tuple[set[str],
     certain = alike > 2 or (alike > 1 and _HINT in type(modules[path]).__name__.lower())
     for outer in _outwards(path):
         inside = f"{path[len(outer) :].lstrip('.')}." if outer != path else ""
-        for name, tensor in modules[outer].named_parameters() if outer in modules else ():
+        for name, tensor in own_parameters(modules[outer]) if outer in modules else ():
             if tensor.ndim != 2 or hidden not in tensor.shape or (inside and name.startswith(inside)):
                 continue
             experts = tensor.shape[0] if tensor.shape[1] == hidden else tensor.shape[1]
@@ -224,7 +226,7 @@ def _scores(module: nn.Module, count: int, without: tuple[str, ...], over_places
     Biases of stacked experts are such matrices too, but nothing to route with.
     """
     skip = tuple(f"{name}." for name in without)
-    named = (*module.named_parameters(), *module.named_buffers())
+    named = (*own_parameters(module), *module.named_buffers())
     beside = [tensor for name, tensor in named if "bias" not in name and not name.startswith(skip)]
     return any(_scoring(tensor, count, over_places) for tensor in beside)
 
@@ -287,7 +289,7 @@ def _around_shards(modules: dict[str, nn.Module], path: str, count: int) -> str 
 def _beside(module: nn.Module, *inside: str) -> Iterator[Tensor]:
     """The weights of ``module`` that aren't those of its children ``inside``."""
     skip = tuple(f"{name}." for name in inside)
-    yield from (tensor for name, tensor in module.named_parameters() if not name.startswith(skip))
+    yield from (tensor for name, tensor in own_parameters(module) if not name.startswith(skip))
 
 
 def takes_one(module: nn.Module) -> bool:

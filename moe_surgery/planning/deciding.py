@@ -17,6 +17,7 @@ from moe_surgery.targets.auto import AutoTarget
 from moe_surgery.targets.base import Context, SwappedBlock
 
 if TYPE_CHECKING:
+    from moe_surgery.calling import Calling
     from moe_surgery.packs.pack import Pack, Rule
     from moe_surgery.planning.survey import Surveyed
     from moe_surgery.targets.base import Target
@@ -125,8 +126,18 @@ def _decide(
     if refusal is not None:
         reason = f"{refusal.reason}; {note}" if note else refusal.reason
         return Step(path, kind, "refused", reason, rule, target.name, spec)
-    reason = f"{spec.sentence()} · {note}" if note else spec.sentence()
+    notes = [note, _read_without(match.reading.calling)]
+    reason = " · ".join(part for part in (spec.sentence(), *notes) if part)
     return Step(path, kind, "replaced", reason, rule, target.name, spec)
+
+
+def _read_without(calling: Calling) -> str | None:
+    """Of a block that could be given more: what becomes of it where the model does so, which only its run shows."""
+    fixed = [argument for argument in calling.arguments if argument.role == "fixed" and not argument.many]
+    names = [argument.name for argument in fixed if argument.required or argument.default is None]
+    if not names:
+        return None
+    return f"{' and '.join(names)} at None; given a tensor there by the model, apply reads it again or leaves it alone"
 
 
 def _taken(

@@ -73,6 +73,8 @@ def _judge(
 ) -> Verdict:
     reading = _examine_old(old, ground, empty=who == "old", sizes=sizes)
     faults = _error_faults(who, reading, ground)
+    # An old block that can't be called isn't wrong: nothing is known of it.
+    silent = len(faults) if new is not None and isinstance(reading, Refused) else 0
     judged = reading
     if new is not None:
         # A right answer to an empty input is owed only where the old block gave one.
@@ -82,7 +84,7 @@ def _judge(
     errors = judged.worst if isinstance(judged, Answers) else [0.0] * len(FAMILIES)
     mutants = sorted(measure(ground.twins, ground, errors, margin), key=lambda m: m[0].margin)
     # An expert that isn't reached would fail here again, as would a wrong block.
-    wrong, faults = bool(faults), _ground_faults(ground) + faults
+    wrong, faults = len(faults) > silent, _ground_faults(ground) + faults
     faults = faults or power_faults(mutants, ground, margin)
     verdict = Verdict(
         passed=not faults,

@@ -96,6 +96,17 @@ def sentence(report: Outcomes) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def in_short(report: Outcomes) -> str:
+    """The report in one line for a log: by what blocks were replaced, and why the first ones weren't."""
+    parts = [sentence(report)]
+    found = rows(report)
+    swaps = dict.fromkeys(f"{row.kind} → {row.target}" for row in found if row.outcome == "replaced")
+    parts += [", ".join(swaps)] if swaps else []
+    left = [row for row in found if row.outcome in ("missed", "refused")]
+    parts += [f"{row.outcome}: {', '.join(row.paths)}: {row.reason}" for row in left[:1]]
+    return "; ".join(parts) + (f" (and {plural(len(left) - 1, 'more reason')})" if len(left) > 1 else "")
+
+
 def memory_sentence(memory: Memory) -> str:
     """What the operation cost in bytes, and what ``undo`` keeps alive."""
     parts = [f"{size(memory.moved)} moved by reference", f"{size(memory.new)} new"]
@@ -150,6 +161,8 @@ class _Line:
         below = [computes] if computes else []
         if row.outcome not in ("replaced", "right"):
             below.append(row.reason)
+        elif row.sentence and row.reason.startswith(f"{row.sentence} · "):
+            below.append(row.reason.removeprefix(f"{row.sentence} · "))
         return cls(
             symbol=SYMBOLS[row.outcome],
             style=STYLES[row.outcome],

@@ -87,11 +87,14 @@ def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
         assert isinstance(proof, dict) and proof["passed"] and proof["reference"] == "parts"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_few_tokens_experts_are_not_sorted(eager: bool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_few_tokens_experts_are_not_sorted(
+    kind: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     """What Marlin's kernels make of one, of the most and of one more is proven; a fault there shows."""
     folder, options = tmp_path / "int4", {"enforce_eager": eager}
-    quantised(checkpoints["unfused_deepseek-source"], folder, "ct_int4", group=128)
+    quantised(checkpoints[f"{kind}-source"], folder, "ct_int4", group=128)
     fault = operated(folder, tmp_path / "fault", ask=False, options=options, fault="few tokens' experts exchanged")
     right = operated(folder, tmp_path / "run", options=options)
     result, *wrong = run_all([right, fault] if eager else [right], tmp_path)

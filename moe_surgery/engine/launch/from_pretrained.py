@@ -17,6 +17,7 @@ from moe_surgery.engine.orders import OnFailure, Orders
 from moe_surgery.engine.receipts import write
 from moe_surgery.errors import SurgeryError
 from moe_surgery.report.receipt import Outcome, Receipt
+from moe_surgery.report.words import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,8 +88,10 @@ def _act_as_ordered(model: PreTrainedModel) -> None:
 def operate(model: PreTrainedModel, run: str, arguments: Mapping[str, Any], on_failure: OnFailure) -> Report | None:
     """Apply to a loaded model, with ``arguments`` of :func:`moe_surgery.apply`, and leave a receipt in ``run``.
 
-    What fails is raised, or under "keep" told on stderr; the model is as it was then, and None is returned.
+    What became of it is one line on stderr. What fails is raised, or under "keep" that line; the model is as it was
+    then, and None is returned.
     """
+    from moe_surgery.report.terminal import in_short
     from moe_surgery.verbs import apply
 
     kind = type(model).__name__
@@ -102,10 +105,16 @@ def operate(model: PreTrainedModel, run: str, arguments: Mapping[str, Any], on_f
         _leave(run, name, "unpatched" if kept else "failed", getattr(error, "report", None), error)
         if not kept:
             raise
-        print(f"moe-surgery: warning: {name} is NOT operated on, it stays as it was: {error}", file=sys.stderr)
+        _say(f"warning: {name} is NOT operated on, it stays as it was: {error}")
         return None
     _leave(run, name, "operated" if report.replaced else "kept", report)
+    _say(f"{name}: {in_short(report)}")
     return report
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"moe-surgery: {visible(text)}", file=sys.stderr)
 
 
 def _leave(run: str, model: str, outcome: Outcome, report: Report | None, error: Exception | None = None) -> None:

@@ -27,9 +27,8 @@ BLOCK = 8
 _SPARSE = 4
 """How many more experts than pairs there must be: then hardly one in eight pairs has its expert in common."""
 _METHODS = "CompressedTensorsWNA16MoEMethod", "AutoGPTQMoEMethod", "AutoAWQMoEMethod"
-_ROUTERS = ("GroupedTopKRouter",)
-"""vLLM's methods for routed experts, and its routers, with which engines were seen computing so in graphs. Its plain
-routers have no experts for tokens that only fill a graph up."""
+_ROUTERS = "GroupedTopKRouter", "FusedTopKRouter"
+"""vLLM's methods for routed experts, and its routers, with which engines were seen computing so in graphs."""
 _module: Any = None
 with suppress(ImportError):  # other releases have it elsewhere
     _module = import_module("vllm.model_executor.layers.fused_moe.experts.marlin_moe")
