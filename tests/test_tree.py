@@ -297,6 +297,26 @@ class Mixing(nn.Module):
         return self.mix(self.weigh(x), self.words(x), self.images(x))
 
 
+class WordsOrImagesExpert(nn.Module):
+    """Two MLPs, of which a mask chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.images = plain.MLP(32, 48), plain.MLP(32, 48)
+
+    def forward(self, x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return torch.where(images[..., None], self.images(x), self.words(x))
+
+
+def test_experts_that_a_mask_chooses_are_listed_and_those_of_two_mlps_are_not() -> None:
+    [step] = moe_surgery.plan(stack(WordsOrImagesExpert()).eval()).steps
+    assert (step.path, step.outcome) == ("layers.0.mlp", "missed")
+    assert "its forward takes (x: 'torch.Tensor', images: 'torch.Tensor'), not one tensor" in step.reason
+    block = plain.make(plain.block_class(plain.ListOfMLPs, name="Block"))
+    block.experts = nn.ModuleList(WordsOrImagesExpert() for _ in block.experts)
+    assert paths(stack(block)) == ["layers.0.mlp"]
+
+
 MIXED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
     "softmax": (lambda s, a, b: s.softmax(-1)[..., :1] * a + s.softmax(-1)[..., 1:] * b, 2),
     "sigmoid": (lambda s, a, b: s.sigmoid() * a + (1 - s.sigmoid()) * b, 1),

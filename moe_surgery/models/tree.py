@@ -35,6 +35,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             paths |= found.keys() | {place for place, certain in images.items() if certain}
             unsure |= images.keys()
             around, certain = _around_stacked(modules, path)
+            paths |= {path} if _told_apart(modules, path) else set()
             wide, surely = _wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
@@ -130,6 +131,22 @@ def _equal_mlps(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...
         if 2 <= len(_matrices(child, over_places)) <= _MOST_MATRICES:
             alike.setdefault((type(child), _form(child)), []).append(name)
     yield from map(tuple, alike.values())
+
+
+def _told_apart(modules: dict[str, nn.Module], path: str) -> bool:
+    """Whether a module says that it is of experts and holds equal MLPs alone, of which a mask, say, chooses one.
+
+    One of a list is an expert itself.
+    """
+    module, around = modules[path], modules.get(path.rpartition(".")[0])
+    if _HINT not in type(module).__name__.lower() or isinstance(around, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    several = [names for names in _equal_mlps(module, over_places=False) if len(names) > 1]
+    return any(not any(True for _ in _beside(module, *names)) for names in several) and _called_itself(module)
+
+
+def _called_itself(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def _two_beside(module: nn.Module) -> bool:
@@ -294,7 +311,7 @@ def _beside(module: nn.Module, *inside: str) -> Iterator[Tensor]:
 
 def takes_one(module: nn.Module) -> bool:
     """Whether ``module`` is called with one tensor, as a block is; a module of experts alone is told where to route."""
-    if getattr(type(module), "forward", None) is nn.Module.forward:
+    if not _called_itself(module):
         return False
     parameters = inspect.signature(module.forward).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

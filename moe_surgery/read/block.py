@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,9 @@ def _read(
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen
-            made.append(ask(crowded.shape(_ROWS), own, spread, plain=True))
+            views = not ask.takes(crowded.shape(_ROWS), own, plain=True)  # no batch that lies otherwise in memory
+            rows = [(prod(_ROWS), 1), (1, prod(_ROWS))] if views else [_ROWS]
+            made += [ask(crowded.shape(batch), own, spread, plain=True) for batch in rows]
         if beyond := {end for record_ in made for end, _ in record_.beyond}:
             made += records_of_parts(ask, crowded, beyond, own)
         if first.on_input and split:

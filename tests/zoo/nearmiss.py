@@ -1672,6 +1672,20 @@ def closure_that_counts(block: Any) -> None:
     block.forward = forward
 
 
+@altered("applies aten.native_batch_norm", parts=(ListOfMLPs,))
+def experts_with_a_norm_of_batches(block: Any) -> None:
+    for expert in block.experts:
+        expert.down_proj = nn.Sequential(expert.down_proj, nn.BatchNorm1d(block.hidden))
+
+
+@near_miss("depends on the values it computes")
+class ExpertsOfTokensAboveZero(Base):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out, large = super().routed(x, weights, ids), x[:, 0] > 0
+        out[large] = out[large] * 2
+        return out
+
+
 @altered("training")
 def training_mode_of_a_child(block: Any) -> Any:
     block.shared_expert.train()

@@ -661,6 +661,20 @@ class TheTokenBefore(TokenAfterToken):
         return x[token - 1]
 
 
+@block(COUNTS)
+class TokenAfterTokenOfAView(TokenAfterToken):
+    """It takes no batch that lies otherwise in memory."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.view(-1, self.hidden)).view(hidden_states.shape)
+
+
+@block(COUNTS, "not the block's input")
+class TheFirstOfManyTwice(TokenAfterTokenOfAView):
+    def vector(self, x: Tensor, token: int) -> Tensor:
+        return x[0] if token > 64 else x[token]
+
+
 class _Bank(nn.Module):
     """Experts alone; it takes one tensor [E, T, H], as a block would."""
 

@@ -45,7 +45,16 @@ from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage, done
 from moe_surgery.read.record.masks import as_index, by_places, check_places
 from moe_surgery.read.record.meta_results import MetaResults
-from moe_surgery.read.record.tensor_entries import Entries, Entry, mapped, shaped_like, storage, tensors, written
+from moe_surgery.read.record.tensor_entries import (
+    Entries,
+    Entry,
+    mapped,
+    shaped_like,
+    storage,
+    tensors,
+    unwritten,
+    written,
+)
 from moe_surgery.read.record.views import bring_up_to_date
 from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
 
@@ -242,7 +251,7 @@ class Recorder(TorchDispatchMode):
         self.ledger.before(name, args, self.by_batch)
         result = func(*args, **kwargs) if self.entries.device.type == "cpu" else done(func, args, kwargs)
         if name.startswith(("empty", "new_empty")):
-            result.fill_(float("nan") if result.is_floating_point() else -(2**20))
+            result.fill_(unwritten(result.dtype))
         self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
@@ -279,7 +288,10 @@ class Recorder(TorchDispatchMode):
             self.node(entries[id(args[0])]).meta["val"] = shaped_like(metas[0][0])
         if name == "topk":
             check_top_k(*args[:3])
-        result = self._results.of(func, *metas)
+        try:
+            result = self._results.of(func, *metas)
+        except NotImplementedError as error:  # how many there are depends on values, as where a mask is an index
+            raise self.object_to(f"{VALUES} ({name})") from error
         key = name.removeprefix("new_").removesuffix("_like")
         if key != name and key in (*_LIKE, "full"):
             real = torch.empty(result.shape, dtype=result.dtype)

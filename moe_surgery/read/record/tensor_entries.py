@@ -177,6 +177,13 @@ def own_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
+def unwritten(dtype: torch.dtype) -> float:
+    """What stands in a new tensor that nothing was written to yet, as no number that code would expect there."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 255 if dtype is torch.uint8 else -(2**20) if dtype.itemsize > 2 else -1
+
+
 def shaped_like(tensor: Tensor) -> Tensor:
     """A meta tensor of the shape, strides and dtype that ``tensor`` has now."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
