@@ -7,11 +7,11 @@ finds ids and weights, as it always did, and the experts are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -29,6 +29,7 @@ from moe_surgery.read.record.lineage import Chosen, Computed, calculated, chosen
 
 _MOST_ORIGINS, _MOST_CHOSEN = 256, 64
 _MOST_LEFT_OUT = 2
+Way = TypeVar("Way", bound=tuple[Any, ...])
 _MADE = frozenset(["input", "beside", "const", "param"])
 
 
@@ -50,6 +51,22 @@ class Trying:
         self.found = ()
         return True
 
+    def first_whole(self, ways: Iterable[Way], parsed: Callable[[Way], Record | None]) -> Record | None:
+        """What is ``parsed`` in the first of some ways, each with its name, that leaves out no expert.
+
+        Where all do, it is the first that says anything; then none is tried any more but that of the records before.
+        """
+        partial: Record | None = None
+        for way in sorted((way for way in ways if way[0] not in self.left_out), key=lambda way: way[0] != self.found):
+            if partial is not None and way[0] != self.found:
+                break
+            found = parsed(way)
+            if found is not None and not may_be_partial(found):
+                self.found = self.found or way[0]
+                return found
+            partial = partial or found
+        return partial
+
 
 class Splitting(Trying):
     """Parses the records of one block that is split at its ids and weights.
@@ -67,26 +84,23 @@ class Splitting(Trying):
         """
         problem, silent = Unreadable("its router makes no weights for the experts that it chooses"), False
         check_positive(flow)
-        partial: Record | None = None
-        others = (cut for cut in chain(cuts(flow), _unweighted(flow)) if cut.kind not in self.left_out)
-        for cut in sorted(others, key=lambda cut: (cut.kind != self.found, cut.weights != self.weights)):
-            if partial is not None and cut.kind != self.found:
-                break
-            split, _ = given_weights(flow, cut)
+
+        def parsed(way: tuple[tuple[Any, ...], Cut]) -> Record | None:
+            nonlocal problem, silent
+            split, _ = given_weights(flow, way[1])
             try:
-                found = of_cut(parse_record(split, dtype), flow, cut)
+                return of_cut(parse_record(split, dtype), flow, way[1])
             except Unreadable as error:
-                problem = error
-            else:
-                if not may_be_partial(found):
-                    if not self.found:
-                        self.found, self.weights = cut.kind, cut.weights
-                    return found
-                partial = partial or found
-            silent |= isinstance(problem, Silent)
-        if partial is not None:
-            return partial
-        raise Silent(str(problem)) if silent else problem
+                problem, silent = error, silent or isinstance(error, Silent)
+            return None
+
+        others = sorted(chain(cuts(flow), _unweighted(flow)), key=lambda cut: cut.weights != self.weights)
+        first, found = not self.found, self.first_whole(((cut.kind, cut) for cut in others), parsed)
+        if found is None:
+            raise Silent(str(problem)) if silent else problem
+        if first and self.found and found.cut is not None:
+            self.weights = found.cut.weights
+        return found
 
 
 def may_be_partial(found: Record) -> bool:

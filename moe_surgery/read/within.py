@@ -47,22 +47,13 @@ class Within(Trying):
         """
         check_positive(flow)
         self._silent, left = False, _left_behind(flow)
-        pairs = [
+        pairs = (
             ((number, cut.kind), entrance, cut)
             for (number, entrance), cut in product(enumerate(_entrances(flow)), cuts(flow))
-        ]
-        pairs = [pair for pair in pairs if pair[0] not in self.left_out]
-        partial: Record | None = None
-        for place, entrance, cut in sorted(pairs, key=lambda pair: pair[0] != self.found):
-            if partial is not None and place != self.found:
-                break
-            found = self._parsed(flow, dtype, entrance, cut, left)
-            if found is not None and not may_be_partial(found):
-                self.found = self.found or place
-                return found
-            partial = partial or found
-        if partial is not None:
-            return partial
+        )
+        found = self.first_whole(pairs, lambda pair: self._parsed(flow, dtype, pair[1], pair[2], left))
+        if found is not None:
+            return found
         raise (Silent if self._silent else Untold)("its routed experts can't be told from what stands around them")
 
     def _parsed(self, flow: Flow, dtype: torch.dtype, entrance: int | None, cut: Cut, left: list[int]) -> Record | None:
