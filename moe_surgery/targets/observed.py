@@ -52,7 +52,7 @@ class ObservedRouter(Standing):
         if not same or _versions(x) != before or _versions(made) != then:
             place = f"{self.likeness.path}: " if self.likeness is not None else ""
             raise SurgeryError(
-                f"{place}a hook changes what this router gets or gives, which the swapped MoE block around it would not "
+                f"{place}a hook changes what this router gets or gives, which the swapped MoE block around it wouldn't "
                 "see; remove the hook, or undo"
             )
 
