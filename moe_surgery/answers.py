@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,9 +65,18 @@ class Constant:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A tensor that the block's own operations go on computing; ``where`` is its place among the results."""
+    """A tensor that the block's own operations go on computing; ``where`` is its place among the results.
+
+    A ``number`` is that tensor's only element, in Python.
+    """
 
     where: str
+    number: bool = False
+
+    def of(self, replayed: Mapping[str, Any]) -> Any:
+        """What it is in a call of which so much was ``replayed``, by name."""
+        found = replayed[self.where]
+        return found.item() if self.number else found
 
     def __str__(self) -> str:
         return "its own"
@@ -120,6 +129,13 @@ def sizes_of(shape: Sequence[int]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class OfSeveral:
+    """An attribute that a call with one token leaves as it is, and any other gives a ``value``."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Always:
     """An attribute of an object, not of a module, that every call gives the same ``value``: plain, or a constant."""
 
@@ -165,6 +181,10 @@ class Structure:
         if self.keys is not None:
             return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+Written = Replayed | ShapeOfInput | SizeOfInput | Always | OfSeveral | Structure
+"""Attributes that a call writes anew; what is anything else is the same after every call."""
 
 
 def leaves_of(values: Iterable[Any]) -> Iterator[Any]:

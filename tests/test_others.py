@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.over_places import ALL
+from zoo.absent import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
@@ -173,6 +173,14 @@ def test_arguments_are_never_ignored() -> None:
     assert torch.equal(unused(x, 3, cache=object()), unused(x))
 
 
+@pytest.mark.parametrize("name", ["AnotherRouterForImages", "OtherExpertsForImages"])
+def test_what_a_block_would_do_with_more_is_never_left_out(name: str) -> None:
+    model = Layer(next(case for case in ALL if case.name == name).make()).eval()
+    assert moe_surgery.apply(model, target="reference").steps[0].outcome == "replaced"
+    with pytest.raises(SurgeryError, match="image_mask"):
+        model.mlp(torch.randn(2, 3, 32), torch.ones(2, 3, dtype=torch.bool))
+
+
 class Telling(Layer):
     """A model that gives its block what ``told`` makes of the input too."""
 
@@ -286,6 +294,20 @@ def test_a_dict_of_a_block_is_the_same_and_kept_up_to_date() -> None:
             assert_same(held[name], value, exactly=False)
     moe_surgery.undo(report)
     assert model.mlp.stats is held
+
+
+@pytest.mark.parametrize("name", ["KeepsItsLoads", "KeepsItsLoadsOfSeveral"])
+def test_numbers_of_tokens_in_python_are_kept(name: str) -> None:
+    case = next(case for case in ALL if case.name == name)
+    model, old = Layer(case.make()).eval(), Layer(case.make()).eval()
+    moe_surgery.apply(model, target="reference")
+    assert not hasattr(model.mlp, "loads")
+    for x in inputs(shapes=((1, 1), *SHAPES, (1, 1))):
+        model(x), old(x)
+        assert model.mlp.loads == old.mlp.loads if hasattr(old.mlp, "loads") else not hasattr(model.mlp, "loads")
+        for attribute in ("order", "sorted_weights") if hasattr(old.mlp, "loads") else ():
+            assert_same(getattr(model.mlp, attribute), getattr(old.mlp, attribute), exactly=False)
+    assert all(type(load) is int for load in model.mlp.loads)
 
 
 def test_sizes_of_the_input_are_kept() -> None:

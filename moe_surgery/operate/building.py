@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.answers import Always, Replayed, ShapeOfInput, SizeOfInput, Structure, Updated
+from moe_surgery.answers import Updated, Written
 from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
@@ -46,7 +46,7 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     own = own_part(block, reading, tensors, new._buffers if state else {})
     if own is not None:
         new.add_module("own_part", own)
-    writes = any(isinstance(value, (Always, ShapeOfInput, SizeOfInput, Structure)) for _, value in reading.kept)
+    writes = any(isinstance(value, Written) for _, value in reading.kept)
     if spec.at == "experts" or own or writes or not (reading.calling.plain and reading.results is None):
         new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
     owner, _, _ = reading.layout.router.path.rpartition(".")
@@ -105,7 +105,7 @@ def take_over(new: StandingBlock, block: nn.Module, reading: Reading) -> None:
             continue
         held = vars(modules[inside])
         for attributes in new.attributes(inside):
-            if not isinstance(value, (Replayed, ShapeOfInput, SizeOfInput, Structure)):
+            if not isinstance(value, Written):
                 attributes[name] = made(value, device, dtype or torch.float32)
             elif name in held:
                 attributes[name] = held[name]

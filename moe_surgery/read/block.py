@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import reduce
 from itertools import product
 
 import torch
@@ -26,7 +25,7 @@ from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, re
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
-from moe_surgery.read.parse.results import all_say, constants, kept_by_both
+from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
 from moe_surgery.read.reading import VALUES, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
@@ -204,7 +203,9 @@ def _read(
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
     spare = frozenset(state).difference(*(record_.used for record_ in made))
-    if "training" not in names_read(block):  # nothing says what else they could be for, but tables of another layer's
+    absent = any(a.role == "fixed" and not a.many and a.default is None for a in calling.arguments)
+    if "training" not in names_read(block) and not absent:
+        # Nothing says what else they could be for, but tables of another layer's.
         spare = frozenset(
             name for name in spare if state[name].dtype in (torch.int32, torch.int64) and state[name].ndim == 2
         )
@@ -212,7 +213,8 @@ def _read(
     check_complete({name: tensor for name, tensor in state.items() if name not in spare | own_code}, layout)
     results = all_say((record_.results, record_.lead) for record_ in made)
     spec = replace(spec, results=str(results or ""))
-    kept = reduce(kept_by_both, [record_.kept for record_ in made])
+    lone = any(record_.lone for record_ in made)
+    kept = kept_by_all(((record_.kept, record_.lead) for record_ in made), lone)
     kept = constants(kept, dict(block.named_modules()))
     above = layout.correction_bias if router.above_zero else None
     return Reading(

@@ -44,9 +44,26 @@ def own_part(
     of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
     if any(record.cut for record in records):
         _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
+    if any(record.lone for record in records):
+        _check_ones(ask, found, [record for record in records if 1 in record.lead], dtype)
     found = replace(found, of_tokens=of_tokens)
     _check_cuts(found, {end for record in records for end, _ in record.beyond})
     return found if numbers == tuple(range(len(numbers))) else found.renumbered(numbers)
+
+
+def _check_ones(ask: Asking, found: Program, ones: list[Record], dtype: torch.dtype) -> None:
+    """Raise :class:`Unreadable` if a block that asks whether a token is alone makes something else of one, or of a row.
+
+    What it neither returns nor keeps then is nothing else.
+    """
+    state = {**dict(ask.block.named_parameters()), **dict(ask.block.named_buffers())}
+    for record in ones:
+        shape = record.shape
+        other = _program(record, shape, ask.calling.companions)
+        names = [name for name, _ in other.outputs if name not in (*ROUTING, ENTERING)]
+        trial = Trial(state, shape[-1], record.inner, dtype)
+        if names and not trial.alike(found.only(*names), other.only(*names), shape):
+            raise Unreadable(f"{DEPENDS} (asks whether it is one)")
 
 
 def _check_cuts(program: Program, beyond: set[int]) -> None:
@@ -116,7 +133,7 @@ def _named(record: Record) -> Iterator[str]:
 def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion, ...]) -> Program:
     flow, names = record.flow, set(_named(record))
     assert flow is not None
-    if flow.lone:  # what one token does is compared as far as it is read, and this isn't
+    if flow.lone and record.cut is not None:  # what one token does is compared as far as it is read
         raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     router = record.first.router
     kept = [(key, leaf) for key, value in flow.kept.items() for leaf in leaves_of([value])]

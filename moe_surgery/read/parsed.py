@@ -81,7 +81,7 @@ class Record:
 
         def leaf(leaf: Any) -> Any:
             if not isinstance(leaf, Given) or leaf.value is not None:
-                return Replayed(leaf.where) if isinstance(leaf, Given) else leaf
+                return Replayed(leaf.where, leaf.number) if isinstance(leaf, Given) else leaf
             leads = frozenset(name for name, shape in known.items() if leaf.shape[:-1] == shape)
             return Result("output", frozenset(["native"]), leads)
 
@@ -108,8 +108,13 @@ class Record:
     @property
     def lead(self) -> tuple[int, ...]:
         """The input's dimensions before the last."""
+        return self.shape[:-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The input's shape."""
         assert self.flow is not None
-        return next(op.shape[:-1] for op in self.flow.ops if op.name == "input")
+        return next(op.shape for op in self.flow.ops if op.name == "input")
 
     @property
     def first(self) -> TokenRead:
@@ -201,7 +206,8 @@ def replayed(kept: Attributes) -> Attributes:
     def named(path: str, value: Any) -> Any:
         if not isinstance(value, Given):
             return value
-        return (Updated if value.state else Replayed)(attribute(path, value.where))
+        where = attribute(path, value.where)
+        return Updated(where) if value.state else Replayed(where, value.number)
 
     return {key: mapped_leaves(value, partial(named, key[0])) for key, value in kept.items()}
 

@@ -13,7 +13,7 @@ h1{{font-size:30px;line-height:1.2;margin:4px 0 6px;font-weight:650;letter-spaci
 h2{{font-size:20px;margin:52px 0 14px;font-weight:650;letter-spacing:-.005em}}
 h3{{font-size:15px;margin:0;font-weight:600;overflow-wrap:anywhere}}
 h4{{font-size:13px;margin:24px 0 8px;font-weight:600;color:var(--muted)}}
-p{{margin:6px 0;max-width:76ch;overflow-wrap:anywhere}}
+p{{margin:6px 0;max-width:76ch;overflow-wrap:anywhere;text-wrap:pretty}}
 a{{color:inherit;text-decoration-color:var(--muted);text-underline-offset:3px}}
 code,pre,.mono{{font-family:{MONOSPACED};font-size:13px;overflow-wrap:anywhere}}
 .q{{color:var(--muted)}} .why{{font-size:13px;line-height:1.4}}

@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_surgery.answers import Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Updated
+from moe_surgery.answers import (
+    Always,
+    Constant,
+    OfSeveral,
+    Replayed,
+    Result,
+    ShapeOfInput,
+    SizeOfInput,
+    Structure,
+    Updated,
+    Written,
+)
 from moe_surgery.calling import Calling
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
@@ -32,7 +43,7 @@ class Convention:
     calling: Calling
     results: Structure | None = None
     own: OwnPart | None = None
-    written: tuple[tuple[tuple[str, str], Replayed | ShapeOfInput | SizeOfInput | Always | Structure], ...] = ()
+    written: tuple[tuple[tuple[str, str], Written], ...] = ()
     state: tuple[tuple[str, str], ...] = ()
     spec: MoESpec | None = None
     router: Tensor | None = None
@@ -52,10 +63,7 @@ class Convention:
         """The convention of a block that was read so; ``kept`` are the attributes that it writes."""
         state = tuple((name, value.where) for (_, name), value in kept if isinstance(value, Updated))
         written = tuple(
-            (place, value)
-            for place, value in kept
-            if isinstance(value, (Replayed, ShapeOfInput, SizeOfInput, Always, Structure))
-            and not isinstance(value, Updated)
+            (place, value) for place, value in kept if isinstance(value, Written) and not isinstance(value, Updated)
         )
         if results is None:
             return cls(calling, None, own, written, state)
@@ -72,7 +80,7 @@ class Convention:
             if isinstance(leaf, Constant):
                 return _full(leaf, x)
             if isinstance(leaf, Replayed):
-                return replayed[leaf.where]
+                return leaf.of(replayed)
             if isinstance(leaf, SizeOfInput):
                 return leaf.of(x.shape)
             if not isinstance(leaf, Result):
@@ -93,7 +101,7 @@ class Convention:
         def made(value: Any) -> Any:
             match value:
                 case Replayed():
-                    return replayed[value.where]
+                    return value.of(replayed)
                 case SizeOfInput():
                     return value.of(x.shape)
                 case ShapeOfInput():
@@ -104,6 +112,10 @@ class Convention:
             return value
 
         for place, value in self.written:
+            if isinstance(value, OfSeveral):
+                if x.shape[:-1].numel() == 1:
+                    continue
+                value = value.value
             yield place, value.made(made) if isinstance(value, Structure) else made(value)
 
     def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:

@@ -1117,6 +1117,12 @@ class SoftmaxAmongMinusInfinities(Dense):
 
 
 @block(VALUE)
+class OneAmongMinusInfinities(SoftmaxAmongMinusInfinities):
+    def make_more(self) -> None:
+        self.top_k = 1
+
+
+@block(VALUE)
 class HighestScore(Base):
     """The weight is a maximum, the choice another."""
 

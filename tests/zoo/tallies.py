@@ -77,7 +77,7 @@ class ANumberThatIsRounded(Tallying):
         return (x.shape[0] + 7) // 8 * 8
 
 
-@block(RESULTS, "number of tokens in Python")
+@block(RESULTS)
 class TheGreatestLoad(Tallying):
     def tally(self, hidden_states: Tensor, x: Tensor, scores: Tensor, loads: Tensor) -> Any:
         return loads.max().item()

@@ -261,14 +261,15 @@ class Terms:
             others = [element for element in inner.args if element.op != "const"]
             vector = others[0].args[0] if others and others[0].op == "elem" else None
             places = [element.args[1] for element in others if element.op == "elem" and element.args[0] is vector]
+            if [element.op for element in others] == ["chosen"]:  # a vector of one
+                vector, places = others[0], [0]
             infinite = all(element.args[0] == -math.inf for element in known)
             alone = vector is not None and len(places) == len(others) == vector.size == len(set(places))
             if known and infinite and alone and vector is not None:
                 made = self.softmax(self.cast(vector, arg.args[1]) if arg.op == "cast" else vector)
                 zero = self.const(0.0)
-                return self.vec(
-                    [zero if element.op == "const" else self.elem(made, element.args[1]) for element in inner.args]
-                )
+                slots = iter(places)
+                return self.vec([zero if e.op == "const" else self.elem(made, next(slots)) for e in inner.args])
         return self.make("softmax", (arg,), arg.size)
 
     def total(self, arg: Term) -> Term:

@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from moe_surgery.answers import Alone, Always, Constant, Replayed, Result, ShapeOfInput, SizeOfInput, Structure, Value
+from moe_surgery.answers import (
+    Alone,
+    Always,
+    Constant,
+    OfSeveral,
+    Replayed,
+    Result,
+    ShapeOfInput,
+    SizeOfInput,
+    Structure,
+    Value,
+)
 from moe_surgery.read.meaning.interpreter import Interpreter
 from moe_surgery.read.meaning.rows import vectors
 from moe_surgery.read.meaning.term import Term
@@ -58,9 +70,11 @@ class _Results:
         try:
             return self._result(leaf)
         except Unreadable:
-            return Replayed(leaf.where)
+            return Replayed(leaf.where, leaf.number)
 
     def _result(self, leaf: Given) -> Result:
+        if leaf.number:
+            raise Unreadable("a number in Python")
         leads = self._leads(leaf)
         dtypes = {leaf.dtype} | ({"native"} if leaf.dtype == self.native else set())
         if isinstance(leaf.value, Tensor):
@@ -172,6 +186,8 @@ def constants(kept: Attributes, modules: Container[str]) -> Attributes:
     """Attributes of which those that were the same number for every input are that number; others are objects'."""
 
     def settled(path: str, value: Any) -> Any:
+        if isinstance(value, OfSeveral):
+            return OfSeveral(settled(path, value.value))
         if isinstance(value, Structure):
             return value.mapped(number)
         found = number(value)
@@ -183,6 +199,23 @@ def constants(kept: Attributes, modules: Container[str]) -> Attributes:
 def number(leaf: Any) -> Any:
     """A leaf of results; what was the same number for every input is that number."""
     return leaf.value if isinstance(leaf, SizeOfInput) and leaf.value is not None else leaf
+
+
+def kept_by_all(records: Iterable[tuple[Attributes, tuple[int, ...]]], lone: bool) -> Attributes:
+    """The attributes that records wrote, each with the dimensions of its input before the last.
+
+    One that asks whether a token is alone (``lone``) may write some for others only.
+    """
+    ones: list[Attributes] = []
+    others: list[Attributes] = []
+    for kept, lead in records:
+        (ones if lone and prod(lead) == 1 else others).append(kept)
+    both = reduce(kept_by_both, others)
+    for one in ones:
+        silent = {key: value for key, value in both.items() if key not in one}
+        known = {key: value for key, value in both.items() if key in one}
+        both = {**kept_by_both(known, one), **{key: OfSeveral(value) for key, value in silent.items()}}
+    return both
 
 
 def kept_by_both(one: Attributes, other: Attributes) -> Attributes:
@@ -210,9 +243,11 @@ def _met(mine: Any, its: Any) -> Any:
     """What two records of one result, or structure of results, say together; :data:`_UNLIKE` if nothing.
 
     Of a batch of one column [B, 1] may be k = 1 ids of B tokens, and of one token places are always 0; what isn't them
-    in another batch is computed again.
+    in another batch is computed again. So is a number in Python, of which some records don't show where it comes from.
     """
     for one, other in ((mine, its), (its, mine)):
+        if isinstance(one, Replayed) and one.number and (type(other) is int or isinstance(other, SizeOfInput)):
+            return one
         same = isinstance(other, Always) and isinstance(other.value, Constant)
         if isinstance(one, Replayed) and (same or (isinstance(other, Result) and other.value != "output")):
             return one

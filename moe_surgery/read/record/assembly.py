@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_surgery.answers import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes, size_of
-from moe_surgery.read.record.batch_size import MARKED
+from moe_surgery.read.record.batch_size import MARKED, BatchSize
 from moe_surgery.read.record.choices import Made, no_choice
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
 from moe_surgery.read.record.known_numbers import Kind
@@ -168,8 +168,12 @@ def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None, s
         return size
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, BatchSize) and value.origin is not None:
+        held = torch.tensor(int.__index__(value))
+        origin = recorder.lineage.number(value.origin, held.dtype)
+        return Given(where, held, (), "int64", origin, number=True)
     what = "number of tokens in Python" if isinstance(value, MARKED) else type(value).__name__
-    raise recorder.object_to(f"it also returns ({where}) a {what}")
+    raise recorder.object_to(f"it also {'keeps' if output is None else 'returns'} ({where}) a {what}")
 
 
 def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:

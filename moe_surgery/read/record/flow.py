@@ -83,7 +83,7 @@ class Given:
     """A tensor that is returned, or kept, as ``where``.
 
     ``value`` is a :class:`Ref`, known numbers with their ``origin``, or None for the output. ``state``: it is what a
-    buffer of the block was changed to.
+    buffer of the block was changed to. ``number``: it is one element in Python.
     """
 
     where: str
@@ -92,6 +92,7 @@ class Given:
     dtype: str
     origin: Origin | None = None
     state: bool = False
+    number: bool = False
 
 
 @dataclass(frozen=True, eq=False)

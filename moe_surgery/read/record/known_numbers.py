@@ -274,8 +274,8 @@ def _is_one(number: Any) -> bool:
 
 
 def uniform(tensor: Tensor) -> bool:
-    """Whether all elements of a known tensor are the same."""
-    return tensor.numel() == 0 or bool((tensor == tensor.reshape(-1)[0]).all())
+    """Whether all elements of a known tensor are the same; those of a new one aren't any numbers."""
+    return tensor.numel() == 0 or bool((tensor == tensor.reshape(-1)[0]).all()) or bool(tensor.isnan().all())
 
 
 def _flat(args: Any) -> list[Any]:

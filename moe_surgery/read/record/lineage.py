@@ -75,6 +75,17 @@ class Lineage:
         """Where the size of a known tensor along one of its dimensions comes from."""
         return Computed(torch.ops.aten.sym_size.int, (self.of(tensor), dim), {}, None)
 
+    def element(self, origin: Origin, place: int) -> Origin:
+        """Where an element of known numbers, or a row of them, comes from."""
+        return Computed(torch.ops.aten.select.int, (origin, 0, place), {}, None)
+
+    def number(self, origin: Any, dtype: torch.dtype) -> Origin:
+        """Where a tensor without dimensions comes from that was made of a number in Python."""
+        kwargs = {"dtype": dtype, "device": torch.device("cpu")}
+        if isinstance(origin, Computed) and origin.func is torch.ops.aten.sym_size.int:
+            return Computed(torch.ops.aten.full.default, ([], origin), kwargs, None)
+        return Computed(torch.ops.aten._to_copy.default, (origin,), kwargs, None)
+
     def found(self, tensor: Tensor) -> bool:
         """Whether a known tensor's first dimension is as long as something was found often in another."""
         origin = self.of(tensor)
@@ -87,8 +98,7 @@ class Lineage:
         if tensor.ndim != 1 or len(origins) != len(tensor) or None in origins:
             self.counted(tensor)
             return
-        kwargs = {"dtype": tensor.dtype, "device": tensor.device}
-        parts = [Computed(torch.ops.aten.full.default, ([], origin), kwargs, None) for origin in origins]
+        parts = [self.number(origin, tensor.dtype) for origin in origins]
         self._known[id(tensor)] = Computed(torch.ops.aten.stack.default, (parts,), {}, None)
 
     def full(self, tensor: Tensor, value: float) -> None:

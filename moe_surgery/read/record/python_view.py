@@ -14,6 +14,7 @@ from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, 
 from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
+from moe_surgery.read.record.lineage import Origin
 from moe_surgery.read.record.over_one_place import as_linear
 from moe_surgery.read.record.tensor_entries import tensors
 
@@ -73,6 +74,8 @@ class Sizes(TorchFunctionMode):
         operands = tensors((args, kwargs))
         if not all(map(recorder.entries.knows, operands)):
             raise recorder.object_to("it uses a tensor that is neither its input nor one of its own weights")
+        if isinstance(into := kwargs.get("out"), Tensor) and into is not None and args:
+            return self._written_to(into, func, args, kwargs)
         if (mapped := as_linear(name, args, kwargs, recorder.object_to)) is not None:
             return mapped
         if name in ("__getitem__", "__setitem__"):
@@ -114,6 +117,13 @@ class Sizes(TorchFunctionMode):
             if not recorder.symbolic(tensor):
                 self._made_of_sizes(name, args, kwargs, sizes, tensor)
         return result
+
+    def _written_to(self, out: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """The result of a function, which is to be written to ``out``; torch would give that another shape."""
+        result = func(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+        if not isinstance(result, Tensor) or _SHAPE(result) != _SHAPE(out) or result.dtype != out.dtype:
+            raise self.recorder.object_to(f"{func.__name__} writes to a tensor of another form")
+        return out.copy_(result)
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run it; one_hot's own checks of its argument's range are not the block's doing."""
@@ -211,14 +221,17 @@ class Sizes(TorchFunctionMode):
             if not whole or name in ("__int__", "__float__") or (name == "__bool__" and kind == Kind.DERIVED):
                 raise recorder.object_to(f"it makes a plain number of {LOAD}")
             if name != "__bool__":
-                numbers = self._numbers(tensor.tolist(), kind)
+                numbers = self._numbers(tensor.tolist(), kind, recorder.lineage.of(tensor))
                 return numbers if name in ("item", "tolist") else np.array(numbers, dtype=object)
         return func(*args, **kwargs)
 
-    def _numbers(self, value: Any, kind: Kind) -> Any:
+    def _numbers(self, value: Any, kind: Kind, origin: Origin) -> Any:
+        lineage = self.recorder.lineage
         if isinstance(value, list):
-            return [self._numbers(item, kind) for item in value]
-        return BatchSize.of(value, self.recorder.object_to, LOAD, kind == Kind.COUNT)
+            return [self._numbers(item, kind, lineage.element(origin, place)) for place, item in enumerate(value)]
+        size = BatchSize.of(value, self.recorder.object_to, LOAD, kind == Kind.COUNT)
+        size.origin = origin
+        return size
 
 
 def _numbers(values: Any) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def bring_up_to_date(recorder: Recorder, entry: Entry, writer: Entry) -> None:
     """Write to a tensor what was written to its storage through ``writer``, as far as the two share elements."""
-    if not writer.tensor.numel():
+    if not writer.tensor.numel() or not entry.tensor.numel():
         return
     width = math.gcd(*(tensor.shape[-1] if tensor.ndim else 1 for tensor in (entry.tensor, writer.tensor)))
     mine, theirs = entry.starts(width), writer.starts(width)
