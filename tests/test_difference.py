@@ -94,5 +94,6 @@ def test_a_file_that_is_missing_and_models_that_are_others_are_named(tmp_path: P
     write(tmp_path / "run", Receipt(7, 0, 1, "Model", "operated", "f", "l", report().to_json()))
     plan = tmp_path / "plan.json"
     assert "can't read" in call(plan, plan, exit_code=2)
+    assert f"error: {tmp_path}: a folder without receipts of a run" in call(tmp_path, tmp_path, exit_code=2)
     Plan("org/model", "auto", ()).save(plan)
     assert "tell of different models" in call(plan, tmp_path / "run", exit_code=2)

@@ -17,7 +17,7 @@ from test_apply import IDS, picture, tiny
 from torch import nn
 
 import moe_surgery
-from moe_surgery.errors import SurgeryError, UsageError
+from moe_surgery.errors import GradientError, SurgeryError, UsageError
 
 TARGETS = ("reference", "auto")
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
@@ -98,6 +98,13 @@ def test_weights_that_are_changed_in_place_are_an_error_and_never_half_seen(name
         wanted = model(IDS).logits
         moe_surgery.apply(model, target=target)
         assert torch.allclose(model(IDS).logits, wanted, atol=1e-4)
+
+
+def test_a_call_in_training_mode_is_refused(operated: tuple[Any, Any]) -> None:
+    model, _ = operated
+    with torch.no_grad(), pytest.raises(GradientError, match="for inference"):
+        model.train()(IDS)
+    model.eval()
 
 
 def test_what_converts_nothing_passes(operated: tuple[Any, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,9 @@ def observed(router: nn.Module) -> ObservedRouter:
 
 
 def test_hooks_on_the_replaced_router_go_on_firing() -> None:
+    def spoil(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        output.zero_()
+
     block, x = build(), tokens(SPEC, 2, 3)
     router = nn.Linear(SPEC.hidden, 8, bias=False)
     seen: list[torch.Tensor] = []
@@ -93,6 +97,16 @@ def test_hooks_on_the_replaced_router_go_on_firing() -> None:
         router.register_forward_hook(lambda module, args, output: seen.append(output))
         assert torch.equal(block(x), before)
         assert len(seen) == 1 and torch.equal(seen[0], router(x.view(-1, SPEC.hidden)))
+        for register in (
+            lambda: router.register_forward_hook(lambda module, args, output: output * 0),
+            lambda: router.register_forward_pre_hook(lambda module, args: (args[0] * 0,)),
+            lambda: router.register_forward_hook(spoil),
+        ):
+            handle = register()
+            with pytest.raises(SurgeryError, match="gate: a hook changes what this router gets or gives"):
+                block(x)
+            handle.remove()
+            assert torch.equal(block(x), before)
     with pytest.raises(ValueError, match="'fused'"):
         block.observe("fused", observed(router))
 

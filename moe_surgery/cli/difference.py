@@ -55,6 +55,8 @@ def read(path: Path) -> list[Record]:
         from moe_surgery.engine.receipts import check, read_all
 
         receipts = read_all(path)
+        if not receipts:
+            raise UsageError(f"{path}: a folder without receipts of a run")
         check(receipts)
         return _run(receipt.to_json() for receipt in receipts)
     try:

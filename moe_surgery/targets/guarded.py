@@ -41,14 +41,14 @@ class GuardedBlock(StandingBlock):
         """The input as [T, H], contiguous; hooks on the old router are called.
 
         Raises :class:`GradientError` where gradients are asked for or the block is in training mode, and
-        :class:`SurgeryError` for another dtype than the block's, under autocast, and where somebody has changed the
-        weights of the block that stood here.
+        :class:`SurgeryError` for another dtype than the block's, under autocast, where somebody has changed the
+        weights of the block that stood here, and where a hook would change the routing.
         """
         self._refuse_what_kernels_cannot(hidden_states)
         self._refuse_changed_weights()
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         if self._observed is not None and self._observed.has_hooks:
-            self._observed(x)
+            self._observed.tell(x)
         return x
 
     def observe(self, name: str, router: ObservedRouter) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from moe_surgery.errors import SurgeryError
 from moe_surgery.targets.likeness import Likeness, Standing
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
+_last = threading.local()
 
 
 class ObservedRouter(Standing):
@@ -32,5 +36,34 @@ class ObservedRouter(Standing):
         """Whether somebody would notice that the router is called."""
         return bool(self._forward_hooks or self._forward_pre_hooks)
 
+    def tell(self, x: Tensor) -> None:
+        """Call the hooks with the tokens [T, H] and what the router makes of them.
+
+        Raises :class:`SurgeryError` where one puts something else in place of either, as the block wouldn't see it. A
+        compiled graph doesn't ask.
+        """
+        before = _versions(x)
+        answer = self(x)
+        if torch.compiler.is_compiling():
+            return
+        given, named, made, then = _last.call
+        del _last.call
+        same = len(given) == 1 and given[0] is x and not named and answer is made
+        if not same or _versions(x) != before or _versions(made) != then:
+            place = f"{self.likeness.path}: " if self.likeness is not None else ""
+            raise SurgeryError(
+                f"{place}a hook changes what this router gets or gives, which the swapped MoE block around it wouldn't "
+                "see; remove the hook, or undo"
+            )
+
     def forward(self, *given: Any, **named: Any) -> Any:
-        return vars(self)["_router"].forward(*given, **named)
+        made = vars(self)["_router"].forward(*given, **named)
+        if not torch.compiler.is_compiling():
+            _last.call = given, named, made, _versions(made)
+        return made
+
+
+def _versions(made: Any) -> list[int]:
+    """How often each tensor of a router's input or output was changed in place, where torch counts that."""
+    tensors = made if isinstance(made, tuple) else (made,)
+    return [one._version for one in tensors if isinstance(one, Tensor) and not one.is_inference()]

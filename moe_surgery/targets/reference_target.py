@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.errors import GradientError
 from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
@@ -33,13 +34,16 @@ class ReferenceBlock(GuardedBlock):
         size = sum(parameter.nbytes for parameter in self.parameters())
         stacked = tensors.w13.nbytes + tensors.w2.nbytes if tensors.copied else 0
         self.new_bytes, self.moved_bytes = stacked, size - stacked
+        self.eval()
 
     def _tensors(self) -> BlockTensors:
         tensors = {name: getattr(self, f"spec_{name}") for name in (*_REQUIRED, *_OPTIONAL)}
         return BlockTensors(self.fused_router, **tensors, copied=False)
 
     def _refuse_what_kernels_cannot(self, x: Tensor) -> None:
-        """Nothing: plain torch computes in any dtype, and has a backward."""
+        """Training mode alone: plain torch computes in any dtype, and has a backward to the input."""
+        if self.training:
+            raise GradientError("a swapped MoE block is for inference; call model.eval(), or undo before training")
 
     @answering
     def forward(self, x: Tensor) -> Tensor:
