@@ -315,6 +315,9 @@ def test_experts_that_a_mask_chooses_are_listed_and_those_of_two_mlps_are_not() 
     block = plain.make(plain.block_class(plain.ListOfMLPs, name="Block"))
     block.experts = nn.ModuleList(WordsOrImagesExpert() for _ in block.experts)
     assert paths(stack(block)) == ["layers.0.mlp"]
+    experts = WordsOrImagesExpert()
+    experts.more = plain.MLP(32, 48)
+    assert paths(stack(Model(gate=plain.linear(32, 3), inner=experts))) == ["layers.0.mlp"]  # what routes to them
 
 
 MIXED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {

@@ -13,11 +13,11 @@ from types import MethodType
 
 from torch import Tensor, nn
 
-from moe_surgery.models.adapters import own_layers, own_parameters
+from moe_surgery.models.adapters import own_parameters
 from moe_surgery.models.site import Site
+from moe_surgery.models.wide import HINT, around_stacked, around_wide, matrices, outwards, wide_layers
 from moe_surgery.targets.base import SwappedBlock
 
-_HINT = "expert"
 _LEVELS = 3  # from a bank up to what routes to it
 _MOST_MATRICES = 6  # of one expert; a list of whole layers isn't a list of experts
 
@@ -26,23 +26,24 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of ``model`` in the order of its module tree; blocks swapped in before are sites too."""
     modules = dict(model.named_modules())
     paths = {path for path, module in modules.items() if isinstance(module, SwappedBlock)}
-    unsure: set[str] = set()
+    unsure, told = set[str](), set[str]()
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
-            called = _HINT in path.rpartition(".")[2].lower()
+            called = HINT in path.rpartition(".")[2].lower()
             found = _around_banks(modules, path, called)
             images = {} if found else _around_banks(modules, path, called, over_places=True)
             paths |= found.keys() | {place for place, certain in images.items() if certain}
             unsure |= images.keys()
-            around, certain = _around_stacked(modules, path)
-            paths |= {path} if _told_apart(modules, path) else set()
-            wide, surely = _wide_layers(module)
-            unsure |= {outer for outer in [path.rpartition(".")[0]] if path and _around_wide(modules[outer], module)}
+            around, certain = around_stacked(modules, path)
+            told |= {path} if _told_apart(modules, path) else set()
+            wide, surely = wide_layers(module)
+            unsure |= {outer for outer in [path.rpartition(".")[0]] if path and around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
             may_be = wide or _by_another(module, modules.values()) or _two_beside(module)
             unsure |= around | ({path} if may_be else set())
     unsure = {path for path in unsure - paths if takes_one(modules[path])}
     paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
+    paths |= {path for path in told if not any(_inside(path, other) for other in paths)}
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
     return tuple(Site(path, module, path not in unsure) for path, module in modules.items() if path in inner)
 
@@ -78,7 +79,7 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
     matrices, or equal MLPs side by side; a list that is called experts may hold one. One that isn't certain is a bank
     only where something scores as many experts. ``called`` says that the module's own name is one for experts.
     """
-    named_so = _HINT in type(module).__name__.lower()
+    named_so = HINT in type(module).__name__.lower()
     if not isinstance(module, nn.modules.conv._ConvNd):
         held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         own = [p for p in held if p.ndim in (3, 4) and min(p.shape[-2:]) > 1]
@@ -92,21 +93,21 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
     for name, child in module.named_children():
         if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
             count = sum(1 for _ in child.parameters())
-            if count > 1 and count == len(_matrices(child)):
+            if count > 1 and count == len(matrices(child)):
                 singles[count] = (*singles.get(count, ()), name)
         elif isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             members = [member for member in child.children() if any(True for _ in member.parameters())]
-            matrices = [len(_matrices(member, over_places)) for member in members]
-            named = _HINT in name.lower() and not isinstance(child, nn.Sequential)
-            if len(members) < (1 if named else 2) or min(matrices) < 1:
+            counts = [len(matrices(member, over_places)) for member in members]
+            named = HINT in name.lower() and not isinstance(child, nn.Sequential)
+            if len(members) < (1 if named else 2) or min(counts) < 1:
                 continue
-            if max(matrices) > _MOST_MATRICES and not named:
+            if max(counts) > _MOST_MATRICES and not named:
                 continue
             if isinstance(child, nn.Sequential) and len(set(map(_form, members))) > 1:
                 continue
-            if named or min(matrices) >= 2:
+            if named or min(counts) >= 2:
                 yield (name,), len(members), named
-            elif max(matrices) == min(matrices) == 1:
+            elif max(counts) == min(counts) == 1:
                 singles[len(members)] = (*singles.get(len(members), ()), name)
     for count, names in singles.items():
         if len(names) > 1:
@@ -118,7 +119,7 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
 def _side_by_side(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...]]:
     """The names of children that are equal MLPs: at least three, or two that are called experts."""
     for names in _equal_mlps(module, over_places):
-        if len(names) > 2 or (len(names) == 2 and all(_HINT in name.lower() for name in names)):
+        if len(names) > 2 or (len(names) == 2 and all(HINT in name.lower() for name in names)):
             yield tuple(names)
 
 
@@ -128,7 +129,7 @@ def _equal_mlps(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...
         return
     alike: dict[Hashable, list[str]] = {}
     for name, child in module.named_children():
-        if 2 <= len(_matrices(child, over_places)) <= _MOST_MATRICES:
+        if 2 <= len(matrices(child, over_places)) <= _MOST_MATRICES:
             alike.setdefault((type(child), _form(child)), []).append(name)
     yield from map(tuple, alike.values())
 
@@ -139,7 +140,7 @@ def _told_apart(modules: dict[str, nn.Module], path: str) -> bool:
     One of a list is an expert itself.
     """
     module, around = modules[path], modules.get(path.rpartition(".")[0])
-    if _HINT not in type(module).__name__.lower() or isinstance(around, (nn.ModuleList, nn.ModuleDict)):
+    if HINT not in type(module).__name__.lower() or isinstance(around, (nn.ModuleList, nn.ModuleDict)):
         return False
     several = [names for names in _equal_mlps(module, over_places=False) if len(names) > 1]
     return any(not any(True for _ in _beside(module, *names)) for names in several) and _called_itself(module)
@@ -155,84 +156,9 @@ def _two_beside(module: nn.Module) -> bool:
     return any(len(names) == 2 and any(_scores(module, n, names) for n in (1, 2)) for names in pairs)
 
 
-def _matrices(module: nn.Module, over_places: bool = False) -> list[Tensor]:
-    """The matrices of a module; a convolution over one place is one, and one ``over_places`` if that is asked."""
-    own = {id(tensor): tensor for _, tensor in own_parameters(module)}
-    if over_places:
-        layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
-        return [layer.weight for layer in layers if id(layer.weight) in own]
-    return [p for p in own.values() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
-
-
 def _form(module: nn.Module) -> Hashable:
     """The shapes of a module's parameters, by name."""
     return tuple((name, parameter.shape) for name, parameter in own_parameters(module))
-
-
-def _wide_layers(module: nn.Module) -> tuple[bool, bool]:
-    """Whether ``module`` holds an MLP of layers ``[E * I, H]`` and ``[H, E * I]``, and beside it a matrix ``[E, H]``.
-
-    It is certain that these are experts where there is an up projection.
-    """
-    own = [layer.weight for layer in own_layers(module)]
-    shapes = Counter(tuple(weight.shape) for weight in [*own, *module.parameters(recurse=False)] if weight.ndim == 2)
-    for (wide, hidden), times in shapes.items():
-        if times > 2 or shapes.get((hidden, wide), 0) != 1 or shapes.total() != times + 2:
-            continue
-        if any(hidden in shape and 1 < min(shape) < wide and wide % min(shape) == 0 for shape in shapes):
-            return True, times == 2
-    return False, False
-
-
-def _around_wide(outer: nn.Module, module: nn.Module) -> bool:
-    """Whether ``module`` is an MLP of wide layers alone, and ``outer`` has a layer ``[E, H]`` or so of its own."""
-    layers = [layer.weight for layer in own_layers(module)]
-    if not 2 <= len(layers) <= 3 or len(layers) != sum(1 for child in module.children() if _matrices(child)):
-        return False
-    (wide, hidden), *others = sorted((tuple(weight.shape) for weight in layers), reverse=True)
-    if wide <= hidden or others[-1] != (hidden, wide) or set(others[:-1]) - {(wide, hidden)}:
-        return False
-    own = [layer.weight for layer in own_layers(outer)]
-    scoring = [min(p.shape) for p in [*own, *outer.parameters(recurse=False)] if p.ndim == 2 and hidden in p.shape]
-    return any(1 < count < hidden and wide % count == 0 for count in scoring)
-
-
-def _around_stacked(modules: dict[str, nn.Module], path: str) -> tuple[set[str], bool]:
-    """The nearest module around experts stacked in matrices, ``[E * I, H]`` each, that holds a matrix ``[E, H]``.
-
-    It is certain that these are experts where there are three of a size, or two that are called experts, and the matrix
-    is that of a layer beside them.
-    """
-    if isinstance(modules[path], (nn.RNNBase, nn.RNNCellBase)):
-        return set(), False
-    own = [p for p in modules[path].parameters(recurse=False) if p.ndim == 2]
-    widths = Counter(p.shape[1] for p in own)
-    hidden, several = widths.most_common(1)[0] if own else (0, 0)
-    if several < 2:
-        return set(), False
-    stacked = [p for p in own if p.shape[1] == hidden]
-    rows = [p.shape[0] for p in stacked]
-    alike = Counter(rows).most_common(1)[0][1]
-    certain = alike > 2 or (alike > 1 and _HINT in type(modules[path]).__name__.lower())
-    for outer in _outwards(path):
-        inside = f"{path[len(outer) :].lstrip('.')}." if outer != path else ""
-        for name, tensor in own_parameters(modules[outer]) if outer in modules else ():
-            if tensor.ndim != 2 or hidden not in tensor.shape or (inside and name.startswith(inside)):
-                continue
-            experts = tensor.shape[0] if tensor.shape[1] == hidden else tensor.shape[1]
-            larger = [count for count in rows if count > experts]
-            if experts > 1 and len(larger) > 1 and not any(count % experts for count in larger):
-                layer = tensor.shape[1] == hidden and (bool(inside) or "." in name)
-                return {outer}, certain and layer
-    return set(), False
-
-
-def _outwards(path: str) -> Iterator[str]:
-    """A path and those of all modules around it."""
-    yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _scores(module: nn.Module, count: int, without: tuple[str, ...], over_places: bool = False) -> bool:
@@ -265,7 +191,7 @@ def _block_path(
         return whole
     block_like = certain and takes_one(modules[path])
     if not (block_like and bank) or not any(True for _ in _beside(modules[path], *bank)):
-        for outer in list(_outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
+        for outer in list(outwards(path))[1 : 2 if block_like else _LEVELS + 1]:
             inside = path[len(outer) :].lstrip(".")
             if outer not in modules or isinstance(modules[outer], (nn.ModuleList, nn.ModuleDict)):
                 break
@@ -276,7 +202,7 @@ def _block_path(
     parent = path.rpartition(".")[0]
     # A bank alone, called with more than tokens: what sends tokens there is of another kind than a matrix of scores.
     if bank and not takes_one(modules[path]) and not any(True for _ in _beside(modules[path], *bank)):
-        around = (outer for outer in list(_outwards(path))[1 : _LEVELS + 1] if outer in modules)
+        around = (outer for outer in list(outwards(path))[1 : _LEVELS + 1] if outer in modules)
         of_one = next((outer for outer in around if takes_one(modules[outer])), None)
         if of_one is not None and any(True for _ in _beside(modules[of_one], path[len(of_one) :].lstrip("."))):
             return of_one
