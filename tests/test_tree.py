@@ -197,12 +197,16 @@ def test_experts_that_take_images_are_listed_with_that_reason(name: str, scores_
     assert step.reason == f"it takes channels before places, as {first} does, and no tokens [..., H]"
 
 
-def test_tokens_behind_their_channels_are_told_from_tokens() -> None:
+@pytest.mark.parametrize(
+    ("make", "as_told"),
+    [(lambda: PointwiseMLP(), ", as experts.e0.up (Conv1d) does, and"), (lambda: plain.MLP(32, 48), ", and")],
+)
+def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn.Module], as_told: str) -> None:
     class Behind(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.gate = nn.Linear(32, 4, bias=False)
-            self.experts = nn.ModuleDict({f"e{n}": PointwiseMLP() for n in range(4)})
+            self.experts = nn.ModuleDict({f"e{n}": make() for n in range(4)})
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             t = x.transpose(1, 2).reshape(-1, 32)
@@ -214,7 +218,7 @@ def test_tokens_behind_their_channels_are_told_from_tokens() -> None:
     model = stack(Behind()).eval()
     assert model.get_submodule("layers.0.mlp")(torch.randn(2, 32, 5)).shape == (2, 32, 5)
     [step] = moe_surgery.plan(model).steps
-    assert step.reason == "it takes channels before places, as experts.e0.up (Conv1d) does, and no tokens [..., H]"
+    assert step.reason == f"it takes channels before places{as_told} no tokens [..., H]"
 
 
 def test_convolutions_of_which_none_is_chosen_are_no_site() -> None:

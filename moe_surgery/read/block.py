@@ -254,10 +254,12 @@ def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -
                 continue
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
+    if _takes_channels_first(ask, state, surely=True):
+        raise Unfollowed("it takes channels before places, and no tokens [..., H]", error.operations) from error
 
 
-def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
-    """Whether a block takes channels before places, of however many places."""
+def _takes_channels_first(ask: Asking, state: dict[str, Tensor], surely: bool = False) -> bool:
+    """Whether a block takes channels before places, of however many places; ``surely`` if it does the same to each."""
     for width in hidden_sizes(state):
         try:
             for places in FEW:
@@ -265,7 +267,7 @@ def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
         except Unfollowed:
             continue
         except Unreadable:  # for another reason than its shape
-            return True
+            return not surely
         return True
     return False
 
