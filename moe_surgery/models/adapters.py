@@ -13,7 +13,7 @@ _ADAPTED = "base_layer"
 def own_layers(module: nn.Module) -> Iterator[nn.Linear]:
     """The linear layers that ``module`` holds directly, adapted or not."""
     for child in module.children():
-        while (adapted := child._modules.get(_ADAPTED)) is not None:
+        while (adapted := dict(child._modules.items()).get(_ADAPTED)) is not None:
             child = adapted
         if isinstance(child, nn.Linear):
             yield child
@@ -24,11 +24,12 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     waiting, seen = [("", module)], set[int]()
     while waiting:
         prefix, part = waiting.pop()
-        adapted = part._modules.get(_ADAPTED)
+        held = dict(part._modules.items())  # of TorchScript it is no dict
+        adapted = held.get(_ADAPTED)
         if adapted is None:
             for name, tensor in part._parameters.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield prefix + name, tensor
-        inside = list(part._modules.items()) if adapted is None else [(_ADAPTED, adapted)]
+        inside = list(held.items()) if adapted is None else [(_ADAPTED, adapted)]
         waiting += [(f"{prefix}{name}.", child) for name, child in reversed(inside) if child is not None]
