@@ -369,6 +369,17 @@ def test_apply_takes_a_live_model_with_weights() -> None:
         moe_surgery.apply(empty, target="reference")
 
 
+def test_what_the_caller_has_as_defaults_is_no_matter() -> None:
+    model = tiny()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            report = moe_surgery.apply(model, target="reference")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(report.replaced) == 3 and report.model_check is not None and report.model_check.parts == ("",)
+
+
 def test_install_operates_on_what_is_loaded(tmp_path: Any) -> None:
     tiny().save_pretrained(tmp_path)
     made = moe_surgery.plan(tiny(), target="reference")

@@ -14,6 +14,7 @@ from zoo.same import distance
 import moe_surgery
 from moe_surgery.companion import Companion, twins
 from moe_surgery.errors import SurgeryError
+from moe_surgery.report.html import page
 
 
 class MayBeMasked(Alone):
@@ -126,6 +127,7 @@ def test_a_block_that_gets_no_mask_is_read_without_one() -> None:
     said = "attention_mask and scale at None; "
     said += "given a tensor there by the model, apply reads it again or leaves it alone"
     assert plan.steps[0].reason == f"{plan.steps[0].spec.sentence()} · {said}" and said in " ".join(str(plan).split())
+    assert said in page(plan.report()).partition("The whole record")[0]
     step = applied(model)
     assert step.outcome == "replaced" and not step.spec.router.own
     with pytest.raises(SurgeryError, match="attention_mask"):

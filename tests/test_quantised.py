@@ -54,6 +54,10 @@ SCHEMES: list[tuple[dict[str, Any], str]] = [
         },
         "FP8, scales by channel (compressed-tensors)",
     ),
+    (
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": "int4"}}},
+        "?, scales by tensor (compressed-tensors)",
+    ),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "BITSANDBYTES int4"),
 ]
 

@@ -114,7 +114,7 @@ def _calls(path: str, module: nn.Module, hidden: int) -> Iterator[ShortRun]:
     count = min(TOKENS, _positions(module))
     extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if table is not None:
-        ids = ((_FIRST + _STRIDE * torch.arange(count)) % table.num_embeddings)[None].to(table.weight.device)
+        ids = ((_FIRST + _STRIDE * torch.arange(count, device=table.weight.device)) % table.num_embeddings)[None]
         fed = [name for name in FED_BY_ANOTHER if name in parameters]
         if "decoder_input_ids" in parameters:
             extra["decoder_input_ids"] = ids

@@ -77,6 +77,8 @@ def _kind(row: Row, steps: Sequence[Step], report: Outcomes, name: str) -> str:
         parts.append(paragraph(f"rule {row.rule}", "q"))
     if row.outcome not in ("replaced", "right"):
         parts.append(tag("p", tag("b", safe(row.outcome)) + ": " + safe(row.reason)))
+    elif row.note:
+        parts.append(paragraph(row.note, "q"))
     parts += _anatomy(row, steps[0], report)
     if worst.verdict is not None:
         parts += _proof(worst, len([step for step in steps if step.verdict]))

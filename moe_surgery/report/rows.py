@@ -31,6 +31,13 @@ class Row:
     error: float | None
     margin: float | None
 
+    @property
+    def note(self) -> str | None:
+        """What there is to say of replaced blocks beside what they compute, if anything."""
+        known = f"{self.sentence} · "
+        said = self.outcome in ("replaced", "right") and self.reason.startswith(known)
+        return self.reason.removeprefix(known) if said else None
+
 
 def rows(report: Outcomes) -> tuple[Row, ...]:
     """Group the steps of ``report``; rows come in the order of their first site in the model."""

@@ -161,8 +161,8 @@ class _Line:
         below = [computes] if computes else []
         if row.outcome not in ("replaced", "right"):
             below.append(row.reason)
-        elif row.sentence and row.reason.startswith(f"{row.sentence} · "):
-            below.append(row.reason.removeprefix(f"{row.sentence} · "))
+        elif row.note:
+            below.append(row.note)
         return cls(
             symbol=SYMBOLS[row.outcome],
             style=STYLES[row.outcome],
