@@ -53,6 +53,19 @@ def test_refusals_say_why() -> None:
     assert refused(replace(SPEC, router=replace(SPEC.router, num_experts=9))).startswith("the router scores 9 experts")
 
 
+def test_experts_that_choose_for_themselves_compute_what_kernels_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of releases before 0.30 do, for which this one's stand with their class exchanged."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsMonolithic
+
+    relu = replace(SPEC, experts=replace(SPEC.experts, activation="relu"))
+    for experts in (None, FusedMoEExpertsMonolithic):
+        monkeypatch.setattr(cpu_moe, "CPUUnquantizedExperts", experts)
+        assert "they have no function for these experts, and choose" in refused(relu, target=VllmTarget())
+    monkeypatch.undo()
+    assert VllmTarget().accepts(relu, Context("cpu", "float32")) is None
+
+
 def test_kernels_that_are_missing_are_a_refusal() -> None:
     def fail(*args: object) -> None:
         raise AttributeError("'_OpNamespace' '_C' object has no attribute 'prepack_moe_weight'")

@@ -13,6 +13,7 @@ from moe_surgery.engine.model.blocks import owner
 from moe_surgery.engine.model.routed import choose, correction_bias
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
+from moe_surgery.spec import MoESpec
 from moe_surgery.targets.vllm import folded_routing
 from moe_surgery.weights.layout import Piece
 from moe_surgery.weights.tensors import weight
@@ -72,6 +73,16 @@ def not_folded(item: EngineSite) -> str | None:
     bias = correction_bias(runner)
     if bias is not None and not any(bias is parameter for parameter in _outside(item.site.module, runner)):
         return "its correction bias lies inside its routed layer"  # which goes
+    return _silent(runner, item.reading.spec)
+
+
+def _silent(runner: MoERunner, spec: MoESpec) -> str | None:
+    """Why a router gives no choice of its own; before 0.30, experts on a CPU choose for themselves."""
+    like = runner.routed_experts.w13_weight
+    try:
+        choose(runner.router, like.new_zeros(1, spec.hidden), like.new_zeros(1, spec.router.num_experts))
+    except Exception as error:  # whatever an operator that isn't there ends in
+        return f"its router can't be asked by itself: {error}"
     return None
 
 

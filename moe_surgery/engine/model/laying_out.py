@@ -7,7 +7,8 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -52,7 +53,8 @@ def lay_out(model: nn.Module, layers: Collection[str], blocks: Collection[str], 
 def _attention(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The attention that is made ready by what its own layers were loaded with."""
     for path, module in model.named_modules():
-        if is_deferred_attention_layer(module):
+        ready = getattr(module, "process_weights_after_loading", None)
+        if isinstance(module, AttentionLayerBase | MMEncoderAttention) and callable(ready):
             held = {name for name, part in module.named_modules(prefix=path) if part._parameters}
             if held and held.intersection(layers):
                 if missing := held.difference(layers):

@@ -72,7 +72,7 @@ def _check_runner(runner: MoERunner) -> None:
         "a clamp in its experts": experts.swiglu_limit or experts.swiglu_alpha or experts.swiglu_beta,
         "router weights on its experts' inputs": experts.apply_router_weight_on_input,
         "zero experts": isinstance(runner.router, ZeroExpertRouter),
-        "hash routing": config.has_hash_routing,
+        "hash routing": getattr(runner.router, "_hash_indices_table", None) is not None,
     }
     for what, value in held.items():
         if value:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
 from vllm.platforms import current_platform
 
 from moe_surgery.spec import ExpertsSpec, Mix, MoESpec
@@ -53,8 +54,8 @@ class FusedLayer(nn.Module):
                 w13, w2 = torch.cat([w13, more[0]]), torch.cat([w2, more[1]])
             if kernel_activation(spec.experts) == _INTERLEAVED:
                 w13, w13_bias = interleaved(w13), None if w13_bias is None else interleaved(w13_bias)
-            if fold:
-                chosen = experts.quant_method.experts_cls
+            chosen = experts.quant_method.experts_cls
+            if fold and _in_parts(chosen):  # others, before 0.30, take more of the layer than its weights
                 experts.quant_method.experts_cls = type(f"{chosen.__name__}InPlace", (LaidOutInPlace, chosen), {})
             experts.w13_weight = nn.Parameter(w13, requires_grad=False)
             experts.w2_weight = nn.Parameter(w2, requires_grad=False)
@@ -136,8 +137,23 @@ def platform() -> str:
 
 def check(spec: MoESpec, device: str, dtype: torch.dtype) -> None:
     """Raise what vLLM raises if it has no kernel for ``spec``; allocates nothing."""
+    if kernel_activation(spec.experts) is None:
+        _check_in_turn()
     with hosting(device), torch.device("meta"):
         construct(spec, dtype, "probe.experts", None, **_ALONE)
+
+
+def _check_in_turn() -> None:
+    """Raise where nothing can compute in the place of the kernels, as they choose experts themselves (before 0.30)."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    if not _in_parts(getattr(cpu_moe, "CPUUnquantizedExperts", None)):
+        raise NotImplementedError("they have no function for these experts, and choose experts themselves")
+
+
+def _in_parts(experts: type | None) -> bool:
+    """Whether experts are given ids and weights, rather than the router's logits."""
+    return experts is not None and issubclass(experts, FusedMoEExpertsModular)
 
 
 def construct(
