@@ -71,6 +71,10 @@ MISCONDUCT: dict[str, tuple[type[PlainBlock], str]] = {
     "branches at one token": (off_if(lambda x: x.shape[-2] == 1), "is not what the spec says"),
     "branches on many sequences": (off_if(lambda x: x.dim() == 3 and x.shape[0] > 1), "is not what the spec says"),
     "branches on 2-D": (off_if(lambda x: x.dim() == 2), "is not what the spec says"),
+    "branches in inference mode": (
+        off_if(lambda x: torch.is_inference_mode_enabled()),
+        "asked again in inference mode",
+    ),
     "branches on strides": (off_if(lambda x: not x.is_contiguous()), "every other row"),
     "clamps": (
         wrong(mix=lambda self, gate, up: F.silu(gate.clamp(max=12)) * up.clamp(-12, 12)),
@@ -124,7 +128,14 @@ def test_misconduct_of_the_new_block_is_rejected(conduct: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "conduct", ["changes its input", "branches above 64 tokens", "branches at one token", "clamps"]
+    "conduct",
+    [
+        "changes its input",
+        "branches above 64 tokens",
+        "branches at one token",
+        "branches in inference mode",
+        "clamps",
+    ],
 )
 def test_misconduct_of_the_old_block_is_rejected(conduct: str) -> None:
     tensors = weights(TALKER)

@@ -121,8 +121,9 @@ def exercise(block: Block, asked: Iterable[Call], truth: Truth, excused: Contain
     heard = [call for call, _, _ in kept]
     answers = [torch.cat([y for _, y, _ in kept])] if kept else []
     for call in heard[1:2]:
-        again = replace(call, name=f"{call.name}, asked again")
-        answers.append(ask(block, again))
+        again = replace(call, name=f"{call.name}, asked again in inference mode")
+        with torch.inference_mode():
+            answers.append(ask(block, again))
         heard.append(again)
     return _judged(heard, torch.cat(answers), truth, frozenset(refused)) if kept else _silent(truth, refused)
 
