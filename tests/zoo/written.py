@@ -366,6 +366,14 @@ class PartsByTheirPlaces(InParts):
         return out
 
 
+@block(COUNTS)
+class PartsWithIdsInANewTensor(InParts):
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        held = x.new_empty(ids.shape, dtype=ids.dtype)
+        held[:] = ids
+        return super().routed(x, weights, held)
+
+
 @block(COUNTS, "differently", "different ways")
 class PartsOfOtherWeights(PartsByTheirPlaces):
     def part(self, number: int, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -45,20 +45,11 @@ from moe_surgery.read.record.known_numbers import LOAD, Kind, Ledger, uniform
 from moe_surgery.read.record.lineage import Lineage, done
 from moe_surgery.read.record.masks import as_index, by_places, check_places
 from moe_surgery.read.record.meta_results import MetaResults
-from moe_surgery.read.record.tensor_entries import (
-    Entries,
-    Entry,
-    mapped,
-    shaped_like,
-    storage,
-    tensors,
-    unwritten,
-    written,
-)
+from moe_surgery.read.record.tensor_entries import Entries, Entry, blank, mapped, shaped_like, storage, tensors, written
 from moe_surgery.read.record.views import bring_up_to_date
 from moe_surgery.read.record.zeros import SHAPED, asked_of_support, support
 
-_LIKE = {"zeros": 0.0, "ones": 1.0, "empty": float("nan")}
+_LIKE = {"zeros": 0.0, "ones": 1.0}
 _READS_BACK = frozenset(
     ["_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal", "unique_dim", "_unique2"]
 )
@@ -251,7 +242,7 @@ class Recorder(TorchDispatchMode):
         self.ledger.before(name, args, self.by_batch)
         result = func(*args, **kwargs) if self.entries.device.type == "cpu" else done(func, args, kwargs)
         if name.startswith(("empty", "new_empty")):
-            result.fill_(unwritten(result.dtype))
+            result.fill_(blank(result.dtype))
         self.lineage.made(func, origins, result)
         made = tensors(result)
         found = [Kind.PLAIN] * len(made)
@@ -293,9 +284,9 @@ class Recorder(TorchDispatchMode):
         except NotImplementedError as error:  # how many there are depends on values, as where a mask is an index
             raise self.object_to(f"{VALUES} ({name})") from error
         key = name.removeprefix("new_").removesuffix("_like")
-        if key != name and key in (*_LIKE, "full"):
+        if key != name and key in (*_LIKE, "empty", "full"):
             real = torch.empty(result.shape, dtype=result.dtype)
-            fill = _LIKE[key] if key in _LIKE else args[-1]
+            fill = _LIKE[key] if key in _LIKE else args[-1] if key == "full" else blank(result.dtype)
             real.fill_(fill)
             self.lineage.full(real, fill)
             self.entries.enter(real, None, None, real)

@@ -177,7 +177,7 @@ def own_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def unwritten(dtype: torch.dtype) -> float:
+def blank(dtype: torch.dtype) -> float:
     """What stands in a new tensor that nothing was written to yet, as no number that code would expect there."""
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
