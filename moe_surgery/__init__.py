@@ -68,18 +68,17 @@ _PLACES = {
     **dict.fromkeys(_ERRORS, "errors"),
 }
 __all__ = ["__version__", *_PLACES]  # noqa: PLE0604
-_MODULES = {"testing": "testing"}
+_MODULES = ("testing",)
 
 
 def __getattr__(name: str) -> Any:
-    known = _PLACES | _MODULES
-    if name not in known:
+    if name not in _PLACES and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import random
     import sys
     from importlib import import_module
 
-    place = f"{__name__}.{known[name]}"
+    place = f"{__name__}.{_PLACES.get(name, name)}"
     if place not in sys.modules:
         drawn = random.getstate()  # rich draws one of Python's random numbers when it is imported
         try:

@@ -12,7 +12,7 @@ from moe_surgery.errors import SurgeryError
 from moe_surgery.targets.likeness import Likeness, Standing
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
-_last = threading.local()
+_last = threading.local()  # what this thread's last call gave and made: hooks stand between `tell` and `forward`
 
 
 class ObservedRouter(Standing):

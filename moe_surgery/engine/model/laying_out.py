@@ -53,6 +53,7 @@ def lay_out(model: nn.Module, layers: Collection[str], blocks: Collection[str], 
 def _attention(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The attention that is made ready by what its own layers were loaded with."""
     for path, module in model.named_modules():
+        # What vLLM's own loader asks, for which releases before 0.28 have no function.
         ready = getattr(module, "process_weights_after_loading", None)
         if isinstance(module, AttentionLayerBase | MMEncoderAttention) and callable(ready):
             held = {name for name, part in module.named_modules(prefix=path) if part._parameters}

@@ -74,7 +74,7 @@ class Sizes(TorchFunctionMode):
         operands = tensors((args, kwargs))
         if not all(map(recorder.entries.knows, operands)):
             raise recorder.object_to("it uses a tensor that is neither its input nor one of its own weights")
-        if isinstance(into := kwargs.get("out"), Tensor) and into is not None and args:
+        if isinstance(into := kwargs.get("out"), Tensor) and args:
             return self._written_to(into, func, args, kwargs)
         if (mapped := as_linear(name, args, kwargs, recorder.object_to)) is not None:
             return mapped
