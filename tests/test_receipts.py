@@ -330,6 +330,8 @@ def test_the_command_shows_reports_that_differ(tmp_path: Path, applied: Report) 
 
 
 def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
+    assert "not the folder of a run: no receipts are in it" in call(tmp_path, exit_code=2).stderr
+    new_run(tmp_path)
     assert "no process loaded a model" in call(tmp_path, exit_code=15).stderr
     write(tmp_path, replace(ONE, outcome="failed", error="one\nreason", exit_code=12))
     result = call(tmp_path, exit_code=12)

@@ -79,6 +79,12 @@ def _claim(folder: Path) -> None:
         raise UsageError(f"can't write to {folder}: {error.strerror or error}") from error
 
 
+def check_run(run: str | Path) -> None:
+    """Raise :class:`UsageError` for a folder that no run has anything in: neither receipts nor that it began there."""
+    if not files(Path(run)) and not (Path(run) / _CLAIM).exists():
+        raise UsageError(f"{run}: not the folder of a run: no receipts are in it")
+
+
 def write(run: str | Path, receipt: Receipt) -> Path:
     """Leave ``receipt`` in the folder ``run``, whole or not at all, and return its path.
 

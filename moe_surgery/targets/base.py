@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.errors import SurgeryError
 from moe_surgery.replay import ENTERING, Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Standing
 from moe_surgery.targets.observed import ObservedRouter
+from moe_surgery.weights.moving import moving
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -123,6 +125,15 @@ class SwappedBlock(nn.Module):
 
 class StandingBlock(Standing, SwappedBlock):
     """A swapped block of a plain model, which answers for the one that stood in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and (moves := moving(value)) is not None:
+            path = self.label if self.likeness is None else self.likeness.path
+            raise SurgeryError(
+                f"{path}: {moves} would move the weights of a swapped MoE block, which lie in its kernels' layout; "
+                "undo first"
+            )
+        super().__setattr__(name, value)
 
     def write(self, path: str, name: str, value: Any) -> None:
         for attributes in self.attributes(path):
