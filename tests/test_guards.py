@@ -209,6 +209,32 @@ def test_offloading_afterwards_is_refused_and_undo_still_works(
         assert torch.equal(model(IDS).logits, wanted)
 
 
+class Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.model(ids, use_cache=False).logits
+
+
+def test_a_trace_that_would_hold_for_one_input_is_refused(operated: tuple[Any, Any]) -> None:
+    model, report = operated
+    with torch.no_grad(), pytest.raises(SurgeryError, match=r"can't be traced by torch\.jit"):
+        torch.jit.trace(Logits(model).eval(), (IDS,))
+    moe_surgery.undo(report)
+    with torch.no_grad():
+        torch.jit.trace(Logits(model).eval(), (IDS,))
+
+
+def test_an_exported_model_computes_the_same() -> None:
+    model = tiny(2)
+    moe_surgery.apply(model, model_check=False)
+    with torch.no_grad():
+        exported = torch.export.export(Logits(model).eval(), (IDS,))
+        assert torch.equal(exported.module()(IDS.flip(1)), model(IDS.flip(1)).logits)
+
+
 def test_inputs_may_still_be_moved_afterwards(operated: tuple[Any, Any]) -> None:
     model, _ = operated
     with torch.no_grad():

@@ -30,6 +30,7 @@ th{{border-bottom:1px solid var(--rule)}}
 td{{padding:7px 16px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}}
 td.n,th.n{{text-align:right;white-space:nowrap}} td.f{{white-space:nowrap;overflow-wrap:normal}}
 th:last-child,td:last-child{{padding-right:0}}
+.stack th:first-child{{min-width:min(280px,34vw)}}
 .chip{{display:inline-block;min-width:20px;height:20px;line-height:20px;border-radius:3px;text-align:center;font-size:12px;
 font-weight:600;color:var(--paper);padding:0 4px;white-space:nowrap;margin-right:8px;vertical-align:1px}}
 .key{{display:flex;flex-wrap:wrap;gap:6px 22px;margin:14px 0 0;color:var(--muted);font-size:13px}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,13 @@ class StandingBlock(Standing, SwappedBlock):
                 "undo first"
             )
         super().__setattr__(name, value)
+
+    def _slow_forward(self, *args: object, **kwargs: object) -> NoReturn:
+        """What torch calls for ``forward`` while it traces."""
+        raise SurgeryError(
+            "a swapped MoE block can't be traced by torch.jit, which would keep the experts of this one input for all "
+            "others; undo first, or use torch.export or torch.compile"
+        )
 
     def write(self, path: str, name: str, value: Any) -> None:
         for attributes in self.attributes(path):
