@@ -166,7 +166,7 @@ def test_a_folder_is_that_of_one_run_at_a_time(tmp_path: Path) -> None:
     script += "; print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"1\n"
-        with pytest.raises(UsageError, match=f"belongs to a run that is still going on, of process {other.pid}; give another"):
+        with pytest.raises(UsageError, match=f"belongs to a run that still goes on, process {other.pid}; give another"):
             new_run(tmp_path)
         other.communicate(timeout=HANG)
     assert new_run(tmp_path) == new_run(tmp_path) == tmp_path  # which is over, and this process's own

@@ -73,7 +73,7 @@ def _claim(folder: Path) -> None:
             return
         noted = path.read_text(encoding="utf-8")
         if noted.isdecimal() and int(noted) != os.getpid() and lives(int(noted)):
-            raise UsageError(f"{folder} belongs to a run that is still going on, of process {noted}; give another folder")
+            raise UsageError(f"{folder} belongs to a run that still goes on, process {noted}; give another folder")
         write_whole(path, str(os.getpid()))
     except OSError as error:
         raise UsageError(f"can't write to {folder}: {error.strerror or error}") from error
