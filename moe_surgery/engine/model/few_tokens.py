@@ -106,7 +106,7 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
                 input_ids=input_ids,
             )
         if not exist:
-            ids = ids.clamp(0, len(self.routed_experts.w13_weight) - 1)  # type: ignore[arg-type]
+            ids = ids.clamp(0, len(self.routed_experts.w13_weight) - 1)
         routed = self._unsorted(marlin, hidden_states, weights, ids)
         if shared_experts_overlapping:
             shared.wait()
@@ -115,7 +115,7 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
     def _always_exist(self, x: Tensor, logits: Tensor) -> bool:
         """Whether what is chosen by such ``logits`` always exists. It can't be asked while a graph is captured."""
         if logits.dtype not in self._exist and not torch.cuda.is_current_stream_capturing():
-            all_here = logits.shape[-1] == len(self.routed_experts.w13_weight)  # type: ignore[arg-type]
+            all_here = logits.shape[-1] == len(self.routed_experts.w13_weight)
             self._exist[logits.dtype] = all_here and always_exist(self.router, x.shape[-1], logits)
         return self._exist.get(logits.dtype, False)
 
