@@ -20,6 +20,7 @@ from moe_surgery.read.record.eager import eagerly, unscripted
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
+from moe_surgery.read.record.notebook import Notebook
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.read.record.state import Watch
@@ -56,12 +57,12 @@ def record(
     :class:`Unfollowed` if the block raises an error of its own.
     """
 
-    def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
-        beside = {c.key: beside_input(recorder, c, shape) for c in calling.companions}
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> tuple[Any, ...]:
+        beside = {c.key: beside_input(notebook, c, shape) for c in calling.companions}
         return calling.placed({"hidden_states": hidden_states, **beside, **(more or {})})
 
-    recorder = partial(Recorder, watch.block, dtype, route, turned, inside)
-    return _recorded(recorder, watch, shape, plain, inputs)
+    notebook = partial(Notebook, watch.block, dtype, route, turned, inside)
+    return _recorded(notebook, watch, shape, plain, inputs)
 
 
 def record_experts(
@@ -76,18 +77,18 @@ def record_experts(
 ) -> Flow:
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
 
-    def inputs(recorder: Recorder, hidden_states: Tensor) -> tuple[Any, ...]:
-        numbers, weights = experts_inputs(recorder, ids, weights_dtype)
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> tuple[Any, ...]:
+        numbers, weights = experts_inputs(notebook, ids, weights_dtype)
         return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
 
-    recorder = partial(Recorder, watch.block, dtype, no_choice)
-    return _recorded(recorder, watch, (len(ids), width), plain, inputs)
+    notebook = partial(Notebook, watch.block, dtype, no_choice)
+    return _recorded(notebook, watch, (len(ids), width), plain, inputs)
 
 
-_Inputs = Callable[[Recorder, Tensor], tuple[Any, ...]]
+_Inputs = Callable[[Notebook, Tensor], tuple[Any, ...]]
 
 
-def _recorded(make: Callable[[], Recorder], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs) -> Flow:
+def _recorded(make: Callable[[], Notebook], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs) -> Flow:
     """A record that :func:`_once` gives.
 
     Where code gives ``int`` as a dtype, it is recorded with Python's own.
@@ -101,7 +102,7 @@ def _recorded(make: Callable[[], Recorder], watch: Watch, shape: tuple[int, ...]
 
 
 def _stateless(
-    make: Callable[[], Recorder], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
+    make: Callable[[], Notebook], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
 ) -> Flow:
     """A record that :func:`_once` gives.
 
@@ -123,7 +124,7 @@ def _stateless(
 
 
 def _once(
-    recorder: Recorder,
+    notebook: Notebook,
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
@@ -135,26 +136,26 @@ def _once(
     written.give(given or {})
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly(), unscripted(block):
-            arguments = inputs(recorder, block_input(recorder, shape, strided=plain))
-            with marked_lengths(block, own_int), Sizes(recorder, marks=not plain), recorder:
+            arguments = inputs(notebook, block_input(notebook, shape, strided=plain))
+            with marked_lengths(block, own_int), Sizes(notebook, marks=not plain), Recorder(notebook):
                 output = block(*arguments)
         changed = written.changed()
         first = given or {}
         if any(type(value) is Untouched and was_touched(value) for value in first.values()):
             first = {}
-        same = kept(block, changed, partial(constant, recorder), shape, frozenset(first))
-        flow = assembled(recorder, output, shape, same)
+        same = kept(block, changed, partial(constant, notebook), shape, frozenset(first))
+        flow = assembled(notebook, output, shape, same)
     except (Unfollowed, Broken):
         raise
     except Exception as error:
-        if recorder.objections:
-            raise recorder.unreadable() from error
+        if notebook.objections:
+            raise notebook.unreadable() from error
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
-        raise Unfollowed(reason, len(recorder.graph.nodes)) from error
+        raise Unfollowed(reason, len(notebook.graph.nodes)) from error
     finally:
         names = watch.after()
-    if recorder.objections or recorder.reservations:
-        raise recorder.unreadable()
+    if notebook.objections or notebook.reservations:
+        raise notebook.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
     state = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in known)]
     if state:
