@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 
 import moe_surgery
 import moe_surgery.models.greedy
+import moe_surgery.testing
 from moe_surgery import verbs
 from moe_surgery.cli.app import app
 from moe_surgery.cli.apply_verify import Tokens
@@ -184,6 +185,13 @@ def test_apply_reports_proof_memory_speed_and_equal_tokens(model: str) -> None:
     assert " at 1 token, " in lines[5]
     assert any(line.startswith("tokens   model: the same 5 greedy tokens, ") for line in lines)
     assert lines[-1].startswith("3 replaced, 0 kept, 0 missed, 0 refused · ")
+
+
+def test_experts_that_are_not_timed_are_told_so(tmp_path: Path) -> None:
+    with_own_router, _ = moe_surgery.testing.build("nllb_moe")
+    with_own_router.save_pretrained(tmp_path)
+    told = call("apply", str(tmp_path), "--target", "reference", "--no-model-check").stdout
+    assert "speed    experts behind a router of the model's own are not timed by themselves" in told
 
 
 def test_apply_as_json_has_speed_and_tokens(model: str) -> None:
