@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
+from moe_surgery.form import FORMS
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
@@ -152,6 +153,9 @@ def _read(
         except Unfollowed as error:
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
+            found = _in_a_form(ask, error, lambda other: _read(records, parse, inside=inside, calling=other))
+            if found is not None:
+                return found
             if calling is None:
                 _check_arguments(ask, state, error)
             raise
@@ -160,11 +164,11 @@ def _read(
         check_identities((slot for token in crowded.tokens for slot in token.slots), split)
         first = crowded.record.first
         router = first.router
-        width = crowded.width
+        width, form = crowded.width, ask.calling.form
         own = own_dtype(state) or torch.float32
         more = crowded.record.ranked > router.top_k and not (cut is not None and cut.computed)
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
-        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid)
+        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid, form=form)
         made = [
             crowded.record,
             ask(crowded.shape(batch), torch.float32, rolled if more else spread),
@@ -172,8 +176,8 @@ def _read(
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])
         made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
-        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid)
-        made += ask.if_it_takes((few[0] * few[1], width), own)
+        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid, form=form)
+        made += ask.if_it_takes((few[0] * few[1], width), own) if form is None else []
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen
@@ -233,6 +237,29 @@ def _read(
         spare,
         program,
     )
+
+
+def _in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
+    """A reading of a block that failed with its own ``error``, where it takes its tokens in another form, else None.
+
+    Raises :class:`Unreadable` where it takes them in one, and can be read in none.
+    """
+    cause, convolutions = error.__cause__, nn.modules.conv._ConvNd
+    if ask.calling.form is not None or cause is None or isinstance(cause, (TypeError, AttributeError)):
+        return None
+    if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
+        return None  # places are mixed, and no form makes tokens of them
+    problem: Unreadable | None = None
+    for form in FORMS:
+        try:
+            return read(replace(ask.calling, form=form))
+        except Unfollowed:
+            continue
+        except Unreadable as error:  # its code may run in a form that isn't its own
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
 
 
 def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
