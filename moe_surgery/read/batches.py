@@ -85,12 +85,13 @@ def crowded_record(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> 
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
     avoid, form = frozenset[int](), ask.calling.form
     answered: set[bool] = set()  # whether tokens alone, that is
+    of_dtypes = False  # what it fails at in another dtype than its own
     for dtype, flat, width in product(dtypes, (False, True), widths):
         if deciding is not None and deciding[1:] != (dtype, flat):
             break
         if flat and (form is not None or False in answered):  # it takes batches, and does something else with them
             continue
-        if dtype != torch.bfloat16 and not answered:
+        if dtype != torch.bfloat16 and not answered and not of_dtypes:
             break
         try:
             batch = odd_batch(state, 1, form=form)
@@ -107,6 +108,7 @@ def crowded_record(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> 
             return Crowded(found, width, flat, avoid)
         except Unfollowed as error:
             answered |= {flat} if error.answered else set()
+            of_dtypes |= any(word in str(error) for word in ("dtype", "BFloat16"))
             problem = error if error.operations > problem.operations else problem  # it came further
         except Broken:
             raise

@@ -1109,6 +1109,15 @@ class MaskedScores(Dense):
 
 
 @block(VALUE)
+class ScatteredAmongZerosOfFloat32(Dense):
+    """In another dtype its code fails, as zeros of no dtype that is given are float32."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        weights, ids = self.logits(x).softmax(-1).topk(self.top_k, dim=-1)
+        return torch.zeros(len(x), self.num_experts).scatter(1, ids, weights)
+
+
+@block(VALUE)
 class SoftmaxAmongMinusInfinities(Dense):
     def dense(self, x: Tensor) -> Tensor:
         best, ids = self.logits(x).topk(self.top_k, dim=-1)
