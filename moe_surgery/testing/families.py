@@ -147,7 +147,8 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return torch.cat(result["feature_maps"], dim=-1)
 
 
-def _data() -> dict[str, Any]:
+@cache
+def _data() -> Mapping[str, Any]:
     text = resources.files("moe_surgery.testing").joinpath("families.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 

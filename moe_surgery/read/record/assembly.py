@@ -21,56 +21,56 @@ from moe_surgery.read.record.lineage import Asked, chosen, sources
 from moe_surgery.read.record.tensor_entries import tensors_in
 
 if TYPE_CHECKING:
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
 
 
-def assembled(recorder: Recorder, answer: Any, shape: tuple[int, ...], kept: Attributes) -> Flow:
+def assembled(notebook: Notebook, answer: Any, shape: tuple[int, ...], kept: Attributes) -> Flow:
     """The record of a call with an input of ``shape`` that came to ``answer``, as far as its results need it.
 
     ``kept`` are the attributes that it wrote; tensors among them are results too.
     """
-    output = _output(recorder, answer, shape)
-    entry = recorder.entry(output)
+    output = _output(notebook, answer, shape)
+    entry = notebook.entry(output)
     if entry.node is None:
-        raise recorder.object_to("its output doesn't depend on its input")
-    results = structured(answer, lambda value, where: _result(recorder, value, where, output, shape))
-    if answer is output and tuple(output.shape) != shape and recorder.route is not no_choice:
+        raise notebook.object_to("its output doesn't depend on its input")
+    results = structured(answer, lambda value, where: _result(notebook, value, where, output, shape))
+    if answer is output and tuple(output.shape) != shape and notebook.route is not no_choice:
         results = Structure(Alone, (results,))
-    positive = [node for node, _ in recorder.positive]
-    attributes = {key: _attribute(recorder, value, key[1], shape) for key, value in kept.items()}
+    positive = [node for node, _ in notebook.positive]
+    attributes = {key: _attribute(notebook, value, key[1], shape) for key, value in kept.items()}
     several = isinstance(results, Structure)
     leaves = [*(results.leaves() if several else ()), *leaves_of(attributes.values())]
-    made = _choices(recorder, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
+    made = _choices(notebook, [entry.node, *positive], [leaf for leaf in leaves if isinstance(leaf, Given)])
     needed = _before([entry.node, *(choice.node for choice in made), *positive])
     if objections := [node.meta["objection"] for node in needed if "objection" in node.meta]:
-        raise recorder.object_to(objections[0])
+        raise notebook.object_to(objections[0])
     needed |= _before([leaf.value for leaf in leaves if _recorded(leaf)])
-    needed |= _before([choice.record for choice in recorder.choices.made()])
+    needed |= _before([choice.record for choice in notebook.choices.made()])
     asked = _asked_for(needed, leaves)
     needed |= _before([question.node for question in asked])
-    state = _state(recorder, needed)
+    state = _state(notebook, needed)
     attributes |= {("", name): leaf for name, leaf in state.items()}
     needed |= _before([leaf.value for leaf in state.values()])
     asked = _asked_for(needed, [*leaves, *state.values()])
     needed |= _before([question.node for question in asked])
-    nodes = [node for node in recorder.graph.nodes if node in needed]
+    nodes = [node for node in notebook.graph.nodes if node in needed]
     index = {node: Ref(place) for place, node in enumerate(nodes)}
-    ops = tuple(_op(recorder, node, index, made) for node in nodes)
+    ops = tuple(_op(notebook, node, index, made) for node in nodes)
     choices = tuple(Choice(index[choice.node], choice.k, choice.ids, choice.largest, choice) for choice in made)
     found = Flow(
         ops,
         index[entry.node],
         choices,
-        branches=tuple(recorder.branches.met),
-        lone=recorder.branches.lone,
-        one_by_one=recorder.one_by_one,
-        positive=tuple((index[node], places) for node, places in recorder.positive),
+        branches=tuple(notebook.branches.met),
+        lone=notebook.branches.lone,
+        one_by_one=notebook.one_by_one,
+        positive=tuple((index[node], places) for node, places in notebook.positive),
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
         kept={},
-        outside=recorder.outside,
-        within=frozenset(recorder.ledger.within),
-        beyond=frozenset(recorder.ledger.beyond),
+        outside=notebook.outside,
+        within=frozenset(notebook.ledger.within),
+        beyond=frozenset(notebook.ledger.beyond),
     )
 
     def placed(leaf: Any) -> Any:
@@ -96,94 +96,94 @@ def _before(ends: list[torch.fx.Node]) -> set[torch.fx.Node]:
     return found
 
 
-def _attribute(recorder: Recorder, value: Any, name: str, shape: tuple[int, ...]) -> Any:
+def _attribute(notebook: Notebook, value: Any, name: str, shape: tuple[int, ...]) -> Any:
     """An attribute that the block wrote, as :func:`_result` puts it."""
 
     def leaf(value: Any, where: str) -> Any:
-        found = _result(recorder, value, where, None, shape)
+        found = _result(notebook, value, where, None, shape)
         return Always(found) if isinstance(found, Constant) else found
 
     if type(value) in (dict, list, tuple):
         return structured(value, leaf, name)
-    return _result(recorder, value, name, None, shape) if isinstance(value, Tensor) else value
+    return _result(notebook, value, name, None, shape) if isinstance(value, Tensor) else value
 
 
-def _state(recorder: Recorder, needed: set[torch.fx.Node]) -> dict[str, Given]:
+def _state(notebook: Notebook, needed: set[torch.fx.Node]) -> dict[str, Given]:
     """What the buffers that a call changed were changed to, by name.
 
     Nothing ``needed`` for anything else may know them: then the block does the same in every call.
     """
     found = {}
-    for name in recorder.changed:
-        entry = recorder.entry(recorder.entries.vectors[name])
+    for name in notebook.changed:
+        entry = notebook.entry(notebook.entries.vectors[name])
         known = any(node.op == "get_attr" and node.target == name for node in needed)
         if entry.node is None or entry.node.op == "get_attr" or known:
             more = ", of which something else comes too" if known else ""
-            raise recorder.object_to(f"it writes to {name}{more}")
+            raise notebook.object_to(f"it writes to {name}{more}")
         dtype = str(entry.tensor.dtype).removeprefix("torch.")
         found[name] = Given(name, entry.node, tuple(entry.tensor.shape), dtype, state=True)
     return found
 
 
-def _output(recorder: Recorder, answer: Any, shape: tuple[int, ...]) -> Tensor:
+def _output(notebook: Notebook, answer: Any, shape: tuple[int, ...]) -> Tensor:
     """The first of the returned tensors that is like the input."""
     found = tensors_in(answer)
     if not found:
-        raise recorder.object_to(f"it returns a {type(answer).__name__}, not one tensor")
+        raise notebook.object_to(f"it returns a {type(answer).__name__}, not one tensor")
     for output in found:
         alike = output.shape[-1:] == shape[-1:] and output.numel() == torch.Size(shape).numel()
-        others = recorder.route is no_choice or output.ndim == 2
+        others = notebook.route is no_choice or output.ndim == 2
         fits = tuple(output.shape) == shape or (alike and others)
-        if fits and output.dtype == recorder.dtype:
+        if fits and output.dtype == notebook.dtype:
             return output
     first = found[0]
-    reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {recorder.dtype}"
-    raise Unfollowed(reason, len(recorder.graph.nodes), answered=True)
+    reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {notebook.dtype}"
+    raise Unfollowed(reason, len(notebook.graph.nodes), answered=True)
 
 
-def constant(recorder: Recorder, value: Tensor) -> Constant | None:
+def constant(notebook: Notebook, value: Tensor) -> Constant | None:
     """What a tensor is that doesn't depend on the input and is the same in all of its elements."""
-    entry, shape = recorder.entry(value), tuple(value.shape)
+    entry, shape = notebook.entry(value), tuple(value.shape)
     known = entry.real if entry.kind == Kind.PLAIN and value.numel() else None
-    if known is None or not recorder.uniform(known) or not all(size in recorder.fixed for size in shape):
+    if known is None or not notebook.uniform(known) or not all(size in notebook.fixed for size in shape):
         return None
-    dtypes = {str(value.dtype).removeprefix("torch."), *(["native"] if value.dtype == recorder.dtype else [])}
+    dtypes = {str(value.dtype).removeprefix("torch."), *(["native"] if value.dtype == notebook.dtype else [])}
     return Constant(float(known.reshape(-1)[0]), shape, frozenset(dtypes))
 
 
-def _result(recorder: Recorder, value: Any, where: str, output: Tensor | None, shape: tuple[int, ...]) -> Any:
+def _result(notebook: Notebook, value: Any, where: str, output: Tensor | None, shape: tuple[int, ...]) -> Any:
     """One leaf of what the block returns: its output, another tensor, a size of its input, or what is always so."""
     if isinstance(value, Tensor):
         if value is output:
             return Given(where, None, tuple(value.shape), "")
-        entry = recorder.entry(value)
+        entry = notebook.entry(value)
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        if (same := constant(recorder, value)) is not None:
+        if (same := constant(notebook, value)) is not None:
             return same
         if entry.node is not None:
             return Given(where, entry.node, shape, dtype)
         assert entry.real is not None
-        return Given(where, entry.real, shape, dtype, recorder.lineage.of(value))
+        return Given(where, entry.real, shape, dtype, notebook.lineage.of(value))
     if (size := size_of(value, shape)) is not None:
         return size
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, BatchSize) and value.origin is not None:
         held = torch.tensor(int.__index__(value))
-        origin = recorder.lineage.number(value.origin, held.dtype)
+        origin = notebook.lineage.number(value.origin, held.dtype)
         return Given(where, held, (), "int64", origin, number=True)
     what = "number of tokens in Python" if isinstance(value, MARKED) else type(value).__name__
-    raise recorder.object_to(f"it also {'keeps' if output is None else 'returns'} ({where}) a {what}")
+    raise notebook.object_to(f"it also {'keeps' if output is None else 'returns'} ({where}) a {what}")
 
 
-def _choices(recorder: Recorder, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:
+def _choices(notebook: Notebook, output: list[torch.fx.Node], leaves: list[Given]) -> list[Made]:
     """The choices that were made, but for those that only other results than the output came of."""
-    if len(recorder.choices.made()) < 2 or not leaves:
-        return recorder.choices.made()
+    if len(notebook.choices.made()) < 2 or not leaves:
+        return notebook.choices.made()
     beside = _chosen_for(_before([leaf.value for leaf in leaves if _recorded(leaf)]))
     beside |= chosen(leaf.origin for leaf in leaves if leaf.origin is not None)
     beside -= _chosen_for(_before(output))
-    return [choice for choice in recorder.choices.made() if choice not in beside] or recorder.choices.made()
+    return [choice for choice in notebook.choices.made() if choice not in beside] or notebook.choices.made()
 
 
 def _chosen_for(nodes: set[torch.fx.Node]) -> set[Made]:
@@ -199,7 +199,7 @@ def _asked_for(nodes: set[torch.fx.Node], leaves: list[Any]) -> list[Asked]:
     return [source for source in sources(origins) if isinstance(source, Asked)]
 
 
-def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref], made: list[Made]) -> Op:
+def _op(notebook: Notebook, node: torch.fx.Node, index: dict[torch.fx.Node, Ref], made: list[Made]) -> Op:
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
     dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
@@ -207,7 +207,7 @@ def _op(recorder: Recorder, node: torch.fx.Node, index: dict[torch.fx.Node, Ref]
         name = "beside" if node.meta.get("beside") else "input"
         return Op(name, (node.target,), {}, shape, dtype)
     if node.op == "get_attr":
-        const = recorder.consts.get(str(node.target))
+        const = notebook.consts.get(str(node.target))
         if const is None:
             return Op("param", (str(node.target),), {}, shape, dtype)
         return Op("const", (const,), {}, shape, dtype, origin=node.meta.get("origin"))

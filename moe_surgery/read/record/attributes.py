@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dis
 import math
-from collections.abc import Callable, Iterator
-from types import FunctionType
+from collections.abc import Callable
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def kept(
     of a dict must be. What is a ``constant`` is the same after every call; the input's ``shape`` is known in each.
     An object isn't copied for the replacement, which writes to it in every call.
     """
-    read = frozenset(names_read(block)) if changed else frozenset()
+    read = names_read(block) if changed else frozenset()
     modules = {path for path, _ in block.named_modules()}
     tables = {path for path, holder in holders(block) if type(holder) is dict} if changed else set()
     found: Attributes = {}
@@ -87,32 +88,29 @@ def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:
     return frozenset(name for name, those in known.items() if sizes == those)
 
 
-def names_read(block: nn.Module) -> Iterator[str]:
+def names_read(block: nn.Module) -> frozenset[str]:
     """The names of attributes that any code of a block reads, and the texts in it that may be such names."""
-    seen: set[int] = set()
+    codes: set[CodeType] = set()
     for _, holder in holders(block):
         for cls in type(holder).__mro__:
             if cls is nn.Module:
                 break
             for value in vars(cls).values():
                 function = getattr(value, "fget", value)
-                if not isinstance(function, FunctionType) or function.__name__ == "__init__":
-                    continue
-                for other in (function, *functions(function)):
-                    if id(other) not in seen:
-                        seen.add(id(other))
-                        yield from _loads(other.__code__)
-        for function in functions(getattr(holder, "forward", None)):
-            yield from _loads(function.__code__)
+                if isinstance(function, FunctionType) and function.__name__ != "__init__":
+                    codes.update(other.__code__ for other in (function, *functions(function)))
+        codes.update(function.__code__ for function in functions(getattr(holder, "forward", None)))
+    return frozenset().union(*map(_loads, codes))
 
 
-def _loads(code: Any) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if not instruction.opname.startswith("STORE") and isinstance(instruction.argval, str):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if hasattr(constant, "co_code"):
-            yield from _loads(constant)
+@lru_cache(maxsize=4096)
+def _loads(code: CodeType) -> frozenset[str]:
+    found = frozenset(
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if not instruction.opname.startswith("STORE") and isinstance(instruction.argval, str)
+    )
+    return found.union(*(_loads(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
 
 
 def made(value: Any, device: torch.device, native: torch.dtype) -> Any:

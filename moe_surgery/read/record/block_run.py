@@ -21,6 +21,7 @@ from moe_surgery.read.record.eager import eagerly, unscripted
 from moe_surgery.read.record.flow import Flow, Route
 from moe_surgery.read.record.inputs import beside_input, block_input, experts_inputs
 from moe_surgery.read.record.length import marked_lengths
+from moe_surgery.read.record.notebook import Notebook
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.read.record.state import Watch
@@ -57,14 +58,14 @@ def record(
     :class:`Unfollowed` if the block raises an error of its own.
     """
 
-    def inputs(recorder: Recorder, hidden_states: Tensor) -> dict[str, Any]:
-        beside = {c.key: beside_input(recorder, c, shape) for c in calling.companions}
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> dict[str, Any]:
+        beside = {c.key: beside_input(notebook, c, shape) for c in calling.companions}
         if calling.form is not None:
-            recorder.batch |= set(calling.form.sizes(shape))
+            notebook.batch |= set(calling.form.sides(shape[-2]))
         return {"hidden_states": hidden_states, **beside, **(more or {})}
 
-    recorder = partial(Recorder, watch.block, dtype, route, turned, inside)
-    return _recorded(recorder, watch, shape, plain, calling, inputs)
+    notebook = partial(Notebook, watch.block, dtype, route, turned, inside)
+    return _recorded(notebook, watch, shape, plain, calling, inputs)
 
 
 def record_experts(
@@ -79,12 +80,12 @@ def record_experts(
 ) -> Flow:
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
 
-    def inputs(recorder: Recorder, hidden_states: Tensor) -> dict[str, Any]:
-        numbers, weights = experts_inputs(recorder, ids, weights_dtype)
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> dict[str, Any]:
+        numbers, weights = experts_inputs(notebook, ids, weights_dtype)
         return {"hidden_states": hidden_states, "ids": numbers, "weights": weights}
 
-    recorder = partial(Recorder, watch.block, dtype, no_choice)
-    return _recorded(recorder, watch, (len(ids), width), plain, calling, inputs)
+    notebook = partial(Notebook, watch.block, dtype, no_choice)
+    return _recorded(notebook, watch, (len(ids), width), plain, calling, inputs)
 
 
 def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
@@ -105,12 +106,12 @@ def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
     return answers.made(lambda value: value) if isinstance(answers, Structure) else answers
 
 
-_Inputs = Callable[[Recorder, Tensor], dict[str, Any]]
+_Inputs = Callable[[Notebook, Tensor], dict[str, Any]]
 """The tensors that a block is called with, by role, of its input [..., H]."""
 
 
 def _recorded(
-    make: Callable[[], Recorder],
+    make: Callable[[], Notebook],
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
@@ -130,7 +131,7 @@ def _recorded(
 
 
 def _stateless(
-    make: Callable[[], Recorder],
+    make: Callable[[], Notebook],
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
@@ -158,7 +159,7 @@ def _stateless(
 
 
 def _once(
-    recorder: Recorder,
+    notebook: Notebook,
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
@@ -171,29 +172,29 @@ def _once(
     written.give(given or {})
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly(), unscripted(block):
-            tensors = inputs(recorder, block_input(recorder, shape, strided=plain))
-            with marked_lengths(block, own_int), recorder:
+            tensors = inputs(notebook, block_input(notebook, shape, strided=plain))
+            with marked_lengths(block, own_int), Recorder(notebook):
                 arguments = calling.placed(tensors)
-                with Sizes(recorder, marks=not plain):
+                with Sizes(notebook, marks=not plain):
                     output = block(*arguments)
                 output = _as_tokens(calling, output, shape)
         changed = written.changed()
         first = given or {}
         if any(type(value) is Untouched and was_touched(value) for value in first.values()):
             first = {}
-        same = kept(block, changed, partial(constant, recorder), shape, frozenset(first))
-        flow = assembled(recorder, output, shape, same)
+        same = kept(block, changed, partial(constant, notebook), shape, frozenset(first))
+        flow = assembled(notebook, output, shape, same)
     except (Unfollowed, Broken):
         raise
     except Exception as error:
-        if recorder.objections:
-            raise recorder.unreadable() from error
+        if notebook.objections:
+            raise notebook.unreadable() from error
         reason = f"its forward could not be followed: {type(error).__name__}: {error}"
-        raise Unfollowed(reason, len(recorder.graph.nodes)) from error
+        raise Unfollowed(reason, len(notebook.graph.nodes)) from error
     finally:
         names = watch.after()
-    if recorder.objections or recorder.reservations:
-        raise recorder.unreadable()
+    if notebook.objections or notebook.reservations:
+        raise notebook.unreadable()
     known = {f"{path}.{name}".lstrip(".") for path, name in same}
     state = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in known)]
     if state:

@@ -16,7 +16,7 @@ from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
     from moe_surgery.read.record.flow import Route
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
     from moe_surgery.read.record.tensor_entries import Entry
 
 _LOOKS_UP = frozenset(["index", "index_select", "embedding", "gather"])
@@ -65,7 +65,7 @@ class Choices:
         return [choice for choice in self._found if choice.used]
 
 
-def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
+def ranking(notebook: Notebook, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
     """How many an operation takes of the highest, and whether it is of the highest, if its indices are a choice.
 
     That is a top-k; and a maximum or a descending sort, if anything comes of their indices.
@@ -73,14 +73,14 @@ def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int,
     if name == "topk":
         k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
         if dim not in (-1, args[0].ndim - 1):
-            recorder.reservations.append("it ranks along another dimension than the last")
+            notebook.reservations.append("it ranks along another dimension than the last")
             return None
         return k, largest
-    if name not in ("max", "argmax", "sort") or recorder.route is no_choice or not args[0].ndim:
+    if name not in ("max", "argmax", "sort") or notebook.route is no_choice or not args[0].ndim:
         return None
     dim = args[1] if len(args) > 1 else kwargs.get("dim", -1 if name == "sort" else None)
     size = args[0].shape[-1]
-    if dim not in (-1, args[0].ndim - 1) or size in recorder.batch or args[0].ndim < 2:
+    if dim not in (-1, args[0].ndim - 1) or size in notebook.batch or args[0].ndim < 2:
         return None
     if name == "sort":
         descending = args[2] if len(args) > 2 else kwargs.get("descending", False)
@@ -88,33 +88,33 @@ def ranking(recorder: Recorder, name: str, args: Any, kwargs: Any) -> tuple[int,
     return 1, True
 
 
-def choose(recorder: Recorder, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
+def choose(notebook: Notebook, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
     """The numbers of the ``indices`` that ``record`` makes, which choose: how many, and whether the highest."""
     scores: Any = record.args[0]
     shape = scores.meta["val"].shape
     k, largest = ranked
-    ids = recorder.choices.ids(shape[:-1].numel(), shape[-1], k)
-    places = open_places(scores, recorder.consts) if largest else None
+    ids = notebook.choices.ids(shape[:-1].numel(), shape[-1], k)
+    places = open_places(scores, notebook.consts) if largest else None
     if places is not None:
         places = places.reshape(-1, shape[-1])
-        ids = moved_inside(ids, places) if recorder.inside else ids
-        recorder.outside |= not bool(places.gather(1, ids).all())
-    recorder.fixed.update((k, shape[-1]))
-    return _chosen(recorder, record, Made(scores, record, k, ids, largest, record.meta["name"] == "topk"), indices)
+        ids = moved_inside(ids, places) if notebook.inside else ids
+        notebook.outside |= not bool(places.gather(1, ids).all())
+    notebook.fixed.update((k, shape[-1]))
+    return _chosen(notebook, record, Made(scores, record, k, ids, largest, record.meta["name"] == "topk"), indices)
 
 
-def _chosen(recorder: Recorder, record: torch.fx.Node, choice: Made, indices: Tensor) -> Tensor:
+def _chosen(notebook: Notebook, record: torch.fx.Node, choice: Made, indices: Tensor) -> Tensor:
     """The numbers of a ``choice``, in the form of the ``indices`` that ``record`` makes."""
     record.meta["choice"] = choice
     record.meta.setdefault("val", indices)
     real = choice.ids.reshape(indices.shape).to(indices.dtype, copy=True)
-    recorder.lineage.chose(real, choice)
-    entry = recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
-    recorder.choices.add(choice, entry.storage)
+    notebook.lineage.chose(real, choice)
+    entry = notebook.entries.enter(real, None, None, real, Kind.CHOSEN)
+    notebook.choices.add(choice, entry.storage)
     return real
 
 
-def looked_up(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry]) -> bool:
+def looked_up(notebook: Notebook, name: str, args: Any, entries: dict[int, Entry]) -> bool:
     """Whether an operation looks whole numbers up in a table of the block's, by what was chosen or is given to it.
 
     Such numbers are a choice of experts: by token ids, or of those that stand for the experts of a top-k. So is what
@@ -123,8 +123,8 @@ def looked_up(recorder: Recorder, name: str, args: Any, entries: dict[int, Entry
     if name == "remainder":
         given = entries[id(args[0])].node if isinstance(args[0], Tensor) else None
         whole = given is not None and not args[0].is_floating_point() and _given_beside(given)
-        return whole and type(args[1]) is int and args[1] in recorder.counts and recorder.route is not no_choice
-    if name not in _LOOKS_UP or recorder.route is no_choice or args[0].is_floating_point() or not recorder.counts:
+        return whole and type(args[1]) is int and args[1] in notebook.counts and notebook.route is not no_choice
+    if name not in _LOOKS_UP or notebook.route is no_choice or args[0].is_floating_point() or not notebook.counts:
         return False
     table, places = entries[id(args[0])], [entries[id(leaf)] for leaf in tensors(args[1:])]
     if table.node is None or args[0].dtype is torch.bool or not places or not _of_weights(table.node):
@@ -144,28 +144,28 @@ def _given_beside(node: torch.fx.Node) -> bool:
     return all(map(_given_beside, inputs)) if inputs else bool(node.meta.get("beside"))
 
 
-def look_up(recorder: Recorder, record: torch.fx.Node, indices: Tensor) -> Tensor | None:
+def look_up(notebook: Notebook, record: torch.fx.Node, indices: Tensor) -> Tensor | None:
     """The numbers of the ``indices`` that ``record`` looks up; None if they aren't so many for each token."""
-    k, left = divmod(indices.numel(), recorder.tokens)
+    k, left = divmod(indices.numel(), notebook.tokens)
     remains: Any = record.args[1]
-    among: int = remains if record.meta["name"] == "remainder" else recorder.counts[0]
+    among: int = remains if record.meta["name"] == "remainder" else notebook.counts[0]
     if left or not 1 <= k <= among:
         return None
-    ids = recorder.choices.ids(recorder.tokens, among, k)
+    ids = notebook.choices.ids(notebook.tokens, among, k)
     if len(ids) > 1:  # no function of what another choice came to
         ids = torch.cat([ids[:-1], (ids[-1:] + 1) % among])
     table: Any = record.args[0]
     choice = Made(table, record, k, ids, True, used=False, among=among)
-    recorder.fixed.update((k, among))
-    return _chosen(recorder, record, choice, indices)
+    notebook.fixed.update((k, among))
+    return _chosen(notebook, record, choice, indices)
 
 
-def any_places(recorder: Recorder, indices: Tensor, dim: int) -> Tensor:
+def any_places(notebook: Notebook, indices: Tensor, dim: int) -> Tensor:
     """Numbers for the ``indices`` of a top-k that isn't read, so that the code which uses them runs."""
     count = indices.shape[dim]
     real = torch.arange(count).reshape([-1, *[1] * (indices.ndim - 1)]).transpose(0, dim).expand(indices.shape)
     real = real.contiguous()
-    recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
+    notebook.entries.enter(real, None, None, real, Kind.CHOSEN)
     return real
 
 

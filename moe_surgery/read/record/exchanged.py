@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
 
 _CONVERTS = frozenset(["_to_copy", "detach", "alias"])
 
 
-def exchange(recorder: Recorder, name: str, weight: Tensor, data: Tensor) -> None:
+def exchange(notebook: Notebook, name: str, weight: Tensor, data: Tensor) -> None:
     """Take ``data`` for a ``weight`` from here on: what it is in another dtype than the record's.
 
     Where the record has the dtype of the block, the weight would be another one after the call.
     """
-    recorder.paused = True  # a weight that is first met here is no operation of the block's
+    notebook.paused = True  # a weight that is first met here is no operation of the block's
     try:
-        entry, made = recorder.entry(weight), recorder.entry(data)
+        entry, made = notebook.entry(weight), notebook.entry(data)
     finally:
-        recorder.paused = False
+        notebook.paused = False
     source = made.node
     while source is not None and source.meta.get("name") in _CONVERTS:
         source = source.args[0]
-    as_it_is = recorder.dtype != recorder.entries.own or made.symbol().dtype == entry.symbol().dtype
+    as_it_is = notebook.dtype != notebook.entries.own or made.symbol().dtype == entry.symbol().dtype
     if source is None or source is not entry.node or not as_it_is:
-        raise recorder.object_to(f"it exchanges the data of {name} when it is called")
+        raise notebook.object_to(f"it exchanges the data of {name} when it is called")
     entry.node, entry.meta = made.node, made.meta

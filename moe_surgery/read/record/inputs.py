@@ -12,45 +12,45 @@ from moe_surgery.read.record.choices import Made
 from moe_surgery.read.record.known_numbers import Kind
 
 if TYPE_CHECKING:
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
 
 
-def block_input(recorder: Recorder, shape: tuple[int, ...], *, strided: bool) -> Tensor:
+def block_input(notebook: Notebook, shape: tuple[int, ...], *, strided: bool) -> Tensor:
     """The block's input; ``strided`` in its leading dimensions in a record without marks."""
-    tensor = torch.empty(shape, dtype=recorder.dtype, device="meta")
+    tensor = torch.empty(shape, dtype=notebook.dtype, device="meta")
     if strided:
-        tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=recorder.dtype, device="meta")
+        tensor = torch.empty((*shape[-2::-1], shape[-1]), dtype=notebook.dtype, device="meta")
         tensor = tensor.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1)
-    recorder.ledger.plain = strided
-    recorder.tokens = torch.Size(shape[:-1]).numel()
-    recorder.batch = {*shape[:-1], recorder.tokens}
-    entry = recorder.enter(tensor, recorder.graph.placeholder("hidden_states"), tensor)
-    recorder.entries.guarded[entry.storage] = "its input"
+    notebook.ledger.plain = strided
+    notebook.tokens = torch.Size(shape[:-1]).numel()
+    notebook.batch = {*shape[:-1], notebook.tokens}
+    entry = notebook.enter(tensor, notebook.graph.placeholder("hidden_states"), tensor)
+    notebook.entries.guarded[entry.storage] = "its input"
     return tensor
 
 
-def beside_input(recorder: Recorder, companion: Companion, shape: tuple[int, ...]) -> Tensor:
+def beside_input(notebook: Notebook, companion: Companion, shape: tuple[int, ...]) -> Tensor:
     """A tensor beside the block's input, which has that ``shape``."""
-    dtype = recorder.dtype if companion.dtype is None else companion.dtype
+    dtype = notebook.dtype if companion.dtype is None else companion.dtype
     tensor = torch.empty(companion.shape(shape), dtype=dtype, device="meta")
-    node = recorder.graph.placeholder(companion.key)
+    node = notebook.graph.placeholder(companion.key)
     node.meta["beside"] = True
-    entry = recorder.enter(tensor, node, tensor)
-    recorder.entries.guarded[entry.storage] = f"its {companion.name}"
-    recorder.fixed.update(companion.over if isinstance(companion.over, tuple) else ())
+    entry = notebook.enter(tensor, node, tensor)
+    notebook.entries.guarded[entry.storage] = f"its {companion.name}"
+    notebook.fixed.update(companion.over if isinstance(companion.over, tuple) else ())
     return tensor
 
 
-def experts_inputs(recorder: Recorder, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def experts_inputs(notebook: Notebook, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The ids [T, k] and weights [T, k] that a module of experts alone is called with; ids count as chosen."""
     weights = torch.empty(ids.shape, dtype=dtype, device="meta")
-    entry = recorder.enter(weights, recorder.graph.placeholder("weights"), weights)
-    recorder.entries.guarded[entry.storage] = "its weights"
+    entry = notebook.enter(weights, notebook.graph.placeholder("weights"), weights)
+    notebook.entries.guarded[entry.storage] = "its weights"
     real = ids.clone()
-    entry = recorder.entries.enter(real, None, None, real, Kind.CHOSEN)
-    recorder.entries.guarded[entry.storage] = "its ids"
-    recorder.fixed.add(ids.shape[-1])
-    node = recorder.entry(weights).node
+    entry = notebook.entries.enter(real, None, None, real, Kind.CHOSEN)
+    notebook.entries.guarded[entry.storage] = "its ids"
+    notebook.fixed.add(ids.shape[-1])
+    node = notebook.entry(weights).node
     assert node is not None
-    recorder.choices.add(Made(node, node, ids.shape[-1], ids, True), entry.storage)
+    notebook.choices.add(Made(node, node, ids.shape[-1], ids, True), entry.storage)
     return real, weights

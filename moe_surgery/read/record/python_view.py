@@ -19,7 +19,7 @@ from moe_surgery.read.record.over_one_place import as_linear
 from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
 
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -50,57 +50,57 @@ class Sizes(TorchFunctionMode):
     With ``marks`` false sizes are plain integers: for records of another batch size, held against marked ones.
     """
 
-    def __init__(self, recorder: Recorder, marks: bool) -> None:
+    def __init__(self, notebook: Notebook, marks: bool) -> None:
         super().__init__()
-        self.recorder, self.marks = recorder, marks
+        self.notebook, self.marks = notebook, marks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorder, name = self.recorder, getattr(func, "__name__", "")
+        notebook, name = self.notebook, getattr(func, "__name__", "")
         if name == "new_tensor":  # its numbers have nothing to do with the tensor it is asked of
-            kwargs = {"dtype": recorder.entry(args[0]).symbol().dtype, **kwargs}
+            kwargs = {"dtype": notebook.entry(args[0]).symbol().dtype, **kwargs}
             func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
-            own, known = func(*args), recorder.entries.get(args[0])
-            if not recorder.entries.owned(args[0]):
+            own, known = func(*args), notebook.entries.get(args[0])
+            if not notebook.entries.owned(args[0]):
                 return own
-            return recorder.entries.seen_dtype(own) if known is None else known.symbol().dtype
+            return notebook.entries.seen_dtype(own) if known is None else known.symbol().dtype
         if func == _DEVICE:
-            return recorder.entries.device
-        if func == _EXCHANGE and (weight := recorder.entries.owned(args[0])) is not None:
-            return exchange(recorder, weight, *args)
+            return notebook.entries.device
+        if func == _EXCHANGE and (weight := notebook.entries.owned(args[0])) is not None:
+            return exchange(notebook, weight, *args)
         if func in _ON:
-            return recorder.entries.device.type == _ON[func]
+            return notebook.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
-        if not all(map(recorder.entries.knows, operands)):
-            raise recorder.object_to("it uses a tensor that is neither its input nor one of its own weights")
+        if not all(map(notebook.entries.knows, operands)):
+            raise notebook.object_to("it uses a tensor that is neither its input nor one of its own weights")
         if isinstance(into := kwargs.get("out"), Tensor) and args:
             return self._written_to(into, func, args, kwargs)
-        if (mapped := as_linear(name, args, kwargs, recorder.object_to)) is not None:
+        if (mapped := as_linear(name, args, kwargs, notebook.object_to)) is not None:
             return mapped
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._places(args[1]), *args[2:])
         if not self.marks:
             return self._run(func, name, args, kwargs)
-        if name in _READS and operands and not recorder.symbolic(args[0]):
+        if name in _READS and operands and not notebook.symbolic(args[0]):
             return self._read(func, name, args, kwargs)
         if operands and (name in _LAYOUT or func == _NBYTES or name == "__len__") and self._from_batch(args[0]):
             what = {"__len__": "len()", "__get__": "nbytes"}.get(name, name)
-            raise recorder.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
+            raise notebook.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
         if name in ("__getitem__", "__setitem__"):
             self._check_cuts(args[0], args[1])
-        if name.strip("_") in COMPARISONS and operands and not any(map(recorder.symbolic, operands)):
-            args = tuple(recorder.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
+        if name.strip("_") in COMPARISONS and operands and not any(map(notebook.symbolic, operands)):
+            args = tuple(notebook.limit(arg) if isinstance(arg, BatchSize) else arg for arg in args)
         sizes = [leaf for leaf in flat((args, kwargs)) if isinstance(leaf, MARKED)]
-        if sizes and name not in _SHAPERS and any(map(recorder.symbolic, operands)):
+        if sizes and name not in _SHAPERS and any(map(notebook.symbolic, operands)):
             if name.strip("_") not in _SCALES or not all(size.pure and size.of_batch for size in sizes):
-                raise recorder.object_to(_CALCULATES)
-            recorder.scaled = _CALCULATES  # a mean, say, of which no output may come
+                raise notebook.object_to(_CALCULATES)
+            notebook.scaled = _CALCULATES  # a mean, say, of which no output may come
         try:
             # What makes a tensor of them asks for floating-point numbers, to which sizes object.
             result = self._run(func, name, _numbers(args) if name in _TENSORS else args, kwargs)
         finally:
-            recorder.scaled = None
+            notebook.scaled = None
         if name in _SIZES or func == _SHAPE:
             if isinstance(result, torch.Size):
                 return BatchShape(self._sized(args[0], dim, size) for dim, size in enumerate(result))
@@ -108,13 +108,13 @@ class Sizes(TorchFunctionMode):
             return self._sized(args[0], dim % max(args[0].ndim, 1), result) if name == "size" else self._mark(result)
         made = tensors(result) if sizes else []
         if name == "__setitem__" and sizes:
-            if not any(map(recorder.symbolic, operands)):
-                recorder.raise_kind(args[0], Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED)
+            if not any(map(notebook.symbolic, operands)):
+                notebook.raise_kind(args[0], Kind.COUNT if all(size.pure for size in sizes) else Kind.DERIVED)
             return result
         if sizes and not made:
-            raise recorder.object_to(f"it gives the batch size to {name}")
+            raise notebook.object_to(f"it gives the batch size to {name}")
         for tensor in made:
-            if not recorder.symbolic(tensor):
+            if not notebook.symbolic(tensor):
                 self._made_of_sizes(name, args, kwargs, sizes, tensor)
         return result
 
@@ -122,41 +122,41 @@ class Sizes(TorchFunctionMode):
         """The result of a function, which is to be written to ``out``; torch would give that another shape."""
         result = func(*args, **{name: value for name, value in kwargs.items() if name != "out"})
         if not isinstance(result, Tensor) or _SHAPE(result) != _SHAPE(out) or result.dtype != out.dtype:
-            raise self.recorder.object_to(f"{func.__name__} writes to a tensor of another form")
+            raise self.notebook.object_to(f"{func.__name__} writes to a tensor of another form")
         return out.copy_(result)
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Run it; one_hot's own checks of its argument's range are not the block's doing."""
         if name in _MAKERS or (self.marks and name in _VIEWS):  # sizes that the code gives as plain numbers
             plain = {size for size in flat((args, kwargs)) if type(size) is int}
-            self.recorder.fixed.update(plain - self.recorder.batch)
-            self.recorder.mistaken.update(plain & self.recorder.batch - {1})
-        self.recorder.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
+            self.notebook.fixed.update(plain - self.notebook.batch)
+            self.notebook.mistaken.update(plain & self.notebook.batch - {1})
+        self.notebook.lenient = name == "one_hot" and len(args) + len(kwargs) > 1
         by = args[1] if name.strip("_") in DIVISIONS and len(args) > 1 else None
-        self.recorder.by_batch = isinstance(by, BatchSize) and by.pure and by.of_batch
+        self.notebook.by_batch = isinstance(by, BatchSize) and by.pure and by.of_batch
         try:
             return func(*args, **kwargs)
         finally:
-            self.recorder.lenient = self.recorder.by_batch = False
+            self.notebook.lenient = self.notebook.by_batch = False
 
     def _mark(self, size: int, always: bool = False) -> int:
-        if size in self.recorder.fixed and not always:
+        if size in self.notebook.fixed and not always:
             return size
-        return BatchSize.of(size, self.recorder.object_to, branches=self.recorder.branches)
+        return BatchSize.of(size, self.notebook.object_to, branches=self.notebook.branches)
 
     def _sized(self, tensor: Tensor, dim: int, size: int) -> int:
         """A tensor's ``size`` along a dimension, with where it comes from if its numbers are known."""
-        recorder = self.recorder
-        if recorder.symbolic(tensor):
+        notebook = self.notebook
+        if notebook.symbolic(tensor):
             return self._mark(size)
         # Of what was found the number is no other size, though it be one of them here.
-        size = self._mark(size, always=dim == 0 and recorder.lineage.found(tensor))
+        size = self._mark(size, always=dim == 0 and notebook.lineage.found(tensor))
         if isinstance(size, BatchSize):
-            size.origin = recorder.lineage.sized(tensor, dim)
+            size.origin = notebook.lineage.sized(tensor, dim)
         return size
 
     def _from_batch(self, tensor: Tensor) -> bool:
-        return any(size not in self.recorder.fixed for size in tensor.shape)
+        return any(size not in self.notebook.fixed for size in tensor.shape)
 
     def _check_cuts(self, tensor: Tensor, index: Any) -> None:
         """Note plain numbers beyond the end of the batch, which torch silently takes for the end."""
@@ -164,10 +164,10 @@ class Sizes(TorchFunctionMode):
         taken = sum(_dims(item) for item in items)
         dim = 0
         for item in items:
-            if isinstance(item, slice) and dim < tensor.ndim and tensor.shape[dim] not in self.recorder.fixed:
+            if isinstance(item, slice) and dim < tensor.ndim and tensor.shape[dim] not in self.notebook.fixed:
                 for bound in (item.start, item.stop):
                     if type(bound) is int and abs(bound) > tensor.shape[dim]:
-                        self.recorder.ledger.cut(bound, tensor.shape[dim])
+                        self.notebook.ledger.cut(bound, tensor.shape[dim])
             dim += tensor.ndim - taken if item is Ellipsis else _dims(item)
 
     def _places(self, index: Any) -> Any:
@@ -177,7 +177,7 @@ class Sizes(TorchFunctionMode):
         if not isinstance(index, list) or not all(isinstance(place, int) for place in index):
             return index
         places = torch.tensor(index)
-        self.recorder.raise_kind(places, Kind.COUNT)
+        self.notebook.raise_kind(places, Kind.COUNT)
         return places
 
     def _made_of_sizes(
@@ -189,7 +189,7 @@ class Sizes(TorchFunctionMode):
             if not isinstance(fill, MARKED):
                 return
         elif name in ("__getitem__", "narrow", "select", "split", "split_with_sizes"):  # a table cut to the batch
-            if self.recorder.uniform(args[0]):
+            if self.notebook.uniform(args[0]):
                 return
         elif name in _SHAPERS:
             return
@@ -197,39 +197,39 @@ class Sizes(TorchFunctionMode):
             kind = Kind.PLACED
         elif name in _TENSORS:
             listed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.recorder.lineage.listed(result, [getattr(item, "origin", None) for item in listed])
+            self.notebook.lineage.listed(result, [getattr(item, "origin", None) for item in listed])
         elif name not in _NUMBERS:
             kind = Kind.DERIVED
-        self.recorder.raise_kind(result, kind)
+        self.notebook.raise_kind(result, kind)
 
     def _read(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Known numbers on their way to Python."""
-        recorder, tensor = self.recorder, args[0]
-        kind = recorder.kind(tensor)
+        notebook, tensor = self.notebook, args[0]
+        kind = notebook.kind(tensor)
         if kind == Kind.LOAD and name != "__len__":
-            raise recorder.object_to(str(recorder.reason(tensor)))
+            raise notebook.object_to(str(notebook.reason(tensor)))
         if name == "__len__":
-            if tensor.shape and tensor.shape[0] not in recorder.fixed:
-                raise recorder.object_to(f"it asks len() for {LOAD}")
+            if tensor.shape and tensor.shape[0] not in notebook.fixed:
+                raise notebook.object_to(f"it asks len() for {LOAD}")
         elif kind in (Kind.PLAIN, Kind.CHOSEN, Kind.PLACED) and self._from_batch(tensor):
             if kind == Kind.CHOSEN and name == "tolist" and tensor.ndim == 1:
-                return Choices(tensor.tolist(), self._mark, recorder.object_to)
-            raise recorder.object_to("it takes single tokens' numbers to Python, as many as the batch size")
+                return Choices(tensor.tolist(), self._mark, notebook.object_to)
+            raise notebook.object_to("it takes single tokens' numbers to Python, as many as the batch size")
         elif kind >= Kind.COUNT:
             # Numbers of tokens are whole, of whatever dtype they are.
             whole = tensor.dtype is not torch.bool and (kind == Kind.COUNT or not tensor.is_floating_point())
             if not whole or name in ("__int__", "__float__") or (name == "__bool__" and kind == Kind.DERIVED):
-                raise recorder.object_to(f"it makes a plain number of {LOAD}")
+                raise notebook.object_to(f"it makes a plain number of {LOAD}")
             if name != "__bool__":
-                numbers = self._numbers(tensor.tolist(), kind, recorder.lineage.of(tensor))
+                numbers = self._numbers(tensor.tolist(), kind, notebook.lineage.of(tensor))
                 return numbers if name in ("item", "tolist") else np.array(numbers, dtype=object)
         return func(*args, **kwargs)
 
     def _numbers(self, value: Any, kind: Kind, origin: Origin) -> Any:
-        lineage = self.recorder.lineage
+        lineage = self.notebook.lineage
         if isinstance(value, list):
             return [self._numbers(item, kind, lineage.element(origin, place)) for place, item in enumerate(value)]
-        size = BatchSize.of(value, self.recorder.object_to, LOAD, kind == Kind.COUNT)
+        size = BatchSize.of(value, self.notebook.object_to, LOAD, kind == Kind.COUNT)
         size.origin = origin
         return size
 

@@ -15,7 +15,7 @@ from moe_surgery.read.record.known_numbers import Kind
 from moe_surgery.read.record.tensor_entries import Entry, Support
 
 if TYPE_CHECKING:
-    from moe_surgery.read.record.recorder import Recorder
+    from moe_surgery.read.record.notebook import Notebook
 
 # Operations that move elements and do nothing else.
 SHAPED = frozenset("view reshape unsqueeze squeeze expand select slice detach alias t transpose permute clone".split())
@@ -92,28 +92,28 @@ def _scattered(args: Any, entries: dict[int, Entry]) -> Support | None:
 
 
 def asked_of_support(
-    recorder: Recorder, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]
+    notebook: Notebook, func: Any, name: str, args: Any, kwargs: Any, entries: dict[int, Entry]
 ) -> Tensor | None:
     """Where numbers are that were put among zeros, asked of the tensor that they were put in."""
     first = entries.get(id(args[0])) if args else None
     if first is not None and first.support is None and name == "nonzero":
-        return _taken_for_all(recorder, func, args, kwargs, first)
+        return _taken_for_all(notebook, func, args, kwargs, first)
     if first is None or first.support is None:
         return None
     number = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
     as_mask = (name in ("gt", "ne") and number == 0) or (name == "_to_copy" and kwargs.get("dtype") is torch.bool)
     if name != "nonzero" and not as_mask:
         return None
-    recorder.positive.append((first.node, first.support.places))
+    notebook.positive.append((first.node, first.support.places))
     places = first.support.places
     real = places.clone() if as_mask else places.nonzero()
     kind = first.support.kind if as_mask else Kind.COUNT
-    recorder.entries.enter(real, None, None, real, kind)
-    recorder.lineage.asked(real, func, args[1:], kwargs, first.node)
+    notebook.entries.enter(real, None, None, real, kind)
+    notebook.lineage.asked(real, func, args[1:], kwargs, first.node)
     return real
 
 
-def _taken_for_all(recorder: Recorder, func: Any, args: Any, kwargs: Any, asked: Entry) -> Tensor | None:
+def _taken_for_all(notebook: Notebook, func: Any, args: Any, kwargs: Any, asked: Entry) -> Tensor | None:
     """Every place of numbers of which code asks where they are above zero, or other than zero; None if it doesn't."""
     node = asked.node
     if node is not None and node.meta.get("name") in ("gt", "ne") and node.args[1] == 0:
@@ -121,8 +121,8 @@ def _taken_for_all(recorder: Recorder, func: Any, args: Any, kwargs: Any, asked:
     if node is None or asked.meta is None or not node.meta["val"].is_floating_point():
         return None
     places = torch.ones(asked.meta.shape, dtype=torch.bool)
-    recorder.positive.append((node, places))
+    notebook.positive.append((node, places))
     real = places.nonzero()
-    recorder.entries.enter(real, None, None, real, Kind.COUNT)
-    recorder.lineage.asked(real, func, args[1:], kwargs, asked.node)
+    notebook.entries.enter(real, None, None, real, Kind.COUNT)
+    notebook.lineage.asked(real, func, args[1:], kwargs, asked.node)
     return real
