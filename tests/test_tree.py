@@ -197,11 +197,8 @@ def test_experts_that_take_images_are_listed_with_that_reason(name: str, scores_
     assert step.reason == f"it takes channels before places, as {first} does, and no tokens [..., H]"
 
 
-@pytest.mark.parametrize(
-    ("make", "as_told"),
-    [(lambda: PointwiseMLP(), ", as experts.e0.up (Conv1d) does, and"), (lambda: plain.MLP(32, 48), ", and")],
-)
-def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn.Module], as_told: str) -> None:
+@pytest.mark.parametrize("make", [PointwiseMLP, lambda: plain.MLP(32, 48)], ids=["convolutions", "layers"])
+def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn.Module]) -> None:
     class Behind(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,10 +212,11 @@ def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn
             done = sum(expert(t) * dense[:, n, None] for n, expert in enumerate(self.experts.values()))
             return done.view(x.shape[0], -1, 32).transpose(1, 2)
 
-    model = stack(Behind()).eval()
-    assert model.get_submodule("layers.0.mlp")(torch.randn(2, 32, 5)).shape == (2, 32, 5)
-    [step] = moe_surgery.plan(model).steps
-    assert step.reason == f"it takes channels before places{as_told} no tokens [..., H]"
+    model, x = stack(plain.make(Behind)).eval(), torch.randn(2, 32, 5)
+    before = model.get_submodule("layers.0.mlp")(x)
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "replaced", step.reason
+    torch.testing.assert_close(model.get_submodule("layers.0.mlp")(x), before)
 
 
 def test_convolutions_of_which_none_is_chosen_are_no_site() -> None:
@@ -383,9 +381,25 @@ class Grouped(nn.Module):
         return (done.gather(1, ids[..., None].expand(-1, -1, 32)) * weights[..., None]).sum(1).view(x.shape)
 
 
+class Slots(nn.Module):
+    """Experts whose inputs are sums of many tokens, and a token's output one of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(4, 3, 32))
+        self.bank = Model(experts=nn.ModuleList(plain.MLP(32, 48) for _ in range(4)))
+        self.bank.forward = lambda x: torch.stack([each(x[:, n]) for n, each in enumerate(self.bank.experts)], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("bsh,ekh->bsek", x, self.slots)
+        done = self.bank(torch.einsum("bsh,bsek->bekh", x, logits.softmax(1)))
+        return torch.einsum("bekh,bsek->bsh", done, logits.flatten(2).softmax(-1).view(logits.shape))
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
+        (Slots, "it has no top-k"),
         (OfModalities, "it has no top-k: kind, an argument, says which of words, images computes"),
         (BestHeads, "what it takes the best of, scored by score, are heads of attention, which mix tokens"),
         (Grouped, "it convolves over several places, or some of its channels (conv1d)"),
@@ -394,7 +408,7 @@ class Grouped(nn.Module):
             "it has no top-k: which of its experts counts is told by comparing what it computes with a number",
         ),
     ],
-    ids=["an argument", "heads", "groups", "a threshold"],
+    ids=["slots", "an argument", "heads", "groups", "a threshold"],
 )
 def test_what_else_chooses_among_experts_is_listed(module: Callable[[], nn.Module], reason: str) -> None:
     [step] = moe_surgery.plan(stack(module()).eval()).steps

@@ -219,6 +219,8 @@ def _block_path(
                 break
             if _scores(modules[outer], count, (inside,), over_places):
                 return _around_gathering(modules, outer)
+            if bank and any(p.ndim == 3 and len(p) == count for p in modules[outer].parameters(recurse=False)):
+                return outer  # slots of each expert, which take some of every token
     if not certain:
         return None
     parent = path.rpartition(".")[0]

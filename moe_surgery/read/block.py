@@ -245,7 +245,8 @@ def _in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading
     Raises :class:`Unreadable` where it takes them in one, and can be read in none.
     """
     cause, convolutions = error.__cause__, nn.modules.conv._ConvNd
-    if ask.calling.form is not None or cause is None or isinstance(cause, (TypeError, AttributeError)):
+    of_shapes = error.answered if cause is None else not isinstance(cause, (TypeError, AttributeError))
+    if ask.calling.form is not None or not of_shapes:
         return None
     if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
         return None  # places are mixed, and no form makes tokens of them
@@ -281,12 +282,10 @@ def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -
                 continue
             problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
             raise Unfollowed(problem, error.operations) from error
-    if _takes_channels_first(ask, state, surely=True):
-        raise Unfollowed("it takes channels before places, and no tokens [..., H]", error.operations) from error
 
 
-def _takes_channels_first(ask: Asking, state: dict[str, Tensor], surely: bool = False) -> bool:
-    """Whether a block takes channels before places, of however many places; ``surely`` if it does the same to each."""
+def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
+    """Whether a block takes channels before places, of however many places."""
     for width in hidden_sizes(state):
         try:
             for places in FEW:
@@ -294,7 +293,7 @@ def _takes_channels_first(ask: Asking, state: dict[str, Tensor], surely: bool = 
         except Unfollowed:
             continue
         except Unreadable:  # for another reason than its shape
-            return not surely
+            return True
         return True
     return False
 

@@ -653,6 +653,18 @@ class WithoutSomeExperts(Base):
         return self.logits(x).masked_fill(self.dropped, -torch.inf).softmax(-1).topk(self.top_k, dim=-1)
 
 
+@block(ROUTERS)
+class FavoursSomeExperts(Base):
+    """It writes to a part of a part of what it adds to its logits."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        more = torch.zeros_like(logits)
+        more[:, 2:][:, ::3] = 0.25
+        more[:, 1].add_(0.5)
+        return logits + more
+
+
 @block(ROUTERS, "treats tokens or batches differently")
 class FirstOfEachHalf(Base):
     """Each half of its experts has a choice of its own, which no one split of the block can give."""
@@ -873,6 +885,29 @@ class SecondAndThird(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.logits(x).softmax(-1).topk(self.top_k + 1, dim=-1)
         return best[:, 1:], ids[:, 1:]
+
+
+@block(VALUE)
+class FirstOfTwoWithoutWeight(Base):
+    """Two are chosen, and one of them computes alone."""
+
+    place = 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        ids, out = self.logits(x).softmax(-1).topk(2, dim=-1)[1], torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows = ids[:, self.place] == number
+            if rows.any():
+                out[rows] = self.expert(number, x[rows])
+        return out.reshape(hidden_states.shape)
+
+    def make_shared(self) -> None: ...
+
+
+@block(VALUE, "elsewhere another")
+class SecondOfTwoWithoutWeight(FirstOfTwoWithoutWeight):
+    place = 1
 
 
 @block(VALUE)
