@@ -20,7 +20,7 @@ from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
 from moe_surgery.read.parse.rounding import Rounding
 from moe_surgery.read.parse.successive import joined
-from moe_surgery.read.parse.token_output import TokenParser, TokenRead
+from moe_surgery.read.parse.token_output import TokenParser, TokenRead, Unweighted
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Outside, Silent, Unreadable
 from moe_surgery.read.record.attributes import Attributes
@@ -162,10 +162,19 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
     parsers: list[TokenParser] = []
     tokens: tuple[TokenRead, ...] = ()
+    first = False  # whether the first of several that are chosen computes alone, without a weight
     for number, term in enumerate(output.lead.reshape(-1)):
-        ranked = [seen[number] for seen in rankings]
-        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given, ones))
-        tokens += (parsers[-1].parse(term),)
+        about = terms.token(number, size), native, terms, [seen[number] for seen in rankings], given, ones
+        try:
+            parser = TokenParser(*about, first)
+            token = parser.parse(term)
+        except Unweighted:
+            if number:
+                raise
+            parser, first = TokenParser(*about, True), True
+            token = parser.parse(term)
+        parsers.append(parser)
+        tokens += (token,)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")

@@ -135,6 +135,16 @@ class WithLoads(Base):
 
 
 @block(RESULTS)
+class WithItsExpectedLoad(Base):
+    """How many tokens each expert, and each of three, would get: parts of a number of tokens."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        tokens = hidden_states.reshape(-1, self.hidden).shape[0]
+        expected = {"each": tokens * self.top_k / self.num_experts, "of three": tokens / 3, "half": 0.5}
+        return super().forward(hidden_states), expected
+
+
+@block(RESULTS)
 class WithMeanOfLogits(Base):
     def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), self.logits(hidden_states).mean()

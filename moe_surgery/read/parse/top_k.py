@@ -42,7 +42,7 @@ class Rankings:
 
     @property
     def only(self) -> Ranking | None:
-        """The only one that there is."""
+        """The only one that there is, of whichever number of experts."""
         return self._rankings[0] if len(self._rankings) == len(self.whole) == 1 else None
 
     @property
