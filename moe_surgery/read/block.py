@@ -37,6 +37,7 @@ from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.split import Splitting
 from moe_surgery.read.together import (
+    adds_inputs,
     check_identities,
     experts_spec,
     layout_of,
@@ -44,6 +45,7 @@ from moe_surgery.read.together import (
     router_spec,
     same_experts,
     shared_spec,
+    with_inputs,
 )
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
@@ -209,6 +211,9 @@ def _read(
         own_rest=cut is not None and cut.routed is not None,
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
+    if adds_inputs(experts):
+        assert program is not None  # where it has a router of its own, its experts are none of these
+        spec, program = with_inputs(spec), program.with_one_more(router.num_experts)
     spare = frozenset(state).difference(*(record_.used for record_ in made))
     absent = any(a.role == "fixed" and not a.many and a.default is None for a in calling.arguments)
     if "training" not in names_read(block) and not absent:

@@ -109,7 +109,7 @@ class TokenParser:
                 if weight.slot in slots:
                     if without is not None:
                         raise Unweighted(_UNWEIGHTED)
-                    raise Unreadable(f"routing weight {weight.slot} is used more than once")
+                    mlp = self._with_its_input(slots[weight.slot], mlp, weight.slot)
                 slots[weight.slot] = mlp
                 on_input.add(applied)
             weights.add(replace(weight, slot=0))
@@ -134,6 +134,13 @@ class TokenParser:
             slots[slot] = replace(slots[slot], pieces=replace(slots[slot].pieces, down_bias=bias))
         order = self._order(slots, weight.read)
         return TokenRead(weight.read, weight.precisions, order, *beside, on_input.pop())
+
+    def _with_its_input(self, one: MLPRead, other: MLPRead, slot: int) -> MLPRead:
+        """What an expert is of which a token's output has two summands of one weight: what it makes, and its input."""
+        made = other if one.identity else one
+        if not self.given or one.identity == other.identity or made.residual:
+            raise Unreadable(f"routing weight {slot} is used more than once")
+        return replace(made, residual=True)
 
     def _by_choice(self, product: list[Term]) -> list[Term]:
         return [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
