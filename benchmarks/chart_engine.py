@@ -13,7 +13,7 @@ _SCALE = 3.0
 
 def draw(result: dict[str, Any]) -> str:
     """Bars of the ratios of medians, with a line over what eight in ten turns' ratios lie within."""
-    rows = [row for row in result["rows"] if row["impl"] != "without"]
+    rows = [row for row in result["rows"] if row["impl"] != "without" and row["mode"] != "startup"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         size = f"{row['sequences']} sequences" if row["mode"] == "decode" else f"{row['tokens']} tokens"

@@ -3,11 +3,12 @@
     python benchmarks/engine.py [--layers 20] [--model FOLDER]
 
 The model is the example naive_talker, at the published size of Qwen3-Omni's talker, with random weights: vLLM's
-Qwen3-MoE, to which a shared expert was added by hand. Three engines stand at the same time, each in a process of its
-own with a folder of its own for compiled graphs; every block of two of them was replaced and proven. They are asked in
-turns, without, vllm, folded, without, … "device" is the time between CUDA events around the model's forward, which is
-the device's own where a step is one graph; "wall" is that of a whole engine step. Writes
-results/<machine>-engine.json, and a chart of it.
+Qwen3-MoE, to which a shared expert was added by hand. Three engines start one after the other, each in a process of its
+own with a folder of its own for compiled graphs and one for Triton's kernels; every block of two of them is replaced
+and proven. How long each start took, and surgery in it, are rows of the mode "startup"; one more start, with the
+kernels compiled before, is for that alone. Then all three are asked in turns, without, vllm, folded, without, …
+"device" is the time between CUDA events around the model's forward, which is the device's own where a step is one
+graph; "wall" is that of a whole engine step. Writes results/<machine>-engine.json, and a chart of it.
 """
 
 from __future__ import annotations
@@ -40,20 +41,33 @@ IMPLS = ("without", "vllm", "folded")
 DECODE, PREFILL = (1, 8, 32, 128), (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-def started(arguments: argparse.Namespace, folder: Path, ends: ExitStack) -> dict[str, Engine]:
-    """The engines, and on stdout what surgery did in each."""
+def started(arguments: argparse.Namespace, folder: Path, ends: ExitStack) -> tuple[dict[str, Engine], list[Any]]:
+    """The engines, started one after the other, each with nothing in Triton's cache, and a row of each start.
+
+    Where this library's kernels are among them, another engine starts with these in the cache, and ends again.
+    """
     job = Job(str(arguments.model), DECODE, PREFILL, packs=("qwen3-omni",), dtype="bfloat16", prove=arguments.prove)
     engines: dict[str, Engine] = {}
-    begun = time.monotonic()
-    for impl in arguments.impls:
-        run = None if impl == "without" else str(folder / f"{impl}-run")
-        engines[impl] = Engine(replace(job, run=run, target="auto" if run is None else impl), folder / impl)
-        ends.callback(engines[impl].end)
-    for impl, engine in engines.items():
+    found = []
+    again = [("folded", "warm")] if "folded" in arguments.impls else []
+    for impl, cache in [*((impl, "cold") for impl in arguments.impls), *again]:
+        name = f"{impl}-{cache}"
+        run = None if impl == "without" else str(folder / f"{name}-run")
+        os.environ["TRITON_CACHE_DIR"] = str(folder / f"{impl}-triton")
+        begun = time.monotonic()
+        engine = Engine(replace(job, run=run, target="auto" if run is None else impl), folder / name)
+        ends.callback(engine.end)
         report = engine.report()
+        row = {"impl": impl, "mode": "startup", "cache": cache, "start_seconds": round(time.monotonic() - begun, 1)}
         said = "" if report is None else f", {surgery(impl, report)}"
-        print(f"{impl}: ready after {time.monotonic() - begun:.0f} s{said}", flush=True)
-    return engines
+        row["surgery_seconds"] = None if report is None else report["seconds"]
+        print(f"{impl}, {cache}: ready after {row['start_seconds']} s{said}", flush=True)
+        found.append(row)
+        if cache == "cold":
+            engines[impl] = engine
+        else:
+            engine.end()
+    return engines, found
 
 
 def surgery(impl: str, report: dict[str, Any]) -> str:
@@ -105,7 +119,8 @@ def main() -> None:
         arguments.model = arguments.model or folder / "model"
         if not arguments.model.exists():
             write(arguments.model, arguments.layers)
-        found = rows(started(arguments, folder, ends))
+        engines, found = started(arguments, folder, ends)
+        found += rows(engines)
     result = {**describe(), "command": command(), "layers": arguments.layers, "rows": found}
     arguments.out.mkdir(exist_ok=True)
     path = arguments.out / f"{machine_name()}-engine.json"

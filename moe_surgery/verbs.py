@@ -142,7 +142,8 @@ def apply(
         seed: Of the tokens that blocks are asked about.
         on_progress: Called with the blocks done, those there are, and the path of the one at hand.
         model_check: Whether the whole model, or what parts of it take a few made-up token ids, runs before and after
-            and must do the same; or the arguments to call it with.
+            and must do the same; or the arguments to call it with. Without, a block that the model gives a mask refuses
+            its first call, since it was read without one.
         **as_plan: ``packs``, ``target``, ``only``, ``skip``, ``expect`` and ``strict``, as for ``plan``.
 
     Returns:
@@ -176,6 +177,7 @@ def verify(
     margin: float = 5.0,
     seed: int = 0,
     on_progress: Progress | None = None,
+    model_check: bool | Mapping[str, Any] = True,
     **as_plan: Any,
 ) -> Report:
     """The proof alone: every block is built and measured, the model is left as it was.
@@ -186,6 +188,8 @@ def verify(
         margin: How many times as far from the reference as the new block every mutant must be.
         seed: Of the tokens that blocks are asked about.
         on_progress: Called with the blocks done, those there are, and the path of the one at hand.
+        model_check: As for ``apply``, but the model runs once only, to see what it gives its blocks: one that gets a
+            mask is proven with it.
         **as_plan: ``packs``, ``target``, ``only``, ``skip``, ``expect`` and ``strict``, as for ``plan``; with a
             name, ``trust_remote_code`` too.
 
@@ -209,7 +213,7 @@ def verify(
 
         model = load_model(str(model), trust_remote_code=as_plan.pop("trust_remote_code", False)).module
     expect, strict = as_plan.get("expect"), bool(as_plan.get("strict"))
-    settings = Settings(margin, seed, True, on_progress, False, expect, strict)
+    settings = Settings(margin, seed, True, on_progress, model_check, expect, strict)
     subject = Subject.of(model)
     with KernelsAhead(subject.module) as kernels:
         return _operation(subject, plan, settings, as_plan, kernels).verify()

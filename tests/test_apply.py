@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -277,6 +278,11 @@ def test_strict_names_the_first_miss() -> None:
         moe_surgery.plan(model, target="reference", strict=True)
 
 
+def test_a_model_without_parameters_has_nothing_to_replace() -> None:
+    for verb in (moe_surgery.apply, moe_surgery.verify):
+        assert verb(nn.Sequential(nn.ReLU()).eval()).steps == ()
+
+
 def test_a_model_in_training_mode_is_refused() -> None:
     report = moe_surgery.apply(tiny().train(), target="reference")
     assert len(report.refused) == 3 and "training mode" in report.refused[0].reason
@@ -367,6 +373,13 @@ def test_apply_takes_a_live_model_with_weights() -> None:
         empty = Qwen2MoeForCausalLM(tiny().config).eval()
     with pytest.raises(UsageError, match="meta"):
         moe_surgery.apply(empty, target="reference")
+
+
+def test_under_a_mode_that_changes_operations_nothing_is_read() -> None:
+    model = tiny(1)
+    with FakeTensorMode():
+        [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "missed" and step.reason.startswith("FakeTensorMode is active")
 
 
 def test_what_the_caller_has_as_defaults_is_no_matter() -> None:

@@ -13,6 +13,8 @@ from audit_families import FAULTS, Audited, Case, audits
 from engine_examples import Run, environment, run_all
 from hanging import HANG
 from own_models import ARIA, write
+from own_process import run_apart
+from test_documents import ROOT, fenced
 
 import moe_surgery
 from moe_surgery.errors import UsageError
@@ -63,6 +65,15 @@ def test_a_broken_layer_is_wrong_and_its_fault_named(audited: Mapping[str, Audit
     assert site["reason"].startswith(f"{fault}: it is ")
     assert audited[fault].receipt is not None
     assert (audited[fault].receipt["outcome"], audited[fault].receipt["exit_code"]) == ("audited", 12)
+
+
+@pytest.mark.slow
+def test_the_library_audits_as_the_page_says(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    (block,) = fenced(ROOT / "docs" / "audit.md", "python")
+    more = "max_model_len=256, kv_cache_memory_bytes=1 << 26, skip_tokenizer_init=True, enforce_eager=True"
+    code = block.replace("vllm.LLM(...)", f"vllm.LLM({str(folders['mixtral'])!r}, {more})")
+    code += "    assert [(told.outcome, told.exit_code) for told in handle.receipts()] == [('audited', 0)]\n"
+    run_apart(exec, code, env=environment(tmp_path), log=tmp_path / "log.txt", seconds=HANG)
 
 
 @pytest.mark.slow

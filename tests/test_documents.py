@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import typer.main
 
 from moe_surgery.cli import exits
 from moe_surgery.cli.app import app
+from moe_surgery.packs import registry
 from moe_surgery.packs.file import parse_pack
 
 ROOT = Path(__file__).parent.parent
@@ -75,9 +77,25 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(listed)
 
 
-def test_the_pack_that_is_printed_can_be_read() -> None:
-    pack = parse_pack(fenced(ROOT / "docs" / "packs.md", "toml")[0].encode(), "docs/packs.md")
-    assert pack.rules
+TRIED = {
+    "README.md": ["python", "python"],  # below
+    "docs/audit.md": ["python"],  # test_audit.py
+    "docs/packs.md": ["toml", "toml"],  # below
+}
+"""The fenced blocks that tests try, by their languages, but for write-a-pack.md's, which has a test of its own."""
+
+
+def test_every_fenced_block_is_tried() -> None:
+    pages = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+    found = {name: re.findall(r"^ *```(\S*).*\n(?:.*\n)*? *```$", text, re.MULTILINE) for name, text in pages.items()}
+    del found["docs/write-a-pack.md"]
+    assert {name: languages for name, languages in found.items() if languages} == TRIED
+
+
+def test_what_is_printed_of_packs_can_be_read() -> None:
+    pack, project = fenced(ROOT / "docs" / "packs.md", "toml")
+    assert parse_pack(pack.encode(), "docs/packs.md").rules
+    assert list(tomllib.loads(project)["project"]["entry-points"]) == [registry.GROUP]
 
 
 def test_the_table_of_served_engines_is_that_of_the_recorded_runs() -> None:

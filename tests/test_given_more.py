@@ -121,6 +121,20 @@ def test_a_mask_that_the_model_gives_goes_where_it_went(kind: type[Any], dtype: 
             model.mlp(X, told(X).to(dtype), 2.0)
 
 
+def test_the_proof_alone_is_of_the_block_with_its_mask_too() -> None:
+    model = Model(MayBeMasked, lambda x: {"attention_mask": told(x)})
+    before = dict(model.named_modules())
+    report = moe_surgery.verify(model, target="reference", model_check={"x": X})
+    [step] = report.steps
+    assert step.outcome == "replaced" and step.verdict.passed and step.spec.router.own
+    assert report.model_check is None and dict(model.named_modules()) == before
+    [without] = moe_surgery.verify(model, target="reference", model_check=False).steps
+    assert not without.spec.router.own
+    odd = Model(Rows, lambda x: {"attention_mask": told(x)[:, 0]})
+    [refused] = moe_surgery.verify(odd, target="reference", model_check={"x": X}).steps
+    assert refused.outcome == "refused" and "attention_mask" in refused.reason
+
+
 def test_a_block_that_gets_no_mask_is_read_without_one() -> None:
     model = Model(MayBeMasked, lambda x: {})
     plan = moe_surgery.plan(model, target="reference")

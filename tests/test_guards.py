@@ -193,6 +193,56 @@ def test_offloaded_weights_are_called_so() -> None:
         moe_surgery.apply(model)
 
 
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+def test_offloading_afterwards_is_refused_and_undo_still_works(
+    offload: Callable[..., Any], operated: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, report = operated
+    with torch.no_grad():
+        wanted = tiny(2)(IDS).logits
+    more = [tmp_path] if offload is accelerate.disk_offload else []
+    with pytest.raises(SurgeryError, match=r"layers\.0\.mlp: accelerate's AlignDevicesHook would move the weights"):
+        offload(model, *more, execution_device=torch.device("cpu"))
+    moe_surgery.undo(report)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, wanted)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.model(ids, use_cache=False).logits
+
+
+def test_a_trace_that_would_hold_for_one_input_is_refused(operated: tuple[Any, Any]) -> None:
+    model, report = operated
+    with torch.no_grad(), pytest.raises(SurgeryError, match=r"can't be traced by torch\.jit"):
+        torch.jit.trace(Logits(model).eval(), (IDS,))
+    moe_surgery.undo(report)
+    with torch.no_grad():
+        torch.jit.trace(Logits(model).eval(), (IDS,))
+
+
+def test_an_exported_model_computes_the_same() -> None:
+    model = tiny(2)
+    moe_surgery.apply(model, model_check=False)
+    with torch.no_grad():
+        exported = torch.export.export(Logits(model).eval(), (IDS,))
+        assert torch.equal(exported.module()(IDS.flip(1)), model(IDS.flip(1)).logits)
+
+
+def test_inputs_may_still_be_moved_afterwards(operated: tuple[Any, Any]) -> None:
+    model, _ = operated
+    with torch.no_grad():
+        before = model(IDS).logits
+        accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True, main_device="cpu")
+        assert torch.equal(model(IDS).logits, before)
+
+
 def test_the_guards_of_somebody_else_come_back() -> None:
     model = tiny(2)
     calls: list[nn.Module] = []

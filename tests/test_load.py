@@ -425,7 +425,7 @@ def test_hub_id_from_the_local_cache(write_tiny: WriteTiny, tmp_path: Path, monk
     opened = load_model("some/tiny")
     assert opened.name == "some/tiny"
     assert type(opened.module).__name__ == "Qwen2MoeForCausalLM"
-    with pytest.raises(ModelError, match="some/other: no such directory, and not to be had from the hub"):
+    with pytest.raises(ModelError, match="some/other: no such directory, and it can't be fetched from the hub"):
         open_meta("some/other")
 
 

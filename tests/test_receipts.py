@@ -166,7 +166,7 @@ def test_a_folder_is_that_of_one_run_at_a_time(tmp_path: Path) -> None:
     script += "; print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"1\n"
-        with pytest.raises(UsageError, match=f"is that of a run which goes on, of process {other.pid}; give another"):
+        with pytest.raises(UsageError, match=f"belongs to a run that still goes on, process {other.pid}; give another"):
             new_run(tmp_path)
         other.communicate(timeout=HANG)
     assert new_run(tmp_path) == new_run(tmp_path) == tmp_path  # which is over, and this process's own
@@ -330,6 +330,8 @@ def test_the_command_shows_reports_that_differ(tmp_path: Path, applied: Report) 
 
 
 def test_the_command_ends_as_the_check_does(tmp_path: Path) -> None:
+    assert "not the folder of a run: no receipts are in it" in call(tmp_path, exit_code=2).stderr
+    new_run(tmp_path)
     assert "no process loaded a model" in call(tmp_path, exit_code=15).stderr
     write(tmp_path, replace(ONE, outcome="failed", error="one\nreason", exit_code=12))
     result = call(tmp_path, exit_code=12)

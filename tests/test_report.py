@@ -163,6 +163,19 @@ def test_proofs_that_failed_are_one_row_with_the_worst_reason() -> None:
     assert found[0].reason == "proof failed: margin 1.2 is below 5"
 
 
+def test_what_cant_be_proven_for_different_reasons_is_in_different_rows() -> None:
+    def silent(layer: int, reason: str) -> Step:
+        found = replace(verdict(0.02, 0.0, passed=False), powerless=True)
+        return talker(layer, outcome="refused", reason=f"can't be proven: {reason}", verdict=found)
+
+    whys = ["expert 3 is dead (1.0 of 5)", "w2 isn't finite", "expert 11 is dead (1e-7 of 5)"]
+    found = rows(report([silent(layer, why) for layer, why in enumerate(whys)]))
+    assert [(row.reason, len(row.sites)) for row in found] == [
+        (f"can't be proven: {whys[0]}", 2),
+        (f"can't be proven: {whys[1]}", 1),
+    ]
+
+
 def test_different_reasons_are_different_rows() -> None:
     steps = [
         thinker(i, outcome="refused", reason=reason, verdict=None) for i, reason in enumerate([WIDTH, NORM, WIDTH])

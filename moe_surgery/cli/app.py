@@ -49,7 +49,7 @@ from moe_surgery.cli.packs_commands import packs
 app = typer.Typer(
     name="moe-surgery",
     cls=Group,
-    help="Replace the sparse-MoE blocks of a model by fused ones, and prove that each computes the same.",
+    help="Replace the sparse-MoE blocks of a model with fused ones, and prove that each computes the same.",
     epilog=exits.epilog(),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -77,7 +77,7 @@ def _main(
 
 @command(app, "scan")
 def scan(model: Model, trust: Trust, output: Output) -> None:
-    """List every MoE-looking site of MODEL and what is known of it. Needs no weights."""
+    """List every site in MODEL that looks like an MoE block, and what is known of it. Needs no weights."""
     run(output, lambda screen: scan_plan_explain.scan(screen, model, trust))
 
 
@@ -89,11 +89,11 @@ def plan(
     trust: Trust,
     output: Output,
     save: Save = None,
-    check: Annotated[bool, typer.Option("--check", help="End with 10 if the plan would change anything.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 10 if the plan would change anything.")] = False,
     svg: Svg = None,
     html: Html = None,
 ) -> None:
-    """Say what apply would do to MODEL, and why. Needs no weights, touches nothing."""
+    """Say what apply would do to MODEL, and why. Needs no weights, changes nothing."""
     run(
         output,
         lambda screen: scan_plan_explain.plan(
@@ -127,7 +127,7 @@ def apply(
     prompt: Prompt = None,
     new_tokens: NewTokens = 16,
     no_undo: Annotated[
-        bool, typer.Option("--no-undo", help="Give originals up one by one: less memory, and no timing.")
+        bool, typer.Option("--no-undo", help="Drop each original once it is replaced: less memory, no undo, no timing.")
     ] = False,
     no_model_check: Annotated[
         bool, typer.Option("--no-model-check", help="Don't run the whole model on a few tokens, before and after.")
@@ -135,7 +135,7 @@ def apply(
     svg: Svg = None,
     html: Html = None,
 ) -> None:
-    """Load MODEL, replace its MoE blocks, prove each, and report."""
+    """Load MODEL, replace its MoE blocks, prove each, and report: a rehearsal, of which nothing is kept."""
     job = apply_verify.Job(
         model,
         choice,
@@ -164,7 +164,7 @@ def verify(
     svg: Svg = None,
     html: Html = None,
 ) -> None:
-    """Do the proof of apply alone: MODEL is loaded, each block is built, compared and given up again."""
+    """Run only the proof: load MODEL, build each block, compare it, and throw it away again."""
     job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     run(output, lambda screen: apply_verify.verify(screen, job))
 
@@ -186,7 +186,7 @@ def bench(
     svg: Svg = None,
     html: Html = None,
 ) -> None:
-    """Time the steps of MODEL, and each kind of its MoE blocks, before and after; then put it back."""
+    """Time the steps of MODEL and each kind of its MoE blocks, old against new; then put the model back."""
     job = apply_verify.Job(model, choice, loading, proof, trust, svg=svg, html=html)
     times = benchmark.Times(tuple(tokens or (1, 8, 64, 512)), tuple(batch or (1, 8)))
     if engine:
@@ -230,7 +230,7 @@ def audit_command(
     html: Html = None,
     folder: RunFolder = None,
 ) -> None:
-    """Start COMMAND and hold every MoE layer that its engines build against the checkpoint; replace nothing."""
+    """Start COMMAND and check every MoE layer that its engines build against the checkpoint; replace nothing."""
     job = run_report.Launch(tuple(words), None, None, "sample", on_failure.value, "auto", folder, True, html)
     run(output, lambda screen: run_report.launch(screen, job), shared=True)
 
@@ -255,9 +255,9 @@ def diff(
     new: Annotated[Path, typer.Argument(metavar="B", help="Another of the kind.", show_default=False)],
     output: Output,
 ) -> None:
-    """Say which sites of two plans, reports or runs differ, and in what; end with 10 if any does.
+    """Show which sites differ between two plans, reports or runs, and how; exit with 10 if any does.
 
-    Margins differ by a factor of 2 or more, speeds by more than their spreads.
+    Margins count as different if a factor of 2 or more lies between them, speeds if more than their spreads.
     """
     run(output, lambda screen: difference.diff(screen, old, new))
 
@@ -272,11 +272,12 @@ def tune_command(
         float, typer.Option("--seconds", metavar="S", min=1, help="How long to look, for each shape.")
     ] = 300.0,
     ranks: Annotated[
-        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="For what each of N ranks holds.")
+        int,
+        typer.Option("--tensor-parallel", metavar="N", min=1, help="Tune for the share that each of N ranks holds."),
     ] = 1,
-    dtype: Annotated[DType, typer.Option("--dtype", help="For weights in this dtype.")] = DType.auto,
+    dtype: Annotated[DType, typer.Option("--dtype", help="Tune for weights in this dtype.")] = DType.auto,
     e4m3: Annotated[
-        bool, typer.Option("--e4m3", help="For experts in FP8 with a scale for each block, as engines fold them.")
+        bool, typer.Option("--e4m3", help="Tune for experts in FP8 with a scale for each block, as engines fold them.")
     ] = False,
 ) -> None:
     """Find the fastest tile sizes for MODEL's blocks on this machine's GPU; they are used from then on.

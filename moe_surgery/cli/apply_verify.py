@@ -32,6 +32,7 @@ _NEXT = (
     "this was a rehearsal, of which nothing is kept; to use the new blocks: moe_surgery.apply(model) in your program, "
     "moe_surgery.install() before it loads, or moe-surgery run -- COMMAND"
 )
+_ALONE = "experts behind a router of the model's own are not timed by themselves; moe-surgery bench times whole steps"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def apply(screen: Screen, job: Job) -> int:
     failed = not tokens.finite or (not tokens.equal and rounded is None)
     report = _with_load(report, loaded).but(model=name, exit_code=exits.UNPROVEN if failed else report.exit_code)
     notes = [("speed", speed.sentence()) for speed in speeds]
+    if any(step.spec is not None and step.spec.at == "experts" for step in report.replaced):
+        notes.append(("speed", _ALONE))
     notes += [("tokens", line) for line in tokens.sentences()]
     if report.replaced:
         notes.append(("next", _NEXT))

@@ -19,13 +19,15 @@ from moe_surgery.cli.examples import epilog
 
 
 class _Plain:
-    """Help in which a flag without a value shows no column for one."""
+    """Help in which neither a flag without a value nor an argument shows a column for its type."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in found:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = parameter.metavar or " "
+            if parameter.param_type_name == "argument":  # its own name says what it is
+                parameter.display_type_rich = lambda ctx: None
         return found
 
 

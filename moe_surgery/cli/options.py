@@ -63,7 +63,7 @@ Svg = Annotated[
 ]
 
 Html = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a page.", show_default=False)
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as a web page.", show_default=False)
 ]
 Words = Annotated[
     list[str], typer.Argument(metavar="-- COMMAND…", help="What to start, with its arguments.", show_default=False)
@@ -86,7 +86,7 @@ Prompt = Annotated[
     typer.Option(
         "--prompt",
         metavar="TEXT",
-        help="The same from text; the model must have its tokenizer.",
+        help="The same from text, if the model comes with a tokenizer.",
         show_default=False,
     ),
 ]
@@ -98,7 +98,7 @@ BenchTokens = Annotated[
         metavar="N",
         min=1,
         max=1 << 20,
-        help="Tokens of a call of a block, and of a prefill if it's above 1; repeatable.",
+        help="Tokens per call of a block, and per prefill if above 1; repeatable.",
         show_default="1, 8, 64, 512",
     ),
 ]
@@ -116,7 +116,7 @@ Batch = Annotated[
 TuneTokens = Annotated[
     list[int] | None,
     typer.Option(
-        "--tokens", metavar="N", min=1, help="For N tokens; repeatable.", show_default="powers of two to 8192"
+        "--tokens", metavar="N", min=1, help="Tune for N tokens; repeatable.", show_default="powers of two to 8192"
     ),
 ]
 
@@ -134,9 +134,7 @@ class Output:
     ] = None
     color: Annotated[Color, typer.Option("--color", help="When to colour; auto honours NO_COLOR.")] = Color.auto
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress on stderr.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and on stdout the last line alone.")] = (
-        False
-    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and only the last line on stdout.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries print, and tracebacks.")] = False
 
 
@@ -152,7 +150,7 @@ class Choice:
         typer.Option(
             "--only",
             metavar="GLOB",
-            help='Only sites whose path fits, such as "talker.**"; repeatable.',
+            help='Only sites whose path matches, such as "talker.**"; repeatable.',
             show_default=False,
         ),
     ] = None
@@ -161,7 +159,7 @@ class Choice:
         typer.Option(
             "--skip",
             metavar="GLOB",
-            help='No site whose path fits, such as "**.0.mlp"; repeatable.',
+            help='Leave out sites whose path matches, such as "**.0.mlp"; repeatable.',
             show_default=False,
         ),
     ] = None
@@ -242,6 +240,11 @@ class Proof:
 
     margin: Annotated[
         float,
-        typer.Option("--margin", metavar="X", min=1.0, help="How many times nearer than any mutant."),
+        typer.Option(
+            "--margin",
+            metavar="X",
+            min=1.0,
+            help="How many times nearer to the reference than any mutant a block must be.",
+        ),
     ] = 5.0
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the probes.")] = 0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed for the tokens that blocks are tried on.")] = 0

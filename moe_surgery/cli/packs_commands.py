@@ -25,7 +25,7 @@ def packs_list(output: Output) -> None:
 
 @command(packs, "packs show")
 def packs_show(pack: Pack, output: Output) -> None:
-    """Print a pack as it was understood, in the form of its file."""
+    """Print a pack as it was understood, in its file's own format."""
     run(output, lambda screen: packs_doctor.packs_show(screen, pack))
 
 
@@ -57,7 +57,7 @@ def packs_test(
             "--setting", metavar="S", help='A setting such as "top1", or "all"; repeatable.', show_default="default"
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with 11 if a block is missed or refused.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 11 if a block is missed or refused.")] = False,
     markdown: Annotated[
         Path | None,
         typer.Option("--markdown", metavar="FILE", help="Write the table to FILE too.", show_default=False),
@@ -67,7 +67,7 @@ def packs_test(
         typer.Option(
             "--cuda",
             metavar="FILE",
-            help="Have --markdown tell what benchmarks/families.py saw on a GPU too.",
+            help="Add to --markdown what benchmarks/families.py saw on a GPU.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +76,7 @@ def packs_test(
         typer.Option(
             "--published",
             metavar="FILE",
-            help="Have --markdown tell what benchmarks/published.py saw in bfloat16 and with many experts too.",
+            help="Add to --markdown what benchmarks/published.py saw in bfloat16 and with many experts.",
             show_default=False,
         ),
     ] = None,

@@ -68,8 +68,9 @@ def launch(screen: Screen, job: Launch) -> int:
 
 def report(screen: Screen, run: Path, html: Path | None) -> int:
     """Tell what the processes of a run did."""
-    from moe_surgery.engine.receipts import files, read_all
+    from moe_surgery.engine.receipts import check_run, files, read_all
 
+    check_run(run)
     screen.will_write(html)
     screen.will_read(*files(run))
     receipts = read_all(run)

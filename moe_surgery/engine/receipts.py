@@ -73,10 +73,16 @@ def _claim(folder: Path) -> None:
             return
         noted = path.read_text(encoding="utf-8")
         if noted.isdecimal() and int(noted) != os.getpid() and lives(int(noted)):
-            raise UsageError(f"{folder} is that of a run which goes on, of process {noted}; give another folder")
+            raise UsageError(f"{folder} belongs to a run that still goes on, process {noted}; give another folder")
         write_whole(path, str(os.getpid()))
     except OSError as error:
         raise UsageError(f"can't write to {folder}: {error.strerror or error}") from error
+
+
+def check_run(run: str | Path) -> None:
+    """Raise :class:`UsageError` for a folder that no run has anything in: neither receipts nor that it began there."""
+    if not files(Path(run)) and not (Path(run) / _CLAIM).exists():
+        raise UsageError(f"{run}: not the folder of a run: no receipts are in it")
 
 
 def write(run: str | Path, receipt: Receipt) -> Path:

@@ -158,7 +158,7 @@ def _download(model: str, trust_remote_code: bool, weights: bool) -> Path:
         # The hub client raises several unrelated families of errors (HTTP, validation, missing cache entries).
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         reason = reason.removeprefix("Got: ")
-        raise ModelError(f"{model}: no such directory, and not to be had from the hub: {reason}") from error
+        raise ModelError(f"{model}: no such directory, and it can't be fetched from the hub: {reason}") from error
 
 
 def _stated(config: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:

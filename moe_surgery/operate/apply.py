@@ -58,15 +58,19 @@ class Operation:
         self.findings = Findings(model, plan, settings, len(self.readings), begun)
         self.prepared: set[MoESpec] = set()
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
+        self.heard: WholeModel | None = None
         self.exchanged: Transaction | None = None
         folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
-        kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
+        if folded:
+            kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
 
     def verify(self) -> Report:
-        """The proof alone. Every block is built, proven and thrown away; the model is left as it was."""
-        with uncounted(self.model, self.readings), self._ahead() as ahead:
-            for path in self._paths():
-                self._proven(path, ahead)
+        """The proof alone, of what ``apply`` would build: it is thrown away, and the model is left as it was."""
+        with uncounted(self.model, self.readings):
+            self._listen()
+            with self._ahead() as ahead:
+                for path in self._paths():
+                    self._proven(path, ahead)
         self.findings.check_counts("verified")
         return self.findings.report("verified", exit_code=ProofError.exit_code if self.findings.wrong() else 0)
 
@@ -85,19 +89,9 @@ class Operation:
             raise
 
     def _applied(self) -> Report:
-        wanted = self.settings.model_check
         findings = self.findings
-        if wanted is not False and self.readings:
-            findings.whole = self._run_before(None if wanted is True else wanted)
-            again = read_again(findings.whole, self.targets)
-            if again:
-                self.readings |= again
-                findings.again = {path: reading.spec for path, reading in again.items()}
-                findings.whole = self._run_before(None if wanted is True else wanted)
-            for path, call in findings.whole.unread.items():
-                findings.refused[path] = (
-                    f"the model calls it with a value for {call.argument}, which it was not read with"
-                )
+        self._listen()
+        findings.whole = self.heard
         undoable = self.settings.undoable
         blocks: dict[str, StandingBlock] = {}
         with self._ahead() as ahead:
@@ -120,6 +114,21 @@ class Operation:
             kept=sum(swap.kept_bytes for swap in transaction.swaps),
         )
         return findings.report("applied", memory=memory, transaction=transaction)
+
+    def _listen(self) -> None:
+        """Hear what the model gives its blocks: one that gets more than it was read with is read again, or refused."""
+        wanted, findings = self.settings.model_check, self.findings
+        if wanted is False or not self.readings:
+            return
+        given = None if wanted is True else wanted
+        self.heard = self._run_before(given)
+        again = read_again(self.heard, self.targets)
+        if again:
+            self.readings |= again
+            findings.again = {path: reading.spec for path, reading in again.items()}
+            self.heard = self._run_before(given)
+        for path, call in self.heard.unread.items():
+            findings.refused[path] = f"the model calls it with a value for {call.argument}, which it was not read with"
 
     def _run_before(self, given: Mapping[str, Any] | None) -> WholeModel:
         """The model run with its old blocks, as far as it can be, with the arguments ``given``."""
@@ -203,7 +212,7 @@ class Operation:
             tensors = gathered(block, reading)
             try:
                 new = self._build(path, tensors)
-                name = None if findings.whole is None else findings.whole.inner.unanswered(path, new)
+                name = None if self.heard is None else self.heard.inner.unanswered(path, new)
                 if name is not None:
                     raise Unanswerable(f"the model calls its {name} past it, which can't be called in a swapped block")
             except Unanswerable as error:

@@ -167,7 +167,7 @@ class WholeModel:
             return error
         floats = [value for value in result if isinstance(value, Tensor) and value.is_floating_point()]
         if not all(bool(value.isfinite().all()) for value in floats):
-            return Incomparable("its output isn't finite, and a number that isn't is equal to none")
+            return Incomparable("its output isn't finite, so nothing can be compared with it")
         self._played.append(_Played(run, tuple(events), result))
         return None
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_surgery.models.site import Site
 from moe_surgery.read.record.reach import functions
 from moe_surgery.read.sameness import words
+from moe_surgery.weights.moving import moving
 from moe_surgery.weights.reach import reachable
 
 _HOOKS = {
@@ -163,7 +164,7 @@ class Surroundings:
         for path in around(site.path):
             module = self.model.get_submodule(path)
             where = path or "the model"
-            if (moved := _moving(module)) is not None:
+            if "_hf_hook" in vars(module) and (moved := moving(module._hf_hook)) is not None:
                 return f"{moved} on {where} may move or replace its weights around every call"
             named, private = reached(module), private - self._public(path)
             used = sorted(named & private)
@@ -207,19 +208,6 @@ def around(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _moving(module: nn.Module) -> str | None:
-    """A hook of accelerate's that loads or moves weights; those that only move inputs are harmless."""
-    hook = vars(module).get("_hf_hook")
-    if hook is None:
-        return None
-    for one in getattr(hook, "hooks", (hook,)):
-        kind = type(one)
-        aligned = kind.__module__.startswith("accelerate.") and kind.__name__ == "AlignDevicesHook"
-        if not (aligned and getattr(one, "offload", True) is False) and kind.__name__ != "ModelHook":
-            return f"accelerate's {kind.__name__}"
-    return None
 
 
 def reached(module: nn.Module) -> frozenset[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.arguments import arguments_of
@@ -36,6 +37,8 @@ def check_site(block: nn.Module, inputs: int = 1) -> dict[str, Tensor]:
         raise Unreadable(f"{script} is TorchScript, whose control flow can't be followed")
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         raise Unreadable("a global module hook is registered")
+    if (mode := _get_current_dispatch_mode()) is not None:
+        raise Unreadable(f"{type(mode).__name__} is active, under which operations do something else")
     for name, module in block.named_modules():
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             raise Unreadable(f"{name or 'the block'} has a hook")

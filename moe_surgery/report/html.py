@@ -47,7 +47,7 @@ def page(
     """The page of one report; ``notes`` are its further findings, ``error`` what the command ended with."""
     body = [
         *_title(report.model),
-        paragraph(sentence(report), "q"),
+        paragraph(sentence(report), "q lead"),
         *_failure(error, report.exit_code),
         *_body(report, notes, speeds, ""),
     ]
@@ -56,7 +56,7 @@ def page(
 
 def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code: int) -> str:
     """The page of a run: what each process told, and the report of each model."""
-    body = [*_title(run, "run "), paragraph(run_sentence(receipts), "q"), *_failure(error, exit_code)]
+    body = [*_title(run, "run "), paragraph(run_sentence(receipts), "q lead"), *_failure(error, exit_code)]
     body += [tag("h2", "Processes"), _processes(receipts)]
     number = 0
     for name, group in groupby(receipts, key=lambda receipt: receipt.name):
@@ -71,7 +71,7 @@ def run_page(run: str, receipts: Sequence[Receipt], error: str | None, exit_code
                 notes = [(f"rank {receipt.rank}", said)]
             number += 1
             report = report_from_json(receipt.report)
-            body += [tag("h2", safe(name + whose)), paragraph(sentence(report), "q")]
+            body += [tag("h2", safe(name + whose)), paragraph(sentence(report), "q lead")]
             body += _body(report, notes, (), f"r{number}-")
     return _document(f"run {run}", body)
 

@@ -16,7 +16,7 @@ h4{{font-size:13px;margin:24px 0 8px;font-weight:600;color:var(--muted)}}
 p{{margin:6px 0;max-width:76ch;overflow-wrap:anywhere;text-wrap:pretty}}
 a{{color:inherit;text-decoration-color:var(--muted);text-underline-offset:3px}}
 code,pre,.mono{{font-family:{MONOSPACED};font-size:13px;overflow-wrap:anywhere}}
-.q{{color:var(--muted)}} .why{{font-size:13px;line-height:1.4}}
+.q{{color:var(--muted)}} .lead{{max-width:none}} .why{{font-size:13px;line-height:1.4}}
 .counts{{display:flex;flex-wrap:wrap;gap:8px 44px;margin:28px 0 10px;padding:0}}
 .counts div{{min-width:84px}}
 .counts b{{display:block;font-size:40px;line-height:1.1;font-weight:650;font-variant-numeric:tabular-nums}}
@@ -30,6 +30,7 @@ th{{border-bottom:1px solid var(--rule)}}
 td{{padding:7px 16px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top;overflow-wrap:anywhere}}
 td.n,th.n{{text-align:right;white-space:nowrap}} td.f{{white-space:nowrap;overflow-wrap:normal}}
 th:last-child,td:last-child{{padding-right:0}}
+.stack th:first-child{{min-width:min(280px,34vw)}}
 .chip{{display:inline-block;min-width:20px;height:20px;line-height:20px;border-radius:3px;text-align:center;font-size:12px;
 font-weight:600;color:var(--paper);padding:0 4px;white-space:nowrap;margin-right:8px;vertical-align:1px}}
 .key{{display:flex;flex-wrap:wrap;gap:6px 22px;margin:14px 0 0;color:var(--muted);font-size:13px}}
@@ -48,7 +49,7 @@ dt{{color:var(--muted)}} dd{{margin:0;overflow-wrap:anywhere}}
 .held{{color:var(--good)}} .fails{{color:var(--bad)}}
 @media (max-width:640px){{
 main{{padding:24px 16px 48px}} h1{{font-size:24px}} .wide{{display:none}} .narrow{{display:block}}
-.counts{{gap:8px 22px}} .counts b{{font-size:32px}} .counts div{{min-width:66px}}
+.counts{{gap:8px 12px}} .counts b{{font-size:32px}} .counts div{{min-width:0;flex:1 0 auto}}
 .stack thead{{display:none}} .stack tr{{display:block;border-bottom:1px solid var(--rule);padding:8px 0}}
 .stack td{{display:block;border:0;padding:1px 0;text-align:left!important;white-space:normal!important}}
 .stack td[data-h]:before{{content:attr(data-h) " ";color:var(--muted)}}

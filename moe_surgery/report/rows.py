@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from moe_surgery.report.folded_paths import fold_paths
 from moe_surgery.report.outcomes import Outcome, Outcomes, Step
+
+_NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ def rows(report: Outcomes) -> tuple[Row, ...]:
 def _key(step: Step) -> tuple[object, ...]:
     sentence = step.spec.sentence() if step.spec else None
     # The reason of a proven or disproven site carries its own numbers: it would put every site in a row of its own.
-    measured = step.verdict is not None or step.outcome == "replaced"
+    verdict = step.verdict
+    measured = verdict is not None or step.outcome == "replaced"
     # Of blocks that are alike some may be proven for all.
-    failed = step.verdict is not None and not step.verdict.passed
+    failed = verdict is not None and not verdict.passed
     # A rule that doesn't fit tells of the path that it met, which differs from site to site and nothing else does.
     reason = None if measured else step.reason.replace(step.path, "") if step.path else step.reason
+    if verdict is not None and verdict.powerless:  # which says nothing of the block, so that none is the worst
+        reason = _NUMBER.sub("#", step.reason)
     return step.outcome, step.kind, step.target, step.rule, sentence, failed, reason
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.errors import SurgeryError
 from moe_surgery.replay import ENTERING, Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention
 from moe_surgery.targets.likeness import Standing
 from moe_surgery.targets.observed import ObservedRouter
+from moe_surgery.weights.moving import moving
 from moe_surgery.weights.tensors import BlockTensors
 
 
@@ -129,6 +131,22 @@ class SwappedBlock(nn.Module):
 
 class StandingBlock(Standing, SwappedBlock):
     """A swapped block of a plain model, which answers for the one that stood in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and (moves := moving(value)) is not None:
+            path = self.label if self.likeness is None else self.likeness.path
+            raise SurgeryError(
+                f"{path}: {moves} would move the weights of a swapped MoE block, which lie in its kernels' layout; "
+                "undo first"
+            )
+        super().__setattr__(name, value)
+
+    def _slow_forward(self, *args: object, **kwargs: object) -> NoReturn:
+        """What torch calls for ``forward`` while it traces."""
+        raise SurgeryError(
+            "a swapped MoE block can't be traced by torch.jit, which would keep the experts of this one input for all "
+            "others; undo first, or use torch.export or torch.compile"
+        )
 
     def write(self, path: str, name: str, value: Any) -> None:
         for attributes in self.attributes(path):

@@ -92,11 +92,14 @@ def test_a_block_with_an_expert_that_nothing_chooses_is_left_to_vllms_layer(
 def test_few_tokens_experts_are_not_sorted(
     kind: str, eager: bool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What Marlin's kernels make of one, of the most and of one more is proven; a fault there shows."""
+    """What Marlin's kernels make of one, of the most and of one more is proven; a fault there shows.
+
+    Three prompts at a time don't fill the graph that they are decoded by.
+    """
     folder, options = tmp_path / "int4", {"enforce_eager": eager}
     quantised(checkpoints[f"{kind}-source"], folder, "ct_int4", group=128)
     fault = operated(folder, tmp_path / "fault", ask=False, options=options, fault="few tokens' experts exchanged")
-    right = operated(folder, tmp_path / "run", options=options)
+    right = operated(folder, tmp_path / "run", options=options, prompts=((3, 17, 90), (100, 2), (5, 41)))
     result, *wrong = run_all([right, fault] if eager else [right], tmp_path)
     for site in sites(result):
         assert (site["outcome"], site["target"]) == ("replaced", "vllm")

@@ -4,7 +4,8 @@ These kernels take blocks of token and expert pairs, each block of one expert. A
 blocks, alone on the GPU, and for one token takes as long as one of the two products does. For few tokens there is
 nothing to sort: every pair is a block of its own, the chosen experts as they are say whose, and where its one token is
 depends on nothing. Experts that several tokens choose are read once for each, so there must be many more experts than
-pairs.
+pairs. The kernels look up whatever was chosen: what a router may choose that doesn't exist is brought within the
+experts' range first, by a launch of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.platforms import current_platform
 from vllm.scalar_type import ScalarType
 
+from moe_surgery.engine.model.choices import all_chosen_for, always_exist
 from moe_surgery.engine.model.routed import stored
 
 BLOCK = 8
@@ -62,6 +64,7 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
         device = next(self.routed_experts.parameters()).device
         self._rows, self._counts = rows.flatten().to(device), counts.to(device)
         self._method = self.routed_experts.quant_method
+        self._exist: dict[torch.dtype, bool] = {}
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
@@ -94,16 +97,27 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
         shared: Any = self._shared_experts
         if shared is not None and not shared_experts_overlapping:
             shared(shared_experts_input, shared._determine_shared_experts_order(shared_experts_input))
-        weights, ids = self.router.select_experts(
-            hidden_states=hidden_states,
-            router_logits=router_logits,
-            topk_indices_dtype=torch.int32,
-            input_ids=input_ids,
-        )
+        exist = self._always_exist(hidden_states, router_logits)
+        with all_chosen_for():
+            weights, ids = self.router.select_experts(
+                hidden_states=hidden_states,
+                router_logits=router_logits,
+                topk_indices_dtype=torch.int32,
+                input_ids=input_ids,
+            )
+        if not exist:
+            ids = ids.clamp(0, len(self.routed_experts.w13_weight) - 1)
         routed = self._unsorted(marlin, hidden_states, weights, ids)
         if shared_experts_overlapping:
             shared.wait()
         return None if shared is None else shared.output, routed
+
+    def _always_exist(self, x: Tensor, logits: Tensor) -> bool:
+        """Whether what is chosen by such ``logits`` always exists. It can't be asked while a graph is captured."""
+        if logits.dtype not in self._exist and not torch.cuda.is_current_stream_capturing():
+            all_here = logits.shape[-1] == len(self.routed_experts.w13_weight)
+            self._exist[logits.dtype] = all_here and always_exist(self.router, x.shape[-1], logits)
+        return self._exist.get(logits.dtype, False)
 
     def _unsorted(self, marlin: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The experts' weighted sum [T, H] of tokens ``x`` [T, H], by weights and ids [T, k]."""
@@ -124,8 +138,7 @@ class FewTokensRunner(MoERunner):  # type: ignore[misc]
             expert_map=None,
             block_size_m=BLOCK,
             sorted_token_ids=self._rows[: ids.numel() * BLOCK],
-            # Of tokens that are no numbers a router may choose none, and the kernels look up whatever it is.
-            expert_ids=ids.flatten().clamp(0, len(experts.w13_weight) - 1),
+            expert_ids=ids.flatten(),
             num_tokens_post_padded=self._counts[ids.numel() : ids.numel() + 1],
             activation=experts.activation,
             activation_func=marlin.activation,

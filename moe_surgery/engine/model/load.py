@@ -50,7 +50,7 @@ class Load:
     def operation(self) -> Surgery:
         """The surgery of the model that was built; raises :class:`SurgeryError` if none was seen to be."""
         if self.surgery is None:
-            raise SurgeryError("the model was built in a way that passed the surgery by")
+            raise SurgeryError("the model was built in a way that bypassed the surgery")
         return self.surgery
 
     def write(self, outcome: Outcome, *, report: Outcomes | None = None, error: Exception | None = None) -> None:

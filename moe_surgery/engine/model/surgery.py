@@ -233,7 +233,7 @@ class Surgery:
     def finish(self) -> Report:
         """Call once the weights are laid out. Raises :class:`ProofError` if a proof did not take place."""
         if not self.done:
-            raise SurgeryError("the model was loaded in a way that passed the surgery by")
+            raise SurgeryError("the model was loaded in a way that bypassed the surgery")
         self.judge()
         started = time.perf_counter()
         warm_kernels(self.model)
