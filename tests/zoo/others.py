@@ -664,6 +664,36 @@ class WithoutSomeExperts(Base):
 
 
 @block(ROUTERS)
+class UpToAShareOfTheScores(Base):
+    """It takes as many as have a share of the scores together; the others have no weight."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, ids = self.logits(x).softmax(-1).sort(dim=-1, descending=True)
+        weights = scores * (scores.cumsum(-1) - scores < 0.7)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+
+@block(ROUTERS)
+class SomeChoicesAreNone(Base):
+    """Half of what it chooses among are no experts, and have no weight."""
+
+    def make_router(self) -> None:
+        self.gate = plain.linear(self.hidden, 2 * self.num_experts)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+        return out
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.logits(x).softmax(-1).topk(2 * self.top_k, dim=-1)
+        weights = weights.masked_fill(ids >= self.num_experts, 0.0)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-9), ids
+
+
+@block(ROUTERS)
 class FavoursSomeExperts(Base):
     """It writes to a part of a part of what it adds to its logits."""
 
