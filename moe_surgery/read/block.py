@@ -29,7 +29,7 @@ from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import VALUES, Outside, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import VALUES, Broken, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.experts_dispatch import own_forward
@@ -259,7 +259,7 @@ def _in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading
     for form in FORMS:
         try:
             return read(replace(ask.calling, form=form))
-        except Unfollowed:
+        except (Unfollowed, Broken):
             continue
         except Unreadable as error:  # its code may run in a form that isn't its own
             problem = problem or error

@@ -134,6 +134,17 @@ class WithLoads(Base):
         return super().forward(hidden_states), {"loads": torch.bincount(ids.flatten(), minlength=self.num_experts)}
 
 
+@block(RESULTS, "its output is of another width than its input: 48, not 32")
+class OfAnotherWidth(Base):
+    """A projector between two models."""
+
+    def make_more(self) -> None:
+        self.wider = plain.linear(self.hidden, 48)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.wider(super().forward(hidden_states))
+
+
 @block(RESULTS)
 class WithItsExpectedLoad(Base):
     """How many tokens each expert, and each of three, would get: parts of a number of tokens."""
