@@ -154,6 +154,12 @@ def test_what_mixes_places_or_answers_in_another_form_is_left_alone(cls: type[Fo
     )
 
 
+@pytest.mark.parametrize(("cls", "form"), [(KeepsALoss, PLANES), (ByCosine, IMAGES)])
+def test_operations_of_its_own_that_know_its_places_are_left_alone(cls: type[Formed], form: Form) -> None:
+    [step] = moe_surgery.apply(Model(cls, form), target="reference").steps
+    assert step.outcome == "missed" and "depends on the batch in a way that can't be followed" in step.reason
+
+
 def test_another_form_is_an_error() -> None:
     model = assert_replaced(Formed, PLANES)
     for shape in ((2, 3, 32), (6, 32), (2, 32, 3, 2, 2)):

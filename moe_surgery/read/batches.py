@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import prod
+from operator import ne
 
 import torch
 from torch import Tensor
@@ -33,16 +34,23 @@ def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
     return [size for size, _ in count.most_common()]
 
 
-def odd_batch(state: dict[str, Tensor], tokens: int, *avoid: int, form: Form | None = None) -> tuple[int, int]:
+def odd_batch(
+    state: dict[str, Tensor],
+    tokens: int,
+    *avoid: int,
+    form: Form | None = None,
+    unlike: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """A batch of at least ``tokens`` tokens whose sizes are mistaken for no other size in the block.
 
     One more than a size is a size too: of one-hot masks with a class for no expert. In a ``form`` with places in
-    several dimensions the sizes of these are sizes of the batch.
+    several dimensions the sizes of these are sizes of the batch; each is another than in the batch ``unlike`` it.
     """
     sizes = {size + more for tensor in state.values() for size in tensor.shape for more in (0, 1)} | set(avoid)
     for sides in _BATCHES if form is None or form.places == 1 else _batches_of(form.places):
         made = {prod(some) for count in range(1, len(sides) + 1) for some in combinations(sides, count)}
-        if prod(sides) >= tokens and not made & sizes:
+        told = unlike is None or form is None or all(map(ne, sides, (unlike[0], *form.sides(unlike[1]))))
+        if prod(sides) >= tokens and not made & sizes and told:
             return sides[0], prod(sides[1:])
     raise Unreadable("no batch to probe it with differs from all of its sizes")
 

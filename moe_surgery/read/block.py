@@ -170,7 +170,8 @@ def _read(
         own = own_dtype(state) or torch.float32
         more = crowded.record.ranked > router.top_k and not (cut is not None and cut.computed)
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
-        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid, form=form)
+        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid, form=form)
+        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid, form=form, unlike=few)
         made = [
             crowded.record,
             ask(crowded.shape(batch), torch.float32, rolled if more else spread),
@@ -178,7 +179,6 @@ def _read(
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])
         made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
-        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid, form=form)
         made += ask.if_it_takes((few[0] * few[1], width), own) if form is None else []
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
