@@ -9,7 +9,6 @@ difference between two.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,19 +16,19 @@ from itertools import product
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
-from moe_surgery.form import FORMS
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
+from moe_surgery.read.other_forms import check_arguments, in_a_form
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import VALUES, Broken, Outside, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import VALUES, Outside, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, arguments_of, passed_on, unused, was_touched, with_one_more
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.experts_dispatch import own_forward
@@ -51,7 +50,6 @@ from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
 from moe_surgery.spec import MoESpec
 
-_DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
 _ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
@@ -155,11 +153,11 @@ def _read(
         except Unfollowed as error:
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
-            found = _in_a_form(ask, error, lambda other: _read(records, parse, inside=inside, calling=other))
+            found = in_a_form(ask, error, lambda other: _read(records, parse, inside=inside, calling=other))
             if found is not None:
                 return found
             if calling is None:
-                _check_arguments(ask, state, error)
+                check_arguments(ask, state, error)
             raise
         cut = crowded.record.cut
         split = cut is not None
@@ -242,65 +240,6 @@ def _read(
         spare,
         program,
     )
-
-
-def _in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
-    """A reading of a block that failed with its own ``error``, where it takes its tokens in another form, else None.
-
-    Raises :class:`Unreadable` where it takes them in one, and can be read in none.
-    """
-    cause, convolutions = error.__cause__, nn.modules.conv._ConvNd
-    of_shapes = error.answered if cause is None else not isinstance(cause, (TypeError, AttributeError))
-    if ask.calling.form is not None or not of_shapes:
-        return None
-    if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
-        return None  # places are mixed, and no form makes tokens of them
-    problem: Unreadable | None = None
-    for form in FORMS:
-        try:
-            return read(replace(ask.calling, form=form))
-        except (Unfollowed, Broken):
-            continue
-        except Unreadable as error:  # its code may run in a form that isn't its own
-            problem = problem or error
-    if problem is not None:
-        raise problem
-    return None
-
-
-def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
-    """Raise that a block takes more than one tensor, or images, if that is why it failed with its own ``error``."""
-    block = ask.block
-    try:
-        arguments_of(block)
-    except Unreadable as reason:
-        raise Unfollowed(str(reason), error.operations) from error
-    if not isinstance(error.__cause__, (RuntimeError, IndexError, ValueError)):  # as code of other shapes fails
-        return
-    if wanted := _DIMENSIONS.search(str(error.__cause__)):
-        problem = f"it takes an input of {wanted[1]} dimensions, and no tokens [T, H] or [B, S, H]"
-        raise Unfollowed(problem, error.operations) from error
-    for name, layer in block.named_modules():
-        if isinstance(layer, nn.modules.conv._ConvNd):
-            held = f"{name} ({type(layer).__name__})"
-            if isinstance(layer, nn.Conv1d) and not _takes_channels_first(ask, state):  # a block may turn its tokens
-                continue
-            problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
-            raise Unfollowed(problem, error.operations) from error
-
-
-def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
-    """Whether a block takes channels before places, of however many places."""
-    for width in hidden_sizes(state):
-        try:
-            for places in FEW:
-                ask.record((2, width, places), torch.float32, spread, plain=True)
-        except Unfollowed:
-            continue
-        except Unreadable:  # for another reason than its shape
-            return True
-        return True
-    return False
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:
