@@ -75,9 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         thinker=replace(SMALL.thinker, layers=given.thinker_layers, experts=given.experts),
         talker=replace(SMALL.talker, layers=given.layers, experts=given.experts),
     )
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of what the published config has too
+    if not sys.stderr.isatty():
         logging.disable_progress_bar()
     write(given.directory, sizes, dtype=given.dtype, seed=given.seed)
     shards = sorted(given.directory.glob("*.safetensors"))

@@ -16,13 +16,16 @@ from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode
 from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moe_surgery
 from moe_surgery import verbs
 from moe_surgery.errors import ExpectationError, PlanError, ProofError, SurgeryError, UsageError
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.planning.plan import Plan
+from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.targets.reference_target import ReferenceTarget
 
@@ -169,6 +172,38 @@ def test_an_interrupt_while_blocks_are_exchanged_leaves_the_model_as_it_was(monk
     with pytest.raises(KeyboardInterrupt):
         moe_surgery.apply(model, target="reference")
     assert picture(model) == before
+
+
+def test_an_interrupt_while_a_record_ends_leaves_no_recorder_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Recorder.__exit__
+
+    def interrupted(recorder: Recorder, *error: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        leave(recorder, *error)
+
+    monkeypatch.setattr(Recorder, "__exit__", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            moe_surgery.plan(tiny(1), target="reference")
+        assert _get_current_dispatch_mode() is None
+    finally:
+        while _get_current_dispatch_mode() is not None:
+            _pop_mode()
+
+
+def test_a_second_interrupt_ends_what_holds_one_back() -> None:
+    went_on = 0
+
+    def interrupted() -> None:
+        nonlocal went_on
+        with without_interrupts(once=True):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+                went_on += 1
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert went_on == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("undoable", [True, False])

@@ -43,6 +43,25 @@ def test_each_thing_that_differs_is_named_at_its_site() -> None:
     assert [change.after for change in found([thinker(0), talker(0)], [thinker(0)])] == ["absent"]
 
 
+@pytest.mark.parametrize("done", ["planned", "scanned"])
+def test_what_has_no_proofs_has_no_other_margins(done: Any) -> None:
+    planned = report([thinker(0, verdict=None)]).but(done=done)
+    proven = report([thinker(0)])
+    assert changes(Record("", planned, {}), Record("", proven, {})) == ()
+    assert changes(Record("", proven, {}), Record("", planned, {})) == ()
+
+
+def test_a_run_with_a_wrong_layer_is_compared_with_one_without(tmp_path: Path) -> None:
+    for name, outcome, code in (("wrong", "wrong", 12), ("right", "right", 0)):
+        made = report([talker(0, outcome=outcome)], done="audited").to_json()
+        (tmp_path / name).mkdir()
+        error = "a layer is wrong" if code else None
+        write(tmp_path / name, Receipt(7, 0, 1, "Model", "audited", None, None, made, error, code))
+    assert "wrong → right" in call(tmp_path / "wrong", tmp_path / "right", exit_code=10)
+    write(tmp_path / "wrong", Receipt(7, 0, 1, "Model", "failed", None, None, None, "out of memory", 1))
+    assert "Model: out of memory" in call(tmp_path / "wrong", tmp_path / "right", exit_code=1)
+
+
 def test_a_spec_that_differs_in_what_its_sentence_leaves_out_differs() -> None:
     wide = replace(THINKER, router=replace(THINKER.router, logits_dtype="float32"))
     assert found([thinker(0)], [thinker(0, spec=wide)]) == (

@@ -326,6 +326,7 @@ def test_a_report_is_one_short_line_and_in_a_notebook_its_rows() -> None:
     assert "24 replaced, 0 kept, 1 missed, 1 refused" in shown
     assert len(shown) < 200
     assert "\n" not in shown
+    assert len(repr(report().replaced[0])) < 300
     page = ElementTree.fromstring(report()._repr_html_().replace("&nbsp;", " "))
     assert page.tag == "pre"
     assert "talker.model.layers.{0..19}.mlp" in "".join(page.itertext())

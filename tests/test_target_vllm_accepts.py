@@ -114,6 +114,21 @@ def test_eras_are_told_apart_by_their_names(names: dict[str, object], era: str |
     assert (found and found.name) == era
 
 
+def test_the_function_that_makes_runners_had_another_name() -> None:
+    """Releases 0.24 to 0.26 are built for as the installed one is; none of them can be installed beside it."""
+    before, installed = (next(era for era in eras.ERAS if era.name == name) for name in "CD")
+    assert before.builder == installed.builder
+    target = VllmTarget()
+    target.installed = target.listed = eras.Installed("0.26", before)
+    named = "expert width 48 is not a multiple of 32, which vLLM 0.26's CPU kernels require"
+    refusal = target.accepts(SPEC, Context("cpu", "float32", live=False))
+    assert refusal is not None and refusal.reason == named
+    assert (
+        target.accepts(replace(SPEC, experts=replace(SPEC.experts, width=32)), Context("cpu", "float32", live=False))
+        is None
+    )
+
+
 @pytest.mark.parametrize("era", [era for era in eras.ERAS if era.builder is None], ids=lambda era: era.name)
 def test_other_eras_are_recognised_and_refused(era: eras.Era) -> None:
     target = VllmTarget()

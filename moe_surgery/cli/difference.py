@@ -52,13 +52,18 @@ def read(path: Path) -> list[Record]:
     from moe_surgery.report.json import loads
 
     if path.is_dir():
-        from moe_surgery.engine.receipts import check, read_all
+        from moe_surgery.engine.receipts import check, first_failure, read_all
 
         receipts = read_all(path)
         if not receipts:
             raise UsageError(f"{path}: a folder without receipts of a run")
-        check(receipts)
-        return _run(receipt.to_json() for receipt in receipts)
+        records = _run(receipt.to_json() for receipt in receipts)
+        failure = first_failure(receipts)
+        if failure is None:
+            check(receipts)
+        elif not records:  # else there is something to compare: what was wrong, say, with what is right now
+            raise failure
+        return records
     try:
         data = loads(path.read_text(encoding="utf-8"))
     except OSError as error:

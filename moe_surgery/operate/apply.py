@@ -12,11 +12,11 @@ from torch import nn
 
 from moe_surgery.answers import output_of
 from moe_surgery.errors import ProofError, SurgeryError
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.operate.ahead import ProbesAhead
 from moe_surgery.operate.building import Double, Unanswerable, built, gathered, take_over, uncounted
 from moe_surgery.operate.findings import Findings
 from moe_surgery.operate.fitting import check_fits
-from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.model_check import WholeModel
 from moe_surgery.operate.reading_again import read_again
 from moe_surgery.operate.settings import Progress, Settings

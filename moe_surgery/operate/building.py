@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.answers import Updated, Written
-from moe_surgery.operate.interrupts import without_interrupts
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.read.reading import Reading
 from moe_surgery.read.record.attributes import made
 from moe_surgery.read.record.tensor_entries import own_dtype, storage

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from moe_surgery.answers import Structure, output_of
 from moe_surgery.calling import Calling, UnreadCall
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.models.short_run import Incomparable, NotRun, ShortRun, given_run, run_parts
 from moe_surgery.operate.answers import copied, distance, form, kept, much
 from moe_surgery.operate.inner_calls import InnerCalls
-from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.watching import under, watched
 from moe_surgery.prove.own_tokens import Heard
 from moe_surgery.read.record.state import unwritten

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_surgery.errors import SurgeryError
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.operate.guards import Guards
-from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.targets.base import StandingBlock
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_surgery.operate.interrupts import without_interrupts
+from moe_surgery.interrupts import without_interrupts
 
 
 @contextmanager

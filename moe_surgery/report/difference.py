@@ -42,9 +42,12 @@ def changes(old: Record, new: Record) -> tuple[Change, ...]:
     """Every difference, in the order of the model's sites; speeds last.
 
     Speeds differ where their ratios are further apart than their spreads together; without spreads nothing is said.
+    Margins are compared unless one of the two is a plan or a scan, which has none.
     """
     before, after = ({step.path: step for step in record.report.steps} for record in (old, new))
     found = [change for path in {**before, **after} for change in _changes(path, before.get(path), after.get(path))]
+    if any(record.report.done in ("planned", "scanned") for record in (old, new)):
+        found = [change for change in found if change.what != "margin"]
     return (*found, *_speeds(old.speeds, new.speeds))
 
 

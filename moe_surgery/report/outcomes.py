@@ -32,10 +32,10 @@ class Step:
     reason: str
     rule: str | None = None
     target: str | None = None
-    spec: MoESpec | None = None
-    verdict: Verdict | None = None
-    trail: tuple[Clue, ...] = field(default=(), compare=False)
-    weights: tuple[Route, ...] = field(default=(), compare=False)
+    spec: MoESpec | None = field(default=None, repr=False)
+    verdict: Verdict | None = field(default=None, repr=False)
+    trail: tuple[Clue, ...] = field(default=(), compare=False, repr=False)
+    weights: tuple[Route, ...] = field(default=(), compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -13,8 +13,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_surgery.errors import UsageError
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.models.greedy import generating, generating_parts, without_a_trace
-from moe_surgery.operate.interrupts import without_interrupts
 from moe_surgery.operate.transaction import Swap, Transaction
 from moe_surgery.timing.blocks import Sample, Speed, Turns, now
 

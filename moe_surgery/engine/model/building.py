@@ -36,8 +36,8 @@ from moe_surgery.read.reading import Reading
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.routing import Routing
 from moe_surgery.targets.shared_as_experts import slices
-from moe_surgery.targets.vllm.era_d import construct
 from moe_surgery.targets.vllm.folded_routing import Choose, FoldedRouting, folded
+from moe_surgery.targets.vllm.runner import construct
 from moe_surgery.weights.layout import MLPPieces, Piece
 from moe_surgery.weights.tensors import weight
 

@@ -36,7 +36,7 @@ from moe_surgery.prove.settling import settle
 from moe_surgery.prove.verdict import Verdict
 from moe_surgery.report.outcomes import Step
 from moe_surgery.spec import MoESpec
-from moe_surgery.targets.vllm.era_d import drop_shared_output
+from moe_surgery.targets.vllm.runner import drop_shared_output
 from moe_surgery.weights.layout import Layout, Piece
 from moe_surgery.weights.tensors import BlockTensors, OwnRouting, weight
 

@@ -181,9 +181,9 @@ def engage(orders: Orders) -> None:
 
 def check_era(installed: Installed) -> None:
     """Raise :class:`UnsupportedError` unless engines of the installed vLLM can be operated on."""
-    if installed.era.name != "D":
+    if installed.era.builder is None:
         raise UnsupportedError(
-            f"vLLM {installed.version}: engines are operated on in releases 0.27 to 0.33; "
+            f"vLLM {installed.version}: engines are operated on in releases 0.24 to 0.33; "
             f"this one's layers are of era {installed.era.name} ({installed.era.releases})"
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_surgery.answers import Structure, structured
 from moe_surgery.calling import PLAIN, Calling
+from moe_surgery.interrupts import without_interrupts
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import Untouched, was_touched
 from moe_surgery.read.record.assembly import assembled, constant
@@ -158,6 +159,7 @@ def _stateless(
         raise
 
 
+@without_interrupts(once=True)  # a mode that is left on the stack would see all that the program does later
 def _once(
     notebook: Notebook,
     watch: Watch,

@@ -29,12 +29,13 @@ _MISSING = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What an era's CPU kernels take: multiples that the hidden size must be of.
+    """What an era's CPU kernels take: multiples that the hidden size and the experts' width must be of.
 
     For plans made from a config alone. What is built asks the kernels themselves; a test holds the two together.
     """
 
-    hidden_multiple: int
+    hidden_multiple: int = 1
+    width_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Era:
         return f"vLLM {self.layer.removesuffix('Factory')}"
 
 
+_RUNNER = "moe_surgery.targets.vllm.runner"
 ERAS = (
     Era("A", "0.12 to 0.19", "SharedFusedMoE", "pair", None, lambda f: hasattr(f, "SharedFusedMoE")),
     Era(
@@ -66,12 +68,20 @@ ERAS = (
         "0.27 to 0.33",
         "FusedMoEFactory",
         "sum",
-        "moe_surgery.targets.vllm.era_d",
+        _RUNNER,
         lambda f: hasattr(f, "FusedMoEFactory"),
         Limits(hidden_multiple=32),
     ),
     Era("B", "0.20 to 0.23", "FusedMoE", "sum", None, lambda f: isinstance(getattr(f, "FusedMoE", None), type)),
-    Era("C", "0.24 to 0.26", "FusedMoE", "sum", None, lambda f: callable(getattr(f, "FusedMoE", None))),
+    Era(
+        "C",
+        "0.24 to 0.26",
+        "FusedMoE",
+        "sum",
+        _RUNNER,
+        lambda f: callable(getattr(f, "FusedMoE", None)),
+        Limits(width_multiple=32),  # of a hidden size that is none of 32 any width, which nobody publishes
+    ),
 )
 """In the order in which they are asked for: A has B's name too, and B's class is callable like C's function."""
 

@@ -103,14 +103,16 @@ class VllmTarget:
         limits, name = self.listed.era.limits, f"vLLM {self.listed.version}'s {context.device.upper()} kernels"
         if limits is None:
             return None
-        if spec.hidden % limits.hidden_multiple:
-            return Refusal(
-                f"hidden size {spec.hidden} is not a multiple of {limits.hidden_multiple}, which {name} require"
-            )
+        for what, size, multiple in (
+            ("hidden size", spec.hidden, limits.hidden_multiple),
+            ("expert width", spec.experts.width, limits.width_multiple),
+        ):
+            if size % multiple:
+                return Refusal(f"{what} {size} is not a multiple of {multiple}, which {name} require")
         return None
 
     def _refuse_by_asking(self, spec: MoESpec, context: Context) -> Refusal | None:
         """What only the installed kernels can tell."""
         name = f"vLLM {self.installed.version}'s {context.device.upper()} kernels"
         objection = Kernels(self._builder, context.device, DTYPES[context.dtype], name).objection(spec)
-        return None if objection is None else Refusal(objection)
+        return None if objection is None else self._refuse_by_table(spec, context) or Refusal(objection)

@@ -1,4 +1,4 @@
-"""Era D: ``FusedMoEFactory`` builds a ``MoERunner`` whose forward returns the sum of routed and shared output.
+"""Eras C and D: a function builds a ``MoERunner`` whose forward returns the sum of routed and shared output.
 
 This module imports vLLM; :mod:`moe_surgery.targets.vllm.eras` names it and nothing else imports it.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import create_forward_context, override_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
 from vllm.platforms import current_platform
 
@@ -168,7 +168,8 @@ def construct(
 
     Without ``sizes`` of the parallel groups vLLM asks its own groups for them.
     """
-    return FusedMoEFactory(
+    make = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE  # its name before 0.27
+    return make(
         num_experts=spec.experts.num_experts,
         top_k=spec.router.top_k,
         hidden_size=spec.hidden,

@@ -10,15 +10,27 @@ from typing import Any
 
 
 @contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing."""
+def without_interrupts(*, once: bool = False) -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing.
+
+    With ``once``, for work that may hang, a second one is delivered at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[tuple[int, Any]] = []
     before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+
+    def hold(number: int, frame: Any) -> None:
+        if once and held:
+            held.clear()
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+        else:
+            held.append((number, frame))
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda signum, frame: held.append((signum, frame)))
+        before[number] = signal.signal(number, hold)
     try:
         yield
     finally:
