@@ -115,11 +115,11 @@ def test_eras_are_told_apart_by_their_names(names: dict[str, object], era: str |
 
 
 def test_the_function_that_makes_runners_had_another_name() -> None:
-    """Releases 0.24 to 0.26 are built for as the installed one is; none of them can be installed beside it."""
-    before, installed = (next(era for era in eras.ERAS if era.name == name) for name in "CD")
-    assert before.builder == installed.builder
+    """Releases 0.20 to 0.26 are built for as the installed one is; none of them can be installed beside it."""
+    named_as = {era.name: era for era in eras.ERAS}
+    assert named_as["B"].builder == named_as["C"].builder == named_as["D"].builder
     target = VllmTarget()
-    target.installed = target.listed = eras.Installed("0.26", before)
+    target.installed = target.listed = eras.Installed("0.26", named_as["C"])
     named = "expert width 48 is not a multiple of 32, which vLLM 0.26's CPU kernels require"
     refusal = target.accepts(SPEC, Context("cpu", "float32", live=False))
     assert refusal is not None and refusal.reason == named
@@ -133,9 +133,10 @@ def test_the_function_that_makes_runners_had_another_name() -> None:
 def test_other_eras_are_recognised_and_refused(era: eras.Era) -> None:
     target = VllmTarget()
     target.installed = eras.Installed("0.99", era)
-    wanted = f"vLLM 0.99: era {era.name} ({era.layer}) is recognised but not yet supported here"
+    wanted = f"vLLM 0.99: era {era.name} ({era.layer}) is recognised but not supported; releases {era.releases} "
+    wanted += "want a transformers older than this library does"
     assert refused(target=target) == wanted
-    with pytest.raises(UnsupportedError, match="recognised but not yet supported"):
+    with pytest.raises(UnsupportedError, match="recognised but not supported"):
         target.build(SPEC, weights(SPEC), prefix="mlp")
     assert target.label.startswith("vLLM ")
 

@@ -159,7 +159,9 @@ def group_gate_up(
         factor = scale_of(tl.max(tl.abs(result), axis=1), least_scale(block >= early))
         result = in_e4m3(result, factor[:, None])
         tl.store(act_factors + tl.maximum(pairs, 0).to(tl.int64) * (I // G) + tile, factor, mask=valid)
-    tl.store(to, result.to(act.dtype.element_ty), mask=valid[:, None] & (rows < I)[None, :])
+    there = valid[:, None] & (rows < I)[None, :]
+    # The next kernel reads it again, and weights, read once, would drive it out of L2.
+    tl.store(to, result.to(act.dtype.element_ty), mask=there, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["tokens", "slices", "shared_scales"])

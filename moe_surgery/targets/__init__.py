@@ -41,8 +41,8 @@ def get_target(name: str) -> Target:
 def installed_engine() -> str:
     """The engine that hosts the "vllm" target, in words. Imports it.
 
-    Raises :class:`~moe_surgery.errors.UnsupportedError` if it is missing, of no known era, or of one that can't be
-    built for yet.
+    Raises :class:`~moe_surgery.errors.UnsupportedError` if it is missing, of no known era, or of one that isn't built
+    for.
     """
     from moe_surgery.targets.vllm.eras import detect
 
@@ -50,5 +50,5 @@ def installed_engine() -> str:
     era = installed.era
     text = f"vLLM {installed.version}, era {era.name} ({era.releases}), {era.layer}"
     if era.builder is None:
-        raise UnsupportedError(f"{text}: recognised, but not yet supported")
-    return text
+        raise UnsupportedError(f"{text}: recognised, but not supported")
+    return text if era.engines else f"{text}: in plain models only"

@@ -181,7 +181,7 @@ def engage(orders: Orders) -> None:
 
 def check_era(installed: Installed) -> None:
     """Raise :class:`UnsupportedError` unless engines of the installed vLLM can be operated on."""
-    if installed.era.builder is None:
+    if not installed.era.engines:
         raise UnsupportedError(
             f"vLLM {installed.version}: engines are operated on in releases 0.24 to 0.33; "
             f"this one's layers are of era {installed.era.name} ({installed.era.releases})"

@@ -44,6 +44,7 @@ class Era:
 
     ``layer`` is the name that builds the shared-fused layer, ``returns`` what its forward gives: the sum of the routed
     and the shared output, or the two apart. ``builder`` is the module that knows how to build it, None if none does.
+    ``engines``: whether its engines can be operated on.
     """
 
     name: Literal["A", "B", "C", "D"]
@@ -53,6 +54,7 @@ class Era:
     builder: str | None
     present: Callable[[ModuleType | Names], bool] = field(repr=False, compare=False)
     limits: Limits | None = None
+    engines: bool = False
 
     @property
     def label(self) -> str:
@@ -61,6 +63,7 @@ class Era:
 
 
 _RUNNER = "moe_surgery.targets.vllm.runner"
+_WIDTHS = Limits(width_multiple=32)  # of a hidden size that is none of 32 any width, which nobody publishes
 ERAS = (
     Era("A", "0.12 to 0.19", "SharedFusedMoE", "pair", None, lambda f: hasattr(f, "SharedFusedMoE")),
     Era(
@@ -71,8 +74,17 @@ ERAS = (
         _RUNNER,
         lambda f: hasattr(f, "FusedMoEFactory"),
         Limits(hidden_multiple=32),
+        engines=True,
     ),
-    Era("B", "0.20 to 0.23", "FusedMoE", "sum", None, lambda f: isinstance(getattr(f, "FusedMoE", None), type)),
+    Era(
+        "B",
+        "0.20 to 0.23",
+        "FusedMoE",
+        "sum",
+        _RUNNER,
+        lambda f: isinstance(getattr(f, "FusedMoE", None), type),
+        _WIDTHS,
+    ),
     Era(
         "C",
         "0.24 to 0.26",
@@ -80,7 +92,8 @@ ERAS = (
         "sum",
         _RUNNER,
         lambda f: callable(getattr(f, "FusedMoE", None)),
-        Limits(width_multiple=32),  # of a hidden size that is none of 32 any width, which nobody publishes
+        _WIDTHS,
+        engines=True,
     ),
 )
 """In the order in which they are asked for: A has B's name too, and B's class is callable like C's function."""

@@ -1,4 +1,6 @@
-"""Eras C and D: a function builds a ``MoERunner`` whose forward returns the sum of routed and shared output.
+"""Eras B to D: a layer whose forward returns the sum of routed and shared output.
+
+It is a ``MoERunner``, which holds the routed experts, or before 0.24 a ``FusedMoE``, which is them itself.
 
 This module imports vLLM; :mod:`moe_surgery.targets.vllm.eras` names it and nothing else imports it.
 """
@@ -47,7 +49,7 @@ class FusedLayer(nn.Module):
                     FoldedRouting.of(spec, routing) if fold else routing,
                     **_ALONE,
                 )
-            experts = self.runner.routed_experts
+            experts: Any = getattr(self.runner, "routed_experts", self.runner)
             w13, w13_bias, w2 = tensors.w13, tensors.w13_bias, tensors.w2
             if fold:
                 more = cut(tensors, spec)

@@ -95,7 +95,10 @@ class VllmTarget:
         installed = self.installed if context.live else self.listed
         version, era = installed.version, installed.era
         if era.builder is None:
-            return Refusal(f"vLLM {version}: era {era.name} ({era.layer}) is recognised but not yet supported here")
+            return Refusal(
+                f"vLLM {version}: era {era.name} ({era.layer}) is recognised but not supported; "
+                f"releases {era.releases} want a transformers older than this library does"
+            )
         return None
 
     def _refuse_by_table(self, spec: MoESpec, context: Context) -> Refusal | None:
