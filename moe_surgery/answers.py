@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from moe_surgery.spec import RouterSpec
@@ -99,14 +100,14 @@ class ShapeOfInput:
 
 @dataclass(frozen=True)
 class SizeOfInput:
-    """An attribute, or result, that is a size of the input of the last call, or a multiple of one.
+    """An attribute, or result, that is a size of the input of the last call, or a multiple of one, or a part.
 
     ``ways`` are those that fit: of its tokens, or its rows ("batch") or columns ("sequence"), and how many times that.
     ``value`` is the number itself where it was the same for every input: then it is nothing else. It is an ``int``
     unless it is ``broken``.
     """
 
-    ways: frozenset[tuple[str, int]]
+    ways: frozenset[tuple[str, int | Fraction]]
     value: float | None = None
     broken: bool = False
 
@@ -114,13 +115,13 @@ class SizeOfInput:
         """The number for an input of ``shape`` [..., H]."""
         sizes = sizes_of(shape)
         name, times = min(self.ways)
-        return float(sizes[name] * times) if self.broken else sizes[name] * times
+        return float(sizes[name] * times) if self.broken else int(sizes[name] * times)
 
     def __str__(self) -> str:
         if self.value is not None:
             return str(self.value)
         name, times = min(self.ways)
-        return f"its number of {_SIZES[name]}" + (f", times {times}" if times > 1 else "")
+        return f"its number of {_SIZES[name]}" + (f", times {times}" if times != 1 else "")
 
 
 def sizes_of(shape: Sequence[int]) -> dict[str, int]:

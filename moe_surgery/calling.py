@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moe_surgery.companion import Companion, made_up
 from moe_surgery.errors import SurgeryError
+from moe_surgery.form import Form
 
 Role = Literal["hidden_states", "ids", "weights", "beside", "unused", "fixed"]
 _TENSORS = ("hidden_states", "ids", "weights")
@@ -52,14 +53,15 @@ class UnreadCall(SurgeryError):
 
 @dataclass(frozen=True)
 class Calling:
-    """All arguments of a block's forward in order."""
+    """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H]."""
 
     arguments: tuple[Argument, ...]
+    form: Form | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the block takes its input and nothing else."""
-        return [argument.role for argument in self.arguments] == ["hidden_states"]
+        return self.form is None and [argument.role for argument in self.arguments] == ["hidden_states"]
 
     @property
     def companions(self) -> tuple[Companion, ...]:
@@ -70,7 +72,10 @@ class Calling:
         """Positional arguments by role; what is unused and has no default is None.
 
         An argument beside the tensors may be given by its name. Companions that aren't among the tensors are made up.
+        Tokens [B, S, H], or [T, H], are brought into the block's ``form``.
         """
+        if self.form is not None:
+            tensors = {**tensors, "hidden_states": self.form.given(tensors["hidden_states"])}
         wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
         given = {
             argument.name: tensors[key]
@@ -89,7 +94,10 @@ class Calling:
         return tuple(values[: max([last, *needed]) + 1])
 
     def taken(self, given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors by role, out of the arguments of a call. Raises what a call does that the block wasn't read for."""
+        """Tensors by role, out of the arguments of a call; the input in the block's ``form``.
+
+        Raises what a call does that the block wasn't read for.
+        """
         by_place = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
         by_name = {argument.name: argument for argument in self.arguments if not argument.many}
         gathers = {argument.many: argument for argument in self.arguments if argument.many}
@@ -114,6 +122,8 @@ class Calling:
                 if not argument.companion.fits(value, tensors["hidden_states"]):
                     raise UnreadCall(argument.name, value)
                 tensors[argument.companion.key] = value
+        if self.form is not None and getattr(x := tensors.get("hidden_states"), "ndim", None) != self.form.dimensions:
+            raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -121,6 +131,14 @@ class Calling:
             if argument.companion is not None and argument.name not in there:
                 raise UnreadCall(argument.name)
         return tensors
+
+    def tokens(self, x: Any) -> Any:
+        """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""
+        return x if self.form is None else self.form.tokens(x)
+
+    def back(self, x: Any, given: Any) -> Any:
+        """Tokens of the shape that :meth:`tokens` gave to ``given``, lying as that does."""
+        return x if self.form is None else self.form.back(x, self.form.lead(given))
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -167,6 +167,32 @@ class Program:
             of_tokens=None if self.of_tokens is None else self.of_tokens.renumbered(numbers),
         )
 
+    def with_one_more(self, expert: int) -> Program:
+        """The same with one more choice for every token: of ``expert``, its weight the sum of the others'."""
+        found = dict(self.outputs)
+        last, aten = max(found["ids"], found["weights"]), torch.ops.aten
+        ids, weights, new = At(found["ids"]), At(found["weights"]), last + 1
+        more = (
+            Step(aten.slice.Tensor, (ids, -1, 0, 1)),
+            Step(aten.full_like.default, (At(new), expert)),
+            Step(aten.cat.default, ((ids, At(new + 1)), -1)),
+            Step(aten.sum.dim_IntList, (weights, (-1,), True)),
+            Step(aten.cat.default, ((weights, At(new + 3)), -1)),
+        )
+        places = {"ids": new + 2, "weights": new + 4}
+
+        def moved(number: int) -> int:
+            return number + len(more) * (number > last)
+
+        return replace(
+            self,
+            steps=(*self.steps[:new], *more, *(step.moved(last, len(more)) for step in self.steps[new:])),
+            outputs=tuple((name, places.get(name, moved(number))) for name, number in self.outputs),
+            logits=None if self.logits is None else moved(self.logits),
+            whole=None if self.whole is None else moved(self.whole),
+            of_tokens=None if self.of_tokens is None else self.of_tokens.with_one_more(expert),
+        )
+
     def only(self, *names: str) -> Program:
         """The same for some of its outputs."""
         kept = tuple((name, number) for name, number in self.outputs if name in names)

@@ -391,3 +391,19 @@ def test_convolutions_over_one_place_are_replaced_in_half_precision(name: str) -
     [step] = moe_surgery.apply(model, target="reference").steps
     assert step.outcome == "replaced", step.reason
     assert distance(model(x), before) < 4
+
+
+def test_what_einops_knows_of_tensors_by_now_is_no_state_of_a_block() -> None:
+    backends = pytest.importorskip("einops._backends")
+    rearrange = pytest.importorskip("einops").rearrange
+
+    class ByEinops(plain.Base):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            out = super().forward(rearrange(hidden_states, "b s h -> (b s) h"))
+            return rearrange(out, "(b s) h -> b s h", s=hidden_states.shape[1])
+
+    model = Layer(plain.make(plain.block_class(ByEinops, *others.LISTED, name="ByEinops")))
+    backends._type2backend.clear()
+    backends._loaded_backends.clear()
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "replaced", step.reason

@@ -197,11 +197,8 @@ def test_experts_that_take_images_are_listed_with_that_reason(name: str, scores_
     assert step.reason == f"it takes channels before places, as {first} does, and no tokens [..., H]"
 
 
-@pytest.mark.parametrize(
-    ("make", "as_told"),
-    [(lambda: PointwiseMLP(), ", as experts.e0.up (Conv1d) does, and"), (lambda: plain.MLP(32, 48), ", and")],
-)
-def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn.Module], as_told: str) -> None:
+@pytest.mark.parametrize("make", [PointwiseMLP, lambda: plain.MLP(32, 48)], ids=["convolutions", "layers"])
+def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn.Module]) -> None:
     class Behind(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,10 +212,11 @@ def test_tokens_behind_their_channels_are_told_from_tokens(make: Callable[[], nn
             done = sum(expert(t) * dense[:, n, None] for n, expert in enumerate(self.experts.values()))
             return done.view(x.shape[0], -1, 32).transpose(1, 2)
 
-    model = stack(Behind()).eval()
-    assert model.get_submodule("layers.0.mlp")(torch.randn(2, 32, 5)).shape == (2, 32, 5)
-    [step] = moe_surgery.plan(model).steps
-    assert step.reason == f"it takes channels before places{as_told} no tokens [..., H]"
+    model, x = stack(plain.make(Behind)).eval(), torch.randn(2, 32, 5)
+    before = model.get_submodule("layers.0.mlp")(x)
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "replaced", step.reason
+    torch.testing.assert_close(model.get_submodule("layers.0.mlp")(x), before)
 
 
 def test_convolutions_of_which_none_is_chosen_are_no_site() -> None:
@@ -322,6 +320,108 @@ def test_experts_that_a_mask_chooses_are_listed_and_those_of_two_mlps_are_not() 
     experts = WordsOrImagesExpert()
     experts.more = plain.MLP(32, 48)
     assert paths(stack(Model(gate=plain.linear(32, 3), inner=experts))) == ["layers.0.mlp"]  # what routes to them
+
+
+class OfModalities(nn.Module):
+    """MLPs of which an argument names one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.images = plain.MLP(32, 48), plain.MLP(32, 48)
+
+    def forward(self, x: torch.Tensor, kind: str | None = None) -> torch.Tensor:
+        if kind == "images":
+            return self.images(x)
+        return self.words(x)
+
+
+class OneAfterTheOther(OfModalities):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.words(x)
+        if mask is not None:
+            x = x * mask
+        return self.images(x)
+
+
+class BestHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, nn.Linear(32, 32))
+        self.score = nn.Linear(32, 4, bias=False)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.heads(x)
+        weights, ids = self.score(x).softmax(-1).topk(2, -1)
+        kept = torch.zeros_like(heads[..., 0]).scatter(-1, ids, weights)
+        return self.o((heads * kept[..., None]).flatten(-2))
+
+
+class AllHeads(BestHeads):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o((self.heads(x) * self.score(x).sigmoid()[..., None]).flatten(-2))
+
+
+class Grouped(nn.Module):
+    """Experts that are groups of the channels of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.up, self.down = nn.Conv1d(128, 192, 1, groups=4), nn.Conv1d(192, 128, 1, groups=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = x.reshape(-1, 32)
+        weights, ids = self.gate(t).softmax(-1).topk(2)
+        done = self.down(self.up(t.repeat(1, 4)[..., None]).relu()).view(-1, 4, 32)
+        return (done.gather(1, ids[..., None].expand(-1, -1, 32)) * weights[..., None]).sum(1).view(x.shape)
+
+
+class Slots(nn.Module):
+    """Experts whose inputs are sums of many tokens, and a token's output one of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(4, 3, 32))
+        self.bank = Model(experts=nn.ModuleList(plain.MLP(32, 48) for _ in range(4)))
+        self.bank.forward = lambda x: torch.stack([each(x[:, n]) for n, each in enumerate(self.bank.experts)], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("bsh,ekh->bsek", x, self.slots)
+        done = self.bank(torch.einsum("bsh,bsek->bekh", x, logits.softmax(1)))
+        return torch.einsum("bekh,bsek->bsh", done, logits.flatten(2).softmax(-1).view(logits.shape))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Slots, "it has no top-k"),
+        (OfModalities, "it has no top-k: kind, an argument, says which of words, images computes"),
+        (BestHeads, "what it takes the best of, scored by score, are heads of attention, which mix tokens"),
+        (Grouped, "it convolves over several places, or some of its channels (conv1d)"),
+        (
+            lambda: Mixing(lambda s, a, b: torch.where(s > 0, a * s, b * (1 - s)), 1),
+            "it has no top-k: which of its experts counts is told by comparing what it computes with a number",
+        ),
+    ],
+    ids=["slots", "an argument", "heads", "groups", "a threshold"],
+)
+def test_what_else_chooses_among_experts_is_listed(module: Callable[[], nn.Module], reason: str) -> None:
+    [step] = moe_surgery.plan(stack(module()).eval()).steps
+    assert (step.path, step.outcome, step.reason) == ("layers.0.mlp", "missed", reason)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [OneAfterTheOther, AllHeads, lambda: Mixing(lambda s, a, b: torch.where(s > 0, a, a + 1) + b, 1)],
+    ids=["one after the other", "all heads", "a threshold of something else"],
+)
+def test_equal_layers_of_which_none_is_chosen_are_no_site(module: Callable[[], nn.Module]) -> None:
+    assert not moe_surgery.plan(stack(module()).eval()).steps
 
 
 MIXED: dict[str, tuple[Callable[..., torch.Tensor], int]] = {

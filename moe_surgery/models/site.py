@@ -14,11 +14,13 @@ class Site:
     """One candidate place in the module tree: a module that looks like a sparse-MoE block.
 
     One that isn't ``sure`` may be some other layer of that form; it is no site if it doesn't choose by any top-k.
+    ``told`` says how its experts are chosen, where its code shows that nothing that it computes does.
     """
 
     path: str
     module: nn.Module
     sure: bool = True
+    told: str | None = None
 
     @property
     def kind(self) -> str:

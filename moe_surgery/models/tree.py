@@ -14,6 +14,7 @@ from types import MethodType
 from torch import Tensor, nn
 
 from moe_surgery.models.adapters import own_parameters
+from moe_surgery.models.chosen import chooses_heads, chosen_by
 from moe_surgery.models.site import Site
 from moe_surgery.models.wide import HINT, around_stacked, around_wide, matrices, outwards, wide_layers
 from moe_surgery.targets.base import SwappedBlock
@@ -26,7 +27,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of ``model`` in the order of its module tree; blocks swapped in before are sites too."""
     modules = dict(model.named_modules())
     paths = {path for path, module in modules.items() if isinstance(module, SwappedBlock)}
-    unsure, told = set[str](), set[str]()
+    unsure, told, chosen = set[str](), set[str](), dict[str, str]()
     for path, module in modules.items():
         if not any(path == done or path.startswith(f"{done}.") for done in paths):
             called = HINT in path.rpartition(".")[2].lower()
@@ -36,6 +37,9 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             unsure |= images.keys()
             around, certain = around_stacked(modules, path)
             told |= {path} if _told_apart(modules, path) else set()
+            how = chosen_by(module, _equal_mlps(module, over_places=False)) or chooses_heads(module)
+            if how is not None:
+                chosen[path] = how
             wide, surely = wide_layers(module)
             unsure |= {outer for outer in [path.rpartition(".")[0]] if path and around_wide(modules[outer], module)}
             paths |= (around if certain else set()) | ({path} if wide and surely else set())
@@ -44,8 +48,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     unsure = {path for path in unsure - paths if takes_one(modules[path])}
     paths |= {path for path in unsure if not any(_inside(other, path) for other in paths)}
     paths |= {path for path in told if not any(_inside(path, other) for other in paths)}
+    chosen = {path: how for path, how in chosen.items() if not any(_inside(path, other) for other in paths)}
+    paths |= chosen.keys()
     inner = {path for path in paths if not any(other != path and _inside(other, path) for other in paths)}
-    return tuple(Site(path, module, path not in unsure) for path, module in modules.items() if path in inner)
+    return tuple(
+        Site(path, module, path not in unsure, chosen.get(path)) for path, module in modules.items() if path in inner
+    )
 
 
 def _by_another(module: nn.Module, tree: Iterable[nn.Module]) -> bool:
@@ -89,6 +97,14 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
     tables = Counter(child.weight.shape for child in module.children() if isinstance(child, nn.Embedding))
     if max(tables.values(), default=0) > 1 and any(isinstance(child, nn.Linear) for child in module.children()):
         yield (), 0, True  # experts of one row each, looked up by number
+    grouped = Counter(child.groups for child in module.children() if isinstance(child, nn.modules.conv._ConvNd))
+    for count, times in grouped.items():
+        if count > 1 < times and not _depthwise(module, count):
+            yield (
+                tuple(name for name, child in module.named_children() if getattr(child, "groups", 1) == count),
+                count,
+                False,
+            )
     singles: dict[int, tuple[str, ...]] = {}
     for name, child in module.named_children():
         if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
@@ -114,6 +130,12 @@ def _banks(module: nn.Module, called: bool, over_places: bool) -> Iterator[tuple
             yield names, count, called
     for names in _side_by_side(module, over_places):
         yield names, len(names), False
+
+
+def _depthwise(module: nn.Module, groups: int) -> bool:
+    """Whether convolutions in so many ``groups`` have one channel in each."""
+    layers = [child for child in module.children() if isinstance(child, nn.modules.conv._ConvNd)]
+    return any(layer.groups == groups == layer.in_channels for layer in layers)
 
 
 def _side_by_side(module: nn.Module, over_places: bool) -> Iterator[tuple[str, ...]]:
@@ -197,6 +219,8 @@ def _block_path(
                 break
             if _scores(modules[outer], count, (inside,), over_places):
                 return _around_gathering(modules, outer)
+            if bank and any(p.ndim == 3 and len(p) == count for p in modules[outer].parameters(recurse=False)):
+                return outer  # slots of each expert, which take some of every token
     if not certain:
         return None
     parent = path.rpartition(".")[0]

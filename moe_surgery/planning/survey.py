@@ -14,7 +14,7 @@ from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.asking import Records
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
-from moe_surgery.read.parsed import MIXES, NO_TOP_K
+from moe_surgery.read.parsed import COMPARES, MIXES, NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.sameness import Readings, structure
@@ -59,7 +59,7 @@ def _may_choose(item: Surveyed) -> bool:
 
     One that mixes what all of its experts compute is told too.
     """
-    if MIXES in (item.unread or ""):
+    if any(reason in (item.unread or "") for reason in (MIXES, COMPARES)):
         return True
     return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
@@ -67,6 +67,8 @@ def _may_choose(item: Surveyed) -> bool:
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
     if isinstance(site.module, SwappedBlock):
         return Surveyed(site, None, None)
+    if site.told is not None:
+        return Surveyed(site, None, site.told)
     records = Records(site.module)
     try:
         return _whole(site, known, shared, records)

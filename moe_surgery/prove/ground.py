@@ -144,7 +144,7 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
     probes, routing = _decided(spec, tensors, probes)
     undecided = asked - len(probes.x)
     if len(probes.of(UNIT)) == 0 and spec.router.own:
-        return "its own router's choices are within its rounding noise, or some of their weights zero, on every probe"
+        return "its own router's choices are within its rounding noise, or name one expert twice, on every probe"
     if len(probes.of(UNIT)) == 0:
         return "the router's scores are within its own rounding noise on every probe, so any choice of experts is right"
     rounded = _evaluate(spec, tensors, probes, routing, None)

@@ -35,7 +35,8 @@ class Heard:
     def by_role(self, calling: Calling, at: str) -> Heard:
         """The same with the block's own tensors alone: its input, or tokens, ids and weights ``at`` experts."""
         if at == "block":
-            return replace(self, given=[self.tensors["hidden_states"]] if self.tensors else self.given[:1])
+            given = self.tensors["hidden_states"] if self.tensors else self.given[0]
+            return replace(self, given=[calling.tokens(given)], answer=calling.tokens(self.answer))
         tensors = calling.taken(self.given, {})
         return replace(self, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
 

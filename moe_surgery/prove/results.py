@@ -68,7 +68,8 @@ def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Cal
 
     def ask(*tensors: Tensor) -> Any:
         y = output_of(results, block(*calling.placed(dict(zip(roles, tensors, strict=False)))))
-        flat = results is not None and y.numel() == tensors[0].numel()
+        y = calling.tokens(y)
+        flat = (results is not None or calling.form is not None) and y.numel() == tensors[0].numel()
         return y.view(tensors[0].shape) if flat else y
 
     return ask

@@ -113,7 +113,8 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
     """The choices of a router whose ranking isn't that of its logits, or that is the model's own.
 
     What else it might have chosen isn't listed. A token whose choice changes with the router's rounding noise
-    (measured, then added with random signs) isn't decidable.
+    (measured, then added with random signs) isn't decidable. Of a router of the model's own, those count as chosen that
+    it gives a weight other than zero; a token that it sends to one expert twice isn't decidable.
     """
     k, x = spec.router.top_k, probes.x
     logits, scores = router_scores(spec, tensors.router, x, torch.float64, tensors.routing, tensors.router_bias)
@@ -121,10 +122,16 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
     generator = torch.Generator("cpu").manual_seed(len(x))
     ranked = unrounded(spec, logits, scores, tensors)
     chosen = _chosen(ranked, k)
-    decidable = (scores != 0).sum(-1) == k if spec.router.own else torch.ones_like(chosen[:, 0])
+    decidable, sure = torch.ones_like(chosen[:, 0]), torch.full_like(chosen[:, 0], k, dtype=torch.int64)
+    if spec.router.own and tensors.routing is not None:
+        chosen, weights = chosen & (ranked != 0), tensors.routing(x, logits.float())[0]
+        sure = chosen.sum(-1)
+        decidable = (sure > 0) & (sure == (weights != 0).sum(-1))
     for _ in range(_SHAKES if k < spec.router.num_experts else 0):
         signs = torch.randint(0, 2, logits.shape, generator=generator, device="cpu").to(logits) * 2 - 1
-        decidable &= (_chosen(_shaken(spec, tensors, x, logits, signs * noise / 2, signs), k) == chosen).all(-1)
+        shaken = _shaken(spec, tensors, x, logits, signs * noise / 2, signs)
+        other = _chosen(shaken, k) & (shaken != 0) if spec.router.own else _chosen(shaken, k)
+        decidable &= (other == chosen).all(-1)
     everyone = torch.arange(len(x), device=logits.device)
     zero = (probes.family == ZERO) & (not spec.experts.biases)
     return Routing(
@@ -133,7 +140,7 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
         logits=logits,
         tokens=everyone,
         ranks=torch.arange(k, device=logits.device).repeat(len(x), 1),
-        sure=torch.full_like(everyone, k),
+        sure=sure,
         decidable=decidable | zero,
     )
 

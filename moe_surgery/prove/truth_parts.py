@@ -103,7 +103,10 @@ def recombined(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     elif own and k == 1 and on_output:
         yield "routing weights left out", reweighted(torch.ones_like(weights))
         yield "routing weights applied twice", reweighted(weights.square())
-    if k > 1:
+    if k > 1 and own and on_output:  # of those that it gives a weight
+        last = torch.arange(k, device=ids.device) == routing.sure[:, None] - 1
+        yield "top-k less one", reweighted(weights.masked_fill(last, 0.0))
+    elif k > 1:
         yield "top-k less one", weighted(ids[:, :-1])
     if k > 1 and on_output:
         yield "uniform routing weights", reweighted(weights.mean(-1, keepdim=True).expand_as(weights))
@@ -160,6 +163,7 @@ def _without(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     if spec.experts.empty:
         entered = entering(tensors, parts.probes.x, F64)
         absent = parts.weights.where(parts.ids >= spec.experts.acting, 0.0).sum(-1, keepdim=True)
-        yield "ids for no routed expert return their input", parts.output(routed + absent * entered)
+        if bool(absent.any()):  # else nothing is added whatever they return
+            yield "ids for no routed expert return their input", parts.output(routed + absent * entered)
     if spec.experts.identities:
         yield "identity experts left out", parts.output(weighted_sum(parts.outputs, parts.weights * real, F64))

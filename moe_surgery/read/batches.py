@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
+from math import prod
+from operator import ne
 
 import torch
 from torch import Tensor
 
+from moe_surgery.form import Form
 from moe_surgery.read.asking import Asking, crowded_together, rolled, spread, together
 from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record
@@ -18,6 +21,7 @@ from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.together import but_slots
 
 _BATCHES = ((3, 5), (5, 7), (7, 11), (11, 13), (13, 17), (17, 19), (19, 23), (23, 29), (29, 31), (37, 41))
+_SIDES = (3, 5, 7, 11, 13, 17, 19)  # of batches with places in several dimensions
 _LONGEST_PART = 2048  # of a batch that is cut: twice as many tokens are recorded
 
 
@@ -30,16 +34,30 @@ def hidden_sizes(state: dict[str, Tensor]) -> list[int]:
     return [size for size, _ in count.most_common()]
 
 
-def odd_batch(state: dict[str, Tensor], tokens: int, *avoid: int) -> tuple[int, int]:
+def odd_batch(
+    state: dict[str, Tensor],
+    tokens: int,
+    *avoid: int,
+    form: Form | None = None,
+    unlike: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """A batch of at least ``tokens`` tokens whose sizes are mistaken for no other size in the block.
 
-    One more than a size is a size too: of one-hot masks with a class for no expert.
+    One more than a size is a size too: of one-hot masks with a class for no expert. In a ``form`` with places in
+    several dimensions the sizes of these are sizes of the batch; each is another than in the batch ``unlike`` it.
     """
     sizes = {size + more for tensor in state.values() for size in tensor.shape for more in (0, 1)} | set(avoid)
-    for first, second in _BATCHES:
-        if first * second >= tokens and not {first, second, first * second} & sizes:
-            return first, second
+    for sides in _BATCHES if form is None or form.places == 1 else _batches_of(form.places):
+        made = {prod(some) for count in range(1, len(sides) + 1) for some in combinations(sides, count)}
+        told = unlike is None or form is None or all(map(ne, sides, (unlike[0], *form.sides(unlike[1]))))
+        if prod(sides) >= tokens and not made & sizes and told:
+            return sides[0], prod(sides[1:])
     raise Unreadable("no batch to probe it with differs from all of its sizes")
+
+
+def _batches_of(places: int) -> list[tuple[int, ...]]:
+    """The sizes of batches and their ``places``, fewest tokens first."""
+    return sorted(combinations(_SIDES, places + 1), key=prod)
 
 
 @dataclass(frozen=True)
@@ -73,30 +91,32 @@ def crowded_record(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> 
     deciding: tuple[Unreadable, torch.dtype, bool] | None = None
     # A block that rounds as it should in its own dtype alone is read in that.
     dtypes = dict.fromkeys((torch.bfloat16, own_dtype(state) or torch.float32))
-    avoid: frozenset[int] = frozenset()
+    avoid, form = frozenset[int](), ask.calling.form
     answered: set[bool] = set()  # whether tokens alone, that is
+    of_dtypes = False  # what it fails at in another dtype than its own
     for dtype, flat, width in product(dtypes, (False, True), widths):
         if deciding is not None and deciding[1:] != (dtype, flat):
             break
-        if flat and False in answered:  # it takes batches, and does something else with them
+        if flat and (form is not None or False in answered):  # it takes batches, and does something else with them
             continue
-        if dtype != torch.bfloat16 and not answered:
+        if dtype != torch.bfloat16 and not answered and not of_dtypes:
             break
         try:
-            batch = odd_batch(state, 1)
+            batch = odd_batch(state, 1, form=form)
             try:
                 found = ask(_shape(batch, width, flat), dtype, crowded_together)
             except Mistaken as error:
                 avoid = error.sizes
-                batch = odd_batch(state, 1, *avoid)
+                batch = odd_batch(state, 1, *avoid, form=form)
                 found = ask(_shape(batch, width, flat), dtype, crowded_together)
             router = found.first.router
-            known = odd_batch(state, 1, router.top_k, router.num_experts, *avoid)
+            known = odd_batch(state, 1, router.top_k, router.num_experts, *avoid, form=form)
             if known != batch:  # the batch could have been mistaken for top-k
                 found = ask(_shape(known, width, flat), dtype, crowded_together)
             return Crowded(found, width, flat, avoid)
         except Unfollowed as error:
             answered |= {flat} if error.answered else set()
+            of_dtypes |= any(word in str(error) for word in ("dtype", "BFloat16"))
             problem = error if error.operations > problem.operations else problem  # it came further
         except Broken:
             raise

@@ -9,7 +9,6 @@ difference between two.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +16,7 @@ from itertools import product
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
@@ -25,6 +24,7 @@ from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
+from moe_surgery.read.other_forms import check_arguments, in_a_form
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
@@ -36,6 +36,7 @@ from moe_surgery.read.record.flow import Flow
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.split import Splitting
 from moe_surgery.read.together import (
+    adds_inputs,
     check_identities,
     experts_spec,
     layout_of,
@@ -43,12 +44,12 @@ from moe_surgery.read.together import (
     router_spec,
     same_experts,
     shared_spec,
+    with_inputs,
 )
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.read.within import Within
 from moe_surgery.spec import MoESpec
 
-_DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
 _MANY = 65  # tokens: more than the thresholds that blocks are known to branch at
 _ROWS = (67, 2)  # of a batch that a block takes apart row by row
 
@@ -152,19 +153,23 @@ def _read(
         except Unfollowed as error:
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
+            found = in_a_form(ask, error, lambda other: _read(records, parse, inside=inside, calling=other))
+            if found is not None:
+                return found
             if calling is None:
-                _check_arguments(ask, state, error)
+                check_arguments(ask, state, error)
             raise
         cut = crowded.record.cut
         split = cut is not None
         check_identities((slot for token in crowded.tokens for slot in token.slots), split)
         first = crowded.record.first
         router = first.router
-        width = crowded.width
+        width, form = crowded.width, ask.calling.form
         own = own_dtype(state) or torch.float32
         more = crowded.record.ranked > router.top_k and not (cut is not None and cut.computed)
         tokens = max(_MANY, router.num_experts if more else router.num_experts // router.top_k + 1)
-        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid)
+        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid, form=form)
+        batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid, form=form, unlike=few)
         made = [
             crowded.record,
             ask(crowded.shape(batch), torch.float32, rolled if more else spread),
@@ -172,8 +177,7 @@ def _read(
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])
         made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
-        few = odd_batch(state, 16, router.num_experts, router.top_k, *crowded.avoid)
-        made += ask.if_it_takes((few[0] * few[1], width), own)
+        made += ask.if_it_takes((few[0] * few[1], width), own) if form is None else []
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen
@@ -205,6 +209,9 @@ def _read(
         own_rest=cut is not None and cut.routed is not None,
         latent=crowded.record.inner if crowded.record.inner != width else None,
     )
+    if adds_inputs(experts):
+        assert program is not None  # where it has a router of its own, its experts are none of these
+        spec, program = with_inputs(spec), program.with_one_more(router.num_experts)
     spare = frozenset(state).difference(*(record_.used for record_ in made))
     absent = any(a.role == "fixed" and not a.many and a.default is None for a in calling.arguments)
     if "training" not in names_read(block) and not absent:
@@ -233,43 +240,6 @@ def _read(
         spare,
         program,
     )
-
-
-def _check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
-    """Raise that a block takes more than one tensor, or images, if that is why it failed with its own ``error``."""
-    block = ask.block
-    try:
-        arguments_of(block)
-    except Unreadable as reason:
-        raise Unfollowed(str(reason), error.operations) from error
-    if not isinstance(error.__cause__, (RuntimeError, IndexError, ValueError)):  # as code of other shapes fails
-        return
-    if wanted := _DIMENSIONS.search(str(error.__cause__)):
-        problem = f"it takes an input of {wanted[1]} dimensions, and no tokens [T, H] or [B, S, H]"
-        raise Unfollowed(problem, error.operations) from error
-    for name, layer in block.named_modules():
-        if isinstance(layer, nn.modules.conv._ConvNd):
-            held = f"{name} ({type(layer).__name__})"
-            if isinstance(layer, nn.Conv1d) and not _takes_channels_first(ask, state):  # a block may turn its tokens
-                continue
-            problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
-            raise Unfollowed(problem, error.operations) from error
-    if _takes_channels_first(ask, state, surely=True):
-        raise Unfollowed("it takes channels before places, and no tokens [..., H]", error.operations) from error
-
-
-def _takes_channels_first(ask: Asking, state: dict[str, Tensor], surely: bool = False) -> bool:
-    """Whether a block takes channels before places, of however many places; ``surely`` if it does the same to each."""
-    for width in hidden_sizes(state):
-        try:
-            for places in FEW:
-                ask.record((2, width, places), torch.float32, spread, plain=True)
-        except Unfollowed:
-            continue
-        except Unreadable:  # for another reason than its shape
-            return not surely
-        return True
-    return False
 
 
 def _without_effect(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, like: Record) -> Calling:

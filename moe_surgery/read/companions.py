@@ -74,7 +74,7 @@ def _of(calling: Calling, place: int, companion: Companion) -> Calling:
     """The same where the argument at ``place`` is a ``companion``."""
     arguments = list(calling.arguments)
     arguments[place] = replace(arguments[place], role="beside", companion=companion)
-    return Calling(tuple(arguments))
+    return replace(calling, arguments=tuple(arguments))
 
 
 def _taking(reading: Reading, place: int, companion: Companion) -> Reading:

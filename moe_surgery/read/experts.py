@@ -25,7 +25,7 @@ from moe_surgery.read.record.block_run import record_experts
 from moe_surgery.read.record.experts_dispatch import own_forward
 from moe_surgery.read.record.state import Watch
 from moe_surgery.read.record.tensor_entries import own_dtype
-from moe_surgery.read.together import experts_spec, renumbered, same_experts
+from moe_surgery.read.together import adds_inputs, experts_spec, renumbered, same_experts
 from moe_surgery.read.unrecorded import check_complete, check_dtypes, check_site
 from moe_surgery.spec import MoESpec, RouterSpec
 from moe_surgery.weights.layout import Layout, Piece
@@ -114,6 +114,8 @@ def _of_size(watch: Watch, calling: Calling, state: dict[str, Tensor], width: in
     experts = same_experts(records, first, total)
     if renumbered(experts) != tuple(range(total)):
         raise Unreadable("its identity experts aren't its last ones")
+    if adds_inputs(experts):
+        raise Unreadable("its experts add their input to what they make")
     layout = Layout(router=Piece(""), experts=tuple(expert.pieces for expert in experts if expert is not None))
     check_complete(state, layout, range(total, total + identities))
     check_dtypes(state, layout)

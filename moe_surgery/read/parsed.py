@@ -20,15 +20,16 @@ from moe_surgery.read.parse.above_zero import check_above_zero
 from moe_surgery.read.parse.results import parse_results
 from moe_surgery.read.parse.rounding import Rounding
 from moe_surgery.read.parse.successive import joined
-from moe_surgery.read.parse.token_output import TokenParser, TokenRead
+from moe_surgery.read.parse.token_output import TokenParser, TokenRead, Unweighted
 from moe_surgery.read.parse.top_k import Ranking
 from moe_surgery.read.reading import Outside, Silent, Unreadable
 from moe_surgery.read.record.attributes import Attributes
-from moe_surgery.read.record.flow import Choice, Flow, Given
+from moe_surgery.read.record.flow import Choice, Flow, Given, Ref
 from moe_surgery.read.record.lineage import form
 
 NO_TOP_K = "it has no top-k"
 MIXES = "it has no top-k: every token goes through all of its experts, and each has a weight"
+COMPARES = "it has no top-k: which of its experts counts is told by comparing what it computes with a number"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     run = run or Interpreter(flow, Terms())
     terms = run.terms
     if not flow.choices:
-        raise Unreadable(MIXES if _mixes(flow, run) else NO_TOP_K)
+        raise Unreadable(COMPARES if _compares(flow) else MIXES if _mixes(flow, run) else NO_TOP_K)
     output = vectors(run.rows(flow.output), terms)
     size = next(op.shape[-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     native = str(dtype).removeprefix("torch.")
@@ -161,10 +162,19 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
     parsers: list[TokenParser] = []
     tokens: tuple[TokenRead, ...] = ()
+    first = False  # whether the first of several that are chosen computes alone, without a weight
     for number, term in enumerate(output.lead.reshape(-1)):
-        ranked = [seen[number] for seen in rankings]
-        parsers.append(TokenParser(terms.token(number, size), native, terms, ranked, given, ones))
-        tokens += (parsers[-1].parse(term),)
+        about = terms.token(number, size), native, terms, [seen[number] for seen in rankings], given, ones
+        try:
+            parser = TokenParser(*about, first)
+            token = parser.parse(term)
+        except Unweighted:
+            if number:
+                raise
+            parser, first = TokenParser(*about, True), True
+            token = parser.parse(term)
+        parsers.append(parser)
+        tokens += (token,)
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")
@@ -183,6 +193,26 @@ def _mixes(flow: Flow, run: Interpreter) -> bool:
         token = Rounding("", run.terms).bare(vectors(run.rows(flow.output), run.terms).lead.reshape(-1)[0])
         return sum(map(_weighted_mlp, token.args if token.op == "add" else ())) > 1
     return False
+
+
+def _compares(flow: Flow) -> bool:
+    """Whether a record takes one or the other of two results, of which each is made by matrices of its own."""
+    for op in flow.ops:
+        if op.name == "where" and len(op.args) == 3 and all(isinstance(arg, Ref) for arg in op.args):
+            told, *ways = (_weights_behind(flow, arg.index) for arg in op.args)
+            if told and all(len(one - other) > 1 for one, other in (ways, ways[::-1])):
+                return True
+    return False
+
+
+def _weights_behind(flow: Flow, index: int) -> frozenset[str]:
+    """The weights that the result of an operation comes of."""
+    found, waiting = set[int](), [index]
+    while waiting:
+        place = waiting.pop()
+        waiting += flow.ops[place].operands - found
+        found.add(place)
+    return frozenset(flow.ops[place].args[0] for place in found if flow.ops[place].name == "param")
 
 
 def _weighted_mlp(term: Term) -> bool:

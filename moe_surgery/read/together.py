@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from moe_surgery.read.parse.mlp import MLPRead
 from moe_surgery.read.parse.router import Precisions, RouterRead
 from moe_surgery.read.parse.token_output import SharedRead, TokenRead
 from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Unreadable
-from moe_surgery.spec import ExpertsSpec, RouterSpec, SharedSpec
+from moe_surgery.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 from moe_surgery.weights.layout import Layout
 
 
@@ -96,6 +96,7 @@ def experts_spec(experts: Sequence[MLPRead | None], first: TokenRead) -> Experts
     for what, values in (
         ("width", {expert.width for expert in real}),
         ("activation", {str(expert.mix) for expert in real}),
+        ("what they add", {"their input" if expert.residual else "nothing" for expert in real}),
         ("biases", {tuple(bias is not None for bias in expert.pieces.biases()) for expert in real}),
     ):
         if len(values) > 1:
@@ -115,6 +116,24 @@ def experts_spec(experts: Sequence[MLPRead | None], first: TokenRead) -> Experts
         identities=len(acting) - len(real),
         empty=len(experts) - len(acting),
     )
+
+
+def adds_inputs(experts: Sequence[MLPRead | None]) -> bool:
+    """Whether every expert adds its input to what it makes.
+
+    Raises :class:`Unreadable` if there are others beside these, that return their input or nothing.
+    """
+    if not any(expert is not None and expert.residual for expert in experts):
+        return False
+    if any(expert is None or expert.identity for expert in experts):
+        raise Unreadable("its experts add their input, and some return it, or nothing")
+    return True
+
+
+def with_inputs(spec: MoESpec) -> MoESpec:
+    """The spec of experts that add their input: each token visits one more, which returns it."""
+    router = replace(spec.router, num_experts=spec.router.num_experts + 1, top_k=spec.router.top_k + 1)
+    return replace(spec, router=router, experts=replace(spec.experts, identities=1))
 
 
 def _alike(token: TokenRead, other: TokenRead | None = None) -> tuple[object, ...]:

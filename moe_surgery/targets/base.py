@@ -44,7 +44,8 @@ class Refusal:
 class Arguments:
     """What routed experts are called with: tokens [..., H], ids and weights [..., k].
 
-    Where they stand for a whole block, ``x`` is the block's input, and ``begun`` what its own operations made of it.
+    Where they stand for a whole block, ``x`` is the block's input as tokens, ``begun`` what its own operations made of
+    it, and ``given`` the input as it was given.
     """
 
     hidden_states: Tensor
@@ -52,6 +53,7 @@ class Arguments:
     weights: Tensor
     x: Tensor | None = None
     begun: Begun | None = None
+    given: Tensor | None = None
 
 
 class SwappedBlock(nn.Module):
@@ -84,25 +86,29 @@ class SwappedBlock(nn.Module):
         tensors = self.convention.calling.taken(given, named)
         if "ids" in tensors:
             return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
-        x = tensors["hidden_states"]
+        x = self.convention.calling.tokens(tensors["hidden_states"])
         begun = self.convention.begun(x, tensors)
         assert begun is not None
         found = begun.outputs
         entering = found.get(ENTERING, x)
         entering = entering.reshape(*x.shape[:-1], entering.shape[-1])
-        return Arguments(entering, found["ids"], found["weights"], x, begun)
+        return Arguments(entering, found["ids"], found["weights"], x, begun, tensors["hidden_states"])
 
     def answered(self, arguments: Arguments, routed: Tensor) -> Any:
         """What a call with ``arguments`` returns whose routed experts came to ``routed`` [..., H]."""
         convention = self.convention
         x, begun = arguments.x, arguments.begun
-        if convention is None or convention.own is None or x is None or begun is None:
+        if convention is None or convention.own is None or x is None or begun is None or arguments.given is None:
             return routed
-        return self.answer(x, convention.own.around(begun, x, routed), begun)
+        return self.answer(x, convention.own.around(begun, x, routed), begun, arguments.given)
 
-    def answer(self, x: Tensor, output: Tensor, begun: Begun | None) -> Any:
-        """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did."""
+    def answer(self, x: Tensor, output: Tensor, begun: Begun | None, given: Tensor) -> Any:
+        """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did.
+
+        ``given`` is its input as it was given, and the output is to lie as that does.
+        """
         assert self.convention is not None
+        output = self.convention.calling.back(output, given)
         replayed = begun.outputs if begun is not None else {}
         for (path, name), value in self.convention.values(x, replayed):
             self.write(path, name, value)

@@ -171,8 +171,8 @@ def answering(forward: Forward) -> Forward:
         if convention is None:
             return forward(self, *given, **named)
         tensors = convention.calling.taken(given, named)
-        x = tensors["hidden_states"]
-        return self.answer(x, forward(self, x), convention.begun(x, tensors))
+        x = convention.calling.tokens(tensors["hidden_states"])
+        return self.answer(x, forward(self, x), convention.begun(x, tensors), tensors["hidden_states"])
 
     return answered  # type: ignore[return-value]
 

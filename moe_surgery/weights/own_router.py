@@ -18,13 +18,16 @@ def asking_its_own(
     """``tensors`` with the router that ``program`` is, and a matrix [E, H] to make tokens with.
 
     The matrix is the one of the program's weights that looks like a router's, or else made of random numbers.
+    Where each token visits one more expert, which returns its input, nothing scores that.
     """
     like = [held.t() if held.shape[0] == hidden else held for held in weights.values() if held.ndim == 2]
-    matrix = next((held for held in like if held.shape == (experts, hidden)), None)
-    if matrix is None:
+    scored = (experts, len(tensors.w13))
+    matrix = next((held for count in scored for held in like if held.shape == (count, hidden)), None)
+    if matrix is None or len(matrix) < experts:
         generator = torch.Generator("cpu").manual_seed(experts)
         random = torch.randn(experts, hidden, generator=generator, device="cpu") / hidden**0.5
-        matrix = random.to(tensors.w13.dtype).to(tensors.w13.device)
+        random = random.to(tensors.w13.dtype).to(tensors.w13.device)
+        matrix = random if matrix is None else torch.cat([matrix.to(random), random[len(matrix) :]])
     matrix = matrix.to(tensors.w13.dtype)
     return replace(tensors, router=matrix, routing=AskedRouter(program.only(*ROUTING, ENTERING), weights))
 
@@ -42,8 +45,9 @@ class AskedRouter:
         """The same with its own logits moved ``by`` [T, E] times the largest of a token's, as rounding may do."""
 
         def shaken(own: Tensor) -> Tensor:
-            logits = own.reshape(by.shape).double()
-            return (logits + by * logits.abs().amax(-1, keepdim=True)).to(own.dtype).view(own.shape)
+            logits = own.reshape(len(by), -1).double()
+            apart = by[:, : logits.shape[-1]] * logits.abs().amax(-1, keepdim=True)
+            return (logits + apart).to(own.dtype).view(own.shape)
 
         return self._asked(x, shaken)
 

@@ -68,6 +68,39 @@ class ViewsItsInput(Alone):
         return hidden_states + self.routed(x, weights, ids).view(hidden_states.shape)
 
 
+class _AddingTheirInput(Alone):
+    """What experts add to their input is added up with it."""
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        return super().expert(number, x) + (x if self.adds(number) else 0.0)
+
+    def adds(self, number: int) -> bool:
+        return True
+
+
+@block(AROUND)
+class ExpertsThatAddTheirInput(_AddingTheirInput):
+    pass
+
+
+@block(AROUND)
+class AdaptersOfASharedExpert(_AddingTheirInput):
+    """They are given what another MLP makes, and the router isn't."""
+
+    def make_more(self) -> None:
+        self.whole = plain.MLP(self.hidden, self.shared_width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        return self.routed(self.whole(x), *self.route(x)).view(hidden_states.shape)
+
+
+@block(AROUND, "differ in what they add")
+class ExpertsOfWhichSomeAddTheirInput(_AddingTheirInput):
+    def adds(self, number: int) -> bool:
+        return number % 2 == 0
+
+
 @block(AROUND)
 class NormsOnBothSides(Base):
     def make_more(self) -> None:

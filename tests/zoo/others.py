@@ -134,6 +134,27 @@ class WithLoads(Base):
         return super().forward(hidden_states), {"loads": torch.bincount(ids.flatten(), minlength=self.num_experts)}
 
 
+@block(RESULTS, "its output is of another width than its input: 48, not 32")
+class OfAnotherWidth(Base):
+    """A projector between two models."""
+
+    def make_more(self) -> None:
+        self.wider = plain.linear(self.hidden, 48)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return self.wider(super().forward(hidden_states))
+
+
+@block(RESULTS)
+class WithItsExpectedLoad(Base):
+    """How many tokens each expert, and each of three, would get: parts of a number of tokens."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        tokens = hidden_states.reshape(-1, self.hidden).shape[0]
+        expected = {"each": tokens * self.top_k / self.num_experts, "of three": tokens / 3, "half": 0.5}
+        return super().forward(hidden_states), expected
+
+
 @block(RESULTS)
 class WithMeanOfLogits(Base):
     def forward(self, hidden_states: Tensor) -> Any:
@@ -653,6 +674,48 @@ class WithoutSomeExperts(Base):
         return self.logits(x).masked_fill(self.dropped, -torch.inf).softmax(-1).topk(self.top_k, dim=-1)
 
 
+@block(ROUTERS)
+class UpToAShareOfTheScores(Base):
+    """It takes as many as have a share of the scores together; the others have no weight."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, ids = self.logits(x).softmax(-1).sort(dim=-1, descending=True)
+        weights = scores * (scores.cumsum(-1) - scores < 0.7)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+
+@block(ROUTERS)
+class SomeChoicesAreNone(Base):
+    """Half of what it chooses among are no experts, and have no weight."""
+
+    def make_router(self) -> None:
+        self.gate = plain.linear(self.hidden, 2 * self.num_experts)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows, slots = torch.where(ids == number)
+            out.index_add_(0, rows, self.expert(number, x[rows]) * weights[rows, slots, None])
+        return out
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = self.logits(x).softmax(-1).topk(2 * self.top_k, dim=-1)
+        weights = weights.masked_fill(ids >= self.num_experts, 0.0)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-9), ids
+
+
+@block(ROUTERS)
+class FavoursSomeExperts(Base):
+    """It writes to a part of a part of what it adds to its logits."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        more = torch.zeros_like(logits)
+        more[:, 2:][:, ::3] = 0.25
+        more[:, 1].add_(0.5)
+        return logits + more
+
+
 @block(ROUTERS, "treats tokens or batches differently")
 class FirstOfEachHalf(Base):
     """Each half of its experts has a choice of its own, which no one split of the block can give."""
@@ -873,6 +936,29 @@ class SecondAndThird(Base):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, ids = self.logits(x).softmax(-1).topk(self.top_k + 1, dim=-1)
         return best[:, 1:], ids[:, 1:]
+
+
+@block(VALUE)
+class FirstOfTwoWithoutWeight(Base):
+    """Two are chosen, and one of them computes alone."""
+
+    place = 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        ids, out = self.logits(x).softmax(-1).topk(2, dim=-1)[1], torch.zeros_like(x)
+        for number in range(self.num_experts):
+            rows = ids[:, self.place] == number
+            if rows.any():
+                out[rows] = self.expert(number, x[rows])
+        return out.reshape(hidden_states.shape)
+
+    def make_shared(self) -> None: ...
+
+
+@block(VALUE, "elsewhere another")
+class SecondOfTwoWithoutWeight(FirstOfTwoWithoutWeight):
+    place = 1
 
 
 @block(VALUE)
@@ -1106,6 +1192,15 @@ class MaskedScores(Dense):
         scores = self.logits(x).softmax(-1)
         kept = scores * torch.zeros_like(scores).scatter(1, scores.topk(self.top_k, dim=-1)[1], 1.0)
         return kept / kept.sum(-1, keepdim=True)
+
+
+@block(VALUE)
+class ScatteredAmongZerosOfFloat32(Dense):
+    """In another dtype its code fails, as zeros of no dtype that is given are float32."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        weights, ids = self.logits(x).softmax(-1).topk(self.top_k, dim=-1)
+        return torch.zeros(len(x), self.num_experts).scatter(1, ids, weights)
 
 
 @block(VALUE)

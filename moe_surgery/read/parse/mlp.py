@@ -16,12 +16,16 @@ _LONGEST = 120
 
 @dataclass(frozen=True)
 class MLPRead:
-    """An MLP: its pieces, width, and what stands between its matrices. ``identity`` is one that returns its input."""
+    """An MLP: its pieces, width, and what stands between its matrices.
+
+    ``identity`` is one that returns its input, and ``residual`` one that adds its input to what it makes.
+    """
 
     pieces: MLPPieces
     width: int
     mix: Mix
     identity: bool = False
+    residual: bool = False
 
 
 IDENTITY = MLPRead(MLPPieces(Piece(""), Piece(""), Piece("")), 0, Mix("relu"), identity=True)

@@ -120,13 +120,14 @@ class RouterParser:
         read, precisions = self._router(vector, scale)
         return Weight(read, replace(precisions, weights=self.rounding.of(factor)), slot)
 
-    def without(self) -> Weight | None:
+    def without(self, first: bool = False) -> Weight | None:
         """The weight of 1 that the only expert has which a token was sent to, if the code gives it none.
 
-        It is that of a top-1 that is renormalised. None if the token met more than one top-k, or one of more.
+        It is that of a top-1 that is renormalised. None if the token met more than one top-k, or one of more, unless
+        it is the ``first`` that counts.
         """
         ranking = self._rankings.only
-        if ranking is None:
+        if ranking is None or (ranking.count > 1 and not first):
             return None
         scores = ranking.scores if self._scoring(ranking.scores) else self.terms.fn("softmax", ranking.scores)
         read, precisions = self._router(self.terms.chosen(scores, ranking.scores, ranking.number, 1), 1.0)

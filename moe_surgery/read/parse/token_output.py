@@ -50,6 +50,10 @@ class TokenRead:
         return not any(self.slots)
 
 
+class Unweighted(Unreadable):
+    """A token's output has no summand with a routing weight."""
+
+
 class TokenParser:
     """Parses the output term of one token, whose input row is ``x``, in a record made at dtype ``native``.
 
@@ -58,9 +62,16 @@ class TokenParser:
     """
 
     def __init__(
-        self, x: Term, native: str, terms: Terms, rankings: Sequence[Ranking], given: int = 0, ones: bool = False
+        self,
+        x: Term,
+        native: str,
+        terms: Terms,
+        rankings: Sequence[Ranking],
+        given: int = 0,
+        ones: bool = False,
+        first: bool = False,
     ) -> None:
-        self.x, self.terms, self.given, self.ones = x, terms, given, ones
+        self.x, self.terms, self.given, self.ones, self.first = x, terms, given, ones, first
         self.mlps = MLPParser(x, native)
         self.routers = RouterParser(x, native, terms, rankings)
         self.bare = self.mlps.bare
@@ -77,9 +88,9 @@ class TokenParser:
         without = None
         unchosen = self.ones or not self.given
         if products and unchosen and not any(map(self._routed, chain.from_iterable(products))):
-            without = Weight(ALONE, Precisions(), 0) if self.ones else self.routers.without()
+            without = Weight(ALONE, Precisions(), 0) if self.ones else self.routers.without(self.first)
             if without is None:
-                raise Unreadable(_UNWEIGHTED)
+                raise Unweighted(_UNWEIGHTED)
         for factors in products:
             routing = [factor for factor in factors if self._routed(factor)]
             if not routing and without is None:
@@ -97,8 +108,8 @@ class TokenParser:
             else:
                 if weight.slot in slots:
                     if without is not None:
-                        raise Unreadable(_UNWEIGHTED)
-                    raise Unreadable(f"routing weight {weight.slot} is used more than once")
+                        raise Unweighted(_UNWEIGHTED)
+                    mlp = self._with_its_input(slots[weight.slot], mlp, weight.slot)
                 slots[weight.slot] = mlp
                 on_input.add(applied)
             weights.add(replace(weight, slot=0))
@@ -106,7 +117,7 @@ class TokenParser:
         if not (slots or shared or output_bias or silent):
             raise Unreadable(f"a token that it sends to experts comes to nothing, {_NOTHING}")
         if not (slots or silent):
-            raise Unreadable(_UNWEIGHTED)
+            raise Unweighted(_UNWEIGHTED)
         if len(shared) > 1:
             raise Unreadable("it adds a second shared expert")
         if len(output_bias) > 1:
@@ -123,6 +134,13 @@ class TokenParser:
             slots[slot] = replace(slots[slot], pieces=replace(slots[slot].pieces, down_bias=bias))
         order = self._order(slots, weight.read)
         return TokenRead(weight.read, weight.precisions, order, *beside, on_input.pop())
+
+    def _with_its_input(self, one: MLPRead, other: MLPRead, slot: int) -> MLPRead:
+        """What an expert is of which a token's output has two summands of one weight: what it makes, and its input."""
+        made = other if one.identity else one
+        if not self.given or one.identity == other.identity or made.residual:
+            raise Unreadable(f"routing weight {slot} is used more than once")
+        return replace(made, residual=True)
 
     def _by_choice(self, product: list[Term]) -> list[Term]:
         return [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
@@ -178,7 +196,7 @@ class TokenParser:
             strange = [factor for factor in routing if self.bare(factor).op not in SCORED] or routing
             raise Unreadable(f"a routed expert's output is multiplied by {short(strange[-1])}")
         if without is not None and scale != 1.0:
-            raise Unreadable(_UNWEIGHTED)
+            raise Unweighted(_UNWEIGHTED)
         weight = without or self.routers.parse(routing[0], scale)
         if len(others) == 1 and self.bare(others[0]).op == "param":
             return weight, self.bare(others[0]).args[0], False

@@ -42,9 +42,8 @@ class Rankings:
 
     @property
     def only(self) -> Ranking | None:
-        """The only one that there is, if it takes one."""
-        one = len(self._rankings) == len(self.whole) == 1 and self._rankings[0].count == 1
-        return self._rankings[0] if one else None
+        """The only one that there is, of whichever number of experts."""
+        return self._rankings[0] if len(self._rankings) == len(self.whole) == 1 else None
 
     @property
     def outside(self) -> bool:

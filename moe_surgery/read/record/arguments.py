@@ -63,7 +63,9 @@ def with_one_more(calling: Calling) -> Calling | None:
     if not found.gathered or number > 2:
         return None
     more = Argument(f"{found.name}[{number}]", "fixed", required=True)
-    return Calling((*calling.arguments[: place + number], more, *calling.arguments[place + number :]))
+    return replace(
+        calling, arguments=(*calling.arguments[: place + number], more, *calling.arguments[place + number :])
+    )
 
 
 def passed_on(calling: Calling) -> list[Argument]:
@@ -73,7 +75,8 @@ def passed_on(calling: Calling) -> list[Argument]:
 
 def unused(calling: Calling, argument: Argument) -> Calling:
     """The same arguments, of which ``argument`` makes no difference."""
-    return Calling(tuple(replace(a, role="unused") if a is argument else a for a in calling.arguments))
+    arguments = tuple(replace(a, role="unused") if a is argument else a for a in calling.arguments)
+    return replace(calling, arguments=arguments)
 
 
 def weights_first(calling: Calling) -> Calling:

@@ -138,6 +138,8 @@ def _output(notebook: Notebook, answer: Any, shape: tuple[int, ...]) -> Tensor:
             return output
     first = found[0]
     reason = f"its output is {tuple(first.shape)} {first.dtype}, its input {shape} {notebook.dtype}"
+    if first.shape[:-1] == torch.Size(shape[:-1]) and first.dtype == notebook.dtype:
+        reason = f"its output is of another width than its input: {first.shape[-1]}, not {shape[-1]}"
     raise Unfollowed(reason, len(notebook.graph.nodes), answered=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
-from moe_surgery.read.record.batch_size import MARKED
+from moe_surgery.read.record.batch_size import MARKED, BatchNumber
 from moe_surgery.read.record.reach import functions, holders
 
+_FINEST = 1 << 12  # the greatest number that a number of tokens may be divided by
 PLAIN_VALUES = (bool, int, float, str, type(None))
 Attributes = dict[tuple[str, str], Any]
 
@@ -69,14 +71,26 @@ def _of_values(container: Any) -> bool:
 
 
 def size_of(value: Any, shape: tuple[int, ...]) -> SizeOfInput | None:
-    """Which size of an input of ``shape`` a number is, or a multiple of which; None if it can't be one."""
+    """Which size of an input of ``shape`` a number is, or a multiple of which; None if it can't be one.
+
+    One with a point may be a part of one too, such as how many tokens there are for each expert.
+    """
     if type(value) not in (int, float, *MARKED) or (isinstance(value, MARKED) and not (value.pure and value.of_batch)):
         return None
     plain = float.__float__(value) if isinstance(value, float) else int.__index__(value)
-    if not math.isfinite(plain) or plain < 1 or plain != int(plain):
+    if not math.isfinite(plain) or plain <= 0:
         return None
+    if isinstance(value, float):
+        exact = Fraction(plain).limit_denominator(_FINEST)
+        if isinstance(value, BatchNumber):
+            if value.power < 0 or value.plus:
+                return None
+            exact = Fraction(value.times).limit_denominator(_FINEST) * int.__index__(value.source)
+            plain = float(exact)  # as dividing gives it
+        parts = frozenset((name, exact / size) for name, size in sizes_of(shape).items())
+        return SizeOfInput(parts, plain, broken=True) if float(exact) == plain else None
     ways = frozenset((name, int(plain) // size) for name, size in sizes_of(shape).items() if plain % size == 0)
-    return SizeOfInput(ways, plain, isinstance(value, float)) if ways else None
+    return SizeOfInput(ways, plain) if ways else None
 
 
 def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:

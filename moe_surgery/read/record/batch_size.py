@@ -45,6 +45,9 @@ def _calculation(plain: Callable[[Any, Any], Any], swapped: bool = False) -> Any
             return self._number(plain, other)
         left, right = int.__index__(self), int.__index__(other)
         if isinstance(other, BatchSize):
+            sizes = self.pure and other.pure and self.of_batch and other.of_batch
+            if plain is operator.mod and sizes and right and left % right == 0:
+                return 0  # batches are such that one size is a multiple of another only where it always is
             pure = self.pure and other.pure and plain in (operator.add, operator.sub, operator.mul)
         else:
             pure = self.pure and (plain is operator.mul or (plain in (operator.add, operator.sub) and right == 0))

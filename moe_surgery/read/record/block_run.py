@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_surgery.answers import Structure, structured
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.interrupts import without_interrupts
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
@@ -58,12 +59,14 @@ def record(
     :class:`Unfollowed` if the block raises an error of its own.
     """
 
-    def inputs(notebook: Notebook, hidden_states: Tensor) -> tuple[Any, ...]:
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> dict[str, Any]:
         beside = {c.key: beside_input(notebook, c, shape) for c in calling.companions}
-        return calling.placed({"hidden_states": hidden_states, **beside, **(more or {})})
+        if calling.form is not None:
+            notebook.batch |= set(calling.form.sides(shape[-2]))
+        return {"hidden_states": hidden_states, **beside, **(more or {})}
 
     notebook = partial(Notebook, watch.block, dtype, route, turned, inside)
-    return _recorded(notebook, watch, shape, plain, inputs)
+    return _recorded(notebook, watch, shape, plain, calling, inputs)
 
 
 def record_experts(
@@ -78,32 +81,64 @@ def record_experts(
 ) -> Flow:
     """As :func:`record`, of a module of experts alone: called with tokens [T, width], ``ids`` [T, k] and weights."""
 
-    def inputs(notebook: Notebook, hidden_states: Tensor) -> tuple[Any, ...]:
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> dict[str, Any]:
         numbers, weights = experts_inputs(notebook, ids, weights_dtype)
-        return calling.placed({"hidden_states": hidden_states, "ids": numbers, "weights": weights})
+        return {"hidden_states": hidden_states, "ids": numbers, "weights": weights}
 
     notebook = partial(Notebook, watch.block, dtype, no_choice)
-    return _recorded(notebook, watch, (len(ids), width), plain, inputs)
+    return _recorded(notebook, watch, (len(ids), width), plain, calling, inputs)
 
 
-_Inputs = Callable[[Notebook, Tensor], tuple[Any, ...]]
+def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
+    """What a block answered, the first tensor that lies as its input, of tokens of that ``shape``, brought back."""
+    if calling.form is None:
+        return answer
+    sizes, found = calling.form.sizes(shape), list[Tensor]()
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or found or value.ndim != len(sizes) or tuple(value.shape) != sizes:
+            return value
+        found.append(value)
+        return calling.tokens(value)
+
+    answers = structured(answer, lambda value, _: leaf(value))
+    if not found:
+        raise Unfollowed(f"its output doesn't lie as its input, {calling.form}", -1)
+    return answers.made(lambda value: value) if isinstance(answers, Structure) else answers
 
 
-def _recorded(make: Callable[[], Notebook], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs) -> Flow:
+_Inputs = Callable[[Notebook, Tensor], dict[str, Any]]
+"""The tensors that a block is called with, by role, of its input [..., H]."""
+
+
+def _recorded(
+    make: Callable[[], Notebook],
+    watch: Watch,
+    shape: tuple[int, ...],
+    plain: bool,
+    calling: Calling,
+    inputs: _Inputs,
+) -> Flow:
     """A record that :func:`_once` gives.
 
     Where code gives ``int`` as a dtype, it is recorded with Python's own.
     """
     try:
-        return _stateless(make, watch, shape, plain, inputs, own_int=False)
+        return _stateless(make, watch, shape, plain, calling, inputs, own_int=False)
     except Unfollowed as error:
         if not isinstance(error.__cause__, TypeError):
             raise
-    return _stateless(make, watch, shape, plain, inputs, own_int=True)
+    return _stateless(make, watch, shape, plain, calling, inputs, own_int=True)
 
 
 def _stateless(
-    make: Callable[[], Notebook], watch: Watch, shape: tuple[int, ...], plain: bool, inputs: _Inputs, own_int: bool
+    make: Callable[[], Notebook],
+    watch: Watch,
+    shape: tuple[int, ...],
+    plain: bool,
+    calling: Calling,
+    inputs: _Inputs,
+    own_int: bool,
 ) -> Flow:
     """A record that :func:`_once` gives.
 
@@ -112,13 +147,13 @@ def _stateless(
     without looking at it, so plain values are left there once more too, as the call left them.
     """
     try:
-        return _once(make(), watch, shape, plain, inputs, own_int)
+        return _once(make(), watch, shape, plain, calling, inputs, own_int)
     except Stateful as error:
         ways: list[Attributes] = [{place: Untouched() for place in error.written}]
         left = {place: value for place, value in error.written.items() if type(value) in PLAIN_VALUES}
         ways += [{place: left.get(place, Untouched()) for place in error.written}] if left else []
         with suppress(Unreadable):
-            flows = [_once(make(), watch, shape, plain, inputs, own_int, way) for way in ways]
+            flows = [_once(make(), watch, shape, plain, calling, inputs, own_int, way) for way in ways]
             if error.flow is not None and all(flow.like(error.flow) for flow in flows):
                 return flows[0]
         raise
@@ -130,6 +165,7 @@ def _once(
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
+    calling: Calling,
     inputs: _Inputs,
     own_int: bool,
     given: Attributes | None = None,
@@ -138,9 +174,12 @@ def _once(
     written.give(given or {})
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(plain), eagerly(), unscripted(block):
-            arguments = inputs(notebook, block_input(notebook, shape, strided=plain))
-            with marked_lengths(block, own_int), Sizes(notebook, marks=not plain), Recorder(notebook):
-                output = block(*arguments)
+            tensors = inputs(notebook, block_input(notebook, shape, strided=plain))
+            with marked_lengths(block, own_int), Recorder(notebook):
+                arguments = calling.placed(tensors)
+                with Sizes(notebook, marks=not plain):
+                    output = block(*arguments)
+                output = _as_tokens(calling, output, shape)
         changed = written.changed()
         first = given or {}
         if any(type(value) is Untouched and was_touched(value) for value in first.values()):

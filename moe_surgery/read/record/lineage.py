@@ -14,6 +14,11 @@ from moe_surgery.read.record.tensor_entries import mapped
 
 _OF_FOUND = frozenset(["select", "slice", "unbind", "squeeze", "alias", "detach", "_to_copy"])
 
+_PUT_BACK: dict[Any, Any] = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -117,7 +122,18 @@ class Lineage:
         several = isinstance(result, (list, tuple))
         for place, tensor in enumerate(result if several else (result,)):
             if isinstance(tensor, Tensor):
-                self._known[id(tensor)] = Computed(func, tuple(args), kwargs, place if several else None)
+                origin = Computed(func, tuple(args), kwargs, place if several else None)
+                self._known[id(tensor)] = origin
+                if func._schema.is_mutable and not several:
+                    self._written(args[0], origin)
+
+    def _written(self, before: Origin, after: Origin) -> None:
+        """Take down that what was a part of another tensor, made as ``before`` says, now is as ``after`` says there."""
+        if isinstance(before, Computed) and before.func in _PUT_BACK:
+            whole = before.args[0]
+            changed = Computed(_PUT_BACK[before.func], (whole, after, *before.args[1:]), before.kwargs, None)
+            self._known.update({key: changed for key, origin in self._known.items() if origin is whole})
+            self._written(whole, changed)
 
 
 def done(func: Any, args: Any, kwargs: Any) -> Any:

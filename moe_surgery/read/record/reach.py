@@ -20,7 +20,7 @@ from moe_surgery.read.record.contents import has_attributes, held_by, held_by_na
 _DEPTH = 3
 _INTERNAL = frozenset(vars(nn.Module()))
 _FOLLOWED = 8  # functions that call one another, one after another
-_KNOWN = frozenset(["torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names])
+_KNOWN = frozenset(["torch", "numpy", "transformers", "huggingface_hub", "einops", *sys.stdlib_module_names])
 _NOT_RUN = frozenset(["__init__", "__post_init__", "__repr__", "__eq__", "__hash__", "extra_repr"])
 
 

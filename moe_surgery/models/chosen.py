@@ -1,0 +1,73 @@
+"""What code alone shows to be chosen: equal MLPs by an argument, as those of modalities are, and heads of attention."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+
+def chosen_by(module: nn.Module, alike: Iterable[tuple[str, ...]]) -> str | None:
+    """How an argument of ``module`` tells which of its children ``alike`` it calls: a sentence, if one does."""
+    code = _forward(module)
+    if code is None:
+        return None
+    own, *given = (arg.arg for arg in (*code.args.posonlyargs, *code.args.args, *code.args.kwonlyargs))
+    arguments = set(given[1:])
+    for names in alike:
+        for branch in (node for node in ast.walk(code) if isinstance(node, (ast.If, ast.IfExp))):
+            asked = sorted(arguments & set(_compared(branch.test)))
+            ways = [set(names).intersection(_children(part, own)) for part in (branch.body, branch.orelse)]
+            if asked and ways[0] != ways[1] and len(set(names).intersection(_children(code, own))) > 1:
+                return f"it has no top-k: {asked[0]}, an argument, says which of {', '.join(names)} computes"
+    return None
+
+
+def chooses_heads(module: nn.Module) -> str | None:
+    """Which small layer of ``module`` scores heads of attention, of which the best are taken: a sentence, if one does.
+
+    Beside it are layers of as many heads each, for queries, keys and values, or one for all of them, and one behind.
+    """
+    layers = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    code = _forward(module) if len(layers) > 2 else None
+    if code is None or not any(isinstance(node, ast.Attribute) and node.attr == "topk" for node in ast.walk(code)):
+        return None
+    hidden = max(layer.in_features for layer in layers.values())
+    wide = [layer for layer in layers.values() if layer.out_features >= hidden]
+    one_for_all = any(layer.out_features == 3 * hidden for layer in wide)
+    if len(wide) < (2 if one_for_all else 4):
+        return None
+    for name, layer in layers.items():
+        heads = layer.out_features
+        if 1 < heads < hidden == layer.in_features and not any(each.out_features % heads for each in wide):
+            return f"what it takes the best of, scored by {name}, are heads of attention, which mix tokens"
+    return None
+
+
+def _forward(module: nn.Module) -> ast.FunctionDef | None:
+    try:
+        [code] = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return code if isinstance(code, ast.FunctionDef) else None
+
+
+def _compared(test: ast.expr) -> Iterator[str]:
+    """The names that a test asks of, but those that it asks whether they are None."""
+    none = {
+        id(node.left)
+        for node in ast.walk(test)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot))
+    }
+    yield from (node.id for node in ast.walk(test) if isinstance(node, ast.Name) and id(node) not in none)
+
+
+def _children(part: ast.AST | list[ast.stmt], own: str) -> Iterator[str]:
+    """The attributes that code names of the module, which it calls by its ``own`` name."""
+    for inside in part if isinstance(part, list) else [part]:
+        for node in ast.walk(inside):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own:
+                yield node.attr

@@ -1,0 +1,79 @@
+"""Blocks that fail with tokens [B, S, H]: read in another form, or told apart by what they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from moe_surgery.calling import Calling
+from moe_surgery.form import FORMS
+from moe_surgery.read.asking import FEW, Asking, spread
+from moe_surgery.read.batches import hidden_sizes
+from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
+from moe_surgery.read.record.arguments import arguments_of
+
+_DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
+
+
+def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
+    """A reading of a block that failed with its own ``error``, where it takes its tokens in another form, else None.
+
+    Raises :class:`Unreadable` where it takes them in one, and can be read in none.
+    """
+    cause, convolutions = error.__cause__, nn.modules.conv._ConvNd
+    of_shapes = error.answered if cause is None else not isinstance(cause, (TypeError, AttributeError))
+    if ask.calling.form is not None or not of_shapes:
+        return None
+    if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
+        return None  # places are mixed, and no form makes tokens of them
+    problem: Unreadable | None = None
+    for form in FORMS:
+        try:
+            return read(replace(ask.calling, form=form))
+        except (Unfollowed, Broken):
+            continue
+        except Unreadable as error:  # its code may run in a form that isn't its own
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:
+    """Raise that a block takes more than one tensor, or images, if that is why it failed with its own ``error``."""
+    block = ask.block
+    try:
+        arguments_of(block)
+    except Unreadable as reason:
+        raise Unfollowed(str(reason), error.operations) from error
+    if not isinstance(error.__cause__, (RuntimeError, IndexError, ValueError)):  # as code of other shapes fails
+        return
+    if wanted := _DIMENSIONS.search(str(error.__cause__)):
+        problem = f"it takes an input of {wanted[1]} dimensions, and no tokens [T, H] or [B, S, H]"
+        raise Unfollowed(problem, error.operations) from error
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            held = f"{name} ({type(layer).__name__})"
+            if isinstance(layer, nn.Conv1d) and not _takes_channels_first(ask, state):  # a block may turn its tokens
+                continue
+            problem = f"it takes channels before places, as {held} does, and no tokens [..., H]"
+            raise Unfollowed(problem, error.operations) from error
+
+
+def _takes_channels_first(ask: Asking, state: dict[str, Tensor]) -> bool:
+    """Whether a block takes channels before places, of however many places."""
+    for width in hidden_sizes(state):
+        try:
+            for places in FEW:
+                ask.record((2, width, places), torch.float32, spread, plain=True)
+        except Unfollowed:
+            continue
+        except Unreadable:  # for another reason than its shape
+            return True
+        return True
+    return False
