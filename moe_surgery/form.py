@@ -46,14 +46,18 @@ class Form:
         return (lead[0], shape[-1], *lead[1:]) if self.first else (*lead, shape[-1])
 
     def given(self, x: Tensor) -> Tensor:
-        """Tokens [B, S, H], or [T, H] as those of one row, in this form."""
+        """Tokens [B, S, H], or [T, H] as those of one row, in this form; contiguous where they are."""
         x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
-        return self.back(x, (len(x), *self.sides(x.shape[1])))
+        made = self._placed(x, (len(x), *self.sides(x.shape[1])))
+        return made.contiguous() if x.is_contiguous() else made
 
     def back(self, x: Tensor, lead: tuple[int, ...]) -> Tensor:
         """Tokens [B, S, H] in this form, of the sizes ``lead``: those of the batch and of its places."""
+        return self._placed(x, lead).contiguous()
+
+    def _placed(self, x: Tensor, lead: tuple[int, ...]) -> Tensor:
         x = x.reshape(*lead, x.shape[-1])
-        return (x.movedim(-1, 1) if self.first else x).contiguous()
+        return x.movedim(-1, 1) if self.first else x
 
     def lead(self, x: Tensor) -> tuple[int, ...]:
         """The sizes of the batch and of the places of an input in this form."""
@@ -65,5 +69,6 @@ class Form:
         return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-FORMS = (Form(1, True), Form(2, False), Form(2, True), Form(3, False), Form(3, True))
+IMAGES, PLANES = Form(2, False), Form(2, True)
+FORMS = (Form(1, True), IMAGES, PLANES, Form(3, False), Form(3, True))
 """Those that are tried, likeliest first."""

@@ -5,36 +5,53 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+_Handler = Callable[..., Any] | int
 
 
 @contextmanager
 def without_interrupts(*, once: bool = False) -> Iterator[None]:
     """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing.
 
-    With ``once``, for work that may hang, a second one is delivered at once.
+    With ``once``, for work that may hang, a second one has both delivered at once. A signal that is handled outside of
+    Python isn't held back: its handler couldn't be put back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[tuple[int, Any]] = []
-    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+    before: dict[int, _Handler] = {}
 
     def hold(number: int, frame: Any) -> None:
-        if once and held:
-            held.clear()
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
-        else:
-            held.append((number, frame))
+        held.append((number, frame))
+        if once and len(held) > 1:
+            deliver()
+
+    def deliver() -> None:
+        handlers = dict(before)
+        while before:
+            signal.signal(*before.popitem())
+        with ExitStack() as each:  # one that raises an error keeps none of the others from being delivered
+            while held:
+                number, frame = held.pop()
+                each.callback(_deliver, handlers[number], number, frame)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, hold)
+        handler = signal.getsignal(number)
+        if handler is not None:
+            before[number] = handler
+            signal.signal(number, hold)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for held_number, _ in held:
-            signal.raise_signal(held_number)
+        deliver()
+
+
+def _deliver(handler: _Handler, number: int, frame: Any) -> None:
+    """Call a handler as the signal would have; raised once more, an event loop would be told of it twice."""
+    if callable(handler):
+        handler(number, frame)
+    else:
+        signal.raise_signal(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import signal
@@ -204,6 +205,37 @@ def test_a_second_interrupt_ends_what_holds_one_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert went_on == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_each_signal_that_was_held_back_is_delivered_once(once: bool) -> None:
+    """One whose handler raises an error keeps none of the others back, nor does a handler that takes itself away."""
+    told: list[int] = []
+
+    def ends(number: int, frame: Any) -> None:
+        told.append(number)
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with without_interrupts(once=once):
+            for number in (signal.SIGINT, signal.SIGTERM) if once else (signal.SIGTERM, signal.SIGINT):
+                assert not told
+                signal.raise_signal(number)
+
+    async def waits() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.append, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        await asyncio.sleep(0.01)
+        assert told == [signal.SIGINT, signal.SIGTERM]  # which the loop is told of later
+
+    handler = signal.signal(signal.SIGINT, ends)
+    try:
+        asyncio.run(waits())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("undoable", [True, False])

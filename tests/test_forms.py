@@ -83,6 +83,17 @@ class AsksForColumns(Formed):
         return super().done(tokens, x) * (2.0 if tokens.shape[-2] > 11 else 1.0)
 
 
+class AsksWhetherContiguous(Formed):
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states) * (1.0 if hidden_states.is_contiguous() else 2.0)
+
+
+class AsksForAMemoryFormat(Formed):
+    def forward(self, hidden_states: Tensor) -> Any:
+        last = hidden_states.is_contiguous(memory_format=torch.channels_last) and not hidden_states.is_contiguous()
+        return super().forward(hidden_states) * (2.0 if last else 1.0)
+
+
 class InAnotherForm(Formed):
     def handed_back(self, tokens: Tensor, out: Tensor) -> Any:
         return out.transpose(1, 2).contiguous()
@@ -152,6 +163,15 @@ def test_what_mixes_places_or_answers_in_another_form_is_left_alone(cls: type[Fo
         for old, new in zip(before, answers(model, form), strict=True)
         for a, b in zip(old, new, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("cls", "form"),
+    [*((AsksWhetherContiguous, form) for form in (ROWS, IMAGES, PLANES)), (AsksForAMemoryFormat, PLANES)],
+)
+def test_what_asks_how_its_input_lies_in_memory_is_left_alone(cls: type[Formed], form: Form) -> None:
+    [step] = moe_surgery.apply(Model(cls, form), target="reference").steps
+    assert step.outcome == "missed" and ("differently" in step.reason or "memory format" in step.reason)
 
 
 @pytest.mark.parametrize(("cls", "form"), [(KeepsALoss, PLANES), (ByCosine, IMAGES)])

@@ -24,7 +24,7 @@ from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
-from moe_surgery.read.other_forms import check_arguments, in_a_form
+from moe_surgery.read.other_forms import check_arguments, check_images, in_a_form
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
@@ -178,6 +178,8 @@ def _read(
         calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])
         made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
         made += ask.if_it_takes((few[0] * few[1], width), own) if form is None else []
+        if form is None and not crowded.flat:
+            check_images(ask, width, own)
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen

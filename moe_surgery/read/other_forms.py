@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.form import FORMS
-from moe_surgery.read.asking import FEW, Asking, spread
+from moe_surgery.form import FORMS, IMAGES, PLANES
+from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
+from moe_surgery.read.record.attributes import names_read
 
 _DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
+_RANK = frozenset(["ndim", "dim", "ndimension"])
+_ONE_IMAGE = (1, 6)  # rows, and places: in two dimensions 2 and 3
 
 
 def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
@@ -42,6 +45,25 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
     if problem is not None:
         raise problem
     return None
+
+
+def check_images(ask: Asking, width: int, dtype: torch.dtype) -> None:
+    """Raise that a block of tokens [B, S, H] does something else with images, if it asks how many dimensions it got."""
+    if _RANK.isdisjoint(names_read(ask.block)):
+        return
+    shape = (*_ONE_IMAGE, width)
+    for form in (IMAGES, PLANES):
+        images = Asking(ask.records, replace(ask.calling, form=form), ask.parse, ask.inside)
+        try:
+            found = images(shape, dtype, crowded_together, plain=True)
+        except Unfollowed:
+            continue
+        except Unreadable as error:
+            if form.first:  # its code takes its tokens out of whatever it gets
+                continue
+            raise Unreadable(f"what it does with an input {form} can't be read: {error}") from error
+        if form.first or found.tokens != ask(shape, dtype, crowded_together, plain=True).tokens:
+            raise Unreadable(f"it does something else with an input {form}")
 
 
 def check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:

@@ -1026,6 +1026,42 @@ class BatchBranch(Base):
         return out * 0.5 if self.odd(hidden_states) else out
 
 
+@near_miss("something else with an input [B, h, w, H]")
+class ImagesAreDoubled(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (2 if hidden_states.ndim == 4 else 1)
+
+
+@near_miss("what it does with an input [B, h, w, H] can't be read")
+class ImagesHaveChannelsFirst(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() != 4:
+            return super().forward(hidden_states)
+        rows, channels, high, wide = hidden_states.shape
+        tokens = self.rows(hidden_states.permute(0, 2, 3, 1).reshape(rows, high * wide, channels))
+        return super().forward(tokens).view(rows, high, wide, channels).permute(0, 3, 1, 2)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
+
+
+@near_miss("something else with an input [B, H, h, w]")
+class PlanesHaveChannelsFirst(ImagesHaveChannelsFirst):
+    """It takes its input's own width for that of its tokens."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.hidden:
+            raise ValueError("an input of another width")
+        return x
+
+
+@near_miss()
+class TakesImagesForTokens(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.flatten(0, -2) if hidden_states.ndim > 3 else hidden_states
+        return super().forward(x).view(hidden_states.shape)
+
+
 def _branches() -> dict[str, Callable[[Tensor], Any]]:
     cache = {1: True}
     return {

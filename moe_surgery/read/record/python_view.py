@@ -87,6 +87,8 @@ class Sizes(TorchFunctionMode):
         if operands and (name in _LAYOUT or func == _NBYTES or name == "__len__") and self._from_batch(args[0]):
             what = {"__len__": "len()", "__get__": "nbytes"}.get(name, name)
             raise notebook.object_to(f"it asks for {what} of a tensor, which depends on the batch size")
+        if name == "is_contiguous" and (kwargs or len(args) > 1) and self._from_batch(args[0]):
+            raise notebook.object_to("it asks whether a tensor is contiguous in a memory format")
         if name in ("__getitem__", "__setitem__"):
             self._check_cuts(args[0], args[1])
         if name.strip("_") in COMPARISONS and operands and not any(map(notebook.symbolic, operands)):
