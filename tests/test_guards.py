@@ -203,6 +203,8 @@ def test_offloading_afterwards_is_refused_and_undo_still_works(
     more = [tmp_path] if offload is accelerate.disk_offload else []
     with pytest.raises(SurgeryError, match=r"layers\.0\.mlp: accelerate's AlignDevicesHook would move the weights"):
         offload(model, *more, execution_device=torch.device("cpu"))
+    with torch.no_grad(), pytest.raises(SurgeryError, match="on meta"):  # where its weights are left
+        model.model.layers[0].mlp(torch.randn(1, 2, 32))
     moe_surgery.undo(report)
     accelerate.hooks.remove_hook_from_submodules(model)
     with torch.no_grad():
@@ -225,6 +227,11 @@ def test_a_trace_that_would_hold_for_one_input_is_refused(operated: tuple[Any, A
     moe_surgery.undo(report)
     with torch.no_grad():
         torch.jit.trace(Logits(model).eval(), (IDS,))
+
+
+def test_a_block_that_cant_be_scripted_says_so(operated: tuple[Any, Any]) -> None:
+    with pytest.raises(SurgeryError, match=r"torch\.jit\.script; undo first"):
+        torch.jit.script(nn.Sequential(operated[0].model.layers[0].mlp))
 
 
 def test_an_exported_model_computes_the_same() -> None:

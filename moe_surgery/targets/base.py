@@ -148,6 +148,10 @@ class StandingBlock(Standing, SwappedBlock):
             "others; undo first, or use torch.export or torch.compile"
         )
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch calls before it compiles a module's code."""
+        raise SurgeryError("a swapped MoE block can't go through torch.jit.script; undo first, or use torch.compile")
+
     def write(self, path: str, name: str, value: Any) -> None:
         for attributes in self.attributes(path):
             attributes[name] = value

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.errors import GradientError
+from moe_surgery.errors import GradientError, SurgeryError
 from moe_surgery.spec import ExpertsSpec, MoESpec
 from moe_surgery.targets.base import Context, Refusal, StandingBlock
 from moe_surgery.targets.convention import answering
@@ -41,9 +41,14 @@ class ReferenceBlock(GuardedBlock):
         return BlockTensors(self.fused_router, **tensors, copied=False)
 
     def _refuse_what_kernels_cannot(self, x: Tensor) -> None:
-        """Training mode alone: plain torch computes in any dtype, and has a backward to the input."""
+        """Training mode and other devices alone: plain torch computes in any dtype, with a backward to the input."""
         if self.training:
             raise GradientError("a swapped MoE block is for inference; call model.eval(), or undo before training")
+        if x.device != self.fused_router.device:  # on the meta device some operations answer what nobody computed
+            raise SurgeryError(
+                f"a swapped MoE block got an input on {x.device}, and its weights lie on {self.fused_router.device}; "
+                "undo first"
+            )
 
     @answering
     def forward(self, x: Tensor) -> Tensor:
