@@ -127,6 +127,7 @@ def test_only_the_plain_one_of_many_layers_is_replaced() -> None:
     report = moe_surgery.apply(model, target="reference")
     assert [step.outcome for step in report.steps] == ["replaced", *["missed"] * 4, "replaced"]
     assert_same_outputs(before, outputs(model), replaced=True)
+    assert [step.reason for step in moe_surgery.scan(model).kept] == ["already fused"] * 2
     moe_surgery.undo(report)
     assert [holder.mlp for holder in model] == blocks
     assert_same_outputs(before, outputs(model), replaced=False)

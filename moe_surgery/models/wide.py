@@ -18,7 +18,8 @@ def matrices(module: nn.Module, over_places: bool = False) -> list[Tensor]:
     own = {id(tensor): tensor for _, tensor in own_parameters(module)}
     if over_places:
         layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)))
-        return [layer.weight for layer in layers if id(layer.weight) in own]
+        weights = (id(layer._parameters.get("weight")) for layer in layers)  # a router that was replaced gives none
+        return [own[weight] for weight in weights if weight in own]
     return [p for p in own.values() if p.ndim == 2 or (p.ndim > 2 and set(p.shape[2:]) == {1})]
 
 
