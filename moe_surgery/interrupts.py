@@ -13,7 +13,8 @@ from typing import Any
 def without_interrupts(*, once: bool = False) -> Iterator[None]:
     """Hold back SIGINT and SIGTERM until the end; then deliver them. Off the main thread it does nothing.
 
-    With ``once``, for work that may hang, a second one is delivered at once.
+    A handler that wasn't installed from Python can't be put back, and is left alone. With ``once``, for work that may
+    hang, a second one is delivered at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,7 +31,8 @@ def without_interrupts(*, once: bool = False) -> Iterator[None]:
             held.append((number, frame))
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, hold)
+        if signal.getsignal(number) is not None:
+            before[number] = signal.signal(number, hold)
     try:
         yield
     finally:
