@@ -30,13 +30,13 @@ def without_interrupts(*, once: bool = False) -> Iterator[None]:
             deliver()
 
     def deliver() -> None:
-        handlers = dict(before)
-        while before:
-            signal.signal(*before.popitem())
+        for number, handler in before.items():
+            if signal.getsignal(number) is hold:  # which another signal, or its handler, may have changed meanwhile
+                signal.signal(number, handler)
         with ExitStack() as each:  # one that raises an error keeps none of the others from being delivered
             while held:
                 number, frame = held.pop()
-                each.callback(_deliver, handlers[number], number, frame)
+                each.callback(_deliver, before[number], number, frame)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
