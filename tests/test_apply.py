@@ -7,6 +7,7 @@ import gc
 import hashlib
 import signal
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -137,21 +138,25 @@ def test_an_exception_leaves_the_model_as_it_was(
     assert picture(model) == before
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even in a test run that was started in the background, where it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     model = tiny()
     before = picture(model)
-    # Not the default where tests run in a shell's background.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if done == 2:
             signal.raise_signal(signal.SIGINT)
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            moe_surgery.apply(model, target="reference", on_progress=interrupt)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        moe_surgery.apply(model, target="reference", on_progress=interrupt)
     assert picture(model) == before
 
 
@@ -175,6 +180,7 @@ def test_an_interrupt_while_blocks_are_exchanged_leaves_the_model_as_it_was(monk
     assert picture(model) == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_record_ends_leaves_no_recorder_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     leave = Recorder.__exit__
 
@@ -192,6 +198,7 @@ def test_an_interrupt_while_a_record_ends_leaves_no_recorder_behind(monkeypatch:
             _pop_mode()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_ends_what_holds_one_back() -> None:
     went_on = 0
 
@@ -258,6 +265,7 @@ def test_an_interrupt_after_the_exchange_leaves_nobody_without_a_report(
         assert all(step.reason == "already fused" for step in moe_surgery.scan(model).kept)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_hooks_are_taken_away_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     before, removed, remove = picture(model), [], RemovableHandle.remove
@@ -269,12 +277,8 @@ def test_an_interrupt_while_hooks_are_taken_away_leaves_none(monkeypatch: pytest
         remove(hook)
 
     monkeypatch.setattr(RemovableHandle, "remove", interrupted)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            moe_surgery.apply(model, target="reference")
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        moe_surgery.apply(model, target="reference")
     assert removed and picture(model) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
