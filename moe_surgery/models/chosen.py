@@ -12,12 +12,13 @@ from torch import nn
 
 def chosen_by(module: nn.Module, alike: Iterable[tuple[str, ...]]) -> str | None:
     """How an argument of ``module`` tells which of its children ``alike`` it calls: a sentence, if one does."""
-    code = _forward(module)
+    several = [names for names in alike if len(names) > 1]
+    code = _forward(module) if several else None
     if code is None:
         return None
     own, *given = (arg.arg for arg in (*code.args.posonlyargs, *code.args.args, *code.args.kwonlyargs))
     arguments = set(given[1:])
-    for names in alike:
+    for names in several:
         for branch in (node for node in ast.walk(code) if isinstance(node, (ast.If, ast.IfExp))):
             asked = sorted(arguments & set(_compared(branch.test)))
             ways = [set(names).intersection(_children(part, own)) for part in (branch.body, branch.orelse)]
@@ -32,8 +33,7 @@ def chooses_heads(module: nn.Module) -> str | None:
     Beside it are layers of as many heads each, for queries, keys and values, or one for all of them, and one behind.
     """
     layers = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    code = _forward(module) if len(layers) > 2 else None
-    if code is None or not any(isinstance(node, ast.Attribute) and node.attr == "topk" for node in ast.walk(code)):
+    if len(layers) < 3:
         return None
     hidden = max(layer.in_features for layer in layers.values())
     wide = [layer for layer in layers.values() if layer.out_features >= hidden]
@@ -42,9 +42,15 @@ def chooses_heads(module: nn.Module) -> str | None:
         return None
     for name, layer in layers.items():
         heads = layer.out_features
-        if 1 < heads < hidden == layer.in_features and not any(each.out_features % heads for each in wide):
+        scores = 1 < heads < hidden == layer.in_features and not any(each.out_features % heads for each in wide)
+        if scores and _takes_best(module):
             return f"what it takes the best of, scored by {name}, are heads of attention, which mix tokens"
     return None
+
+
+def _takes_best(module: nn.Module) -> bool:
+    code = _forward(module)
+    return code is not None and any(isinstance(node, ast.Attribute) and node.attr == "topk" for node in ast.walk(code))
 
 
 def _forward(module: nn.Module) -> ast.FunctionDef | None:
