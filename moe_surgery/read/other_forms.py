@@ -40,8 +40,8 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
             return read(replace(ask.calling, form=form))
         except (Unfollowed, Broken):
             continue
-        except Unreadable as error:  # its code may run in a form that isn't its own
-            problem = problem or error
+        except Unreadable as other:  # its code may run in a form that isn't its own
+            problem = problem or other
     if problem is not None:
         raise problem
     return None

@@ -66,7 +66,7 @@ def record(
         return {"hidden_states": hidden_states, **beside, **(more or {})}
 
     notebook = partial(Notebook, watch.block, dtype, route, turned, inside)
-    return _recorded(notebook, watch, shape, plain, calling, inputs)
+    return _recorded(partial(_once, notebook, watch, shape, plain, calling, inputs))
 
 
 def record_experts(
@@ -86,7 +86,7 @@ def record_experts(
         return {"hidden_states": hidden_states, "ids": numbers, "weights": weights}
 
     notebook = partial(Notebook, watch.block, dtype, no_choice)
-    return _recorded(notebook, watch, (len(ids), width), plain, calling, inputs)
+    return _recorded(partial(_once, notebook, watch, (len(ids), width), plain, calling, inputs))
 
 
 def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
@@ -109,37 +109,24 @@ def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
 
 _Inputs = Callable[[Notebook, Tensor], dict[str, Any]]
 """The tensors that a block is called with, by role, of its input [..., H]."""
+_Once = Callable[..., Flow]
+"""What :func:`_once` gives of a block and a call, of ``own_int`` and the attributes that it is given."""
 
 
-def _recorded(
-    make: Callable[[], Notebook],
-    watch: Watch,
-    shape: tuple[int, ...],
-    plain: bool,
-    calling: Calling,
-    inputs: _Inputs,
-) -> Flow:
+def _recorded(once: _Once) -> Flow:
     """A record that :func:`_once` gives.
 
     Where code gives ``int`` as a dtype, it is recorded with Python's own.
     """
     try:
-        return _stateless(make, watch, shape, plain, calling, inputs, own_int=False)
+        return _stateless(once, own_int=False)
     except Unfollowed as error:
         if not isinstance(error.__cause__, TypeError):
             raise
-    return _stateless(make, watch, shape, plain, calling, inputs, own_int=True)
+    return _stateless(once, own_int=True)
 
 
-def _stateless(
-    make: Callable[[], Notebook],
-    watch: Watch,
-    shape: tuple[int, ...],
-    plain: bool,
-    calling: Calling,
-    inputs: _Inputs,
-    own_int: bool,
-) -> Flow:
+def _stateless(once: _Once, own_int: bool) -> Flow:
     """A record that :func:`_once` gives.
 
     Where code reads attributes that it wrote, it is recorded again with values there that object to being looked at: if
@@ -147,13 +134,13 @@ def _stateless(
     without looking at it, so plain values are left there once more too, as the call left them.
     """
     try:
-        return _once(make(), watch, shape, plain, calling, inputs, own_int)
+        return once(own_int)
     except Stateful as error:
         ways: list[Attributes] = [{place: Untouched() for place in error.written}]
         left = {place: value for place, value in error.written.items() if type(value) in PLAIN_VALUES}
         ways += [{place: left.get(place, Untouched()) for place in error.written}] if left else []
         with suppress(Unreadable):
-            flows = [_once(make(), watch, shape, plain, calling, inputs, own_int, way) for way in ways]
+            flows = [once(own_int, way) for way in ways]
             if error.flow is not None and all(flow.like(error.flow) for flow in flows):
                 return flows[0]
         raise
@@ -161,7 +148,7 @@ def _stateless(
 
 @without_interrupts(once=True)  # a mode that is left on the stack would see all that the program does later
 def _once(
-    notebook: Notebook,
+    make: Callable[[], Notebook],
     watch: Watch,
     shape: tuple[int, ...],
     plain: bool,
@@ -170,6 +157,8 @@ def _once(
     own_int: bool,
     given: Attributes | None = None,
 ) -> Flow:
+    """One run of a watched block, with the attributes that it is ``given``, and a notebook of its own."""
+    notebook = make()
     block, written = watch.block, watch.before()
     written.give(given or {})
     try:
