@@ -56,7 +56,9 @@ def altered(*words: str, parts: tuple[type[Base], ...] = ()) -> Callable[[Any], 
     def register(change: Callable[[Any], Any]) -> Any:
         def build() -> nn.Module:
             block = plain.make(block_class(*parts, name="Altered"))
-            changed = change(block)
+            with torch.random.fork_rng():  # every one that is made is the same, whatever was drawn before
+                torch.manual_seed(0)
+                changed = change(block)
             return (block if changed is None else changed).eval().requires_grad_(False)
 
         CASES.append(Case(change.__name__, build, words))
