@@ -69,16 +69,17 @@ def group_gate_up(
     """
     tiles: tl.constexpr = (I + BI - 1) // BI
     program = tl.program_id(0)
-    early = M * ((tokens + BM - 1) // BM) * tiles
-    if program < early:
+    block = program // tiles
+    early = M * ((tokens + BM - 1) // BM)
+    if block < early:
         expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
         wait(PDL)
-        expert, pairs, tile = find_rows(counts, lists, tokens, program - early, tiles, E, BE, BM, TURNS, GIVEN)
+        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
     let_next_start(PDL)
     if TURNS == 1:  # through the branches it would take 70 registers more
         tile = program % tiles
-    if (program >= early) & (expert >= E):
+    if (block >= early) & (expert >= E):
         return
     valid = pairs >= 0
     token = (tl.maximum(pairs, 0) // (K + M)).to(tl.int64)
@@ -123,13 +124,13 @@ def group_gate_up(
         gate, up = total, total
     rows = tile * BI + tl.arange(0, BI)
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
-    if program < early:
+    if block < early:
         wait(PDL)
     result = mixed(gate, up, ACT, UP, LIMIT, AFTER, ALPHA, OFFSET)
     if G > 0:
-        if program < early:
+        if block < early:
             result = as_stored(result, x)
-        factor = scale_of(tl.max(tl.abs(result), axis=1), least_scale(program >= early))
+        factor = scale_of(tl.max(tl.abs(result), axis=1), least_scale(block >= early))
         result = in_e4m3(result, factor[:, None])
         tl.store(act_factors + tl.maximum(pairs, 0).to(tl.int64) * (I // G) + tile, factor, mask=valid)
     there = valid[:, None] & (rows < I)[None, :]
@@ -151,11 +152,12 @@ def group_down(
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
     program = tl.program_id(0)
-    early = (slices if M > 0 else 0) * ((tokens + BM - 1) // BM) * tiles
-    if program < early:
+    block = program // tiles
+    early = (slices if M > 0 else 0) * ((tokens + BM - 1) // BM)
+    if block < early:
         expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
-        expert, pairs, tile = find_rows(counts, lists, tokens, program - early, tiles, E, BE, BM, TURNS, GIVEN)
+        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
     if TURNS == 1:
         tile = program % tiles
     rows = tile * BH + tl.arange(0, BH)
@@ -166,7 +168,7 @@ def group_down(
         scale = scales + expert_offset(expert, (H // G) * (I // G), shared_scales, I // G, E) + of_rows
     wait(PDL)
     let_next_start(PDL)
-    if (program >= early) & (expert >= E):
+    if (block >= early) & (expert >= E):
         return
     valid = pairs >= 0
     pair = tl.maximum(pairs, 0).to(tl.int64)
