@@ -268,6 +268,8 @@ class Varied(Base):
 
 
 class _Experts(nn.Module):
+    keeps = False
+
     def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(plain.MLP(sizes.hidden, sizes.width) for _ in range(sizes.experts))
@@ -278,6 +280,8 @@ class _Experts(nn.Module):
         for number, mlp in enumerate(self.mlps):
             rows, slots = torch.where(top_experts == number)
             out.index_add_(0, rows, mlp(flat[rows]) * top_weights[rows, slots, None])
+        if self.keeps:
+            self.last = out
         return out.reshape(x.shape)
 
 
@@ -294,6 +298,13 @@ class ExpertsThatAreToldMore(nn.Module):
         scores = F.elu(self.gate(x))
         weights, ids = scores.topk(2, dim=-1)
         return self.experts(x, scores, weights, ids).reshape(hidden_states.shape)
+
+
+@module(ARGUMENTS, "its experts write to last in every call")
+class ExpertsThatKeepWhatTheyMade(ExpertsThatAreToldMore):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__(sizes)
+        self.experts.keeps = True
 
 
 # Where experts are kept
