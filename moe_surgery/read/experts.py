@@ -65,7 +65,8 @@ def read_experts(module: nn.Module) -> Reading:
                 return _read(watch, weights_first(calling), state)
             except Unreadable as other:
                 vague = str(error).startswith(VALUES)  # as where weights are compared with numbers, like ids
-                raise (other if _further(other) > _further(error) or vague else error) from None
+                further = vague and not isinstance(other, Unfollowed)
+                raise (other if _further(other) > _further(error) or further else error) from None
 
 
 def _read(watch: Watch, calling: Calling, state: dict[str, Tensor]) -> Reading:

@@ -625,6 +625,42 @@ class ReadsWhatItWrote(Base):
 ACTIVATIONS = "activations"
 
 
+def _acts(name: str, act: Callable[[Tensor], Tensor], *words: str) -> None:
+    """Register two blocks with an activation, of gated experts and of others."""
+
+    def act_of(self: Base, x: Tensor) -> Tensor:
+        return act(x)
+
+    class Ungated(plain.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(act(self.up_proj(x)))
+
+    class Alone(Base):
+        def make_experts(self) -> None:
+            self.experts = nn.ModuleList(Ungated(self.hidden, self.width) for _ in range(self.num_experts))
+            for expert in self.experts:
+                del expert.gate_proj
+
+    block(ACTIVATIONS, *words)(type(f"By{name}", (Base,), {"act": act_of}))
+    block(ACTIVATIONS, *words)(type(f"By{name}Alone", (Alone,), {}))
+
+
+_acts("Mish", F.mish)
+_acts("MishSpelledOut", lambda x: x * torch.tanh(F.softplus(x)))
+_acts("Hardswish", F.hardswish)
+_acts("Elu", F.elu)
+_acts("LeakyRelu", F.leaky_relu)
+_acts("Relu6", F.relu6)
+_acts("Tanh", torch.tanh)
+_acts("Sigmoid", torch.sigmoid)
+_acts("EluOfTwo", lambda x: F.elu(x, 2.0), "elu 2(")
+_acts("SteepLeakyRelu", lambda x: F.leaky_relu(x, 0.2), "leaky_relu 0.2(")
+_acts("Hardtanh", F.hardtanh, "hardtanh -1 1(")
+_acts("OtherMish", lambda x: x * torch.tanh(F.softplus(x, 2.0)), "softplus 2(")
+_acts("TanhOfSoftplus", lambda x: torch.tanh(F.softplus(x)), "softplus(")
+_acts("Softplus", F.softplus, "softplus(")
+
+
 @block(ACTIVATIONS)
 class GeluByErf(Base):
     def act(self, x: Tensor) -> Tensor:
