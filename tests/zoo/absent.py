@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import in_python, plain
-from . import slots as slots  # which adds to them
+from . import operators as operators, slots as slots  # which add to them
 from .around import Alone
 from .others import ARGUMENTS, block
 
