@@ -128,7 +128,7 @@ def crowded_record(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> 
 
 
 def in_float32(ask: Asking, shape: tuple[int, ...], own: torch.dtype, route: Route) -> Record:
-    """A record in float32, or in a block's ``own`` dtype where it can be read in that alone, as if it converts to it."""
+    """A record in float32, or in a block's ``own`` dtype where it can be read in that alone, as it converts to it."""
     try:
         return ask(shape, torch.float32, route)
     except Unreadable:
