@@ -24,6 +24,7 @@ from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.tensors import weight
 
 _CHOOSE = frozenset(["topk", "argmax", "max", "argsort", "sort"])
+_NOR = "; nor its experts alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,8 @@ def _may_choose(item: Surveyed) -> bool:
     """
     if any(reason in (item.unread or "") for reason in (MIXES, COMPARES)):
         return True
-    return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
+    told, _, _ = (item.unread or "").partition(_NOR)
+    return told != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
 
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
@@ -126,7 +128,7 @@ def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: s
             check_site(module, inputs=3)
             found.append(Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None))
         except Unreadable as error:
-            others.append(f"{reason}; nor its experts alone ({path}): {error}")
+            others.append(f"{reason}{_NOR} ({path}): {error}")
     if len(found) == 1:
         return found[0]
     return Surveyed(site, None, others[0] if len(others) == 1 and not found else reason)
@@ -148,11 +150,11 @@ def _in_slots(site: Site, known: Readings, shared: dict[int, list[str]], unread:
         except Unfollowed:
             continue
         except Unreadable as error:
-            others.append(f"nor its experts alone ({path}): {error}")
+            others.append(f"{_NOR} ({path}): {error}")
     if len(found) == 1:
         return found[0]
     told = len(others) == 1 and not found
-    return replace(unread, unread=f"{unread.unread}; {others[0]}") if told else unread
+    return replace(unread, unread=f"{unread.unread}{others[0]}") if told else unread
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
