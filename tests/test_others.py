@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.absent import ALL
+from zoo.libraries import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery

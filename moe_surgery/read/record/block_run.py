@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.answers import Structure, structured
+from moe_surgery.answers import Structure, borne_by, structured
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.interrupts import without_interrupts
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
@@ -26,6 +26,7 @@ from moe_surgery.read.record.notebook import Notebook
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.read.record.state import Watch
+from moe_surgery.read.record.tensor_entries import tensors_in
 
 
 class Stateful(Unreadable):
@@ -168,6 +169,8 @@ def _once(
                 arguments = calling.placed(tensors)
                 with Sizes(notebook, marks=not plain):
                     output = block(*arguments)
+                if borne := [name for tensor in tensors_in(tuple(tensors.values())) for name in borne_by(tensor)]:
+                    raise notebook.object_to(f"it puts attributes on its input ({', '.join(borne)})")
                 output = _as_tokens(calling, output, shape)
         changed = written.changed()
         first = given or {}
