@@ -189,7 +189,8 @@ class Structure:
         if self.kind is Alone:
             return f"{texts[0]} as tokens"
         if self.kind is Bearing:
-            return f"{texts[0]} with {', '.join(f'{k} {t}' for k, t in zip((self.keys or ())[1:], texts[1:], strict=True))}"
+            borne = [f"{key} {text}" for key, text in zip(self.keys or (), texts, strict=True)]
+            return f"{texts[0]} with {', '.join(borne[1:])}"
         if self.keys is not None:
             return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"

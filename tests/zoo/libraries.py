@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import absent
 from .around import Alone, BiasedMLP
-from .others import COUNTS, RESULTS, block
+from .others import COUNTS, RESULTS, ROUTERS, block
 from .repositories import FORMS
 
 __all__ = ["ALL"]
@@ -186,6 +186,45 @@ class StackedLast(_StackedLast):
 class StackedLastTheFirstElementTwice(_StackedLast):
     def dense(self, weights: Tensor) -> Tensor:
         return torch.cat([2 * weights[:, None], weights[:, None].expand(-1, self.hidden - 1, -1)], 1)
+
+
+# Noise that is for training
+
+
+class _Noisy(Alone):
+    """Its logits have noise added, ``times`` so much."""
+
+    def route(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        noisy = logits + self.noise(logits)
+        weights, ids = noisy.topk(self.top_k, -1)
+        return weights.softmax(-1), ids
+
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.randn_like(logits) * (0.1 * self.training)
+
+
+@block(ROUTERS)
+class NoiseTimesTraining(_Noisy):
+    pass
+
+
+@block(ROUTERS)
+class NoiseOfItsOwnSizeTimesTraining(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.rand_like(logits).reshape(logits.shape) * (F.softplus(logits) * self.training)
+
+
+@block(ROUTERS, "draws random numbers (randn_like)")
+class LittleNoise(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.randn_like(logits) * 1e-6
+
+
+@block(ROUTERS, "draws random numbers (rand_like)")
+class NoiseBesideZero(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.rand_like(logits) * 1e-6 + logits * (0.1 * self.training)
 
 
 ALL = absent.ALL  # those above among them

@@ -60,9 +60,7 @@ def _at(terms: Terms, term: Term, place: int, inner: bool) -> Term:
     if term.op not in ("add", "mul"):
         return terms.elem(term, place)
     ends = term.op == "mul" and not inner
-    parts = [
-        terms.elem(arg, place) if ends and arg.op == "add" else _at(terms, arg, place, inner) for arg in term.args
-    ]
+    parts = [terms.elem(arg, place) if ends and arg.op == "add" else _at(terms, arg, place, inner) for arg in term.args]
     return terms.rebuilt(term, parts)
 
 

@@ -124,7 +124,7 @@ class Sizes(TorchFunctionMode):
         """A tensor's dtype as the record has it; of a weight that was not used yet torch would say its own."""
         own, known = _DTYPE(tensor), self.notebook.entries.get(tensor)
         if not self.notebook.entries.owned(tensor):
-            return own  # type: ignore[no-any-return]
+            return own
         return self.notebook.entries.seen_dtype(own) if known is None else known.symbol().dtype
 
     def _written_to(self, out: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
