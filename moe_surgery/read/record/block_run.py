@@ -26,7 +26,6 @@ from moe_surgery.read.record.notebook import Notebook
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.read.record.state import Watch
-from moe_surgery.read.record.tensor_entries import tensors_in
 
 
 class Stateful(Unreadable):
@@ -169,7 +168,7 @@ def _once(
                 arguments = calling.placed(tensors)
                 with Sizes(notebook, marks=not plain):
                     output = block(*arguments)
-                if borne := [name for tensor in tensors_in(tuple(tensors.values())) for name in borne_by(tensor)]:
+                if borne := [name for value in tensors.values() if type(value) is Tensor for name in borne_by(value)]:
                     raise notebook.object_to(f"it puts attributes on its input ({', '.join(borne)})")
                 output = _as_tokens(calling, output, shape)
         changed = written.changed()
