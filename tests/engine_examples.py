@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import tomllib
@@ -124,14 +125,16 @@ class Result:
         return [(site["path"], site["outcome"]) for site in (self.receipts[0]["report"] or {"sites": []})["sites"]]
 
 
-def run_all(runs: list[Run], tmp: Path, **env: str) -> list[Result]:
+def run_all(runs: list[Run], tmp: Path, forked: bool = False, **env: str) -> list[Result]:
     """The result of each run, one engine after the other, in one process of their own.
 
-    The engine is of that process too, so that it starts in seconds, unless an environment variable says otherwise.
+    The engine is of that process too, so that it starts in seconds, unless it is ``forked``, as vLLM does on GPUs, or
+    an environment variable says otherwise: then its processes start anew, as vLLM has it on CPUs.
     """
     out = tmp / "results.json"
-    env = {**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING="0"), **env}
-    run_apart(_write_results, runs, out, env=env, log=tmp / "log.txt", seconds=HANG * len(runs))
+    env = {**environment(tmp, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(forked))), **env}
+    write = _write_results_of_forks if forked else _write_results
+    run_apart(write, runs, out, env=env, log=tmp / "log.txt", seconds=HANG * len(runs))
     results = json.loads(out.read_text(encoding="utf-8"))
     return [Result(**{**result, "outputs": [Output(**output) for output in result["outputs"]]}) for result in results]
 
@@ -145,6 +148,12 @@ def generate(runs: list[Run], tmp: Path, **env: str) -> list[list[Output]]:
 
 def _write_results(runs: list[Run], out: Path) -> None:
     out.write_text(json.dumps([asdict(_result(run)) for run in runs]), encoding="utf-8")
+
+
+def _write_results_of_forks(runs: list[Run], out: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    with patch.object(multiprocessing, "get_context", lambda method=None: fork):
+        _write_results(runs, out)
 
 
 def _result(run: Run) -> Result:

@@ -99,9 +99,9 @@ def test_compiled_beside_the_other_target(folders: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["naive_talker", "list_moe_whole"])
-def test_tensor_parallel(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "forked"), [("naive_talker", False), ("list_moe_whole", True)])
+def test_tensor_parallel(kind: str, forked: bool, folders: dict[str, Path], tmp_path: Path) -> None:
     run = folded(folders[kind], tmp_path, "tp2", tensor_parallel_size=2)
-    [result] = run_all([run], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    [result] = run_all([run], tmp_path, forked, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     check_folded(result, ranks=2)
     check(result.outputs, reference(kind, folders[kind]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine.make_checkpoint import make
-from engine_examples import Result, Run, run_all
+from engine_examples import Run, run_all
 from engine_reference import check, reference
 
 
@@ -51,10 +51,6 @@ def runs(cases: list[Case], folder: Path, tmp: Path, on_failure: str) -> list[Ru
     return [Run(str(folder), options, {**surgery, "run": str(tmp / case.name)}, case.name) for case in cases]
 
 
-def run_ranks(asked: list[Run], tmp: Path) -> list[Result]:
-    return run_all(asked, tmp, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-
-
 def check_told(case: Case, receipts: list[dict[str, object]], outcome: str, exit_code: int) -> None:
     """Each rank tells of the failure: the one that failed what it was, the other also where."""
     assert [receipt["rank"] for receipt in receipts] == [0, 1], case
@@ -66,18 +62,19 @@ def check_told(case: Case, receipts: list[dict[str, object]], outcome: str, exit
 
 
 @pytest.mark.slow
-def test_a_failure_on_one_rank_stops_both(folder: Path, tmp_path: Path) -> None:
-    asked = runs(STOPPED, folder, tmp_path, "stop")
-    for case, result in zip(STOPPED, run_ranks(asked, tmp_path), strict=True):
-        assert result.error is not None and result.outputs == [], case
-        check_told(case, result.receipts, "failed", case.exit_code)
+@pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.name)
+def test_a_failure_on_one_rank_stops_both(case: Case, folder: Path, tmp_path: Path) -> None:
+    [result] = run_all(runs([case], folder, tmp_path, "stop"), tmp_path, forked=True)
+    assert result.error is not None and result.outputs == [], case
+    check_told(case, result.receipts, "failed", case.exit_code)
 
 
 @pytest.mark.slow
 def test_a_failure_on_one_rank_that_is_kept_leaves_both_as_they_were(folder: Path, tmp_path: Path) -> None:
     asked = runs(KEPT, folder, tmp_path, "keep")
     logits = reference("naive_talker", folder)
-    for case, result in zip(KEPT, run_ranks(asked, tmp_path), strict=True):
+    results = run_all(asked, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    for case, result in zip(KEPT, results, strict=True):
         assert result.error is None, case
         check_told(case, result.receipts, "unpatched", 0)
         check(result.outputs, logits)

@@ -56,10 +56,7 @@ def test_two_ranks_reduce_the_sum_once(tmp_path: Path) -> None:
     write("granitemoeshared", tmp_path / "model")
     run = operated(tmp_path / "model", tmp_path, "run")
     runs = [Run(run.folder, {"tensor_parallel_size": 2}, run.surgery), Run(run.folder)]
-    [result], [plain] = (
-        run_all([runs[0]], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1"),
-        run_all([runs[1]], tmp_path),
-    )
+    [result], [plain] = run_all([runs[0]], tmp_path, forked=True), run_all([runs[1]], tmp_path)
     check_fused(result)
     assert [receipt["rank"] for receipt in result.receipts] == [0, 1]
     check_same(result, plain)

@@ -91,7 +91,7 @@ def test_parallel(folders: dict[str, Path], tmp_path: Path) -> None:
     kinds = [kind for kind in CONFIGS if kind != "omni_talker"]
     runs = [operated(folders[kind], tmp_path, f"{kind}-tp2", tensor_parallel_size=2) for kind in kinds]
     stages = Run(str(folders["naive_talker"]), {"pipeline_parallel_size": 2}, {"run": str(tmp_path / "pp2")}, ask=False)
-    *ranks, staged = run_all([*runs, stages], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    *ranks, staged = run_all([*runs, stages], tmp_path, forked=True)
     for kind, result in zip(kinds, ranks, strict=True):
         assert result.error is None, kind
         check_operated(result, ranks=2)

@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
     ReplicatedLinear,
-    RowParallelLinear,
 )
 from vllm.platforms import current_platform
 
+from moe_surgery.engine.model.layers import copies, first, is_linear, owner, owner_path, ranks
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading
@@ -238,7 +236,7 @@ def unfit(item: EngineSite, config: VllmConfig) -> str | None:
     if spec.experts.activation not in _ACTIVATIONS:
         return f"vLLM's fused layer has no activation {spec.experts.activation}"
     router = owner(block, layout.router)
-    if copies(router) < _ranks():
+    if copies(router) < ranks():
         return "its router's weight is shared out over the ranks"
     if spec.router.bias and not is_linear(router):
         return "its router's bias is not that of a linear layer"
@@ -269,36 +267,6 @@ def _misplaced(block: nn.Module, shared: MLPPieces, gate: Piece | None) -> str |
         if shared.gate.rows is None or shared.gate.rows[0] != 0:
             return f"{shared.gate.path} holds up before gate"
         layer = owner(block, shared.gate)
-        if copies(layer) == 1 and _ranks() > 1 and not isinstance(layer, MergedColumnParallelLinear):
+        if copies(layer) == 1 and ranks() > 1 and not isinstance(layer, MergedColumnParallelLinear):
             return f"{shared.gate.path} is one matrix for two, cut apart across the ranks"
     return None
-
-
-def owner(block: nn.Module, piece: Piece) -> nn.Module:
-    """The module that holds a weight."""
-    return block.get_submodule(owner_path(piece))
-
-
-def owner_path(piece: Piece) -> str:
-    return piece.path.rpartition(".")[0]
-
-
-def is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, (LinearBase, nn.Linear))
-
-
-def copies(layer: nn.Module) -> int:
-    """How many ranks hold the same whole weight of ``layer``."""
-    # A replicated layer has the ranks' number too, so its class decides.
-    shared_out = isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and layer.tp_size > 1
-    return 1 if shared_out else _ranks()
-
-
-def _ranks() -> int:
-    return int(get_tensor_model_parallel_world_size())
-
-
-def first(result: Any) -> Tensor:
-    """vLLM's linear layers return their output and a bias, plain ones their output alone."""
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output

@@ -20,15 +20,12 @@ from moe_surgery.engine.model.blocks import (
     Place,
     RouterLogits,
     SharedExpert,
-    copies,
-    is_linear,
-    owner,
-    owner_path,
 )
 from moe_surgery.engine.model.few_tokens import FewTokensRunner, unsorted_for_few
 from moe_surgery.engine.model.folded_router import Chosen, FoldedLogits
 from moe_surgery.engine.model.kernel_block import KernelBlock
 from moe_surgery.engine.model.layer_book import LayerBook
+from moe_surgery.engine.model.layers import copies, is_linear, owner, owner_path
 from moe_surgery.engine.model.routed import Routed, matrices, stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.beside import Pair

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from moe_surgery.engine.model.blocks import owner
+from moe_surgery.engine.model.layers import owner
 from moe_surgery.engine.model.routed import choose, correction_bias
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.read.reading import Reading

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 
-from moe_surgery.engine.model.blocks import owner
+from moe_surgery.engine.model.layers import owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.kernels.arguments import BLOCK, Scales

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert, first, owner
+from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert
 from moe_surgery.engine.model.crossover import SCHEMA, STORED_SCHEMA, sizes_to_ask, told
 from moe_surgery.engine.model.in_e4m3 import form_of, matrix, scales
+from moe_surgery.engine.model.layers import first, owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 
 from moe_surgery.engine.model.agreement import Ranks
-from moe_surgery.engine.model.blocks import first, owner
+from moe_surgery.engine.model.layers import first, owner
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.prove.asking import Misconduct, Refused

@@ -24,8 +24,8 @@ from vllm.platforms import current_platform
 
 from moe_surgery.engine.model import in_e4m3
 from moe_surgery.engine.model.agreement import Ranks
-from moe_surgery.engine.model.blocks import copies, owner
 from moe_surgery.engine.model.kernel_block import KernelBlock
+from moe_surgery.engine.model.layers import copies, owner
 from moe_surgery.engine.model.routed import choose, matrices
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import DeviceError

@@ -10,8 +10,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
-from moe_surgery.engine.model.blocks import owner
 from moe_surgery.engine.model.in_e4m3 import not_in_e4m3
+from moe_surgery.engine.model.layers import owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 
