@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
@@ -72,6 +73,8 @@ class Sizes(TorchFunctionMode):
         if func in _ON:
             return notebook.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
+        if any(map(is_batchedtensor, operands)):
+            raise notebook.object_to("it runs under torch.vmap")
         if not all(map(notebook.entries.knows, operands)):
             raise notebook.object_to("it uses a tensor that is neither its input nor one of its own weights")
         if isinstance(into := kwargs.get("out"), Tensor) and args:
