@@ -14,6 +14,7 @@ from typing import Any, Literal
 from moe_surgery.companion import Companion, made_up
 from moe_surgery.errors import SurgeryError
 from moe_surgery.form import Form
+from moe_surgery.slots import Slots
 
 Role = Literal["hidden_states", "ids", "weights", "beside", "unused", "fixed"]
 _TENSORS = ("hidden_states", "ids", "weights")
@@ -53,15 +54,23 @@ class UnreadCall(SurgeryError):
 
 @dataclass(frozen=True)
 class Calling:
-    """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H]."""
+    """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H].
+
+    Of a module of experts alone that is called with tokens in ``slots``, these are its input.
+    """
 
     arguments: tuple[Argument, ...]
     form: Form | None = None
+    slots: Slots | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the block takes its input and nothing else."""
-        return self.form is None and [argument.role for argument in self.arguments] == ["hidden_states"]
+        return (
+            self.form is None
+            and self.slots is None
+            and [argument.role for argument in self.arguments] == ["hidden_states"]
+        )
 
     @property
     def companions(self) -> tuple[Companion, ...]:
@@ -72,8 +81,10 @@ class Calling:
         """Positional arguments by role; what is unused and has no default is None.
 
         An argument beside the tensors may be given by its name. Companions that aren't among the tensors are made up.
-        Tokens [B, S, H], or [T, H], are brought into the block's ``form``.
+        Tokens [B, S, H], or [T, H], are brought into the block's ``form``, or into ``slots`` where ids are given.
         """
+        if self.slots is not None and "ids" in tensors:
+            tensors = {**tensors, "hidden_states": self.slots.given(tensors)}
         if self.form is not None:
             tensors = {**tensors, "hidden_states": self.form.given(tensors["hidden_states"])}
         wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
@@ -124,6 +135,11 @@ class Calling:
                 tensors[argument.companion.key] = value
         if self.form is not None and getattr(x := tensors.get("hidden_states"), "ndim", None) != self.form.dimensions:
             raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
+        if self.slots is not None:
+            x = tensors.get("hidden_states")
+            if x is None or not self.slots.fits(x):
+                raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
+            tensors |= self.slots.taken(x)
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -135,6 +151,10 @@ class Calling:
     def tokens(self, x: Any) -> Any:
         """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""
         return x if self.form is None else self.form.tokens(x)
+
+    def combined(self, y: Any, tensors: Mapping[str, Any]) -> Any:
+        """What comes of an output for ``tensors`` that were :meth:`placed`, as tokens."""
+        return self.tokens(y) if self.slots is None else self.slots.combined(y, tensors)
 
     def back(self, x: Any, given: Any) -> Any:
         """Tokens of the shape that :meth:`tokens` gave to ``given``, lying as that does."""

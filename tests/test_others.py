@@ -423,3 +423,13 @@ def test_what_einops_knows_of_tensors_by_now_is_no_state_of_a_block() -> None:
     backends._loaded_backends.clear()
     [step] = moe_surgery.apply(model, target="reference").steps
     assert step.outcome == "replaced", step.reason
+
+
+def test_what_computes_in_its_own_dtype_alone_is_replaced_in_that() -> None:
+    case = next(case for case in ALL if case.name == "ComputesInBfloat16")
+    old, model = case.make().bfloat16(), Layer(case.make().bfloat16()).eval()
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "replaced", step.reason
+    with torch.no_grad():
+        for x in inputs(dtype=torch.bfloat16, shapes=SHAPES):
+            assert distance(model(x), old(x)) < 64

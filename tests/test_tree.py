@@ -399,7 +399,7 @@ class Slots(nn.Module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Slots, "it has no top-k"),
+        (Slots, "it has no top-k; nor its experts alone (bank): norm.weight takes no part in what was read"),
         (OfModalities, "it has no top-k: kind, an argument, says which of words, images computes"),
         (BestHeads, "what it takes the best of, scored by score, are heads of attention, which mix tokens"),
         (Grouped, "it convolves over several places, or some of its channels (conv1d)"),

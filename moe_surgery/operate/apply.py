@@ -246,7 +246,7 @@ class Operation:
                 heard = called.by_role(reading.calling, reading.spec.at)
                 with new.unwritten():
                     answer = output_of(reading.results, new(*reading.calling.placed(heard.roles())))
-                    answer = reading.calling.tokens(answer)
+                    answer = reading.calling.combined(answer, heard.roles())
                     if not self.settings.undoable:
                         self.wrote.setdefault(path, []).append(new.written())
             except Exception as error:

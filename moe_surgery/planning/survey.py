@@ -14,6 +14,7 @@ from moe_surgery.planning.surroundings import Surroundings
 from moe_surgery.read.asking import Records
 from moe_surgery.read.block import read, read_around, read_within
 from moe_surgery.read.experts import experts_modules, read_experts
+from moe_surgery.read.in_slots import read_in_slots, slots_modules
 from moe_surgery.read.parsed import COMPARES, MIXES, NO_TOP_K
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable, Untold
 from moe_surgery.read.record.attributes import names_read
@@ -23,6 +24,7 @@ from moe_surgery.targets.base import SwappedBlock
 from moe_surgery.weights.tensors import weight
 
 _CHOOSE = frozenset(["topk", "argmax", "max", "argsort", "sort"])
+_NOR = "; nor its experts alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,8 @@ def _may_choose(item: Surveyed) -> bool:
     """
     if any(reason in (item.unread or "") for reason in (MIXES, COMPARES)):
         return True
-    return item.unread != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
+    told, _, _ = (item.unread or "").partition(_NOR)
+    return told != NO_TOP_K and not _CHOOSE.isdisjoint(names_read(item.site.module))
 
 
 def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Surveyed:
@@ -76,8 +79,10 @@ def _survey(site: Site, known: Readings, shared: dict[int, list[str]]) -> Survey
         return Surveyed(site, None, str(error))
     except Unreadable as error:
         inside = _inside(site, known, shared, str(error))
-        alone = isinstance(error, Unfollowed)
-        return inside if inside.reading is not None else _around(site, known, shared, records, inside, alone)
+        if inside.reading is not None:
+            return inside
+        around = _around(site, known, shared, records, inside, isinstance(error, Unfollowed))
+        return around if around.reading is not None else _in_slots(site, known, shared, around)
 
 
 def _around(
@@ -123,10 +128,33 @@ def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: s
             check_site(module, inputs=3)
             found.append(Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None))
         except Unreadable as error:
-            others.append(f"{reason}; nor its experts alone ({path}): {error}")
+            others.append(f"{reason}{_NOR} ({path}): {error}")
     if len(found) == 1:
         return found[0]
     return Surveyed(site, None, others[0] if len(others) == 1 and not found else reason)
+
+
+def _in_slots(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
+    """The only module of experts inside a block that is called with tokens in slots, if it can be read; or ``unread``.
+
+    Where there is one that can't be read, its reason is given too.
+    """
+    found: list[Surveyed] = []
+    others: list[str] = []
+    for path, module in slots_modules(site.module):
+        inner = Site(f"{site.path}.{path}" if site.path else path, module)
+        try:
+            _check_place(inner, shared)
+            reading = replace(_read(inner, known, read_in_slots), around=unread.unread or "")
+            found.append(Surveyed(inner, reading, None))
+        except Unfollowed:
+            continue
+        except Unreadable as error:
+            others.append(f"{_NOR} ({path}): {error}")
+    if len(found) == 1:
+        return found[0]
+    told = len(others) == 1 and not found
+    return replace(unread, unread=f"{unread.unread}{others[0]}") if told else unread
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:

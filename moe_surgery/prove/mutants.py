@@ -260,7 +260,7 @@ def _exchanged(parts: Parts, tokens: Tensor, others: Tensor, out: Tensor) -> Twi
 
 def _scales(spec: MoESpec) -> bool:
     """Do experts make of a weighted input what weighting their output makes? A relu and matrices alone do."""
-    return spec.experts.activation == "relu" and not spec.experts.gated and not spec.experts.biases
+    return spec.experts.activation in ("relu", "leaky_relu") and not spec.experts.gated and not spec.experts.biases
 
 
 def _one_weight(spec: MoESpec) -> bool:

@@ -38,7 +38,9 @@ class Heard:
             given = self.tensors["hidden_states"] if self.tensors else self.given[0]
             return replace(self, given=[calling.tokens(given)], answer=calling.tokens(self.answer))
         tensors = calling.taken(self.given, {})
-        return replace(self, given=[tensors[role] for role in ("hidden_states", "ids", "weights")])
+        own = [tensors[role] for role in ("hidden_states", "ids", "weights")]
+        answer = self.answer if calling.slots is None else self.answer.reshape(own[0].shape)
+        return replace(self, given=own, answer=answer)
 
     def roles(self) -> dict[str, Tensor]:
         """The block's own tensors by role."""

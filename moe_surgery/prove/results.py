@@ -67,8 +67,8 @@ def _asked(block: nn.Module, calling: Calling, results: Structure | None) -> Cal
     roles = ("hidden_states", "ids", "weights")
 
     def ask(*tensors: Tensor) -> Any:
-        y = output_of(results, block(*calling.placed(dict(zip(roles, tensors, strict=False)))))
-        y = calling.tokens(y)
+        given = dict(zip(roles, tensors, strict=False))
+        y = calling.combined(output_of(results, block(*calling.placed(given))), given)
         flat = (results is not None or calling.form is not None) and y.numel() == tensors[0].numel()
         return y.view(tensors[0].shape) if flat else y
 

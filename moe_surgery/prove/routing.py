@@ -90,7 +90,7 @@ def route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routing:
         steps, values, rounding = (part.gather(1, order).cpu() for part in (logits, values, rounding))
         for token in (~_clear(steps, values, rounding, noise, k)).nonzero().flatten().tolist():
             if family[token] == ZERO:
-                decidable[token] = not spec.experts.biases  # without biases all experts give zero
+                decidable[token] = spec.experts.nothing_of_zero
                 continue
             ladder = _Ladder(steps[token], values[token], rounding[token], float(noise[token]))
             found = ladder.other_choices(k)
@@ -133,7 +133,7 @@ def _shaken_route(spec: MoESpec, tensors: BlockTensors, probes: Probes) -> Routi
         other = _chosen(shaken, k) & (shaken != 0) if spec.router.own else _chosen(shaken, k)
         decidable &= (other == chosen).all(-1)
     everyone = torch.arange(len(x), device=logits.device)
-    zero = (probes.family == ZERO) & (not spec.experts.biases)
+    zero = (probes.family == ZERO) & spec.experts.nothing_of_zero
     return Routing(
         order=ranked.argsort(dim=-1, descending=True, stable=True),
         scores=scores,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import prod
@@ -17,6 +18,7 @@ from moe_surgery.read.parse.token_output import TokenRead
 from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Broken, Mistaken, Unfollowed, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
+from moe_surgery.read.record.flow import Route
 from moe_surgery.read.record.tensor_entries import own_dtype
 from moe_surgery.read.together import but_slots
 
@@ -123,6 +125,18 @@ def crowded_record(ask: Asking, widths: list[int], state: dict[str, Tensor]) -> 
         except Unreadable as error:
             deciding = deciding or (error, dtype, flat)
     raise problem if deciding is None else deciding[0]
+
+
+def in_float32(ask: Asking, shape: tuple[int, ...], own: torch.dtype, route: Route) -> Record:
+    """A record in float32, or in a block's ``own`` dtype where it can be read in that alone, as it converts to it."""
+    try:
+        return ask(shape, torch.float32, route)
+    except Unreadable:
+        if own == torch.float32:
+            raise
+        with suppress(Unreadable):
+            return ask(shape, own, route)
+        raise
 
 
 def record_of_one(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype, many: Record) -> Record:

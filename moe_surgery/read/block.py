@@ -21,7 +21,14 @@ from torch import nn
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
-from moe_surgery.read.batches import crowded_record, hidden_sizes, odd_batch, record_of_one, records_of_parts
+from moe_surgery.read.batches import (
+    crowded_record,
+    hidden_sizes,
+    in_float32,
+    odd_batch,
+    record_of_one,
+    records_of_parts,
+)
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
 from moe_surgery.read.other_forms import check_arguments, check_images, in_a_form
@@ -172,7 +179,7 @@ def _read(
         batch = odd_batch(state, tokens, router.num_experts, router.top_k, *crowded.avoid, form=form, unlike=few)
         made = [
             crowded.record,
-            ask(crowded.shape(batch), torch.float32, rolled if more else spread),
+            in_float32(ask, crowded.shape(batch), own, rolled if more else spread),
             record_of_one(ask, crowded.shape((1, 1)), own, crowded.record),
         ]
         calling = _without_effect(ask, crowded.shape((1, 1)), own, made[-1])

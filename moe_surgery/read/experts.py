@@ -18,7 +18,7 @@ from moe_surgery.read.asking import spread
 from moe_surgery.read.batches import hidden_sizes, odd_batch
 from moe_surgery.read.counts import totals
 from moe_surgery.read.parsed import Record, parse_record
-from moe_surgery.read.reading import ChildShape, Reading, Unfollowed, Unreadable
+from moe_surgery.read.reading import VALUES, ChildShape, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of, weights_first
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.block_run import record_experts
@@ -64,7 +64,9 @@ def read_experts(module: nn.Module) -> Reading:
             try:  # some take routing weights before ids
                 return _read(watch, weights_first(calling), state)
             except Unreadable as other:
-                raise (other if _further(other) > _further(error) else error) from None
+                vague = str(error).startswith(VALUES)  # as where weights are compared with numbers, like ids
+                further = vague and not isinstance(other, Unfollowed)
+                raise (other if _further(other) > _further(error) or further else error) from None
 
 
 def _read(watch: Watch, calling: Calling, state: dict[str, Tensor]) -> Reading:
@@ -102,11 +104,22 @@ def _of_size(watch: Watch, calling: Calling, state: dict[str, Tensor], width: in
     ]
     with suppress(Unfollowed):  # some modules take no single choice
         records.append(_record(watch, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
-    first = records[0].first
-    router = first.router
     identities = _beyond(watch, calling, width, total, own)
+    return of_records(records, calling, state, total, min(2, total), identities)
+
+
+def of_records(
+    records: list[Record], calling: Calling, state: dict[str, Tensor], total: int, top_k: int, identities: int = 0
+) -> Reading:
+    """The reading of a module of ``total`` experts that all ``records`` are of, called with ``top_k`` ids of a token.
+
+    Raises :class:`Unreadable` where it is more than the weighted sum of its experts.
+    """
+    first, width = records[0].first, records[0].shape[-1]
     if any(record.results is not None for record in records):
         raise Unreadable("its experts return more than one tensor")
+    if kept := sorted(name for record in records for _, name in record.kept):
+        raise Unreadable(f"its experts write to {kept[0]} in every call")
     if first.shared is not None or first.output_bias is not None:
         raise Unreadable("its experts add what has no routing weight")
     if first.on_input:
@@ -122,7 +135,7 @@ def _of_size(watch: Watch, calling: Calling, state: dict[str, Tensor], width: in
     found = replace(experts_spec(experts, first), identities=identities)
     spec = MoESpec(
         hidden=width,
-        router=RouterSpec(total + identities, min(2, total), "own", renormalize=False, scale=router.scale),
+        router=RouterSpec(total + identities, top_k, "own", renormalize=False, scale=first.router.scale),
         experts=found,
         shared=None,
         at="experts",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "mish", "hardswish", "elu", "leaky_relu", "relu6", "tanh", "sigmoid"
+]
+"""What an MLP's gate goes through: ``elu`` with an α of 1, ``leaky_relu`` with a slope of 0.01."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class ExpertsSpec:
     weights_on: Literal["output", "input"] = "output"
     identities: int = 0
     empty: int = 0
+
+    @property
+    def nothing_of_zero(self) -> bool:
+        """Whether every expert gives zero for a token that is zero."""
+        return not self.biases and (self.gated or self.activation != "sigmoid")
 
     @property
     def acting(self) -> int:

@@ -45,7 +45,7 @@ class Arguments:
     """What routed experts are called with: tokens [..., H], ids and weights [..., k].
 
     Where they stand for a whole block, ``x`` is the block's input as tokens, ``begun`` what its own operations made of
-    it, and ``given`` the input as it was given.
+    it, and ``given`` the input as it was given. Of experts that are called with tokens in slots, ``given`` are these.
     """
 
     hidden_states: Tensor
@@ -85,7 +85,7 @@ class SwappedBlock(nn.Module):
             return Arguments(given[0], given[1], given[2])
         tensors = self.convention.calling.taken(given, named)
         if "ids" in tensors:
-            return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"])
+            return Arguments(tensors["hidden_states"], tensors["ids"], tensors["weights"], given=tensors.get("slots"))
         x = self.convention.calling.tokens(tensors["hidden_states"])
         begun = self.convention.begun(x, tensors)
         assert begun is not None
@@ -97,10 +97,12 @@ class SwappedBlock(nn.Module):
     def answered(self, arguments: Arguments, routed: Tensor) -> Any:
         """What a call with ``arguments`` returns whose routed experts came to ``routed`` [..., H]."""
         convention = self.convention
-        x, begun = arguments.x, arguments.begun
-        if convention is None or convention.own is None or x is None or begun is None or arguments.given is None:
+        x, begun, given = arguments.x, arguments.begun, arguments.given
+        if given is not None and x is None:  # slots
+            return routed.view(given.shape)
+        if convention is None or convention.own is None or x is None or begun is None or given is None:
             return routed
-        return self.answer(x, convention.own.around(begun, x, routed), begun, arguments.given)
+        return self.answer(x, convention.own.around(begun, x, routed), begun, given)
 
     def answer(self, x: Tensor, output: Tensor, begun: Begun | None, given: Tensor) -> Any:
         """What a call with ``x`` returns whose output is ``output``; attributes are written as the old block did.

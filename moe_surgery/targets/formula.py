@@ -26,6 +26,13 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": _relu2,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+    "relu6": F.relu6,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import in_python, plain
+from . import operators as operators  # which add to them
+from . import slots as slots
 from .around import Alone
 from .others import ARGUMENTS, block
 

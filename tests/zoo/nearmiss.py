@@ -484,10 +484,16 @@ class QuickGelu(Base):
         return x * torch.sigmoid(1.702 * x)
 
 
-@near_miss("activation", "tanh")
+@near_miss()
 class TanhExperts(Base):
     def act(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
+
+
+@near_miss("hardtanh")
+class HardtanhExperts(Base):
+    def act(self, x: Tensor) -> Tensor:
+        return F.hardtanh(x)
 
 
 @near_miss()

@@ -268,6 +268,8 @@ class Varied(Base):
 
 
 class _Experts(nn.Module):
+    keeps = False
+
     def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(plain.MLP(sizes.hidden, sizes.width) for _ in range(sizes.experts))
@@ -278,6 +280,8 @@ class _Experts(nn.Module):
         for number, mlp in enumerate(self.mlps):
             rows, slots = torch.where(top_experts == number)
             out.index_add_(0, rows, mlp(flat[rows]) * top_weights[rows, slots, None])
+        if self.keeps:
+            self.last = out
         return out.reshape(x.shape)
 
 
@@ -294,6 +298,13 @@ class ExpertsThatAreToldMore(nn.Module):
         scores = F.elu(self.gate(x))
         weights, ids = scores.topk(2, dim=-1)
         return self.experts(x, scores, weights, ids).reshape(hidden_states.shape)
+
+
+@module(ARGUMENTS, "its experts write to last in every call")
+class ExpertsThatKeepWhatTheyMade(ExpertsThatAreToldMore):
+    def __init__(self, sizes: plain.Sizes = plain.SIZES) -> None:
+        super().__init__(sizes)
+        self.experts.keeps = True
 
 
 # Where experts are kept
@@ -612,6 +623,42 @@ class ReadsWhatItWrote(Base):
 # Activations that are spelled out
 
 ACTIVATIONS = "activations"
+
+
+def _acts(name: str, act: Callable[[Tensor], Tensor], *words: str) -> None:
+    """Register two blocks with an activation, of gated experts and of others."""
+
+    def act_of(self: Base, x: Tensor) -> Tensor:
+        return act(x)
+
+    class Ungated(plain.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(act(self.up_proj(x)))
+
+    class Alone(Base):
+        def make_experts(self) -> None:
+            self.experts = nn.ModuleList(Ungated(self.hidden, self.width) for _ in range(self.num_experts))
+            for expert in self.experts:
+                del expert.gate_proj
+
+    block(ACTIVATIONS, *words)(type(f"By{name}", (Base,), {"act": act_of}))
+    block(ACTIVATIONS, *words)(type(f"By{name}Alone", (Alone,), {}))
+
+
+_acts("Mish", F.mish)
+_acts("MishSpelledOut", lambda x: x * torch.tanh(F.softplus(x)))
+_acts("Hardswish", F.hardswish)
+_acts("Elu", F.elu)
+_acts("LeakyRelu", F.leaky_relu)
+_acts("Relu6", F.relu6)
+_acts("Tanh", torch.tanh)
+_acts("Sigmoid", torch.sigmoid)
+_acts("EluOfTwo", lambda x: F.elu(x, 2.0), "elu 2(")
+_acts("SteepLeakyRelu", lambda x: F.leaky_relu(x, 0.2), "leaky_relu 0.2(")
+_acts("Hardtanh", F.hardtanh, "hardtanh -1 1(")
+_acts("OtherMish", lambda x: x * torch.tanh(F.softplus(x, 2.0)), "softplus 2(")
+_acts("TanhOfSoftplus", lambda x: torch.tanh(F.softplus(x)), "softplus(")
+_acts("Softplus", F.softplus, "softplus(")
 
 
 @block(ACTIVATIONS)

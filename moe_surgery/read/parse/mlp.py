@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.spec import Activation, Mix
 from moe_surgery.weights.layout import MLPPieces, Piece
 
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "relu": "relu",
+    "mish": "mish",
+    "hardswish": "hardswish",
+    "tanh": "tanh",
+    "elu": "elu",
+    "elu 1": "elu",
+    "leaky_relu": "leaky_relu",
+    "leaky_relu 0.01": "leaky_relu",
+    "relu6": "relu6",
+    "hardtanh 0 6": "relu6",
+}
+"""Functions by the names that operations have, and what a spec calls them."""
 _LONGEST = 120
 
 
@@ -88,6 +104,9 @@ class MLPParser:
         """``(gate, activation, alpha, clamp after it, the other factors)`` of the product between the matrices."""
         for part in parts:
             rest = [other for other in parts if other is not part]
+            if part.op == "tanh" and (inner := self.bare(part.args[0])).op == "softplus" and inner.args[0] in rest:
+                rest.remove(inner.args[0])
+                return self.bare(inner.args[0]), "mish", 1.0, None, self._one(rest, hidden, whose)
             if part.op == "clamp" and self.bare(part.args[0]).op in ACTIVATIONS and part.args[1] == -math.inf:
                 inside = self.bare(part.args[0])
                 return (*self._named(inside), part.args[2], self._one(rest, hidden, whose))
@@ -103,6 +122,10 @@ class MLPParser:
                 if len(gates) == 1 and gates[0] in rest:
                     rest.remove(gates[0])
                     return gates[0], "silu", math.prod(scale), None, self._one(rest, hidden, whose)
+        for part in parts:
+            if part.op == "sigmoid":
+                rest = [other for other in parts if other is not part]
+                return self.bare(part.args[0]), "sigmoid", 1.0, None, self._one(rest, hidden, whose)
         raise Unreadable(f"{whose} is not down(act(gate(x)) * up(x)): between its maps stands {short(hidden)}")
 
     def _named(self, part: Term) -> tuple[Term, Activation, float]:
@@ -111,10 +134,9 @@ class MLPParser:
             if inner.op != "relu":
                 raise Unreadable(f"between a routed expert's maps stands {short(part)}")
             return self.bare(inner.args[0]), "relu2", 1.0
-        for name in ACTIVATIONS:
-            if part.op == name:
-                return self.bare(part.args[0]), name, 1.0
-        raise Unreadable(f"the activation {short(part)} is none of {', '.join(ACTIVATIONS)}")
+        if part.op in ACTIVATIONS:
+            return self.bare(part.args[0]), ACTIVATIONS[part.op], 1.0
+        raise Unreadable(f"the activation {short(part)} is none of {', '.join(get_args(Activation))}")
 
     def _one(self, rest: list[Term], hidden: Term, whose: str) -> list[Term]:
         if len(rest) > 1:

@@ -89,6 +89,20 @@ def record_experts(
     return _recorded(partial(_once, notebook, watch, (len(ids), width), plain, calling, inputs))
 
 
+def record_slots(
+    watch: Watch, calling: Calling, shape: tuple[int, ...], dtype: torch.dtype, *, plain: bool = False
+) -> Flow:
+    """As :func:`record`, of a module of experts alone that is called with slots of each, of that ``shape``."""
+
+    def inputs(notebook: Notebook, hidden_states: Tensor) -> dict[str, Any]:
+        assert calling.slots is not None
+        notebook.batch -= {calling.slots.experts}  # which is no size of a batch
+        return {"hidden_states": hidden_states}
+
+    notebook = partial(Notebook, watch.block, dtype, no_choice)
+    return _recorded(partial(_once, notebook, watch, shape, plain, calling, inputs))
+
+
 def _as_tokens(calling: Calling, answer: Any, shape: tuple[int, ...]) -> Any:
     """What a block answered, the first tensor that lies as its input, of tokens of that ``shape``, brought back."""
     if calling.form is None:

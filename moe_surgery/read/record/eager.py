@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import nn
 
-from moe_surgery.read.record.length import spaces
-from moe_surgery.read.record.reach import as_written
+from moe_surgery.read.record.length import spaces, spaces_of
+from moe_surgery.read.record.reach import as_written, holders
 
 
 def eagerly() -> AbstractContextManager[object]:
@@ -27,8 +28,12 @@ def eagerly() -> AbstractContextManager[object]:
 
 @contextmanager
 def unscripted(block: nn.Module) -> Iterator[None]:
-    """While this lasts, TorchScript functions that code of ``block`` names or holds run as they are written."""
-    held = [*spaces(block), *map(vars, block.modules())]
+    """While this lasts, TorchScript functions and operators that code of ``block`` names run as they are written.
+
+    So does what its modules hold of them, and what code of the objects in it names.
+    """
+    objects = [holder for _, holder in holders(block) if not isinstance(holder, nn.Module)]
+    held = [*spaces(block), *chain.from_iterable(map(spaces_of, objects)), *map(vars, block.modules())]
     placed = [
         (space, name, value, made_of)
         for space in {id(space): space for space in held}.values()

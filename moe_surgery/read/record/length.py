@@ -106,11 +106,16 @@ def _length(value: Any) -> int:
 def spaces(block: nn.Module) -> Iterator[dict[str, Any]]:
     """The global names of all code that a block's modules define, or that their forwards call by name."""
     for module in block.modules():
-        for cls in type(module).__mro__:
-            if cls is nn.Module:
-                break
-            for value in vars(cls).values():
-                if isinstance(value, FunctionType) and value.__module__.split(".")[0] != "torch":
-                    yield value.__globals__
+        yield from spaces_of(module)
         for function in functions(module.forward):
             yield function.__globals__
+
+
+def spaces_of(holder: object) -> Iterator[dict[str, Any]]:
+    """The global names of the code that an object's classes define."""
+    for cls in type(holder).__mro__:
+        if cls is nn.Module:
+            break
+        for value in vars(cls).values():
+            if isinstance(value, FunctionType) and value.__module__.split(".")[0] != "torch":
+                yield value.__globals__

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 
 from moe_surgery.read.record.contents import has_attributes, held_by, held_by_name, is_table
 
@@ -183,12 +184,19 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
         return
     yield value
     for _, other in reachable(value):
-        if isinstance(other, (FunctionType, MethodType, functools.partial, torch.jit.ScriptFunction)):
+        if isinstance(other, (FunctionType, MethodType, functools.partial, torch.jit.ScriptFunction, CustomOpDef)):
             yield from functions(other, depth + 1)
 
 
 def as_written(value: Any) -> FunctionType | None:
-    """The Python function that a TorchScript function was made of, if it is one and does the same."""
+    """The Python function that a TorchScript function, or an operator, was made of, if it is one and does the same.
+
+    An operator is what it was registered with, unless it has other kernels for some devices, or changes what it is
+    given.
+    """
+    if type(value) is CustomOpDef:
+        alone = list(value._backend_fns) == [None] and not value._opoverload._schema.is_mutable
+        return value._init_fn if alone and isinstance(value._init_fn, FunctionType) else None
     if not issubclass(type(value), torch.jit.ScriptFunction):  # what isn't one isn't even asked
         return None
     made_of = getattr(value, "_torchdynamo_inline", None)

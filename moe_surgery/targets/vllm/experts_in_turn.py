@@ -5,7 +5,7 @@ The layer around them, its routing and its shared expert stay vLLM's own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from moe_surgery.spec import Activation, ExpertsSpec, Mix
 from moe_surgery.targets.formula import mixer
 
-_NAMES: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_NAMES: tuple[Activation, ...] = get_args(Activation)
 
 
 @torch.library.custom_op("moe_surgery::experts_in_turn", mutates_args=())
