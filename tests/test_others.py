@@ -89,6 +89,16 @@ def test_what_is_drawn_for_nothing_goes_on_being_drawn(name: str) -> None:
         assert torch.equal(*drawn)
 
 
+def test_what_is_kept_bears_what_it_bore() -> None:
+    old, model = (Layer(next(c for c in ALL if c.name == "ChoicesOnWhatItKeeps").make()).eval() for _ in range(2))
+    moe_surgery.apply(model, target="reference")
+    assert isinstance(model.mlp, SwappedBlock)
+    for x in inputs(shapes=SHAPES):
+        with torch.no_grad():
+            old(x), model(x)
+        assert torch.equal(old.mlp.scores.ids, model.mlp.scores.ids)
+
+
 COUNTING = ["CountsByHistogram", "CountsAndForgets", "CountsInPlaces"]
 
 

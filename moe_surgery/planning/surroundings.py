@@ -7,16 +7,19 @@ by name. What isn't found is a name made up at run time and what happens in C.
 
 from __future__ import annotations
 
+import dis
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from functools import lru_cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_surgery.models.site import Site
+from moe_surgery.read.record.attributes import names_read
 from moe_surgery.read.record.reach import functions
 from moe_surgery.read.sameness import words
 from moe_surgery.weights.moving import moving
@@ -170,6 +173,8 @@ class Surroundings:
             used = sorted(named & private)
             if used:
                 return f"the forward of {where} uses {', '.join(used[:3])}, which lies elsewhere in a swapped block"
+            if written := sorted(_written(module) & names_read(site.module)):
+                return f"the forward of {where} writes to {', '.join(written[:3])}, which its code reads"
             if {"type", kind} <= named:
                 return f"the forward of {where} asks whether its class is exactly {kind}"
             for hooks in _RUN:
@@ -215,21 +220,43 @@ def reached(module: nn.Module) -> frozenset[str]:
 
     Where that looks up names at run time, the texts among the module's attributes are names too.
     """
+    found = set().union(*(words(code) for code in _run(module)))
+    if "getattr" in found:
+        found |= {value for value in vars(module).values() if isinstance(value, str)}
+    return frozenset(found)
+
+
+def _run(module: nn.Module) -> list[CodeType]:
+    """The code of a module's forward, of a ``__call__`` of its own, and of the methods that they name."""
     kind = type(module)
     found: set[str] = set()
     waiting: list[Any] = [module.forward, _method(kind, "__call__")]
-    done: set[int] = set()
+    done: dict[int, CodeType] = {}
     while waiting:
         for function in functions(waiting.pop()):
             if id(function) in done or _library(function):
                 continue
-            done.add(id(function))
+            done[id(function)] = function.__code__
             new = set(words(function.__code__)) - found
             found |= new
             waiting += [method for name in new if (method := _method(kind, name)) is not None]
-    if "getattr" in found:
-        found |= {value for value in vars(module).values() if isinstance(value, str)}
-    return frozenset(found)
+    return list(done.values())
+
+
+def _written(module: nn.Module) -> frozenset[str]:
+    """The attributes that code of a module's forward gives a value, but for those of the module itself."""
+    return frozenset().union(*map(_stored, _run(module)))
+
+
+@lru_cache(maxsize=4096)
+def _stored(code: CodeType) -> frozenset[str]:
+    found: set[str] = set()
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR" and before not in code.co_varnames[:1]:
+            found.add(instruction.argval)
+        before = instruction.argval
+    return frozenset(found).union(*(_stored(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _method(kind: type, name: str) -> Any:

@@ -186,7 +186,7 @@ def _read(
         made += ask.if_it_takes(crowded.shape(FEW), own, plain=True)
         made += ask.if_it_takes((few[0] * few[1], width), own) if form is None else []
         if form is None and not crowded.flat:
-            check_images(ask, width, own)
+            check_images(ask, width, own, made)
         if any(record_.lone for record_ in made) and not crowded.flat:
             made += [record_of_one(ask, shape, own, crowded.record) for shape in ((1, 6, width), (6, 1, width))]
         if any(record_.one_by_one for record_ in made):  # the number of a row may be branched on unseen

@@ -14,6 +14,7 @@ from moe_surgery.calling import Calling
 from moe_surgery.form import FORMS, IMAGES, PLANES
 from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
+from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
 from moe_surgery.read.record.attributes import names_read
@@ -47,9 +48,12 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
     return None
 
 
-def check_images(ask: Asking, width: int, dtype: torch.dtype) -> None:
-    """Raise that a block of tokens [B, S, H] does something else with images, if it asks how many dimensions it got."""
-    if _RANK.isdisjoint(names_read(ask.block)):
+def check_images(ask: Asking, width: int, dtype: torch.dtype, made: list[Record]) -> None:
+    """Raise that a block of tokens [B, S, H] does something else with images, if it asks how many dimensions it got.
+
+    That is where its code names them, or counted sizes in one of the records that were ``made`` of it.
+    """
+    if _RANK.isdisjoint(names_read(ask.block)) and not any(record.counted for record in made):
         return
     shape = (*_ONE_IMAGE, width)
     for form in (IMAGES, PLANES):

@@ -44,6 +44,14 @@ class ChoicesOnAnOutputAmongOthers(_Bearing):
         return out, scores
 
 
+@block(RESULTS)
+class ChoicesOnWhatItKeeps(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        scores.ids = ids  # type: ignore[attr-defined]
+        self.scores = scores
+        return out
+
+
 @block(RESULTS, "puts attributes on its input (scores)")
 class ScoresOnItsInput(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
@@ -225,6 +233,27 @@ class LittleNoise(_Noisy):
 class NoiseBesideZero(_Noisy):
     def noise(self, logits: Tensor) -> Tensor:
         return torch.rand_like(logits) * 1e-6 + logits * (0.1 * self.training)
+
+
+@block(ROUTERS, "draws random numbers (randn_like) that it doesn't use")
+class NoiseForNothing(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return 0 * logits.new_zeros(torch.randn_like(logits).shape)
+
+
+# Factors that are there twice, and sizes that are counted
+
+
+@block(FORMS, "between its maps stands (sigmoid(")
+class SigmoidTwice(Alone):
+    def act(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x) * torch.sigmoid(x)
+
+
+@block(FORMS, "it does something else with an input [B, h, w, H]")
+class CountsSizes(Alone):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (2 if len(hidden_states.shape) == 4 else 1)
 
 
 ALL = absent.ALL  # those above among them

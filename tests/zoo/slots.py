@@ -185,6 +185,22 @@ class EmptyingBank(Bank):
         return super().forward(slots) * (slots.abs().sum(-1, keepdim=True) > 1e-3)
 
 
+class ScaledBank(Bank):
+    factor = 1.0
+
+    def forward(self, slots: Tensor) -> Tensor:
+        return super().forward(slots * self.factor)
+
+
+@module(SLOTS, "the forward of mlp writes to factor, which its code reads", at="experts")
+class SetsWhatItsExpertsRead(Capacity):
+    bank = ScaledBank
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        self.experts.factor = float(hidden_states.shape[1])
+        return super().forward(hidden_states)
+
+
 for _bank, _words in (
     (CentringBank, "nor its experts alone (experts): a routed expert's input is"),
     (CrowdedBank, "nor its experts alone (experts): what it does depends on the batch size"),

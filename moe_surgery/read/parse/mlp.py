@@ -103,7 +103,7 @@ class MLPParser:
     ) -> tuple[Term, Activation, float, float | None, list[Term]]:
         """``(gate, activation, alpha, clamp after it, the other factors)`` of the product between the matrices."""
         for part in parts:
-            rest = [other for other in parts if other is not part]
+            rest = _without(parts, part)
             if part.op == "tanh" and (inner := self.bare(part.args[0])).op == "softplus" and inner.args[0] in rest:
                 rest.remove(inner.args[0])
                 return self.bare(inner.args[0]), "mish", 1.0, None, self._one(rest, hidden, whose)
@@ -111,7 +111,9 @@ class MLPParser:
                 inside = self.bare(part.args[0])
                 return (*self._named(inside), part.args[2], self._one(rest, hidden, whose))
             if part.op in ACTIVATIONS or part.op in ("square", "pow 2"):
-                twice = parts.count(part) == 2 and part.op == "relu"
+                twice = part in rest and part.op == "relu"
+                if twice:
+                    rest.remove(part)
                 gate, activation, alpha = self._named(part)
                 return gate, activation if not twice else "relu2", alpha, None, self._one(rest, hidden, whose)
             if part.op == "sigmoid":
@@ -124,8 +126,7 @@ class MLPParser:
                     return gates[0], "silu", math.prod(scale), None, self._one(rest, hidden, whose)
         for part in parts:
             if part.op == "sigmoid":
-                rest = [other for other in parts if other is not part]
-                return self.bare(part.args[0]), "sigmoid", 1.0, None, self._one(rest, hidden, whose)
+                return self.bare(part.args[0]), "sigmoid", 1.0, None, self._one(_without(parts, part), hidden, whose)
         raise Unreadable(f"{whose} is not down(act(gate(x)) * up(x)): between its maps stands {short(hidden)}")
 
     def _named(self, part: Term) -> tuple[Term, Activation, float]:
@@ -168,6 +169,12 @@ class MLPParser:
         if self.bare(term.args[0]) is not self.x:
             raise Unreadable(f"{whose}'s input is {short(term.args[0])}, not the block's input")
         return _Half(term.args[1], bias, term.size, low, high, offset)
+
+
+def _without(parts: list[Term], part: Term) -> list[Term]:
+    """All factors but one that is ``part``; there may be more than one."""
+    place = parts.index(part)
+    return parts[:place] + parts[place + 1 :]
 
 
 def short(term: Term) -> str:

@@ -10,11 +10,12 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from moe_surgery.answers import Alone, Always, Constant, Structure, leaves_of, mapped_leaves, structured
+from moe_surgery.answers import Alone, Always, Constant, Structure, borne_by, leaves_of, mapped_leaves, structured
 from moe_surgery.read.reading import Unfollowed
 from moe_surgery.read.record.attributes import Attributes, size_of
 from moe_surgery.read.record.batch_size import MARKED, BatchSize
 from moe_surgery.read.record.choices import Made, no_choice
+from moe_surgery.read.record.drawn import check_used
 from moe_surgery.read.record.flow import Choice, Flow, Given, Op, Ref
 from moe_surgery.read.record.known_numbers import Kind
 from moe_surgery.read.record.lineage import Asked, chosen, sources
@@ -53,6 +54,7 @@ def assembled(notebook: Notebook, answer: Any, shape: tuple[int, ...], kept: Att
     needed |= _before([leaf.value for leaf in state.values()])
     asked = _asked_for(needed, [*leaves, *state.values()])
     needed |= _before([question.node for question in asked])
+    check_used(notebook, needed)
     nodes = [node for node in notebook.graph.nodes if node in needed]
     index = {node: Ref(place) for place, node in enumerate(nodes)}
     ops = tuple(_op(notebook, node, index, made) for node in nodes)
@@ -64,6 +66,7 @@ def assembled(notebook: Notebook, answer: Any, shape: tuple[int, ...], kept: Att
         branches=tuple(notebook.branches.met),
         lone=notebook.branches.lone,
         one_by_one=notebook.one_by_one,
+        counted=notebook.counted,
         positive=tuple((index[node], places) for node, places in notebook.positive),
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),
@@ -103,7 +106,7 @@ def _attribute(notebook: Notebook, value: Any, name: str, shape: tuple[int, ...]
         found = _result(notebook, value, where, None, shape)
         return Always(found) if isinstance(found, Constant) else found
 
-    if type(value) in (dict, list, tuple):
+    if type(value) in (dict, list, tuple) or borne_by(value):
         return structured(value, leaf, name)
     return _result(notebook, value, name, None, shape) if isinstance(value, Tensor) else value
 

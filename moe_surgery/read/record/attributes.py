@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, sizes_of, structured
+from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, borne_by, sizes_of, structured
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber
 from moe_surgery.read.record.reach import functions, holders
 
@@ -53,12 +53,12 @@ def kept(
             found[path, name] = size
         elif type(value) in PLAIN_VALUES:
             found[path, name] = value if path in modules else Always(value)
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and not borne_by(value):
             same = constant(value)
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape):
             found[path, name] = ShapeOfInput(leads)
-        elif type(value) in (dict, list, tuple) and _of_values(value):
+        elif (type(value) in (dict, list, tuple) or borne_by(value)) and _of_values(value):
             found[path, name] = value
     return found
 

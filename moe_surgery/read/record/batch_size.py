@@ -187,7 +187,17 @@ class BatchText(str):
 
 
 class BatchShape(tuple[int, ...]):
-    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too."""
+    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too.
+
+    Who asks how many sizes there are is noted by ``counted``.
+    """
+
+    counted: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        if self.counted is not None:
+            self.counted()
+        return tuple.__len__(self)
 
     def numel(self) -> int:
         product = 1
@@ -197,7 +207,11 @@ class BatchShape(tuple[int, ...]):
 
     def __getitem__(self, place: Any) -> Any:
         item = tuple.__getitem__(self, place)
-        return BatchShape(item) if isinstance(place, slice) else item
+        if not isinstance(place, slice):
+            return item
+        shape = BatchShape(item)
+        shape.counted = self.counted
+        return shape
 
 
 def _compared(compare: Callable[[Any, Any], bool]) -> Any:

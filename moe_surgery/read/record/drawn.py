@@ -24,6 +24,13 @@ def may_be_drawn(name: str, entries: dict[int, Entry]) -> bool:
     return name in _LIKE and any(entry.node is not None for entry in entries.values())
 
 
+def check_used(notebook: Notebook, needed: set[torch.fx.Node]) -> None:
+    """Object to random numbers of which nothing comes that is ``needed``: nobody would go on drawing them."""
+    for node in notebook.graph.nodes:
+        if node.meta.get("name") in _LIKE and node not in needed:
+            raise notebook.object_to(f"it draws random numbers ({node.meta['name']}) that it doesn't use")
+
+
 def check_drawn(notebook: Notebook, record: torch.fx.Node, args: Any, entries: dict[int, Entry]) -> None:
     """Object to what is made of random numbers, unless they are multiplied by zero."""
     name: str = record.meta["name"]
