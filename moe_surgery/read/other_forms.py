@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.calling import Calling
-from moe_surgery.form import FORMS, IMAGES, PLANES
+from moe_surgery.form import IMAGES, PLANES, Form
 from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
@@ -23,8 +23,10 @@ _RANK = frozenset(["ndim", "dim", "ndimension"])
 _ONE_IMAGE = (1, 6)  # rows, and places: in two dimensions 2 and 3
 
 
-def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
-    """A reading of a block that failed with its own ``error``, where it takes its tokens in another form, else None.
+def in_a_form(
+    ask: Asking, error: Unfollowed, forms: Iterable[Form], read: Callable[[Calling], Reading]
+) -> Reading | None:
+    """A reading of a block that failed with its own ``error``, if it takes its tokens in one of ``forms``, else None.
 
     Raises :class:`Unreadable` where it takes them in one, and can be read in none.
     """
@@ -35,7 +37,7 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
     if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
         return None  # places are mixed, and no form makes tokens of them
     problem: Unreadable | None = None
-    for form in FORMS:
+    for form in forms:
         try:
             return read(replace(ask.calling, form=form))
         except (Unfollowed, Broken):
