@@ -16,10 +16,9 @@ from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
-from moe_surgery.read.record.attributes import names_read
+from moe_surgery.read.record.attributes import asks_for_dimensions
 
 _DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
-_RANK = frozenset(["ndim", "dim", "ndimension"])
 _ONE_IMAGE = (1, 6)  # rows, and places: in two dimensions 2 and 3
 
 
@@ -51,7 +50,7 @@ def in_a_form(
 
 def check_images(ask: Asking, width: int, dtype: torch.dtype) -> None:
     """Raise that a block of tokens [B, S, H] does something else with images, if it asks how many dimensions it got."""
-    if _RANK.isdisjoint(names_read(ask.block)):
+    if not asks_for_dimensions(ask.block):
         return
     shape = (*_ONE_IMAGE, width)
     for form in (IMAGES, PLANES):
