@@ -151,9 +151,18 @@ class Alone:
         return item
 
 
+class Bearing:
+    """The kind of structure that a tensor is which bears attributes; its own key is empty."""
+
+    def __new__(cls, **parts: Any) -> Any:
+        tensor = parts.pop("")
+        vars(tensor).update(parts)
+        return tensor
+
+
 @dataclass(frozen=True)
 class Structure:
-    """Results in a tuple, list, dict or dataclass of ``kind``; ``keys`` where they are named."""
+    """Results in a tuple, list, dict or dataclass of ``kind``, or on a tensor; ``keys`` where they are named."""
 
     kind: type
     items: tuple[Any, ...]
@@ -179,6 +188,9 @@ class Structure:
         texts = [str(item) for item in self.items]
         if self.kind is Alone:
             return f"{texts[0]} as tokens"
+        if self.kind is Bearing:
+            borne = [f"{key} {text}" for key, text in zip(self.keys or (), texts, strict=True)]
+            return f"{texts[0]} with {', '.join(borne[1:])}"
         if self.keys is not None:
             return f"{self.kind.__name__}({', '.join(f'{k}={t}' for k, t in zip(self.keys, texts, strict=True))})"
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
@@ -202,6 +214,10 @@ def mapped_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
 def structured(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> Any:
     """``value`` as a :class:`Structure` of ``leaf(item, name)``, or one leaf. Names are those of keys and places."""
     keys: tuple[str, ...] | None = None
+    if borne := borne_by(value):
+        own = leaf(value, where)
+        parts = [structured(item, leaf, f"{where}.{name}".lstrip(".")) for name, item in borne.items()]
+        return Structure(Bearing, (own, *parts), ("", *borne))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         keys = tuple(f.name for f in dataclasses.fields(value))
         items = [getattr(value, key) for key in keys]
@@ -216,6 +232,11 @@ def structured(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> 
     return Structure(type(value), tuple(parts), keys)
 
 
+def borne_by(value: Any) -> dict[str, Any]:
+    """The attributes that code put on a tensor."""
+    return getattr(value, "__dict__", {}) if type(value).__module__.partition(".")[0] == "torch" else {}
+
+
 def output_of(results: Structure | None, answer: Any) -> Any:
     """The output among the results of a call."""
     if results is None:
@@ -223,7 +244,7 @@ def output_of(results: Structure | None, answer: Any) -> Any:
     found: list[Any] = []
 
     def walk(shape: Any, value: Any) -> None:
-        if isinstance(shape, Structure) and shape.kind is Alone:
+        if isinstance(shape, Structure) and shape.kind in (Alone, Bearing):
             walk(shape.items[0], value)
         elif isinstance(shape, Structure):
             parts = [

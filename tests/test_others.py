@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from zoo import others, plain
-from zoo.absent import ALL
+from zoo.libraries import ALL
 from zoo.same import distance, inputs
 
 import moe_surgery
@@ -34,6 +34,7 @@ class Layer(nn.Module):
 
 
 def answers(model: nn.Module) -> list[Any]:
+    torch.manual_seed(0)
     with torch.no_grad():
         return [model(x.clone()) for x in inputs(shapes=SHAPES)]
 
@@ -71,6 +72,21 @@ def test_what_others_write_is_replaced_or_left_alone_for_a_reason(case: others.C
         assert isinstance(model.get_submodule(paths[0]), SwappedBlock)
     for one, other in zip(before, answers(model), strict=True):
         assert_same(one, other, exactly=bool(case.words))
+
+
+@pytest.mark.parametrize("name", ["NoiseTimesTraining", "NoiseOfItsOwnSizeTimesTraining"])
+def test_what_is_drawn_for_nothing_goes_on_being_drawn(name: str) -> None:
+    old, model = (Layer(next(case for case in ALL if case.name == name).make()).eval() for _ in range(2))
+    report = moe_surgery.apply(model, target="reference")
+    assert report.steps[0].outcome == "replaced"
+    for x in inputs(shapes=SHAPES):
+        drawn = []
+        for one in (old, model):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                one(x)
+            drawn.append(torch.rand(3))
+        assert torch.equal(*drawn)
 
 
 COUNTING = ["CountsByHistogram", "CountsAndForgets", "CountsInPlaces"]

@@ -387,7 +387,7 @@ class OtherExpertsForLaterParts(PartsByTheirPlaces):
         return super().part(number, x, weights, others[ids] if number else ids)
 
 
-@block(COUNTS, "rank once per token")
+@block(COUNTS, "ranks its tokens in parts")
 class RoutedInParts(Alone):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, self.hidden)
@@ -439,7 +439,7 @@ class ALossOfParts(InParts):
         return super().forward(hidden_states), sum(part.softmax(-1).mean() for part in logits.split(PART))
 
 
-@block(COUNTS, "cuts the batch", "rank once per token")
+@block(COUNTS, "cuts the batch", "ranks its tokens in parts")
 class ARouterInParts(PartsOfAnExpertsTokens):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts = [super(ARouterInParts, self).route(part) for part in x.split(PART)]

@@ -73,6 +73,8 @@ class Terms:
         if any(term.op == "elem" and term.args[0].op == "chosen" for term in flat):
             flat = sums.summed(self, flat)
         constant = sum(constants)
+        if constant == -math.inf:
+            return self.const(constant)
         if constant != 0.0 or not flat:
             flat.append(self.const(constant))
         if len(flat) == 1:
@@ -270,6 +272,12 @@ class Terms:
                 zero = self.const(0.0)
                 slots = iter(places)
                 return self.vec([zero if e.op == "const" else self.elem(made, next(slots)) for e in inner.args])
+            whole = wholes.among(self, inner) if known and infinite else None
+            if whole is not None:  # of some of a vector it is that of all, divided by their sum
+                made = self.softmax(self.cast(whole, arg.args[1]) if arg.op == "cast" else whole)
+                each = [None if e.op == "const" else self.elem(made, place) for place, e in enumerate(inner.args)]
+                total = self.add(*(element for element in each if element is not None))
+                return self.vec([self.const(0.0) if element is None else self.div(element, total) for element in each])
         return self.make("softmax", (arg,), arg.size)
 
     def total(self, arg: Term) -> Term:

@@ -33,24 +33,35 @@ def extended(terms: Terms, term: Term, start: int, size: int) -> Term | None:
     return terms.rebuilt(term, known)
 
 
+def among(terms: Terms, vector: Term) -> Term | None:
+    """The vector of which some elements stand among numbers in one that is spelled out, each in its place."""
+    found = {extended(terms, e, place, vector.size) for place, e in enumerate(vector.args) if e.op != "const"}
+    return found.pop() if len(found) == 1 else None
+
+
 def gathered(terms: Terms, vector: Term) -> Term:
     """A vector that is spelled out element by element, as sums and products of vectors, if it is one."""
     if vector.op != "vec":
         return vector
     first, second = vector.args[:2]
     whole = _of_first(terms, first, vector.size, set(_inside(second)))
-    if whole is None or any(_at(terms, whole, place) is not element for place, element in enumerate(vector.args)):
-        return vector
-    return whole
+    if whole is not None and any(
+        all(_at(terms, whole, place, inner) is element for place, element in enumerate(vector.args))
+        for inner in (True, False)
+    ):
+        return whole
+    return vector
 
 
-def _at(terms: Terms, term: Term, place: int) -> Term:
-    """An element of sums and products of vectors, as the sum or product of elements."""
+def _at(terms: Terms, term: Term, place: int, inner: bool) -> Term:
+    """An element of sums and products of vectors, as the sum or product of elements; ``inner`` sums in products too."""
     if term.size == 1:
         return term
     if term.op not in ("add", "mul"):
         return terms.elem(term, place)
-    return terms.rebuilt(term, [_at(terms, arg, place) for arg in term.args])
+    ends = term.op == "mul" and not inner
+    parts = [terms.elem(arg, place) if ends and arg.op == "add" else _at(terms, arg, place, inner) for arg in term.args]
+    return terms.rebuilt(term, parts)
 
 
 def _inside(term: Term) -> Iterator[int]:

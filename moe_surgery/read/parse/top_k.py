@@ -106,7 +106,9 @@ class Rankings:
         by_number = {ranking.number: ranking for ranking in self._rankings}
         main = by_number.get(number)
         if main is None or len(main.ids) != main.count:
-            raise Unreadable("it doesn't rank once per token")
+            alike = len({(ranking.count, ranking.scores.size, len(ranking.ids)) for ranking in self._rankings}) == 1
+            parts = alike and len(self._rankings) > 1
+            raise Unreadable("it ranks its tokens in parts" if parts else "it doesn't rank once per token")
         if not main.largest:
             raise Unreadable("it chooses the lowest scores")
         explained = {number}

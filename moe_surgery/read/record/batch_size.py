@@ -50,7 +50,8 @@ def _calculation(plain: Callable[[Any, Any], Any], swapped: bool = False) -> Any
                 return 0  # batches are such that one size is a multiple of another only where it always is
             pure = self.pure and other.pure and plain in (operator.add, operator.sub, operator.mul)
         else:
-            pure = self.pure and (plain is operator.mul or (plain in (operator.add, operator.sub) and right == 0))
+            same = right == 0 if plain in (operator.add, operator.sub) else plain is operator.floordiv and right == 1
+            pure = self.pure and (plain is operator.mul or same)
         return self._like(plain(right, left) if swapped else plain(left, right), pure, other)
 
     return method

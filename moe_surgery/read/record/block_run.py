@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_surgery.answers import Structure, structured
+from moe_surgery.answers import Structure, borne_by, structured
 from moe_surgery.calling import PLAIN, Calling
 from moe_surgery.interrupts import without_interrupts
 from moe_surgery.read.reading import Broken, Unfollowed, Unreadable
@@ -182,6 +182,8 @@ def _once(
                 arguments = calling.placed(tensors)
                 with Sizes(notebook, marks=not plain):
                     output = block(*arguments)
+                if borne := [name for value in tensors.values() if type(value) is Tensor for name in borne_by(value)]:
+                    raise notebook.object_to(f"it puts attributes on its input ({', '.join(borne)})")
                 output = _as_tokens(calling, output, shape)
         changed = written.changed()
         first = given or {}

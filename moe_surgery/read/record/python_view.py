@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
@@ -61,10 +62,10 @@ class Sizes(TorchFunctionMode):
             kwargs = {"dtype": notebook.entry(args[0]).symbol().dtype, **kwargs}
             func, name, args = torch.tensor, "tensor", args[1:]
         if func == _DTYPE:
-            own, known = func(*args), notebook.entries.get(args[0])
-            if not notebook.entries.owned(args[0]):
-                return own
-            return notebook.entries.seen_dtype(own) if known is None else known.symbol().dtype
+            return self._dtype(args[0])
+        if name in ("type_as", "to") and len(args) > 1 and isinstance(args[1], Tensor):
+            args = (args[0], self._dtype(args[1]), *args[2:])
+            func, name = torch.Tensor.to, "to"
         if func == _DEVICE:
             return notebook.entries.device
         if func == _EXCHANGE and (weight := notebook.entries.owned(args[0])) is not None:
@@ -72,6 +73,8 @@ class Sizes(TorchFunctionMode):
         if func in _ON:
             return notebook.entries.device.type == _ON[func]
         operands = tensors((args, kwargs))
+        if any(map(is_batchedtensor, operands)):
+            raise notebook.object_to("it runs under torch.vmap")
         if not all(map(notebook.entries.knows, operands)):
             raise notebook.object_to("it uses a tensor that is neither its input nor one of its own weights")
         if isinstance(into := kwargs.get("out"), Tensor) and args:
@@ -119,6 +122,13 @@ class Sizes(TorchFunctionMode):
             if not notebook.symbolic(tensor):
                 self._made_of_sizes(name, args, kwargs, sizes, tensor)
         return result
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        """A tensor's dtype as the record has it; of a weight that was not used yet torch would say its own."""
+        own, known = _DTYPE(tensor), self.notebook.entries.get(tensor)
+        if not self.notebook.entries.owned(tensor):
+            return own
+        return self.notebook.entries.seen_dtype(own) if known is None else known.symbol().dtype
 
     def _written_to(self, out: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """The result of a function, which is to be written to ``out``; torch would give that another shape."""

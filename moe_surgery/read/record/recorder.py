@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_surgery.read.reading import VALUES
 from moe_surgery.read.record.choices import any_places, check_top_k, choose, look_up, looked_up, no_choice, ranking
+from moe_surgery.read.record.drawn import check_drawn, may_be_drawn
 from moe_surgery.read.record.finite import asks_finite
 from moe_surgery.read.record.known_numbers import LOAD, Kind
 from moe_surgery.read.record.lineage import done
@@ -59,7 +60,7 @@ class Recorder(TorchDispatchMode):
             raise notebook.object_to("it runs under autocast")
         if torch.is_inference_mode_enabled():
             raise notebook.object_to("it runs under torch.inference_mode, which leaves no record of its operations")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not may_be_drawn(name, entries):
             raise notebook.object_to(f"it draws random numbers ({name})")
         if args and isinstance(args[0], Tensor):
             notebook.ledger.check_cut(name, args, notebook.symbolic(args[0]))
@@ -159,6 +160,7 @@ class Recorder(TorchDispatchMode):
         record.meta["name"] = name
         if objection:
             record.meta["objection"] = objection
+        check_drawn(notebook, record, args, entries)
         ranked = ranking(notebook, name, args, kwargs)
         one = isinstance(result, Tensor)
         kept = support(func, name, args, kwargs, entries, result.shape) if one and not in_place else None

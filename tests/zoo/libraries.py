@@ -1,0 +1,230 @@
+"""Blocks in the manner of libraries that train experts (FastMoE, Tutel, DeepSpeed, MegaBlocks)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import absent
+from .around import Alone, BiasedMLP
+from .others import COUNTS, RESULTS, ROUTERS, block
+from .repositories import FORMS
+
+__all__ = ["ALL"]
+
+
+# Attributes of tensors
+
+
+class _Bearing(Alone):
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, self.hidden)
+        scores, (weights, ids) = self.logits(x).softmax(-1), self.route(x)
+        out = self.routed(x, weights, ids).view(hidden_states.shape)
+        return self.told(hidden_states, out, scores, ids)
+
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        raise NotImplementedError
+
+
+@block(RESULTS)
+class LossOnItsOutput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        out.l_aux, out.experts = scores.mean(0).square().sum(), self.num_experts  # type: ignore[attr-defined]
+        return out
+
+
+@block(RESULTS)
+class ChoicesOnAnOutputAmongOthers(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        out.chosen = {"ids": ids, "scores": scores}  # type: ignore[attr-defined]
+        return out, scores
+
+
+@block(RESULTS, "puts attributes on its input (scores)")
+class ScoresOnItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        given.scores = scores  # type: ignore[attr-defined]
+        return out
+
+
+@block(RESULTS, "also returns (kind) a type")
+class AClassOnItsOutput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        out.kind = type(self)  # type: ignore[attr-defined]
+        return out
+
+
+# Sorted tokens, and one matrix of all experts for each layer
+
+
+class _Sorted(Alone):
+    def make_experts(self) -> None:
+        self.first = nn.Parameter(torch.randn(self.num_experts, self.width, self.hidden) * self.hidden**-0.5)
+        self.last = nn.Parameter(torch.randn(self.num_experts, self.hidden, self.width) * self.width**-0.5)
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        flat = ids.flatten()
+        order = flat.sort().indices
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        done = self.grouped(F.gelu(self.grouped(x[order // self.top_k], self.first, counts)), self.last, counts)
+        back = torch.zeros_like(done).index_copy_(0, order, done).view(-1, self.top_k, self.hidden)
+        return torch.bmm(weights[:, None], back)[:, 0]
+
+    def grouped(self, x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+        parts = self.taken(x, matrices).split(counts.tolist())
+        return torch.cat([part @ matrix.t() for part, matrix in zip(parts, matrices, strict=True)])
+
+    def taken(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return x
+
+
+@block(COUNTS)
+class TakenAsItsWeights(_Sorted):
+    def taken(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return x.type_as(matrices)
+
+
+@block(COUNTS)
+class TakenToItsWeights(_Sorted):
+    def taken(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return x.to(matrices)
+
+
+class _ShareOfColumns(Alone):
+    """Of the columns of a batch it takes those that are this process's, of ``processes``."""
+
+    processes = 1
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        columns = hidden_states.shape[1]
+        share = columns // self.processes
+        mine = hidden_states[:, : min(share, columns)].contiguous()
+        done = super().forward(mine)
+        return done if self.processes == 1 else torch.cat([done, hidden_states[:, share:]], 1)
+
+
+@block(COUNTS)
+class ShareOfOneProcess(_ShareOfColumns):
+    pass
+
+
+@block(COUNTS, "compares numbers made of it")
+class ShareOfOneOfTwo(_ShareOfColumns):
+    processes = 2
+
+
+# Weights of the chosen among all scores
+
+
+class _Masked(Alone):
+    """Scores of others are masked before the softmax."""
+
+    def route(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        return self.masked(logits, logits.topk(self.top_k, -1).indices).softmax(-1), None
+
+    def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor | None) -> Tensor:
+        return sum(weights[:, place, None] * expert(x) for place, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+@block(FORMS)
+class MaskedByAdding(_Masked):
+    def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return logits + torch.full_like(logits, -torch.inf).scatter(-1, ids, 0.0)
+
+
+@block(FORMS)
+class MaskedByFilling(_Masked):
+    def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, True)
+        return logits.masked_fill(~chosen, -torch.inf)
+
+
+@block(FORMS, "routing weights are divided by")
+class MaskedButTheBest(_Masked):
+    def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return logits + torch.full_like(logits, -torch.inf).scatter(-1, ids[:, :1], 0.0)
+
+
+@block(FORMS, "other scores than the experts are ranked by")
+class MaskedByLittle(_Masked):
+    """Others have a weight too."""
+
+    def masked(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return logits + torch.full_like(logits, -1.0).scatter(-1, ids, 0.0)
+
+
+# Outputs of all experts, the last dimension being theirs
+
+
+class _StackedLast(Alone):
+    def make_experts(self) -> None:
+        self.experts = nn.ModuleList(BiasedMLP(self.hidden, self.width) for _ in range(self.num_experts))
+
+    def routed(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        done = torch.stack([expert(x) for expert in self.experts], -1)
+        dense = torch.zeros(len(x), self.num_experts, dtype=x.dtype).scatter(-1, ids, weights)
+        return (done * self.dense(dense)).sum(-1)
+
+    def dense(self, weights: Tensor) -> Tensor:
+        return weights[:, None]
+
+
+@block(FORMS)
+class StackedLast(_StackedLast):
+    pass
+
+
+@block(FORMS, "output goes through vec(")
+class StackedLastTheFirstElementTwice(_StackedLast):
+    def dense(self, weights: Tensor) -> Tensor:
+        return torch.cat([2 * weights[:, None], weights[:, None].expand(-1, self.hidden - 1, -1)], 1)
+
+
+# Noise that is for training
+
+
+class _Noisy(Alone):
+    """Its logits have noise added, ``times`` so much."""
+
+    def route(self, x: Tensor) -> Any:
+        logits = self.logits(x)
+        noisy = logits + self.noise(logits)
+        weights, ids = noisy.topk(self.top_k, -1)
+        return weights.softmax(-1), ids
+
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.randn_like(logits) * (0.1 * self.training)
+
+
+@block(ROUTERS)
+class NoiseTimesTraining(_Noisy):
+    pass
+
+
+@block(ROUTERS)
+class NoiseOfItsOwnSizeTimesTraining(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.rand_like(logits).reshape(logits.shape) * (F.softplus(logits) * self.training)
+
+
+@block(ROUTERS, "draws random numbers (randn_like)")
+class LittleNoise(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.randn_like(logits) * 1e-6
+
+
+@block(ROUTERS, "draws random numbers (rand_like)")
+class NoiseBesideZero(_Noisy):
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.rand_like(logits) * 1e-6 + logits * (0.1 * self.training)
+
+
+ALL = absent.ALL  # those above among them
