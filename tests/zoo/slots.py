@@ -198,7 +198,7 @@ for _bank, _words in (
     module(SLOTS, _words)(type(f"Behind{_bank.__name__}", (Capacity,), {"bank": _bank}))
 
 
-@block("routers", "it chooses once for many tokens")
+@block("routers", "it chooses once for all tokens")
 class ChoosesForTheWholeBatch(Alone):
     """Its experts are the best of all tokens' logits together, weighted for each token (SegMoE)."""
 
