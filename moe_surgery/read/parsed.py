@@ -157,8 +157,6 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     native = str(dtype).removeprefix("torch.")
     count = output.lead.size
     rankings = [_rankings(number, choice, run, terms, count) for number, choice in enumerate(flow.choices)]
-    if len(flow.choices) == 1 < count and flow.choices[0].ids.numel() == flow.choices[0].k:
-        raise Unreadable("it chooses once for all tokens, and not for each of them")
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     weights = next((op for op in flow.ops if op.name == "input" and op.args[0] == "weights"), None)
     given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import plain
-from .around import Alone
-from .others import block, module
+from .others import module
 
 SLOTS = "slots"
 HIDDEN, COUNT, WIDTH = 32, 4, 24
@@ -196,13 +195,3 @@ for _bank, _words in (
     (EmptyingBank, "nor its experts alone (experts): what it does depends on the values"),
 ):
     module(SLOTS, _words)(type(f"Behind{_bank.__name__}", (Capacity,), {"bank": _bank}))
-
-
-@block("routers", "it chooses once for all tokens")
-class ChoosesForTheWholeBatch(Alone):
-    """Its experts are the best of all tokens' logits together, weighted for each token (SegMoE)."""
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(x)
-        ids = logits.sum(0).topk(self.top_k).indices
-        return logits[:, ids].softmax(-1), ids.expand(len(x), -1)
