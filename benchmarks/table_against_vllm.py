@@ -1,6 +1,6 @@
 """The table in docs/gpu.md of what ``against_vllm.py`` found: how many times as fast as vLLM's layer each block is.
 
-    python benchmarks/table_against_vllm.py [RESULT]
+python benchmarks/table_against_vllm.py [RESULT]
 """
 
 from __future__ import annotations
