@@ -90,11 +90,6 @@ class Record:
         return replace(self, results=results, kept=replayed(flow.kept), flow=flow)
 
     @property
-    def counted(self) -> bool:
-        """Whether its code asked how many sizes a tensor has."""
-        return self.flow is not None and self.flow.counted
-
-    @property
     def one_by_one(self) -> bool:
         return self.flow is not None and self.flow.one_by_one
 

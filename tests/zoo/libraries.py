@@ -241,19 +241,13 @@ class NoiseForNothing(_Noisy):
         return 0 * logits.new_zeros(torch.randn_like(logits).shape)
 
 
-# Factors that are there twice, and sizes that are counted
+# Factors that are there twice
 
 
 @block(FORMS, "between its maps stands (sigmoid(")
 class SigmoidTwice(Alone):
     def act(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x) * torch.sigmoid(x)
-
-
-@block(FORMS, "it does something else with an input [B, h, w, H]")
-class CountsSizes(Alone):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states) * (2 if len(hidden_states.shape) == 4 else 1)
 
 
 ALL = absent.ALL  # those above among them

@@ -66,7 +66,6 @@ def assembled(notebook: Notebook, answer: Any, shape: tuple[int, ...], kept: Att
         branches=tuple(notebook.branches.met),
         lone=notebook.branches.lone,
         one_by_one=notebook.one_by_one,
-        counted=notebook.counted,
         positive=tuple((index[node], places) for node, places in notebook.positive),
         asked={question: index[question.node] for question in asked},
         used=frozenset(op.args[0] for op in ops if op.name == "param"),

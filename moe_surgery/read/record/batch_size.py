@@ -187,17 +187,7 @@ class BatchText(str):
 
 
 class BatchShape(tuple[int, ...]):
-    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too.
-
-    Who asks how many sizes there are is noted by ``counted``.
-    """
-
-    counted: Callable[[], None] | None = None
-
-    def __len__(self) -> int:
-        if self.counted is not None:
-            self.counted()
-        return tuple.__len__(self)
+    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too."""
 
     def numel(self) -> int:
         product = 1
@@ -207,11 +197,7 @@ class BatchShape(tuple[int, ...]):
 
     def __getitem__(self, place: Any) -> Any:
         item = tuple.__getitem__(self, place)
-        if not isinstance(place, slice):
-            return item
-        shape = BatchShape(item)
-        shape.counted = self.counted
-        return shape
+        return BatchShape(item) if isinstance(place, slice) else item
 
 
 def _compared(compare: Callable[[Any, Any], bool]) -> Any:

@@ -101,8 +101,7 @@ class Flow:
 
     ``results`` is the structure that the output is returned in, with :class:`Given` for leaves, if it isn't alone.
     ``branches`` are the comparisons of the batch size that it met; ``lone`` if it asked whether there is only one,
-    and ``one_by_one`` if it takes tokens, or rows of them, out of the batch; ``counted`` if its code asked how many
-    sizes a tensor has.
+    and ``one_by_one`` if it takes tokens, or rows of them, out of the batch.
     ``positive`` are operations whose results the record took to be above zero in some places, and zero elsewhere.
     ``asked`` are the operations whose results were asked for these places, by what came of it.
     ``outside``: it chose some that it masks, since a record chooses without looking at what is ranked.
@@ -120,7 +119,6 @@ class Flow:
     branches: tuple[str, ...] = ()
     lone: bool = False
     one_by_one: bool = False
-    counted: bool = False
     positive: tuple[tuple[Ref, Tensor], ...] = ()
     asked: Mapping[Asked, Ref] = field(default_factory=dict)
     used: frozenset[str] = frozenset()

@@ -50,7 +50,6 @@ class Notebook:
         self.lenient = False
         self.paused = False
         self.one_by_one = False
-        self.counted = False
         self.by_batch = False
         self.scaled: str | None = None
         self.positive: list[tuple[torch.fx.Node, Tensor]] = []
@@ -79,10 +78,6 @@ class Notebook:
     def object_to(self, reason: str) -> Unreadable:
         self.objections.append(reason)
         return Unreadable(reason)
-
-    def counts_sizes(self) -> None:
-        """Note that the block's code asks how many sizes a tensor has."""
-        self.counted = True
 
     def symbolic(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the block's input, or is a weight of it."""

@@ -108,9 +108,7 @@ class Sizes(TorchFunctionMode):
             notebook.scaled = None
         if name in _SIZES or func == _SHAPE:
             if isinstance(result, torch.Size):
-                shape = BatchShape(self._sized(args[0], dim, size) for dim, size in enumerate(result))
-                shape.counted = notebook.counts_sizes
-                return shape
+                return BatchShape(self._sized(args[0], dim, size) for dim, size in enumerate(result))
             dim = kwargs.get("dim", *args[1:2]) if name == "size" else -1
             return self._sized(args[0], dim % max(args[0].ndim, 1), result) if name == "size" else self._mark(result)
         made = tensors(result) if sizes else []
