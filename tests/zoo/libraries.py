@@ -58,6 +58,30 @@ class AClassOnItsOutput(_Bearing):
         return out
 
 
+# Losses of products of sums over tokens, which are divided by their number twice
+
+
+class _OfSums(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        tokens = int(scores.size(0))
+        first = F.one_hot(ids[:, 0], self.num_experts).sum(0)
+        return out, (scores.sum(0) * first).sum() * self.by(tokens)
+
+    def by(self, tokens: int) -> float:
+        return self.num_experts / (tokens * tokens)
+
+
+@block(RESULTS)
+class LossBySquares(_OfSums):
+    pass
+
+
+@block(RESULTS, "depends on the batch in a way that can't be followed")
+class LossByCubes(_OfSums):
+    def by(self, tokens: int) -> float:
+        return self.num_experts / (tokens * tokens * tokens)
+
+
 # Sorted tokens, and one matrix of all experts for each layer
 
 
