@@ -35,8 +35,8 @@ class At:
 class Many:
     """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
 
-    With a ``power`` of -1 it is ``times`` divided by that, with one of 2 or -2 that is squared; ``plus`` is added to it.
-    ``was`` is what it was in the record that it was found in.
+    With a ``power`` of -1 it is ``times`` divided by that, with one of 2 or -2 that is squared; ``plus`` is
+    added to it. ``was`` is what it was in the record that it was found in.
     """
 
     of: Literal["tokens", "batch", "sequence"]
