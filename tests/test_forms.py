@@ -61,6 +61,12 @@ class KeepsALoss(Formed):
         return out
 
 
+class KeepsItsShape(Formed):
+    def handed_back(self, tokens: Tensor, out: Tensor) -> Any:
+        self.input_shape = out.shape
+        return out
+
+
 class ByCosine(Formed):
     """A router that goes on being computed by the block's own operations."""
 
@@ -178,6 +184,12 @@ def test_what_asks_how_its_input_lies_in_memory_is_left_alone(cls: type[Formed],
 def test_operations_of_its_own_that_know_its_places_are_left_alone(cls: type[Formed], form: Form) -> None:
     [step] = moe_surgery.apply(Model(cls, form), target="reference").steps
     assert step.outcome == "missed" and "depends on the batch in a way that can't be followed" in step.reason
+
+
+@pytest.mark.parametrize("form", [ROWS, IMAGES, PLANES], ids=str)
+def test_what_keeps_the_shape_of_its_input_in_another_form_is_left_alone(form: Form) -> None:
+    [step] = moe_surgery.apply(Model(KeepsItsShape, form), target="reference").steps
+    assert step.outcome == "missed" and f"it keeps the shape of its input {form}" in step.reason
 
 
 def test_another_form_is_an_error() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import absent
 from .around import Alone, BiasedMLP
-from .others import COUNTS, RESULTS, ROUTERS, block
+from .others import COUNTS, RESULTS, ROUTERS, STATE, block
 from .repositories import FORMS
 
 __all__ = ["ALL"]
@@ -116,6 +116,37 @@ class TakenAsItsWeights(_Sorted):
 class TakenToItsWeights(_Sorted):
     def taken(self, x: Tensor, matrices: Tensor) -> Tensor:
         return x.to(matrices)
+
+
+class _Dispatcher:
+    """Sorts tokens by expert, and keeps what it needs to put their outputs back (Megatron)."""
+
+    def sent(self, x: Tensor, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape, flat = x.shape, x.reshape(-1, x.shape[-1])
+        mask = torch.zeros_like(scores).int().scatter(1, ids, 1).bool()
+        rows = mask.t().contiguous()
+        self.places = torch.arange(len(flat)).expand(len(rows), -1).masked_select(rows)
+        self.weights = scores.t().contiguous().masked_select(rows)
+        return flat[self.places], mask.sum(0)
+
+    def back(self, done: Tensor) -> Tensor:
+        out = torch.zeros(self.shape[:-1].numel(), self.shape[-1], dtype=done.dtype)
+        return out.index_add(0, self.places, done * self.weights[:, None]).view(self.shape)
+
+
+@block(STATE)
+class Dispatched(_Sorted):
+    """It takes images too, as it takes anything."""
+
+    def make_more(self) -> None:
+        self.dispatcher = _Dispatcher()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() < 2:
+            raise ValueError("no batch")
+        scores = self.logits(hidden_states.reshape(-1, self.hidden)).softmax(-1)
+        x, counts = self.dispatcher.sent(hidden_states, scores, scores.topk(self.top_k, -1).indices)
+        return self.dispatcher.back(self.grouped(F.gelu(self.grouped(x, self.first, counts)), self.last, counts))
 
 
 class _ShareOfColumns(Alone):
