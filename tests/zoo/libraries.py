@@ -44,6 +44,18 @@ class ChoicesOnAnOutputAmongOthers(_Bearing):
         return out, scores
 
 
+@block(RESULTS)
+class ABiasThatIsMarked(_Bearing):
+    """What is told of a parameter is no result."""
+
+    def make_more(self) -> None:
+        self.bias = nn.Parameter(torch.zeros(self.hidden))
+        self.bias.owner = type(self)  # type: ignore[attr-defined]
+
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out, self.bias
+
+
 @block(RESULTS, "puts attributes on its input (scores)")
 class ScoresOnItsInput(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
