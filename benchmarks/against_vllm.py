@@ -7,7 +7,7 @@ the tiles that it ships for the card, and the shared expert beside them. "folded
 what a block in an engine does where vLLM's experts are the faster ones: this library's router, then those. All over
 the same weights, several layers of them, in graphs that are replayed in turns; the medians, and before that the
 greatest distance of each from a reference in float64. The ratio is that of "vllm" to what an engine takes, the better
-of the other two. Writes results/<machine>-against_vllm.json after each case, in which other cases' rows are kept. With
+of the other two. Writes results/<machine>-against_vllm.json after each case, in which all other rows are kept. With
 --tables the times go into moe_surgery/kernels/configs/ too, where they are what decides.
 """
 
@@ -152,9 +152,11 @@ def main() -> None:
             found.setdefault(row["case"], []).append(row)
     with torch.no_grad():
         for case in arguments.cases:
-            found[case] = rows(case, arguments.tokens)
+            measured = rows(case, arguments.tokens)
+            kept = {row["tokens"]: row for row in (*found.get(case, []), *measured)}
+            found[case] = [kept[tokens] for tokens in sorted(kept)]
             if arguments.tables:
-                write_table(case, found[case])
+                write_table(case, measured)
             torch.cuda.empty_cache()
             every = [row for rows_ in found.values() for row in rows_]
             result = {**describe(), "command": command(), "rows": every}

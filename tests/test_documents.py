@@ -107,6 +107,12 @@ def test_the_table_of_served_engines_is_that_of_the_recorded_runs() -> None:
         assert row["outcome"] == "kept" or row["proof"]["mutants"] >= 10, row
 
 
+def test_the_table_against_vllms_kernels_is_that_of_the_recorded_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "table_against_vllm.py")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert f"\n\n{table}\n\n" in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+
+
 def test_the_exit_codes_that_are_printed_are_those_of_the_command_line() -> None:
     table = re.findall(r"^\| (\d+) \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(code) for code in table] == [code for code, _ in exits.MEANINGS]

@@ -95,6 +95,23 @@ def test_computes_its_spec(spec: MoESpec, form: str, path: str, tokens: int, dty
 
 
 @runs
+def test_tiles_may_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds its own scales, whatever the order is that tiles are computed in."""
+    from moe_surgery.kernels import launch
+    from moe_surgery.kernels.choice import rows_for
+
+    dtype, spec = DTYPES[0], SPECS["three tiles, scaled"]
+    tensors = stored_weights(spec, dtype, DEVICE, BLOCKS)
+    x, terms = clear_tokens(spec, tensors, 20), replace(terms_of(spec), scaled=True)
+    grouped, outputs = next(row for row in rows_for(terms, dtype) if row.path == "grouped"), []
+    for many in (0, 1000):
+        monkeypatch.setattr(launch, "_MANY_TILES", many)
+        outputs.append(launch.run(x, held(tensors), terms, replace(grouped)))
+    assert torch.equal(*outputs)
+    assert worst(outputs[0], reference.forward(spec, tensors, x, torch.float64)) < near(spec, dtype)
+
+
+@runs
 @pytest.mark.parametrize(("form", "path"), [(BLOCKS, "pairs"), (BLOCKS, "grouped"), (ROWS, "pairs")])
 def test_experts_that_are_given_and_a_merged_shared_one(form: str, path: str) -> None:
     from moe_surgery.kernels.choice import rows_for

@@ -114,6 +114,23 @@ def test_of_equal_logits_the_lower_expert_s_is_more(path: str, dtype: torch.dtyp
 
 
 @runs
+def test_tiles_may_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More row blocks than come together, the last of them fewer: every tile is computed, whatever the order."""
+    from moe_surgery.kernels import launch
+
+    spec = but(num_experts=2, experts={"num_experts": 2, "width": 32}, shared={"width": 64})
+    tensors, terms = weights(spec, torch.float32, device=DEVICE), terms_of(spec)
+    tile = {"BM": 16, "BK": 32, "num_warps": 1, "num_stages": 1}
+    x, outputs = clear_tokens(spec, tensors, 270), []
+    for many in (1, 1000):
+        monkeypatch.setattr(launch, "_MANY_TILES", many)
+        choice = replace(tiles("grouped", torch.float32), gate_up={**tile, "BI": 16}, down={**tile, "BH": 32})
+        outputs.append(launch.run(x, fold(tensors), terms, choice))
+    assert torch.equal(*outputs)
+    assert worst(outputs[0], reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, torch.float32)
+
+
+@runs
 def test_weights_may_be_fetched_any_number_of_tiles_ahead() -> None:
     from moe_surgery.kernels.launch import run
 

@@ -30,6 +30,7 @@ from moe_surgery.kernels.device import (
     scale_of,
     wait,
 )
+from moe_surgery.kernels.grouping import find_rows, shared_rows
 
 
 @triton.jit
@@ -50,45 +51,16 @@ def group_inputs(x, parts, factors, H: tl.constexpr, G: tl.constexpr, BK: tl.con
     tl.store(factors + token * (H // G) + groups, tl.reshape(factor, [BK // G]), mask=groups < H // G)
 
 
-@triton.jit
-def shared_rows(tokens, block, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """As :func:`find_rows`, for the blocks of the shared expert: all tokens, in order, for each of its slices."""
-    expert = E + block % M
-    place = block // M * BM + tl.arange(0, BM)
-    return expert, tl.where(place < tokens, place * (K + M) + K + block % M, -1)
-
-
-@triton.jit
-def find_rows(counts, lists, tokens, block, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, FLAT: tl.constexpr):
-    """The routed expert that row block ``block`` belongs to, and its pairs [BM], -1 where there is none.
-
-    Blocks are numbered through the experts in order. E and beyond for an expert means that there is no such block.
-    """
-    every = tl.arange(0, BE)
-    count = tl.load(counts + every, mask=every < E, other=0, cache_modifier=".cg")
-    ends = tl.cumsum((count + BM - 1) // BM, axis=0)
-    before = ends <= block
-    expert = tl.sum((before & (every < E)).to(tl.int32), axis=0)
-    first = block - tl.max(tl.where(before, ends, 0), axis=0)
-    size = tl.sum(tl.where(every == expert, count, 0), axis=0)
-    place = first * BM + tl.arange(0, BM)
-    if FLAT:
-        at = lists + tl.sum(tl.where(every < expert, count, 0), axis=0) + place
-    else:
-        at = lists + expert.to(tl.int64) * tokens + place
-    return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg")
-
-
 @triton.jit(do_not_specialize=["tokens", "shared_scales", "shared_up_scales"])
 def group_gate_up(
     x, parts, factors, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
     shared_up_scales: tl.int64, act, act_factors, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr,
-    ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr,
-    PDL: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, TURNS: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr,
+    AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
+    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,), tiles of a row block together.
+    """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,).
 
     Weights in e4m3 have a scale for each block of G by G, else G is 0. Then ``parts`` and ``factors`` are those of
     :func:`group_inputs`, ``act`` and ``act_factors`` [pairs, I / G] the same of what is computed, and BK and BI are G.
@@ -96,14 +68,17 @@ def group_gate_up(
     The shared expert's blocks come first: they need no routing, so they begin while it is being computed.
     """
     tiles: tl.constexpr = (I + BI - 1) // BI
-    block = tl.program_id(0) // tiles
+    program = tl.program_id(0)
+    block = program // tiles
     early = M * ((tokens + BM - 1) // BM)
     if block < early:
-        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+        expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
         wait(PDL)
-        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM, GIVEN)
+        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
     let_next_start(PDL)
+    if TURNS == 1:  # through the branches it would take 70 registers more
+        tile = program % tiles
     if (block >= early) & (expert >= E):
         return
     valid = pairs >= 0
@@ -111,7 +86,7 @@ def group_gate_up(
     columns = tl.arange(0, BK)
     # Rows of the gate and of the up projection in turns: one product is faster than two, and threads hold both.
     both = tl.arange(0, BI * (1 + UP))
-    inner = tl.program_id(0) % tiles * BI + both // (1 + UP)
+    inner = tile * BI + both // (1 + UP)
     further = tl.where(expert < E, I * H, shared_up)
     starts = expert_offset(expert, (1 + UP) * I * H, shared, I * H, E) + both % (1 + UP) * further + inner * H
     at = w13 + starts[None, :] + columns[:, None]
@@ -119,7 +94,6 @@ def group_gate_up(
     if G > 0:
         tl.static_assert((BK == G) & (BI == G))
         matrix: tl.constexpr = (I // G) * (H // G)
-        tile = tl.program_id(0) % tiles
         scale = scales + expert_offset(expert, (1 + UP) * matrix, shared_scales, matrix, E) + tile * (H // G)
         scale += both % (1 + UP) * tl.where(expert < E, matrix, shared_up_scales)
     total = tl.zeros([BM, BI * (1 + UP)], tl.float32)
@@ -148,7 +122,7 @@ def group_gate_up(
         gate, up = tl.split(total.reshape(BM, BI, 2))
     else:
         gate, up = total, total
-    rows = tl.program_id(0) % tiles * BI + tl.arange(0, BI)
+    rows = tile * BI + tl.arange(0, BI)
     to = act + tl.maximum(pairs, 0).to(tl.int64)[:, None] * I + rows[None, :]
     if block < early:
         wait(PDL)
@@ -168,8 +142,8 @@ def group_gate_up(
 def group_down(
     act, act_factors, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, weights, rows_out, counts, lists,
     tokens, slices, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
-    G: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BIAS: tl.constexpr,
-    GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, TURNS: tl.constexpr,
+    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
@@ -177,17 +151,20 @@ def group_down(
     that makes ``act`` starts, so they are read before waiting for it.
     """
     tiles: tl.constexpr = (H + BH - 1) // BH
-    block = tl.program_id(0) // tiles
+    program = tl.program_id(0)
+    block = program // tiles
     early = (slices if M > 0 else 0) * ((tokens + BM - 1) // BM)
     if block < early:
-        expert, pairs = shared_rows(tokens, block, E, K, max(M, 1), BM)
+        expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
-        expert, pairs = find_rows(counts, lists, tokens, block - early, E, BE, BM, GIVEN)
-    rows = tl.program_id(0) % tiles * BH + tl.arange(0, BH)
+        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
+    if TURNS == 1:
+        tile = program % tiles
+    rows = tile * BH + tl.arange(0, BH)
     matrix = w2 + expert_offset(expert, H * I, shared, I, E)
     if G > 0:
         tl.static_assert((BK == G) & (BH <= G))
-        of_rows = tl.program_id(0) % tiles * BH // G * row_pitch(expert, E, I // G, M)
+        of_rows = tile * BH // G * row_pitch(expert, E, I // G, M)
         scale = scales + expert_offset(expert, (H // G) * (I // G), shared_scales, I // G, E) + of_rows
     wait(PDL)
     let_next_start(PDL)

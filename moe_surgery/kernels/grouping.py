@@ -5,6 +5,8 @@
 
 Where experts are chosen outside, ``group_count`` and ``group_enter`` take the place of both. The order within a list
 depends on chance (integer atomics).
+
+Which tile of a product a program computes, and for which tokens of the lists, is here too (``find_rows``).
 """
 
 from __future__ import annotations
@@ -102,3 +104,63 @@ def group_enter(
     starts = tl.sum(tl.where(every[None, :] < experts[:, None], count[None, :], 0), axis=1)
     place = tl.load(places + at, mask=experts >= 0, other=0)
     tl.store(lists + starts + place, token * (K + M) + slots, mask=experts >= 0)
+
+
+@triton.jit
+def in_turns(place, rows, columns, TURNS: tl.constexpr):
+    """Row and column of the tile at ``place`` of a product of ``rows`` times ``columns`` tiles.
+
+    Of each TURNS rows, a column's tiles come one after the other, so that as many programs read the same weights at a
+    time.
+    """
+    group = place // (TURNS * columns)
+    size = tl.maximum(tl.minimum(rows - group * TURNS, TURNS), 1)
+    place %= TURNS * columns
+    return group * TURNS + place % size, place // size
+
+
+@triton.jit
+def shared_rows(
+    tokens, program, tiles: tl.constexpr, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
+    TURNS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`find_rows`, for the tiles of the shared expert: all tokens, in order, for each of its slices."""
+    if TURNS == 1:
+        block = program // tiles
+        row, piece, tile = block // M, block % M, program % tiles
+    else:
+        row, column = in_turns(program, (tokens + BM - 1) // BM, M * tiles, TURNS)
+        piece, tile = column // tiles, column % tiles
+    place = row * BM + tl.arange(0, BM)
+    return E + piece, tl.where(place < tokens, place * (K + M) + K + piece, -1), tile
+
+
+@triton.jit
+def find_rows(
+    counts, lists, tokens, program, early, tiles: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    TURNS: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """What a program's tile is for: the routed expert, its pairs [BM], -1 where there is none, and which of the
+    ``tiles`` of a row of the product it is.
+
+    Tiles are numbered through the experts in order, behind those of ``early`` row blocks. E and beyond for an expert
+    means that there is no such tile.
+    """
+    block = program // tiles - early
+    every = tl.arange(0, BE)
+    count = tl.load(counts + every, mask=every < E, other=0, cache_modifier=".cg")
+    ends = tl.cumsum((count + BM - 1) // BM, axis=0)
+    before = ends <= block
+    expert = tl.sum((before & (every < E)).to(tl.int32), axis=0)
+    first = tl.max(tl.where(before, ends, 0), axis=0)
+    size = tl.sum(tl.where(every == expert, count, 0), axis=0)
+    if TURNS == 1:
+        row, tile = block - first, program % tiles
+    else:
+        row, tile = in_turns(program - (early + first) * tiles, (size + BM - 1) // BM, tiles, TURNS)
+    place = row * BM + tl.arange(0, BM)
+    if FLAT:
+        at = lists + tl.sum(tl.where(every < expert, count, 0), axis=0) + place
+    else:
+        at = lists + expert.to(tl.int64) * tokens + place
+    return expert, tl.load(at, mask=place < size, other=-1, cache_modifier=".cg"), tile

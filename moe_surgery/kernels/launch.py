@@ -16,6 +16,7 @@ from moe_surgery.kernels.choice import Choice, Tiles
 from moe_surgery.kernels.compiled import Kernel, Unlaunched, stream_for
 
 _EXPERTS_PER_WARP = 512
+_TURNS, _MANY_TILES = 16, 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +226,12 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         )
     if terms.by_row:
         raise ValueError("tokens are not grouped by expert where weights have a scale for each row")
-    products = kernel(grouped.group_gate_up, two, first=terms.given), kernel(grouped.group_down, three)
+    up_turns = _turns(tiles_for(terms.width, two["BI"]), terms.slices)
+    down_turns = _turns(tiles_for(terms.hidden, three["BH"]), _slices_below(terms, choice))
+    products = (
+        kernel(grouped.group_gate_up, {**two, "TURNS": up_turns}, first=terms.given),
+        kernel(grouped.group_down, {**three, "TURNS": down_turns}),
+    )
     if _slices_below(terms, choice) == terms.slices:
         add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
     else:
@@ -238,6 +244,15 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
     logits: Callable[..., Any] = grouping.group_logits if "BT" in one else pairs.pair_logits
     choose = kernel(grouping.group_route, choosing(terms.experts))
     return Kernels(*products, kernel(logits, one), choose, add, inputs=inputs)
+
+
+def _turns(tiles: int, slices: int) -> int:
+    """Of how many row blocks a column's tiles are computed one after the other, where a row of a product has ``tiles``.
+
+    A GPU computes some hundred tiles at a time. Where a row has as many, only programs of other rows share its weights,
+    which were read from memory for every row. Where it has few, several rows are computed at a time anyway.
+    """
+    return _TURNS if max(slices, 1) * tiles > _MANY_TILES else 1
 
 
 def choosing(experts: int) -> Tiles:

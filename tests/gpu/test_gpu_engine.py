@@ -111,19 +111,19 @@ def test_no_push_and_no_sleep_changes_an_operated_model(target: str, folders: di
 
 @pytest.mark.slow
 def test_a_model_that_crosses_over_to_vllms_experts(tmp_path: Path) -> None:
-    """Two layers of the size of Qwen2-57B-A14B, where vLLM's experts are faster from 32 tokens, by the table."""
+    """Two layers of the size of Qwen2-57B-A14B, where vLLM's experts are faster at 256 tokens, by the table."""
     sizes = {"hidden_size": 3584, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 2}
     config = {**CONFIGS["naive_talker"], **COMMON, **sizes, **heads, "shared_expert_intermediate_size": 20480}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    options = {**COMPILED, "load_format": "dummy", "dtype": "bfloat16"}
-    prompts = tuple(tuple((17 * at * at + 5 * at) % VOCAB for at in range(length)) for length in (12, 120))
+    options = {**COMPILED, "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 512}
+    prompts = tuple(tuple((17 * at * at + 5 * at) % VOCAB for at in range(length)) for length in (12, 300))
     run = replace(operated(tmp_path, tmp_path / "run", **options), prompts=prompts, scaled=True)
     [found] = run_all([run], tmp_path)
     [plain] = run_all([replace(run, surgery=None)], tmp_path)
     check_operated(found, "folded")
     [reason] = {site["reason"] for site in found.receipts[0]["report"]["sites"]}
-    assert "vLLM's experts, which are faster there, for 32 and more tokens" in reason
+    assert "vLLM's experts, which are faster there, for 256 to 1023 tokens" in reason
     for one, other in zip(found.outputs, plain.outputs, strict=True):
         noise = distance(one.prompt_logprobs, other.prompt_logprobs)
         # one expert fewer for each token is twice as far and more
