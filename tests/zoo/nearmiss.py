@@ -1240,7 +1240,7 @@ class Squeezed(Base):
         return super().forward(hidden_states.squeeze(0)).view(hidden_states.shape)
 
 
-@near_miss("once per token")
+@near_miss("ranks its tokens in parts")
 class LoopOverTokens(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         flat = hidden_states.reshape(-1, self.hidden)
