@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_surgery.companion import Companion, made_up
+from moe_surgery.form import Form
 
 ROUTING = ("weights", "ids")
 """The outputs of a router: routing weights and expert ids, [T, k] each."""
@@ -35,11 +36,12 @@ class At:
 class Many:
     """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
 
-    With a ``power`` of -1 it is ``times`` divided by that, with one of 2 or -2 that is squared; ``plus`` is
-    added to it. ``was`` is what it was in the record that it was found in.
+    Of places in several dimensions it may be the number of those in one of them ("side 0").
+    With a ``power`` of -1 it is ``times`` divided by that, with one of 2 or -2 that is squared; ``plus`` is added to
+    it. ``was`` is what it was in the record that it was found in.
     """
 
-    of: Literal["tokens", "batch", "sequence"]
+    of: Literal["tokens", "batch", "sequence", "side 0", "side 1", "side 2"]
     times: float = 1
     was: float = field(default=0, compare=False)
     power: int = 1
@@ -95,7 +97,8 @@ class Program:
     ``flat``: the input is [T, H], else [B, S, H]. ``logits`` is the step of a router's last linear map to experts.
     ``of_tokens`` is what the block does with an input [T, H], where it takes both. ``whole`` is the step that gives the
     block's output, where that is more than its routed experts; it comes of a step "routed", after all ``outputs``.
-    ``companions`` are the tensors that it takes beside its input.
+    ``companions`` are the tensors that it takes beside its input. The block takes its tokens in a ``form``, where that
+    isn't [B, S, H], into which the first steps bring them.
     """
 
     steps: tuple[Step, ...]
@@ -105,6 +108,7 @@ class Program:
     of_tokens: Program | None = None
     whole: int | None = None
     companions: tuple[Companion, ...] = ()
+    form: Form | None = None
 
     @property
     def numbers(self) -> tuple[Numbers, ...]:
@@ -125,12 +129,13 @@ class Program:
         numbers: Mapping[Numbers, Tensor] = MappingProxyType({}),
         dtype: torch.dtype | None = None,
         beside: Mapping[str, Tensor] = MappingProxyType({}),
+        sides: tuple[int, ...] | None = None,
     ) -> Begun:
         """A run with ``x`` [B, S, H], or [T, H], as far as it goes without the routed experts.
 
         ``shaken`` changes the router's logits on the way. ``numbers`` are tensors that are at hand already. With a
         ``dtype`` everything is computed in it that is computed in any floating-point dtype. What isn't among the
-        tensors ``beside`` the input is made up of it.
+        tensors ``beside`` the input is made up of it, and so are the ``sides`` of the input in the block's form.
         """
         if self.of_tokens is not None and x.ndim == 2:
             return self.of_tokens.begin(x, weights, shaken, numbers, dtype, beside)
@@ -140,7 +145,9 @@ class Program:
         elif x.ndim != 3:
             x = x.reshape(1, -1, x.shape[-1])
         found = {c.key: found[c.key].reshape(c.shape(tuple(x.shape))).contiguous() for c in self.companions}
-        run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype, found)  # as it was recorded
+        if sides is None:
+            sides = () if self.form is None else self.form.sides(x.shape[-2])
+        run = Begun(self, x.contiguous(), weights, shaken, numbers, dtype, found, sides)  # as it was recorded
         return run.on(next((n for n, step in enumerate(self.steps) if step.func == "routed"), len(self.steps)))
 
     def run(
@@ -212,6 +219,7 @@ class Begun:
     numbers: Mapping[Numbers, Tensor]
     dtype: torch.dtype | None
     beside: Mapping[str, Tensor]
+    sides: tuple[int, ...]
     values: tuple[Any, ...] = ()
 
     @property
@@ -257,6 +265,7 @@ class Begun:
             return values[operand.number]
         if isinstance(operand, Many):
             sizes = {"tokens": self.x.shape[:-1].numel(), "batch": self.x.shape[0], "sequence": self.x.shape[-2]}
+            sizes |= {f"side {number}": size for number, size in enumerate(self.sides)}
             return operand.made(sizes[operand.of])
         if isinstance(operand, dict):
             return {name: self._filled(item, values) for name, item in operand.items()}
@@ -292,9 +301,11 @@ class Replay(nn.Module):
             self.register_buffer(own, numbers.made(device), persistent=False)
         self.eval()
 
-    def forward(self, x: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Begun:
+    def forward(
+        self, x: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({}), sides: tuple[int, ...] | None = None
+    ) -> Begun:
         """See :meth:`Program.begin`."""
         weights = {name: getattr(self, own) for name, own in self._held.items()}
         weights |= {name: tensor for name, tensor in self._state.items() if tensor is not None}
         numbers = {key: getattr(self, own) for key, own in self._numbers.items()}
-        return self.program.begin(x, weights, numbers=numbers, beside=beside)
+        return self.program.begin(x, weights, numbers=numbers, beside=beside, sides=sides)

@@ -110,7 +110,7 @@ def test_a_block_that_ignores_what_the_model_gives_fails_the_check(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Replay.forward
-    monkeypatch.setattr(Replay, "forward", lambda self, x, beside=None: right(self, x))
+    monkeypatch.setattr(Replay, "forward", lambda self, x, beside=None, sides=None: right(self, x))
     model = Telling(kind)
     block = model.mlp
     with pytest.raises(ProofError, match="on the model's own tokens"):

@@ -74,6 +74,34 @@ class ByCosine(Formed):
         return nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.gate.weight, dim=-1).T * 20
 
 
+class KeepsLoadsOfRows(ByCosine):
+    """What it keeps has a number for each row of an image."""
+
+    def handed_back(self, tokens: Tensor, out: Tensor) -> Any:
+        self.rows_loads = self.logits(tokens).softmax(-1).mean(2)
+        return out
+
+
+class ScalesByColumns(ByCosine):
+    columns = 1
+
+    def done(self, tokens: Tensor, x: Tensor) -> Tensor:
+        self.columns = tokens.shape[-2]
+        return super().done(tokens, x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) * self.columns
+
+
+class LooksAlongColumns(Formed):
+    """A token's experts are those of all tokens of its row and column."""
+
+    def done(self, tokens: Tensor, x: Tensor) -> Tensor:
+        told = tokens + tokens.mean(1, keepdim=True)
+        weights, ids = self.route(nn.functional.normalize(told.reshape(x.shape), dim=-1) * 5)
+        return self.combine(x, self.routed(x, weights, ids), self.shared(x))
+
+
 class MixesColumns(Formed):
     def done(self, tokens: Tensor, x: Tensor) -> Tensor:
         return super().done(tokens, (tokens - tokens.mean(-2, keepdim=True)).reshape(x.shape))
@@ -146,7 +174,8 @@ def test_a_block_is_replaced_in_the_form_that_it_takes(form: Form) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "form"), [(RunsInOthers, PLANES), (WithLogits, PLANES), (KeepsALoss, ROWS), (ByCosine, ROWS)]
+    ("cls", "form"),
+    [(RunsInOthers, PLANES), (WithLogits, PLANES)] + [(c, f) for c in (KeepsALoss, ByCosine) for f in FORMS[:3]],
 )
 def test_what_it_returns_and_keeps_is_that_of_its_tokens(cls: type[Formed], form: Form) -> None:
     model = assert_replaced(cls, form)
@@ -180,10 +209,24 @@ def test_what_asks_how_its_input_lies_in_memory_is_left_alone(cls: type[Formed],
     assert step.outcome == "missed" and ("differently" in step.reason or "memory format" in step.reason)
 
 
-@pytest.mark.parametrize(("cls", "form"), [(KeepsALoss, PLANES), (ByCosine, IMAGES)])
-def test_operations_of_its_own_that_know_its_places_are_left_alone(cls: type[Formed], form: Form) -> None:
-    [step] = moe_surgery.apply(Model(cls, form), target="reference").steps
-    assert step.outcome == "missed" and "depends on the batch in a way that can't be followed" in step.reason
+def test_operations_of_its_own_know_the_places_of_every_call() -> None:
+    model, old = assert_replaced(KeepsLoadsOfRows, IMAGES), Model(KeepsLoadsOfRows, IMAGES)
+    for x in inputs(IMAGES):
+        with torch.no_grad():
+            model(x), old(x)
+        assert model.mlp.rows_loads.shape == old.mlp.rows_loads.shape
+        torch.testing.assert_close(model.mlp.rows_loads, old.mlp.rows_loads)
+
+
+@pytest.mark.parametrize("form", [IMAGES, PLANES], ids=str)
+def test_a_router_that_looks_at_other_places_is_left_alone(form: Form) -> None:
+    [step] = moe_surgery.apply(Model(LooksAlongColumns, form), target="reference").steps
+    assert step.outcome == "missed" and "looks at other tokens of the batch" in step.reason
+
+
+def test_a_router_that_calculates_with_a_side_is_left_alone() -> None:
+    [step] = moe_surgery.apply(Model(ScalesByColumns, IMAGES), target="reference").steps
+    assert step.outcome == "missed" and "it calculates with the batch size" in step.reason
 
 
 @pytest.mark.parametrize("form", [ROWS, IMAGES, PLANES], ids=str)

@@ -99,7 +99,8 @@ def _around(
             _check_place(site, shared)
             return Surveyed(site, replace(_read(site, known, reader, records), around=unread.unread or ""), None)
         except Unreadable as error:
-            problem = problem if alone and isinstance(error, Untold) else error
+            vague = isinstance(error, Unfollowed) and not isinstance(problem, (Untold, Unfollowed))
+            problem = problem if vague or (alone and isinstance(error, Untold)) else error
     if isinstance(problem, (Untold, Unfollowed)) or str(problem) in (unread.unread or ""):
         return unread
     return replace(unread, unread=f"{unread.unread}; nor can the rest of it go on as it is: {problem}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from math import prod
 from operator import ne
 
@@ -49,17 +49,28 @@ def odd_batch(
     several dimensions the sizes of these are sizes of the batch; each is another than in the batch ``unlike`` it.
     """
     sizes = {size + more for tensor in state.values() for size in tensor.shape for more in (0, 1)} | set(avoid)
-    for sides in _BATCHES if form is None or form.places == 1 else _batches_of(form.places):
-        made = {prod(some) for count in range(1, len(sides) + 1) for some in combinations(sides, count)}
-        told = unlike is None or form is None or all(map(ne, sides, (unlike[0], *form.sides(unlike[1]))))
+    for sides in _BATCHES if form is None or form.places == 1 else _batches_of(form):
+        made = set(_products(sides))
+        told = unlike is None or form is None or all(map(ne, _products(sides), _of_form(form, unlike)))
         if prod(sides) >= tokens and not made & sizes and told:
             return sides[0], prod(sides[1:])
     raise Unreadable("no batch to probe it with differs from all of its sizes")
 
 
-def _batches_of(places: int) -> list[tuple[int, ...]]:
-    """The sizes of batches and their ``places``, fewest tokens first."""
-    return sorted(combinations(_SIDES, places + 1), key=prod)
+def _products(sides: tuple[int, ...]) -> list[int]:
+    """Some sizes, and the products of some of them."""
+    return [prod(some) for count in range(1, len(sides) + 1) for some in combinations(sides, count)]
+
+
+def _of_form(form: Form, batch: tuple[int, int]) -> list[int]:
+    """The sizes of a batch in a ``form``, and the products of some of them."""
+    return _products((batch[0], *form.sides(batch[1])))
+
+
+def _batches_of(form: Form) -> list[tuple[int, ...]]:
+    """The sizes of batches and of their places in a ``form``, fewest tokens first."""
+    found = {(rows, *form.sides(prod(others))) for rows, *others in permutations(_SIDES, form.places + 1)}
+    return sorted(found, key=lambda sides: (prod(sides), sides))
 
 
 @dataclass(frozen=True)

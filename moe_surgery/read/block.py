@@ -20,6 +20,7 @@ from torch import nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
+from moe_surgery.form import FORMS
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import (
     crowded_record,
@@ -160,7 +161,9 @@ def _read(
         except Unfollowed as error:
             if isinstance(error.__cause__, IndexError) and (longer := with_one_more(ask.calling)) is not None:
                 return _read(records, parse, inside=inside, calling=longer)
-            found = in_a_form(ask, error, lambda other: _read(records, parse, inside=inside, calling=other))
+            # Where all but the experts goes on as it is, images aren't tried: it seldom succeeds, and takes long.
+            forms = [form for form in FORMS if form.places == 1 or not isinstance(parse, Within)]
+            found = in_a_form(ask, error, forms, lambda other: _read(records, parse, inside=inside, calling=other))
             if found is not None:
                 return found
             if calling is None:

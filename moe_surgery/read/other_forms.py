@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
 
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from moe_surgery.answers import ShapeOfInput
 from moe_surgery.calling import Calling
-from moe_surgery.form import FORMS, IMAGES, PLANES
+from moe_surgery.form import IMAGES, PLANES, Form
 from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
-from moe_surgery.read.record.attributes import names_read
+from moe_surgery.read.record.attributes import asks_for_dimensions
 
 _DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
-_RANK = frozenset(["ndim", "dim", "ndimension"])
 _ONE_IMAGE = (1, 6)  # rows, and places: in two dimensions 2 and 3
 
 
-def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]) -> Reading | None:
-    """A reading of a block that failed with its own ``error``, where it takes its tokens in another form, else None.
+def in_a_form(
+    ask: Asking, error: Unfollowed, forms: Iterable[Form], read: Callable[[Calling], Reading]
+) -> Reading | None:
+    """A reading of a block that failed with its own ``error``, if it takes its tokens in one of ``forms``, else None.
 
     Raises :class:`Unreadable` where it takes them in one, and can be read in none.
     """
@@ -36,7 +37,7 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
     if any(isinstance(layer, convolutions) and prod(layer.kernel_size) > 1 for layer in ask.block.modules()):
         return None  # places are mixed, and no form makes tokens of them
     problem: Unreadable | None = None
-    for form in FORMS:
+    for form in forms:
         try:
             found = read(replace(ask.calling, form=form))
             if any(isinstance(value, ShapeOfInput) and "form" in value.leads for _, value in found.kept):
@@ -53,7 +54,7 @@ def in_a_form(ask: Asking, error: Unfollowed, read: Callable[[Calling], Reading]
 
 def check_images(ask: Asking, width: int, dtype: torch.dtype) -> None:
     """Raise that a block of tokens [B, S, H] does something else with images, if it asks how many dimensions it got."""
-    if _RANK.isdisjoint(names_read(ask.block)):
+    if not asks_for_dimensions(ask.block):
         return
     shape = (*_ONE_IMAGE, width)
     for form in (IMAGES, PLANES):

@@ -10,7 +10,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from moe_surgery.answers import Replayed, leaves_of
-from moe_surgery.companion import Companion
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.companions import reaching_all
 from moe_surgery.read.parsed import Record, attribute
@@ -41,7 +40,8 @@ def own_part(
         return None
     found = _of_both(ask, one, other, dtype)
     flat = [(torch.Size(shape[:-1]).numel(), shape[-1]) for shape in (one, other)]
-    of_tokens = None if found.flat or not ask.takes(flat[0], dtype) else _of_both(ask, flat[0], flat[1], dtype)
+    alone = not found.flat and ask.calling.form is None and ask.takes(flat[0], dtype)
+    of_tokens = None if not alone else _of_both(ask, flat[0], flat[1], dtype)
     if any(record.cut for record in records):
         _check(ask, found, of_tokens, one, dtype, next(record.inner for record in records))
     if any(record.lone for record in records):
@@ -59,7 +59,7 @@ def _check_ones(ask: Asking, found: Program, ones: list[Record], dtype: torch.dt
     state = {**dict(ask.block.named_parameters()), **dict(ask.block.named_buffers())}
     for record in ones:
         shape = record.shape
-        other = _program(record, shape, ask.calling.companions)
+        other = _program(ask, record, shape)
         names = [name for name, _ in other.outputs if name not in (*ROUTING, ENTERING)]
         trial = Trial(state, shape[-1], record.inner, dtype)
         if names and not trial.alike(found.only(*names), other.only(*names), shape):
@@ -98,7 +98,7 @@ def _check(
         except Mistaken:
             way = tuple(5 * size if size in FEW else size for size in way)
             other = ask(way, dtype, spread, plain=plain)
-        others.append((way, _program(other, way, ask.calling.companions).only(*ROUTING, ENTERING)))
+        others.append((way, _program(ask, other, way).only(*ROUTING, ENTERING)))
     if of_tokens is not None:
         others.append(((prod(FEW), shape[-1]), of_tokens.only(*ROUTING, ENTERING)))
     if not all(trial.alike(routing, other, way) for way, other in others):
@@ -116,10 +116,9 @@ def _of_both(ask: Asking, one: tuple[int, ...], other: tuple[int, ...], dtype: t
 def _on_all_branches(ask: Asking, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
     """The program of a batch, which must be the same whatever the block finds where it compares the batch's size."""
     record, others = ask.on_all_branches(shape, dtype, spread)
-    companions = ask.calling.companions
-    found = _program(record, shape, companions)
+    found = _program(ask, record, shape)
     for _, other in others:
-        if other is None or other.says != record.says or _program(other, shape, companions) != found:
+        if other is None or other.says != record.says or _program(ask, other, shape) != found:
             raise Unreadable(f"{DEPENDS} (compares it), and its own operations are to go on computing part of it")
     return found
 
@@ -130,7 +129,7 @@ def _named(record: Record) -> Iterator[str]:
     yield from (leaf.where for leaf in leaves if isinstance(leaf, Replayed))
 
 
-def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion, ...]) -> Program:
+def _program(ask: Asking, record: Record, shape: tuple[int, ...]) -> Program:
     flow, names = record.flow, set(_named(record))
     assert flow is not None
     if flow.lone and record.cut is not None:  # what one token does is compared as far as it is read
@@ -141,7 +140,7 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
         **{leaf.where: leaf for leaf in (flow.results.leaves() if flow.results else ()) if isinstance(leaf, Given)},
         **{attribute(path, leaf.where): leaf for (path, _), leaf in kept if isinstance(leaf, Given)},
     }
-    builder = Builder(flow, shape)
+    builder = Builder(flow, shape, ask.calling.form)
     wanted: dict[str, Ref | Given] = {}
     if record.cut is not None:
         made = [choice for number in record.cut.choices if (choice := flow.choices[number].made) is not None]
@@ -155,7 +154,7 @@ def _program(record: Record, shape: tuple[int, ...], companions: tuple[Companion
     cut = record.cut
     routed, turned = (cut.routed, cut.turned) if cut else (None, False)
     found = builder.program(wanted, router.num_experts, routed, flow.output, turned)
-    return reaching_all(found, companions)
+    return reaching_all(found, ask.calling.companions)
 
 
 def _ones(shape: tuple[int, ...]) -> Given:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from moe_surgery.form import Form
 from moe_surgery.read.reading import Unreadable
 from moe_surgery.read.record.batch_size import MOST_ADDED
 from moe_surgery.read.record.choices import Made
@@ -32,10 +33,11 @@ _MAPS = frozenset(["mm", "addmm", "bmm", "linear", "matmul"])
 
 @dataclass(eq=False)
 class Builder:
-    """Makes the program of one record, of a call with an input of ``shape``."""
+    """Makes the program of one record, of a call with an input of ``shape``, which is brought into a ``form``."""
 
     flow: Flow
     shape: tuple[int, ...]
+    form: Form | None = None
     steps: list[Step] = field(default_factory=list)
     routed: int | None = None
     _ops: dict[int, At] = field(default_factory=dict)
@@ -68,7 +70,9 @@ class Builder:
             if routed not in self._ops:
                 raise Unreadable("its output doesn't come of its routed experts")
         flat = len(self.shape) == 2
-        return Program(tuple(self.steps), tuple(outputs), flat, self._logits(experts, last), whole=whole)
+        return Program(
+            tuple(self.steps), tuple(outputs), flat, self._logits(experts, last), whole=whole, form=self.form
+        )
 
     def _turned(self, number: int) -> int:
         turned = self._step(torch.ops.aten.t.default, (At(number),))
@@ -147,7 +151,8 @@ class Builder:
             return Many("tokens", leaf // tokens, leaf)
         if len(self.shape) == 3 and leaf in self.shape[:-1]:
             return Many("batch" if leaf == self.shape[0] else "sequence", was=leaf)
-        return leaf
+        sides = () if self.form is None else self.form.sides(self.shape[-2])
+        return Many(f"side {sides.index(leaf)}", was=leaf) if leaf in sides else leaf  # type: ignore[arg-type]
 
     def _origin(self, origin: Origin, value: Tensor) -> At:
         """The step that makes known numbers, which must be ``value`` in this record."""

@@ -120,7 +120,9 @@ class Convention:
 
     def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
         """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""
-        return None if self.own is None else self.own.replay(x, tensors)
+        form, given = self.calling.form, tensors.get("hidden_states")
+        sides = None if form is None or given is None else form.lead(given)[1:]
+        return None if self.own is None else self.own.replay(x, tensors, sides)
 
     def routed(self, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Logits, scores, what is ranked, and ids, of tokens [T, H]; computed in ``dtype``, or as the block does."""

@@ -1035,6 +1035,18 @@ class BatchBranch(Base):
 
 
 @near_miss("something else with an input [B, h, w, H]")
+class ImagesAreDoubledByTheirSizes(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (2 if len(hidden_states.shape) == 4 else 1)
+
+
+@near_miss("something else with an input [B, h, w, H]")
+class ImagesAreDoubledByTheirSize(Base):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (2 if len(hidden_states.size()) == 4 else 1)
+
+
+@near_miss("something else with an input [B, h, w, H]")
 class ImagesAreDoubled(Base):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) * (2 if hidden_states.ndim == 4 else 1)

@@ -23,6 +23,8 @@ from moe_surgery.read.record.batch_size import MARKED, BatchNumber
 from moe_surgery.read.record.reach import functions, holders
 
 _FINEST = 1 << 12  # the greatest number that a number of tokens may be divided by
+_RANK = frozenset(["ndim", "dim", "ndimension"])
+_SIZES = ("shape", "size")
 PLAIN_VALUES = (bool, int, float, str, type(None))
 Attributes = dict[tuple[str, str], Any]
 
@@ -105,6 +107,15 @@ def _leads(value: Any, shape: tuple[int, ...], form: tuple[int, ...]) -> frozens
 
 def names_read(block: nn.Module) -> frozenset[str]:
     """The names of attributes that any code of a block reads, and the texts in it that may be such names."""
+    return frozenset().union(*map(_loads, _codes(block)))
+
+
+def asks_for_dimensions(block: nn.Module) -> bool:
+    """Whether code of a block asks a tensor how many dimensions it has, by their number or by ``len`` of its shape."""
+    return not _RANK.isdisjoint(names_read(block)) or any(map(_counts_sizes, _codes(block)))
+
+
+def _codes(block: nn.Module) -> set[CodeType]:
     codes: set[CodeType] = set()
     for _, holder in holders(block):
         for cls in type(holder).__mro__:
@@ -115,7 +126,24 @@ def names_read(block: nn.Module) -> frozenset[str]:
                 if isinstance(function, FunctionType) and function.__name__ != "__init__":
                     codes.update(other.__code__ for other in (function, *functions(function)))
         codes.update(function.__code__ for function in functions(getattr(holder, "forward", None)))
-    return frozenset().union(*map(_loads, codes))
+    return codes
+
+
+@lru_cache(maxsize=4096)
+def _counts_sizes(code: CodeType) -> bool:
+    """Whether code has ``len(x.shape)`` or ``len(x.size())``."""
+    counted, last = False, ""
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name == "LOAD_GLOBAL":
+            counted, last = instruction.argval == "len", ""
+        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+            last = instruction.argval
+        elif name.startswith("CALL") and counted and last in _SIZES:
+            return True
+        elif not name.startswith(("LOAD_", "PRECALL", "PUSH_NULL")):
+            counted = False
+    return any(_counts_sizes(constant) for constant in code.co_consts if isinstance(constant, CodeType))
 
 
 @lru_cache(maxsize=4096)
