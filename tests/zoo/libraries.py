@@ -255,30 +255,6 @@ class StackedLastTheFirstElementTwice(_StackedLast):
         return torch.cat([2 * weights[:, None], weights[:, None].expand(-1, self.hidden - 1, -1)], 1)
 
 
-# Parts of tokens that are routed by themselves
-
-
-@block(FORMS, "its experts' output goes through join.weight")
-class HeadsThatAreRouted(Alone):
-    """Each half of a token has experts of its own, and a projection joins them (MH-MoE)."""
-
-    def make_router(self) -> None:
-        self.gate = nn.Linear(self.hidden // 2, self.num_experts, bias=False)
-        self.join = nn.Linear(self.hidden, self.hidden, bias=False)
-
-    def make_experts(self) -> None:
-        self.experts = nn.ModuleList(BiasedMLP(self.hidden // 2, self.width) for _ in range(self.num_experts))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.reshape(-1, self.hidden // 2)
-        weights, ids = self.logits(x).softmax(-1).topk(self.top_k, -1)
-        out = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            rows, slots = torch.where(ids == number)
-            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
-        return self.join(out.view(hidden_states.shape))
-
-
 # Noise that is for training
 
 

@@ -142,12 +142,6 @@ class TokenParser:
             raise Unreadable(f"routing weight {slot} is used more than once")
         return replace(made, residual=True)
 
-    def _maps(self, term: Term) -> int:
-        """How many linear maps, but those of a router, a term is made by, one after another."""
-        term = self.bare(term)
-        inner = () if term.op == "chosen" else map(self._maps, self.terms.inner(term))
-        return (term.op == "lin") + max(inner, default=0)
-
     def _by_choice(self, product: list[Term]) -> list[Term]:
         return [self.routers.by_choice(factor) if factor.size == 1 else factor for factor in product]
 
@@ -194,8 +188,6 @@ class TokenParser:
             mlp = self.mlps.parse(inside[0], "a routed expert", self.bare(outside[0]))
             return self.routers.parse(outside[0], 1.0), mlp, True
         if inside:
-            if self._maps(self.bare(inside[0]).args[0]) > 1:
-                raise Unreadable(f"its experts' output goes through {short(inside[0])}")
             raise Unreadable("routing weights meet the input of a linear map, not the experts' output")
         through = [factor for factor in routing if factor.size > 1]
         if through:
