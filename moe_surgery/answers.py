@@ -92,7 +92,7 @@ class Updated(Replayed):
 class ShapeOfInput:
     """An attribute that is the shape of the input of the last call, as it was ("batch"), or of its tokens ("flat").
 
-    ``leads`` are those that fit: of tokens [T, H] both do.
+    ``leads`` are those that fit: of tokens [T, H] both do. One that lay in a form of its own is "form".
     """
 
     leads: frozenset[str]
@@ -233,8 +233,9 @@ def structured(value: Any, leaf: Callable[[Any, str], Any], where: str = "") -> 
 
 
 def borne_by(value: Any) -> dict[str, Any]:
-    """The attributes that code put on a tensor."""
-    return getattr(value, "__dict__", {}) if type(value).__module__.partition(".")[0] == "torch" else {}
+    """The attributes that code put on a tensor; a parameter's say how it is trained, or loaded."""
+    kind = type(value)
+    return vars(value) if (kind.__module__, kind.__qualname__) == ("torch", "Tensor") else {}
 
 
 def output_of(results: Structure | None, answer: Any) -> Any:

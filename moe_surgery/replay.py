@@ -37,8 +37,8 @@ class Many:
     """A number that came of the batch: ``times`` the number of its tokens, rows ("batch") or columns ("sequence").
 
     Of places in several dimensions it may be the number of those in one of them ("side 0").
-    With a ``power`` of -1 it is ``times`` divided by that; ``plus`` is added to it. ``was`` is what it was in the
-    record that it was found in.
+    With a ``power`` of -1 it is ``times`` divided by that, with one of 2 or -2 that is squared; ``plus`` is added to
+    it. ``was`` is what it was in the record that it was found in.
     """
 
     of: Literal["tokens", "batch", "sequence", "side 0", "side 1", "side 2"]
@@ -49,7 +49,8 @@ class Many:
 
     def made(self, size: int) -> float:
         """The number, of a batch of that ``size``."""
-        made = self.times * size if self.power > 0 else self.times / size
+        by = size ** abs(self.power)
+        made = self.times * by if self.power > 0 else self.times / by
         return made + self.plus if self.plus else made
 
 

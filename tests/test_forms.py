@@ -61,6 +61,12 @@ class KeepsALoss(Formed):
         return out
 
 
+class KeepsItsShape(Formed):
+    def handed_back(self, tokens: Tensor, out: Tensor) -> Any:
+        self.input_shape = out.shape
+        return out
+
+
 class ByCosine(Formed):
     """A router that goes on being computed by the block's own operations."""
 
@@ -221,6 +227,12 @@ def test_a_router_that_looks_at_other_places_is_left_alone(form: Form) -> None:
 def test_a_router_that_calculates_with_a_side_is_left_alone() -> None:
     [step] = moe_surgery.apply(Model(ScalesByColumns, IMAGES), target="reference").steps
     assert step.outcome == "missed" and "it calculates with the batch size" in step.reason
+
+
+@pytest.mark.parametrize("form", [ROWS, IMAGES, PLANES], ids=str)
+def test_what_keeps_the_shape_of_its_input_in_another_form_is_left_alone(form: Form) -> None:
+    [step] = moe_surgery.apply(Model(KeepsItsShape, form), target="reference").steps
+    assert step.outcome == "missed" and f"it keeps the shape of its input {form}" in step.reason
 
 
 def test_another_form_is_an_error() -> None:

@@ -15,6 +15,7 @@ from zoo.same import distance, inputs
 
 import moe_surgery
 from moe_surgery.answers import structured
+from moe_surgery.calling import UnreadCall
 from moe_surgery.errors import ProofError, SurgeryError
 from moe_surgery.planning import survey
 from moe_surgery.targets.base import StandingBlock, SwappedBlock
@@ -97,6 +98,17 @@ def test_what_is_kept_bears_what_it_bore() -> None:
         with torch.no_grad():
             old(x), model(x)
         assert torch.equal(old.mlp.scores.ids, model.mlp.scores.ids)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 2, 2, 2), ()], ids=str)
+def test_what_has_sizes_of_its_input_is_told_for_no_other_dimensions(shape: tuple[int, ...]) -> None:
+    old, model = (Layer(next(c for c in ALL if c.name == "ChoicesOnWhatItKeeps").make()).eval() for _ in range(2))
+    moe_surgery.apply(model, target="reference")
+    x = torch.randn(*shape, 32)
+    with torch.no_grad():
+        assert old.mlp(x).shape == x.shape
+        with pytest.raises(UnreadCall):
+            model.mlp(x)
 
 
 COUNTING = ["CountsByHistogram", "CountsAndForgets", "CountsInPlaces"]

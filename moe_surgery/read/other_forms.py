@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from moe_surgery.answers import ShapeOfInput
 from moe_surgery.calling import Calling
 from moe_surgery.form import IMAGES, PLANES, Form
 from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
@@ -38,7 +39,10 @@ def in_a_form(
     problem: Unreadable | None = None
     for form in forms:
         try:
-            return read(replace(ask.calling, form=form))
+            found = read(replace(ask.calling, form=form))
+            if any(isinstance(value, ShapeOfInput) and "form" in value.leads for _, value in found.kept):
+                raise Unreadable(f"it keeps the shape of its input {form}")
+            return found
         except (Unfollowed, Broken):
             continue
         except Unreadable as other:  # its code may run in a form that isn't its own

@@ -279,7 +279,7 @@ def _settled(program: Program, other: Program, shape: Shape, others: Shape) -> P
 def _of_sizes(numbers: tuple[float, float], *shapes: Shape) -> float | Many:
     """What a number comes of that is one of ``numbers`` in batches of two ``shapes``; the first if none can be told."""
     named = [{"tokens": torch.Size(shape[:-1]).numel(), "batch": shape[0], "sequence": shape[-2]} for shape in shapes]
-    for of, power in itertools.product(named[0], (1, -1)):
+    for power, of in itertools.product((1, -1, 2, -2), named[0]):
         times = [number / size[of] ** power for number, size in zip(numbers, named, strict=True)]
         if math.isclose(*times, rel_tol=_EXACTLY):
             return Many(of, float(f"{times[0]:.14g}"), power=power)  # type: ignore[arg-type]

@@ -22,8 +22,9 @@ from moe_surgery.answers import (
     Structure,
     Updated,
     Written,
+    leaves_of,
 )
-from moe_surgery.calling import Calling
+from moe_surgery.calling import Calling, UnreadCall
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -118,8 +119,21 @@ class Convention:
                 value = value.value
             yield place, value.made(made) if isinstance(value, Structure) else made(value)
 
+    @functools.cached_property
+    def _tells_of_shapes(self) -> bool:
+        """Whether results or attributes have the shape that the block's own operations give them, or tell of sizes."""
+        written = [value.value if isinstance(value, OfSeveral) else value for _, value in self.written]
+        told = leaves_of([*written, *([] if self.results is None else [self.results])])
+        return bool(self.state) or any(isinstance(leaf, (Replayed, SizeOfInput)) for leaf in told)
+
     def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
-        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""
+        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything.
+
+        Raises :class:`~moe_surgery.calling.UnreadCall` for an input ``x`` of other dimensions than those that the block
+        was read with, if something is told of their sizes.
+        """
+        if x.ndim not in (2, 3) and self._tells_of_shapes:
+            raise UnreadCall(next(each.name for each in self.calling.arguments if each.role == "hidden_states"), x)
         form, given = self.calling.form, tensors.get("hidden_states")
         sides = None if form is None or given is None else form.lead(given)[1:]
         return None if self.own is None else self.own.replay(x, tensors, sides)

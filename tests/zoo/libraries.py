@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import absent
 from .around import Alone, BiasedMLP
-from .others import COUNTS, RESULTS, ROUTERS, block
+from .others import COUNTS, RESULTS, ROUTERS, STATE, block
 from .repositories import FORMS
 
 __all__ = ["ALL"]
@@ -45,11 +45,23 @@ class ChoicesOnAnOutputAmongOthers(_Bearing):
 
 
 @block(RESULTS)
+<<<<<<< HEAD
 class ChoicesOnWhatItKeeps(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
         scores.ids = ids  # type: ignore[attr-defined]
         self.scores = scores
         return out
+=======
+class ABiasThatIsMarked(_Bearing):
+    """What is told of a parameter is no result."""
+
+    def make_more(self) -> None:
+        self.bias = nn.Parameter(torch.zeros(self.hidden))
+        self.bias.owner = type(self)  # type: ignore[attr-defined]
+
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out, self.bias
+>>>>>>> corpus
 
 
 @block(RESULTS, "puts attributes on its input (scores)")
@@ -64,6 +76,30 @@ class AClassOnItsOutput(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
         out.kind = type(self)  # type: ignore[attr-defined]
         return out
+
+
+# Losses of products of sums over tokens, which are divided by their number twice
+
+
+class _OfSums(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        tokens = int(scores.size(0))
+        first = F.one_hot(ids[:, 0], self.num_experts).sum(0)
+        return out, (scores.sum(0) * first).sum() * self.by(tokens)
+
+    def by(self, tokens: int) -> float:
+        return self.num_experts / (tokens * tokens)
+
+
+@block(RESULTS)
+class LossBySquares(_OfSums):
+    pass
+
+
+@block(RESULTS, "depends on the batch in a way that can't be followed")
+class LossByCubes(_OfSums):
+    def by(self, tokens: int) -> float:
+        return self.num_experts / (tokens * tokens * tokens)
 
 
 # Sorted tokens, and one matrix of all experts for each layer
@@ -100,6 +136,37 @@ class TakenAsItsWeights(_Sorted):
 class TakenToItsWeights(_Sorted):
     def taken(self, x: Tensor, matrices: Tensor) -> Tensor:
         return x.to(matrices)
+
+
+class _Dispatcher:
+    """Sorts tokens by expert, and keeps what it needs to put their outputs back (Megatron)."""
+
+    def sent(self, x: Tensor, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape, flat = x.shape, x.reshape(-1, x.shape[-1])
+        mask = torch.zeros_like(scores).int().scatter(1, ids, 1).bool()
+        rows = mask.t().contiguous()
+        self.places = torch.arange(len(flat)).expand(len(rows), -1).masked_select(rows)
+        self.weights = scores.t().contiguous().masked_select(rows)
+        return flat[self.places], mask.sum(0)
+
+    def back(self, done: Tensor) -> Tensor:
+        out = torch.zeros(self.shape[:-1].numel(), self.shape[-1], dtype=done.dtype)
+        return out.index_add(0, self.places, done * self.weights[:, None]).view(self.shape)
+
+
+@block(STATE)
+class Dispatched(_Sorted):
+    """It takes images too, as it takes anything."""
+
+    def make_more(self) -> None:
+        self.dispatcher = _Dispatcher()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dim() < 2:
+            raise ValueError("no batch")
+        scores = self.logits(hidden_states.reshape(-1, self.hidden)).softmax(-1)
+        x, counts = self.dispatcher.sent(hidden_states, scores, scores.topk(self.top_k, -1).indices)
+        return self.dispatcher.back(self.grouped(F.gelu(self.grouped(x, self.first, counts)), self.last, counts))
 
 
 class _ShareOfColumns(Alone):

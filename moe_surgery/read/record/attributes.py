@@ -35,6 +35,7 @@ def kept(
     constant: Callable[[Tensor], Constant | None],
     shape: tuple[int, ...],
     written_first: frozenset[tuple[str, str]],
+    form: tuple[int, ...] = (),
 ) -> Attributes:
     """Those of the attributes a call wrote that it didn't find there, if they are plain values, tensors or its shape.
 
@@ -58,7 +59,7 @@ def kept(
         elif isinstance(value, Tensor) and not borne_by(value):
             same = constant(value)
             found[path, name] = value if same is None else same if path in modules else Always(same)
-        elif leads := _leads(value, shape):
+        elif leads := _leads(value, shape, form):
             found[path, name] = ShapeOfInput(leads)
         elif (type(value) in (dict, list, tuple) or borne_by(value)) and _of_values(value):
             found[path, name] = value
@@ -95,12 +96,12 @@ def size_of(value: Any, shape: tuple[int, ...]) -> SizeOfInput | None:
     return SizeOfInput(ways, plain) if ways else None
 
 
-def _leads(value: Any, shape: tuple[int, ...]) -> frozenset[str]:
+def _leads(value: Any, shape: tuple[int, ...], form: tuple[int, ...]) -> frozenset[str]:
     """Which shapes of an input a tuple is."""
     if not isinstance(value, tuple) or not all(isinstance(size, int) for size in value):
         return frozenset()
     sizes = tuple(map(int.__index__, value))
-    known = {"batch": shape, "flat": (torch.Size(shape[:-1]).numel(), shape[-1])}
+    known = {"batch": shape, "flat": (torch.Size(shape[:-1]).numel(), shape[-1]), "form": form}
     return frozenset(name for name, those in known.items() if sizes == those)
 
 

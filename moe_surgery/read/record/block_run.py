@@ -189,7 +189,8 @@ def _once(
         first = given or {}
         if any(type(value) is Untouched and was_touched(value) for value in first.values()):
             first = {}
-        same = kept(block, changed, partial(constant, notebook), shape, frozenset(first))
+        form = calling.form.sizes(shape) if calling.form is not None else ()
+        same = kept(block, changed, partial(constant, notebook), shape, frozenset(first), form)
         flow = assembled(notebook, output, shape, same)
     except (Unfollowed, Broken):
         raise

@@ -117,6 +117,12 @@ class Lineage:
         """``operands`` with their origins for tensors, as they are before an operation writes to any."""
         return mapped(self.of, operands)
 
+    def placed(self, mask: Tensor, places: Sequence[Tensor]) -> None:
+        """Take down that ``places``, one tensor for each dimension, are those where a known mask holds."""
+        found = Computed(torch.ops.aten.nonzero.default, (self.of(mask),), {}, None)
+        for dim, each in enumerate(places):
+            self._known[id(each)] = Computed(torch.ops.aten.select.int, (found, 1, dim), {}, None)
+
     def made(self, func: Any, operands: Any, result: Any) -> None:
         args, kwargs = operands
         several = isinstance(result, (list, tuple))

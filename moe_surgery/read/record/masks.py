@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_surgery.read.record.known_numbers import Kind
+from moe_surgery.read.record.lineage import Lineage
 from moe_surgery.read.record.tensor_entries import Entries, Entry
 
 
@@ -18,7 +19,7 @@ def as_index(func: Any, name: str, args: Any, entries: dict[int, Entry]) -> tupl
     return func, name, args
 
 
-def by_places(indices: Sequence[Any], entries: dict[int, Entry], known: Entries) -> list[Any]:
+def by_places(indices: Sequence[Any], entries: dict[int, Entry], known: Entries, lineage: Lineage) -> list[Any]:
     """What stands for each dimension in an index, without masks; the places are entered in both."""
     found: list[Any] = []
     for index in indices:
@@ -27,6 +28,7 @@ def by_places(indices: Sequence[Any], entries: dict[int, Entry], known: Entries)
             found.append(index)
             continue
         places = entry.real.nonzero().unbind(1)
+        lineage.placed(index, places)
         entries.update((id(place), known.enter(place, None, None, place, Kind.COUNT)) for place in places)
         found += places
     return found

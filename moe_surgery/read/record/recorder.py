@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = torch.device("meta")
         objection = self._objection(name, [*args, *kwargs.values()], entries)
         if name in ("index", "index_put"):
-            args = (args[0], by_places(args[1], entries, notebook.entries), *args[2:])
+            args = (args[0], by_places(args[1], entries, notebook.entries, notebook.lineage), *args[2:])
             check_places(args[0], args[1], entries)
         metas = mapped(lambda tensor: notebook.entries.alias(entries[id(tensor)]), (args, kwargs))
         if torch.Tag.inplace_view in func.tags:  # the same tensor gets another shape; what made it gave the one it had
