@@ -45,13 +45,14 @@ class ChoicesOnAnOutputAmongOthers(_Bearing):
 
 
 @block(RESULTS)
-<<<<<<< HEAD
 class ChoicesOnWhatItKeeps(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
         scores.ids = ids  # type: ignore[attr-defined]
         self.scores = scores
         return out
-=======
+
+
+@block(RESULTS)
 class ABiasThatIsMarked(_Bearing):
     """What is told of a parameter is no result."""
 
@@ -61,7 +62,6 @@ class ABiasThatIsMarked(_Bearing):
 
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
         return out, self.bias
->>>>>>> corpus
 
 
 @block(RESULTS, "puts attributes on its input (scores)")
