@@ -342,10 +342,10 @@ def test_only_skip_and_expect() -> None:
 
 def test_strict_names_the_first_miss() -> None:
     model = tiny()
-    model.model.layers[1].mlp.experts.act_fn = nn.Tanh()
+    model.model.layers[1].mlp.experts.act_fn = nn.Softshrink()
     made = moe_surgery.plan(model, target="reference")
-    assert made.steps[1].outcome == "missed" and "tanh" in made.steps[1].reason
-    with pytest.raises(ExpectationError, match=r"strict: 1 .*model\.layers\.1\.mlp: .*tanh"):
+    assert made.steps[1].outcome == "missed" and "softshrink" in made.steps[1].reason
+    with pytest.raises(ExpectationError, match=r"strict: 1 .*model\.layers\.1\.mlp: .*softshrink"):
         moe_surgery.plan(model, target="reference", strict=True)
 
 
