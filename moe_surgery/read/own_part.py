@@ -13,12 +13,13 @@ from moe_surgery.answers import Replayed, leaves_of
 from moe_surgery.read.asking import FEW, Asking, spread
 from moe_surgery.read.companions import reaching_all
 from moe_surgery.read.parsed import Record, attribute
-from moe_surgery.read.program import Builder, of_both
+from moe_surgery.read.program import Builder
 from moe_surgery.read.reading import Mistaken, Unreadable
 from moe_surgery.read.record.batch_size import DEPENDS
 from moe_surgery.read.record.flow import Given, Ref
 from moe_surgery.read.record.lineage import Computed
 from moe_surgery.read.trial import Trial
+from moe_surgery.read.two_programs import of_both
 from moe_surgery.replay import ENTERING, ROUTING, Program
 from moe_surgery.weights.layout import Layout
 
