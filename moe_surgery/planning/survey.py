@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -120,42 +120,54 @@ def _whole(site: Site, known: Readings, shared: dict[int, list[str]], records: R
 
 def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: str) -> Surveyed:
     """The only module of experts inside a block that can't be read for ``reason``, if it can be; else both reasons."""
-    found: list[Surveyed] = []
-    others: list[str] = []
-    for path, module in experts_modules(site.module):
-        inner = Site(f"{site.path}.{path}" if site.path else path, module)
-        try:
-            _check_place(inner, shared)
-            check_site(module, inputs=3)
-            found.append(Surveyed(inner, replace(_read(inner, known, read_experts), around=reason), None))
-        except Unreadable as error:
-            others.append(f"{reason}{_NOR} ({path}): {error}")
+    found, left = _alone(site, known, shared, experts_modules(site.module), read_experts, 3, reason)
     if len(found) == 1:
         return found[0]
-    return Surveyed(site, None, others[0] if len(others) == 1 and not found else reason)
+    return Surveyed(site, None, reason + _why(left) if not found else reason)
 
 
 def _in_slots(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
     """The only module of experts inside a block that is called with tokens in slots, if it can be read; or ``unread``.
 
-    Where there is one that can't be read, its reason is given too.
+    Where there is one that can't be read, its reason is given too; what doesn't take slots is none.
+    """
+    reason = unread.unread or ""
+    found, left = _alone(site, known, shared, slots_modules(site.module), read_in_slots, 1, reason)
+    if len(found) == 1:
+        return found[0]
+    told = [(path, error) for path, error in left if not isinstance(error, Unfollowed)]
+    return replace(unread, unread=reason + _why(told)) if not found else unread
+
+
+def _alone(
+    site: Site,
+    known: Readings,
+    shared: dict[int, list[str]],
+    modules: Iterator[tuple[str, nn.Module]],
+    reader: Callable[[nn.Module], Reading],
+    inputs: int,
+    reason: str,
+) -> tuple[list[Surveyed], list[tuple[str, Unreadable]]]:
+    """Which of the ``modules`` inside a block, left alone for ``reason``, can be read as experts; why others can't.
+
+    They are called with so many ``inputs``.
     """
     found: list[Surveyed] = []
-    others: list[str] = []
-    for path, module in slots_modules(site.module):
+    left: list[tuple[str, Unreadable]] = []
+    for path, module in modules:
         inner = Site(f"{site.path}.{path}" if site.path else path, module)
         try:
             _check_place(inner, shared)
-            reading = replace(_read(inner, known, read_in_slots), around=unread.unread or "")
-            found.append(Surveyed(inner, reading, None))
-        except Unfollowed:
-            continue
+            check_site(module, inputs=inputs)
+            found.append(Surveyed(inner, replace(_read(inner, known, reader), around=reason), None))
         except Unreadable as error:
-            others.append(f"{_NOR} ({path}): {error}")
-    if len(found) == 1:
-        return found[0]
-    told = len(others) == 1 and not found
-    return replace(unread, unread=f"{unread.unread}{others[0]}") if told else unread
+            left.append((path, error))
+    return found, left
+
+
+def _why(left: list[tuple[str, Unreadable]]) -> str:
+    """Why the only module that might be a block's experts can't be read alone, behind the block's own reason."""
+    return f"{_NOR} ({left[0][0]}): {left[0][1]}" if len(left) == 1 else ""
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:
