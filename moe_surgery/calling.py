@@ -42,26 +42,28 @@ class Argument:
 
 
 class UnreadCall(SurgeryError):
-    """A call with a ``value`` for ``argument`` that the block wasn't read with."""
+    """A call with a ``value`` for ``argument`` that the block wasn't read with; ``told`` is what to call that."""
 
-    def __init__(self, argument: str, value: object = None) -> None:
+    def __init__(self, argument: str, value: object = None, told: str = "") -> None:
+        self.argument, self.value, self.told = argument, value, told or f"a value for {argument}"
         super().__init__(
-            f"a replaced block was called with a value for {argument} that it was not read with; undo, or leave the "
-            "block alone with skip="
+            f"a replaced block was called with {self.told} that it was not read with; undo, or leave the block alone "
+            "with skip="
         )
-        self.argument, self.value = argument, value
 
 
 @dataclass(frozen=True)
 class Calling:
     """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H].
 
-    Of a module of experts alone that is called with tokens in ``slots``, these are its input.
+    Of a module of experts alone that is called with tokens in ``slots``, these are its input. Any other may have as
+    many ``dimensions`` as those that the block was read with.
     """
 
     arguments: tuple[Argument, ...]
     form: Form | None = None
     slots: Slots | None = None
+    dimensions: frozenset[int] = frozenset([2, 3])
 
     @property
     def plain(self) -> bool:
@@ -133,13 +135,9 @@ class Calling:
                 if not argument.companion.fits(value, tensors["hidden_states"]):
                     raise UnreadCall(argument.name, value)
                 tensors[argument.companion.key] = value
-        if self.form is not None and getattr(x := tensors.get("hidden_states"), "ndim", None) != self.form.dimensions:
-            raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
-        if self.slots is not None:
-            x = tensors.get("hidden_states")
-            if x is None or not self.slots.fits(x):
-                raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
-            tensors |= self.slots.taken(x)
+        if "hidden_states" in tensors:
+            self.check(tensors["hidden_states"])
+            tensors |= {} if self.slots is None else self.slots.taken(tensors["hidden_states"])
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -147,6 +145,16 @@ class Calling:
             if argument.companion is not None and argument.name not in there:
                 raise UnreadCall(argument.name)
         return tensors
+
+    def check(self, x: Any) -> None:
+        """Raise :class:`UnreadCall` for an input ``x`` that doesn't lie as those that the block was read with."""
+        if self.slots is not None:
+            fits = self.slots.fits(x)
+        else:
+            fits = x.ndim in self.dimensions if self.form is None else x.ndim == self.form.dimensions
+        if not fits:
+            name = next(a.name for a in self.arguments if a.role == "hidden_states")
+            raise UnreadCall(name, x, f"{name} of {x.ndim} dimensions")
 
     def tokens(self, x: Any) -> Any:
         """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""

@@ -55,7 +55,7 @@ def read_experts(module: nn.Module) -> Reading:
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(module, inputs=3)
-    calling = arguments_of(module, 3)
+    calling = replace(arguments_of(module, 3), dimensions=frozenset([2]))
     with own_forward(module):
         watch = Watch(module)
         try:

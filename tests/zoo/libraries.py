@@ -71,6 +71,24 @@ class ScoresOnItsInput(_Bearing):
         return out
 
 
+@block(RESULTS, "looks for an attribute (factor) of its input")
+class AFactorOnItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * getattr(given, "factor", 1.0)
+
+
+@block(RESULTS, "looks for an attribute (factor) of its input")
+class AsksForAFactorOnItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * 2 if hasattr(given, "factor") else out
+
+
+@block(RESULTS, "looks for the attributes of its input")
+class AFactorAmongAllOfItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * vars(given).get("factor", 1.0)
+
+
 @block(RESULTS, "also returns (kind) a type")
 class AClassOnItsOutput(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
