@@ -108,7 +108,8 @@ class Convention:
                 case SizeOfInput():
                     return value.of(x.shape)
                 case ShapeOfInput():
-                    return x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                    shape = x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                    return tuple(shape) if value.plain else shape
                 case Always():
                     same = value.value
                     return _full(same, x) if isinstance(same, Constant) else same

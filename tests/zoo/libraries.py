@@ -326,6 +326,25 @@ class NoiseForNothing(_Noisy):
         return 0 * logits.new_zeros(torch.randn_like(logits).shape)
 
 
+@block(ROUTERS, "draws random numbers (randn_like) for a tensor that lies as its input does")
+class NoiseOfItsInput(_Noisy):
+    def route(self, x: Tensor) -> Any:
+        return super().route(x + torch.randn_like(x) * (0.1 * self.training))
+
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+
+@block(ROUTERS, "draws random numbers (rand_like) for a tensor that lies as its input does")
+class NoiseOfItsDoubledInput(NoiseOfItsInput):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        noise = torch.rand_like(hidden_states * 2) * (0.1 * self.training)
+        return Alone.forward(self, hidden_states + noise)
+
+    def route(self, x: Tensor) -> Any:
+        return _Noisy.route(self, x)
+
+
 # Factors that are there twice
 
 

@@ -60,7 +60,7 @@ def kept(
             same = constant(value)
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape, form):
-            found[path, name] = ShapeOfInput(leads)
+            found[path, name] = ShapeOfInput(leads, plain=type(value) is tuple)
         elif (type(value) in (dict, list, tuple) or borne_by(value)) and _of_values(value):
             found[path, name] = value
     return found

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
+from moe_surgery.read.record.batch_shape import BatchShape
+from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchSize
 from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices

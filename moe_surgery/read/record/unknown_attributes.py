@@ -21,7 +21,7 @@ def attributes_unknown(notebook: Notebook, inputs: Iterable[Any]) -> Iterator[No
 
     Somebody may put some on the tensors that the block is given later.
     """
-    watched = {id(tensor): tensor for tensor in inputs if isinstance(tensor, Tensor)}
+    watched = {id(tensor): tensor for tensor in inputs if issubclass(type(tensor), Tensor)}
 
     def note(what: str) -> None:
         if sys._getframe(2).f_globals["__name__"].partition(".")[0] != "torch":
