@@ -36,7 +36,8 @@ def check_drawn(notebook: Notebook, record: torch.fx.Node, args: Any, entries: d
     name: str = record.meta["name"]
     if name in _LIKE:
         # Of tensors that lie otherwise in memory another number of them is drawn.
-        if any(entry.storage in notebook.entries.guarded or not entry.tensor.is_contiguous() for entry in entries.values()):
+        given = notebook.entries.guarded
+        if any(entry.storage in given or not entry.tensor.is_contiguous() for entry in entries.values()):
             raise notebook.object_to(f"it draws random numbers ({name}) for a tensor that lies as its input does")
         record.meta[_DRAWN] = name
         return
