@@ -345,6 +345,71 @@ class NoiseOfItsDoubledInput(NoiseOfItsInput):
         return _Noisy.route(self, x)
 
 
+# Sorts in ascending order
+
+
+class _Sorting(Alone):
+    def route(self, x: Tensor) -> Any:
+        scores = self.scores(x)
+        ids = self.ids(scores)
+        weights = scores.gather(-1, ids)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.logits(x).softmax(-1)
+
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1)[:, -self.top_k :]
+
+
+@block(ROUTERS)
+class RankedInAscendingOrder(_Sorting):
+    pass
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderAndTurned(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return torch.argsort(scores, dim=1).flip(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class SortedInAscendingOrder(_Sorting):
+    def route(self, x: Tensor) -> Any:
+        weights, ids = self.scores(x).sort(dim=-1)
+        return weights[:, -self.top_k :], ids[:, -self.top_k :]
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderByCosine(_Sorting):
+    def scores(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.gate.weight, dim=-1)).mul(5).softmax(-1)
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderAndTold(_Sorting):
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states), self.route(hidden_states.reshape(-1, self.hidden))
+
+
+@block(ROUTERS)
+class RankedByTheirNegatives(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return (-scores).argsort(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheLowestInAscendingOrder(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheLastInDescendingOrder(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1, descending=True)[:, -self.top_k :]
+
+
 # Factors that are there twice
 
 
