@@ -410,6 +410,28 @@ class TheLastInDescendingOrder(_Sorting):
         return scores.argsort(-1, descending=True)[:, -self.top_k :]
 
 
+# Experts of one matrix that are gated by half of what it makes
+
+
+@block(FORMS)
+class GatedByHalf(Alone):
+    def make_experts(self) -> None:
+        def expert() -> nn.Module:
+            return nn.Sequential(nn.Linear(self.hidden, 2 * self.width), nn.GLU(), nn.Linear(self.width, self.hidden))
+
+        self.experts = nn.ModuleList(expert() for _ in range(self.num_experts))
+
+
+@block(FORMS, "between its maps stands")
+class GatedByHalfTwice(Alone):
+    def make_experts(self) -> None:
+        def expert() -> nn.Module:
+            first, last = nn.Linear(self.hidden, 4 * self.width), nn.Linear(self.width, self.hidden)
+            return nn.Sequential(first, nn.GLU(), nn.GLU(), last)
+
+        self.experts = nn.ModuleList(expert() for _ in range(self.num_experts))
+
+
 # Factors that are there twice
 
 

@@ -87,6 +87,18 @@ def _mul(run: Evaluation, op: Op) -> Rows:
     return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.mul, run.terms)
 
 
+def _glu(run: Evaluation, op: Op) -> Rows:
+    if len(op.args) > 1 and op.args[1] not in (-1, len(op.shape) - 1):
+        raise Unreadable("it gates by halves of another dimension than the last")
+    value, terms = run.vectors(op.args[0]), run.terms
+    half = (value.size or 0) // 2
+
+    def gated(term: Term) -> Term:
+        return terms.mul(terms.part(term, 0, half), terms.fn("sigmoid", terms.part(term, half, 2 * half)))
+
+    return Rows(each(value.lead, gated), half)
+
+
 def _div(run: Evaluation, op: Op) -> Rows:
     if op.kwargs.get("rounding_mode") is not None:
         raise Unreadable("it divides with rounding")
@@ -200,6 +212,7 @@ MEANINGS: dict[str, Meaning] = {
     "neg": _neg,
     "_to_copy": _cast,
     "mul": _mul,
+    "glu": _glu,
     "div": _div,
     "_softmax": _softmax,
     **dict.fromkeys(["topk", "sort"], _topk),
