@@ -345,6 +345,22 @@ class NoiseOfItsDoubledInput(NoiseOfItsInput):
         return _Noisy.route(self, x)
 
 
+# Choices for several tokens at once
+
+
+@block(ROUTERS, "it chooses experts for several tokens at once, and not for each of them")
+class ChoosesForTheWholeBatch(Alone):
+    """Its experts are the best of all tokens' logits together, weighted for each token (SegMoE)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        ids = logits.sum(0).topk(self.top_k).indices
+        weights = logits[:, ids].softmax(-1)
+        parts = [weights[:, place, None] * self.experts[e](x) for place, e in enumerate(ids.tolist())]
+        return sum(parts).view(hidden_states.shape)  # type: ignore[union-attr]
+
+
 # Sorts in ascending order
 
 
