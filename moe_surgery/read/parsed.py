@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -160,12 +161,12 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     weights = next((op for op in flow.ops if op.name == "input" and op.args[0] == "weights"), None)
     given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
-    about = [
-        (terms.token(number, size), native, terms, [seen[number] for seen in rankings], given, ones)
-        for number in range(count)
+    parsing = [
+        partial(TokenParser, terms.token(n, size), native, terms, [seen[n] for seen in rankings], given, ones)
+        for n in range(count)
     ]
     try:
-        parsers, tokens = _tokens(list(output.lead.reshape(-1)), about)
+        parsers, tokens = _tokens(list(output.lead.reshape(-1)), parsing)
     except Unreadable as error:
         if (reason := _not_of_tokens(flow, count, error)) is not None:
             raise Unreadable(reason) from error
@@ -182,19 +183,21 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
 
 
-def _tokens(terms: list[Term], about: list[Any]) -> tuple[list[TokenParser], tuple[TokenRead, ...]]:
-    """Every token's output read, by a parser that knows so much ``about`` it."""
+def _tokens(
+    terms: list[Term], parsing: Sequence[Callable[[bool], TokenParser]]
+) -> tuple[list[TokenParser], tuple[TokenRead, ...]]:
+    """Every token's output read, each by a parser of its own."""
     parsers: list[TokenParser] = []
     tokens: list[TokenRead] = []
     first = False  # whether the first of several that are chosen computes alone, without a weight
     for number, term in enumerate(terms):
         try:
-            parser = TokenParser(*about[number], first)
+            parser = parsing[number](first)
             token = parser.parse(term)
         except Unweighted:
             if number:
                 raise
-            parser, first = TokenParser(*about[number], True), True
+            parser, first = parsing[number](True), True
             token = parser.parse(term)
         parsers.append(parser)
         tokens.append(token)
