@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, borne_by, sizes_of, structured
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber
-from moe_surgery.read.record.reach import functions, holders
+from moe_surgery.read.record.reach import functions_of, holders
 
 _FINEST = 1 << 12  # the greatest number that a number of tokens may be divided by
 _RANK = frozenset(["ndim", "dim", "ndimension"])
@@ -116,17 +116,7 @@ def asks_for_dimensions(block: nn.Module) -> bool:
 
 
 def _codes(block: nn.Module) -> set[CodeType]:
-    codes: set[CodeType] = set()
-    for _, holder in holders(block):
-        for cls in type(holder).__mro__:
-            if cls is nn.Module:
-                break
-            for value in vars(cls).values():
-                function = getattr(value, "fget", value)
-                if isinstance(function, FunctionType) and function.__name__ != "__init__":
-                    codes.update(other.__code__ for other in (function, *functions(function)))
-        codes.update(function.__code__ for function in functions(getattr(holder, "forward", None)))
-    return codes
+    return {function.__code__ for function in functions_of(block)}
 
 
 @lru_cache(maxsize=4096)
