@@ -47,7 +47,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     spec = item.reading.spec
-    if spec.router.own and item.stored:  # vLLM's router hands over what it chose
+    if spec.router.own:  # vLLM's router hands over what it chose
         spec = replace(spec, router=RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", renormalize=True))
     for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
         yield reason
@@ -193,12 +193,17 @@ class KernelBlock(EngineBlock):
         self._check()
         self._layer_name = str(runner.layer_name)
         self._vllm: bool | None = None
-        if self.terms.scaled:
+        if self._by_layer:
             from moe_surgery.engine.model.stored_op import compute_stored, engine_stored_moe  # needs Triton
 
             self._of_stored, self._of_stored_in_graphs, self.schema = compute_stored, engine_stored_moe, STORED_SCHEMA
         else:
             self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether vLLM's layer is needed beside the kernels: its router, or all of it over quantised weights."""
+        return self.terms.scaled or self.terms.given
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
@@ -226,8 +231,8 @@ class KernelBlock(EngineBlock):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.terms.scaled:
-            out = self._stored(x)
+        if self._by_layer:
+            out = self._beside_layer(x)
         else:
             operator = self._operator if torch.compiler.is_compiling() else self._compute
             out = operator(x, self.weights(), self.terms)
@@ -235,8 +240,8 @@ class KernelBlock(EngineBlock):
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
 
-    def _stored(self, x: Tensor) -> Tensor:
-        """The output over quantised weights; where vLLM's router chooses, by logits of the block's own layer."""
+    def _beside_layer(self, x: Tensor) -> Tensor:
+        """The output over quantised weights, or behind vLLM's router, which has the logits of the block's own layer."""
         runner: Any = getattr(self, self._routed)
         logits = None
         if self.terms.given:

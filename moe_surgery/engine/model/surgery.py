@@ -31,7 +31,7 @@ from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
-from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, settled
+from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, reads_fused, settled
 from moe_surgery.engine.model.proving import Exam, Proof, examine, prepare, to_prove
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.model.two_ways import TwoWays
@@ -68,7 +68,7 @@ class Surgery:
             raise UnsupportedError(
                 "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
             )
-        sites = settled(survey(model), config)
+        sites = settled(survey(model, fused=reads_fused(orders)), config)
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
@@ -172,17 +172,21 @@ class Surgery:
     def _rehearsed(self, pool: Executor) -> dict[str, Exam]:
         """The exams of blocks folded behind vLLM's own router: only its loaded weights tell whether any can be.
 
-        Quantised blocks that can't be proven so are left to vLLM's layer, for which there is another proof.
+        Quantised blocks that can't be proven so are left to vLLM's layer, for which there is another proof, and those
+        that are that layer already stay as they are.
         """
         steps, exams = self._steps(), {}
         for path in self._chosen():
             item, step = self.items[path], steps[path]
-            if step.target == FOLDED and item.stored and step.spec is not None and step.spec.router.own:
+            elsewise = item.stored or item.whole
+            if step.target == FOLDED and elsewise and step.spec is not None and step.spec.router.own:
                 exams[path] = prepare(item, self.ranks, pool)
         reasons = {path: reason for path, exam in exams.items() if (reason := exam.rehearse()) is not None}
-        self.plan = fallen_back(self.plan, reasons)
+        self.plan = fallen_back(self.plan, reasons, {path for path, item in self.items.items() if item.whole})
+        kept = {step.path for step in self.plan.steps if step.outcome == "kept"}
+        self.items = {path: item for path, item in self.items.items() if path not in kept}
         steps = self._steps()
-        return {path: exam for path, exam in exams.items() if steps[path].target == FOLDED}
+        return {path: exam for path, exam in exams.items() if path in steps and steps[path].target == FOLDED}
 
     def _mark_configs(self) -> None:
         """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
