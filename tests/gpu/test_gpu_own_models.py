@@ -1,4 +1,4 @@
-"""Models that vLLM has fused itself, on GPUs: this library's kernels take its layer's place, and tokens stay the same."""
+"""Models that vLLM has fused itself, on GPUs: this library's kernels replace its layer, and tokens stay the same."""
 
 from __future__ import annotations
 
