@@ -12,7 +12,7 @@ from test_gpu_engine import COMPILED, EXACT, check_operated, check_same, operate
 
 PLAIN = ("qwen2_moe", "qwen3_moe", "mixtral", "aria")
 """Routers that the kernels compute, with a shared expert and without one."""
-OWN = ("glm4_moe", "ernie4_5_moe", "dots1", "deepseek_v2")
+OWN = ("glm4_moe", "ernie4_5_moe", "exaone_moe", "deepseek_v2")
 """Routers that stay vLLM's: groups, correction biases, scores of a sigmoid."""
 ENV = {**EXACT, "VLLM_MLA_DISABLE": "1"}
 
