@@ -8,6 +8,7 @@ from pathlib import Path
 import own_models
 import pytest
 from engine_examples import Run, run_all
+from safetensors.torch import load_file, save_file
 from test_gpu_engine import COMPILED, EXACT, check_operated, check_same, operated, two_gpus
 
 PLAIN = ("qwen2_moe", "qwen3_moe", "mixtral", "aria")
@@ -52,6 +53,23 @@ def test_compiled_in_graphs_from_one_cache(name: str, models: Path, tmp_path: Pa
     assert kept.outputs == plain.outputs  # to the last bit
     for site in kept.receipts[0]["report"]["sites"]:
         assert site["outcome"] == "kept" and "weren't timed against vLLM's at its size" in site["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe"])
+def test_a_block_of_which_nothing_can_be_proven_stays(name: str, tmp_path: Path) -> None:
+    """With an expert that gives nothing, no answer tells its block from one without it. Others of its kind stay too."""
+    own_models.write(name, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    layer = min(key for key in weights if key.endswith("mlp.experts.3.down_proj.weight"))
+    weights[layer].zero_()
+    save_file(weights, file, metadata={"format": "pt"})
+    run = operated(tmp_path / "model", tmp_path / "run", "folded", **COMPILED)
+    found, plain = run_all([run, replace(run, surgery=None)], tmp_path, **ENV)
+    assert found.error is None and found.outputs == plain.outputs  # to the last bit
+    for site in found.receipts[0]["report"]["sites"]:
+        assert site["outcome"] == "kept" and "it can't be proven" in site["reason"] and "expert 3" in site["reason"]
 
 
 @pytest.mark.slow

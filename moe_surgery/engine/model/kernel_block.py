@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert
 from moe_surgery.engine.model.crossover import SCHEMA, STORED_SCHEMA, sizes_to_ask, told
 from moe_surgery.engine.model.in_e4m3 import form_of, matrix, scales
-from moe_surgery.engine.model.layers import first, owner
+from moe_surgery.engine.model.layers import Held, first, owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
@@ -140,18 +140,6 @@ def _weight(block: nn.Module, piece: Piece) -> Tensor:
     return weight
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A weight by the module that owns it: vLLM exchanges the parameters themselves."""
-
-    module: nn.Module
-    name: str
-
-    def __call__(self) -> Tensor:
-        weight: Tensor = getattr(self.module, self.name)
-        return weight
-
-
 _Operator = Callable[[Tensor, Weights, Terms], Tensor]
 
 
@@ -186,7 +174,9 @@ class KernelBlock(EngineBlock):
         super().__init__(item.site.module, router, name, runner, logits)
         self.label = "folded, moe-surgery kernels"
         piece = item.reading.layout.router
-        self._router_weight = _Held(owner(item.block, piece), piece.path.rpartition(".")[2])
+        holder, _, weight = piece.path.rpartition(".")
+        # A weight of the old block itself is one of this block now.
+        self._router_weight = Held(item.block.get_submodule(holder) if holder else self, weight)
         self._shared = (shared,)  # not a child, or its weights would have two names
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)

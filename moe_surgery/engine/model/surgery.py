@@ -27,6 +27,7 @@ from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
 from moe_surgery.engine.model.compiled import compile_ahead, warm_kernels
 from moe_surgery.engine.model.crossover import told
+from moe_surgery.engine.model.former import Former
 from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
@@ -80,6 +81,7 @@ class Surgery:
         self.ledger: str | None = None
         self.names: frozenset[str] = frozenset()
         self.exchanged: dict[str, nn.Module] = {}
+        self._formers: dict[str, Former] = {}
         self.done = False
         self._ledger = Ledger({})
         self.seconds = time.perf_counter() - self.started
@@ -112,8 +114,7 @@ class Surgery:
         self.names = self._ledger.names
         self._ledger = Ledger({})  # the other holds the parameters that are about to go
         self.exchange()
-        if self.exchanged:
-            self._mark_configs()
+        self._mark_configs()
         self.done = True
         self.seconds += time.perf_counter() - started
 
@@ -132,12 +133,14 @@ class Surgery:
                 fold = steps[path].target == FOLDED
                 if path in chosen:
                     self.exams[path] = self._exam(item, rehearsed.get(path), pool, fold=fold)
+                if item.whole and current_platform.is_cuda():
+                    self._formers[path] = Former.of(item)
                 built = build(item, book, fold=fold)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
                     whole, runner = built.whole(item), _runner(built.block)
-                    judge = partial(self._judge, path)
+                    judge = partial(self._judge_at_once, path)
                     examine(self.exams[path], whole, runner, self.config, self._ready_kernels, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         relist(self.model, exchanged)
@@ -198,7 +201,10 @@ class Surgery:
         held = [value for module in self.model.modules() for value in vars(module).values()]
         for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
             assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
-            config.additional_config[KEY] = " ".join([self.plan.fingerprint, *sorted(schemas)])
+            if self.exchanged:
+                config.additional_config[KEY] = " ".join([self.plan.fingerprint, *sorted(schemas)])
+            else:
+                config.additional_config.pop(KEY, None)
 
     def _exchange(self, item: EngineSite, built: Built) -> dict[nn.Module, nn.Module]:
         """Put what was built into the model; what took the place of what is returned."""
@@ -234,10 +240,31 @@ class Surgery:
             error.report = self._report().but(exit_code=error.exit_code)
             raise error
 
+    def _judge_at_once(self, path: str) -> None:
+        """As :meth:`_judge`, but that a former block may come back if its weights let nothing be proven."""
+        verdict = self.exams[path].verdict
+        if path not in self._formers or verdict is None or not verdict.powerless:
+            self._judge(path)
+
+    def _put_back(self) -> None:
+        """Let former blocks be where weights let nothing be proven, and all of their kind, as not all are asked."""
+        verdicts = {path: self.exams[path].verdict for path in self._formers if path in self.exams}
+        reasons = {path: verdict.reason for path, verdict in verdicts.items() if verdict and verdict.powerless}
+        before = {step.path: step for step in self.plan.steps}
+        self.plan = fallen_back(self.plan, reasons, self._formers)
+        gone = [step.path for step in self.plan.steps if step != before[step.path]]
+        for path in gone:
+            relist(self.model, self._formers[path].put_back(self.model, self.config))
+            self.exams.pop(path, None)
+            del self.exchanged[path]
+        if gone:
+            self._mark_configs()
+
     def finish(self) -> Report:
         """Call once the weights are laid out. Raises :class:`ProofError` if a proof did not take place."""
         if not self.done:
             raise SurgeryError("the model was loaded in a way that bypassed the surgery")
+        self._put_back()
         self.judge()
         started = time.perf_counter()
         warm_kernels(self.model)
