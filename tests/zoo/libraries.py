@@ -345,6 +345,48 @@ class NoiseOfItsDoubledInput(NoiseOfItsInput):
         return _Noisy.route(self, x)
 
 
+# Rankings along another dimension than the last
+
+
+class _Along(Alone):
+    """Its scores are [B, E, S]."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.chosen(self.logits(hidden_states).softmax(-1).transpose(1, 2))
+        rows = [part.transpose(1, 2).reshape(len(x), -1) for part in (weights, ids)]
+        return self.routed(x, rows[0], rows[1]).view(hidden_states.shape)
+
+    def chosen(self, scores: Tensor) -> Any:
+        return scores.topk(self.top_k, 1)
+
+
+@block(ROUTERS)
+class TheBestAlongTheSecond(_Along):
+    pass
+
+
+@block(ROUTERS)
+class SortedAlongTheSecond(_Along):
+    def chosen(self, scores: Tensor) -> Any:
+        weights, ids = torch.sort(scores, dim=1, descending=True)
+        return weights[:, : self.top_k], ids[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheOneBestAlongTheSecond(_Along):
+    def chosen(self, scores: Tensor) -> Any:
+        return scores.max(dim=1, keepdim=True)
+
+
+@block(ROUTERS)
+class TheOneBestAlongTheFirst(Alone):
+    def route(self, x: Tensor) -> Any:
+        scores = self.logits(x).t().sigmoid()
+        ids = scores.argmax(0, keepdim=True)
+        return scores.gather(0, ids).t(), ids.t()
+
+
 # Choices for several tokens at once
 
 
