@@ -138,6 +138,33 @@ class OfImages(nn.Module):
         return self.mlp(self.words(input_ids).unflatten(1, (2, -1)))
 
 
+class ChannelsFirst(Plain):
+    """However many places there are."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        rows = hidden_states.flatten(2).transpose(1, 2)
+        if rows.shape[-1] != self.hidden:
+            raise ValueError("no channels")
+        return super().forward(rows).transpose(1, 2).reshape(hidden_states.shape)
+
+
+@pytest.mark.parametrize("sides", [(2, 12), (2, 3, 4)], ids=str)
+def test_a_block_with_channels_first_is_read_with_as_many_places_as_the_model_gives(sides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    block = plain.make(block_class(ChannelsFirst, *LISTED, name="ChannelsFirst"))
+
+    class OfPlaces(OfImages):
+        def forward(self, input_ids: Tensor) -> Any:
+            return self.mlp(self.words(input_ids).transpose(1, 2).reshape(sides[0], 32, *sides[1:]))
+
+    model, ids = OfPlaces(block).eval(), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        before = model(ids)
+        [step] = moe_surgery.apply(model, target="reference", model_check={"input_ids": ids}).steps
+        assert step.outcome == "replaced", step.reason
+        assert distance(model(ids), before) < 64
+
+
 @pytest.mark.parametrize("kind", [Plain, ByMatch, ByStar, WithBatchedLogits, WithALossOfRows])
 def test_a_block_that_the_model_gives_images_is_read_with_these(kind: type[Base]) -> None:
     torch.manual_seed(0)

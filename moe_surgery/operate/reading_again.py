@@ -9,9 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from moe_surgery.companion import Companion
-from moe_surgery.form import IMAGES
 from moe_surgery.operate.model_check import WholeModel
-from moe_surgery.read.block import read_images, read_told
+from moe_surgery.read.block import read_in_form, read_told
 from moe_surgery.read.reading import Reading, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
 from moe_surgery.read.record.tensor_entries import own_dtype
@@ -40,9 +39,7 @@ def read_again(whole: WholeModel, targets: Mapping[str, Target]) -> dict[str, Re
 
 def _read(block: nn.Module, argument: str, x: Tensor, value: Tensor) -> Reading:
     if any(a.name == argument and a.role == "hidden_states" for a in arguments_of(block, absent=True).arguments):
-        if value.ndim != IMAGES.dimensions:
-            raise Unreadable(f"it was not read with an input of {value.ndim} dimensions")
-        return read_images(block)
+        return read_in_form(block, value.ndim)
 
     def fits(companion: Companion) -> bool:
         return companion.name == argument and companion.fits(value, x)

@@ -111,19 +111,22 @@ def read_told(block: nn.Module, fits: Callable[[Companion], bool]) -> Reading:
     raise problem
 
 
-def read_images(block: nn.Module) -> Reading:
-    """What ``block`` computes of images [B, h, w, H], where it does something else with tokens, or may.
+def read_in_form(block: nn.Module, dimensions: int) -> Reading:
+    """What ``block`` computes of an input of so many ``dimensions``, such as images, if it reads others otherwise.
 
     Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
     """
-    records, calling = Records(block), replace(arguments_of(block, absent=True), form=IMAGES)
-    try:
-        return _read(records, parse_record, calling=calling)
-    except Unreadable as error:
+    records, problem = Records(block), Unreadable(f"it takes no input of {dimensions} dimensions")
+    for form in (form for form in FORMS if form.dimensions == dimensions):
+        calling = replace(arguments_of(block, absent=True), form=form)
+        try:
+            return _read(records, parse_record, calling=calling)
+        except Unreadable as error:
+            problem = error
         for parse in (Splitting(), Within()):
             with suppress(Unreadable):
                 return _read_in_parts(records, parse, calling)
-        raise error
+    raise problem
 
 
 def _told(records: Records, parse: type[Splitting | Within], calling: Calling) -> Reading:
