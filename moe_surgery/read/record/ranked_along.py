@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ARGUMENTS = {
+RANKINGS = {
     "topk": ("input", "k", "dim", "largest", "sorted"),
     "sort": ("input", "dim", "descending"),
     "max": ("input", "dim", "keepdim"),
     "argmax": ("input", "dim", "keepdim"),
 }
+"""The arguments of the functions that rank, by name."""
 
 
 def along_the_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Container[int]) -> Any:
@@ -21,9 +22,9 @@ def along_the_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], ba
 
     One along a dimension whose size is one of the ``batch`` chooses tokens, and is none.
     """
-    given = {**dict(zip(_ARGUMENTS.get(name, ()), args, strict=False)), **kwargs}
+    given = {**dict(zip(RANKINGS[name], args, strict=False)), **kwargs}
     scores, dim = given.pop("input", None), given.pop("dim", -1)
-    if name not in _ARGUMENTS or not isinstance(scores, Tensor) or type(dim) is not int or "out" in given:
+    if not isinstance(scores, Tensor) or type(dim) is not int or "out" in given:
         return None
     if scores.ndim < 2 or dim % scores.ndim == scores.ndim - 1 or scores.shape[dim] in batch:
         return None

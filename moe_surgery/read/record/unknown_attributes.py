@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from moe_surgery.read.record.notebook import Notebook
 
+_turn = threading.Lock()
+_watching: dict[int, Callable[[str], None]] = {}  # by tensor, in records of all threads
+
 
 @contextmanager
 def attributes_unknown(notebook: Notebook, inputs: Iterable[Any]) -> Iterator[None]:
@@ -21,26 +25,34 @@ def attributes_unknown(notebook: Notebook, inputs: Iterable[Any]) -> Iterator[No
 
     Somebody may put some on the tensors that the block is given later.
     """
-    watched = {id(tensor): tensor for tensor in inputs if issubclass(type(tensor), Tensor)}
+    watched = [tensor for tensor in inputs if issubclass(type(tensor), Tensor)]
 
     def note(what: str) -> None:
         if sys._getframe(2).f_globals["__name__"].partition(".")[0] != "torch":
             notebook.object_to(f"it looks for {what} of its input, which somebody may put there")
 
-    def missing(tensor: Tensor, name: str) -> Any:
-        if id(tensor) in watched and not name.startswith("__"):
-            note(f"an attribute ({name})")
-        raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
-
-    for tensor in watched.values():
+    for tensor in watched:
         tensor.__dict__ = _Watched(partial(note, "the attributes"))
-    torch.Tensor.__getattr__ = missing  # type: ignore[attr-defined]
+    with _turn:
+        _watching.update({id(tensor): note for tensor in watched})
+        torch.Tensor.__getattr__ = _missing  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del torch.Tensor.__getattr__  # type: ignore[attr-defined]
-        for tensor in watched.values():
+        with _turn:
+            for tensor in watched:
+                del _watching[id(tensor)]
+            if not _watching and "__getattr__" in vars(torch.Tensor):
+                del torch.Tensor.__getattr__  # type: ignore[attr-defined]
+        for tensor in watched:
             tensor.__dict__ = dict(dict.items(tensor.__dict__))
+
+
+def _missing(tensor: Tensor, name: str) -> Any:
+    note = _watching.get(id(tensor))
+    if note is not None and not name.startswith("__"):
+        note(f"an attribute ({name})")
+    raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
 
 
 def _telling(name: str) -> Any:
