@@ -57,13 +57,15 @@ class Calling:
     """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H].
 
     Of a module of experts alone that is called with tokens in ``slots``, these are its input. Any other may have as
-    many ``dimensions`` as those that the block was read with.
+    many ``dimensions`` as those that the block was read with. Some are told where tokens go by masks [T, k, E] of so
+    many experts, in which the one that counts isn't zero, instead of ids [T, k].
     """
 
     arguments: tuple[Argument, ...]
     form: Form | None = None
     slots: Slots | None = None
     dimensions: frozenset[int] = frozenset([2, 3])
+    masks: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -87,6 +89,8 @@ class Calling:
         """
         if self.slots is not None and "ids" in tensors:
             tensors = {**tensors, "hidden_states": self.slots.given(tensors)}
+        if self.masks is not None and "ids" in tensors:
+            tensors = {**tensors, "ids": _as_masks(tensors["ids"], self.masks)}
         if self.form is not None:
             tensors = {**tensors, "hidden_states": self.form.given(tensors["hidden_states"])}
         wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
@@ -138,6 +142,8 @@ class Calling:
         if "hidden_states" in tensors:
             self.check(tensors["hidden_states"])
             tensors |= {} if self.slots is None else self.slots.taken(tensors["hidden_states"])
+        if self.masks is not None and "ids" in tensors:
+            tensors["ids"] = self._ids(tensors["ids"], self.masks)
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -156,6 +162,17 @@ class Calling:
             name = next(a.name for a in self.arguments if a.role == "hidden_states")
             raise UnreadCall(name, x, f"{name} of {x.ndim} dimensions")
 
+    def _ids(self, masks: Any, experts: int) -> Any:
+        """The ids [T, k] that masks [T, k, E] tell; one beyond the experts where no expert counts."""
+        import torch
+
+        if masks.ndim != 3 or masks.shape[-1] != experts or masks.dtype != torch.int64:
+            raise UnreadCall(next(a.name for a in self.arguments if a.role == "ids"), masks)
+        hit = masks != 0
+        count = hit.sum(-1)
+        torch._assert_async((count <= 1).all(), "a mask tells of several experts where a replaced block takes one")
+        return hit.int().argmax(-1).masked_fill(count == 0, experts)
+
     def tokens(self, x: Any) -> Any:
         """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""
         return x if self.form is None else self.form.tokens(x)
@@ -167,6 +184,13 @@ class Calling:
     def back(self, x: Any, given: Any) -> Any:
         """Tokens of the shape that :meth:`tokens` gave to ``given``, lying as that does."""
         return x if self.form is None else self.form.back(x, self.form.lead(given))
+
+
+def _as_masks(ids: Any, experts: int) -> Any:
+    """Masks [T, k, E] that tell ids [T, k]; zero for those beyond the experts."""
+    import torch
+
+    return (ids[..., None] == torch.arange(experts, device=ids.device)).long()
 
 
 def _same(value: Any, default: Any) -> bool:
