@@ -58,7 +58,7 @@ class Calling:
 
     Of a module of experts alone that is called with tokens in ``slots``, these are its input. Any other may have as
     many ``dimensions`` as those that the block was read with. Some are told where tokens go by masks [T, k, E] of so
-    many experts, in which the one that counts isn't zero, instead of ids [T, k].
+    many experts, in which the one that counts is 1 and all others are 0, instead of ids [T, k].
     """
 
     arguments: tuple[Argument, ...]
@@ -168,9 +168,10 @@ class Calling:
 
         if masks.ndim != 3 or masks.shape[-1] != experts or masks.dtype != torch.int64:
             raise UnreadCall(next(a.name for a in self.arguments if a.role == "ids"), masks)
-        hit = masks != 0
+        hit = masks == 1
         count = hit.sum(-1)
-        torch._assert_async((count <= 1).all(), "a mask tells of several experts where a replaced block takes one")
+        fits = (masks == hit).all() & (count <= 1).all()  # asked where it lies: nobody waits for a GPU
+        torch._assert_async(fits, "a replaced block was called with a mask that is no one of one expert, or of none")
         return hit.int().argmax(-1).masked_fill(count == 0, experts)
 
     def tokens(self, x: Any) -> Any:

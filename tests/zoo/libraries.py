@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import absent
 from .around import Alone, BiasedMLP
-from .others import COUNTS, RESULTS, ROUTERS, STATE, block
+from .others import COUNTS, RESULTS, ROUTERS, STATE, block, module
+from .plain import SIZES
 from .repositories import FORMS
 
 __all__ = ["ALL"]
@@ -385,6 +386,56 @@ class TheOneBestAlongTheFirst(Alone):
         scores = self.logits(x).t().sigmoid()
         ids = scores.argmax(0, keepdim=True)
         return scores.gather(0, ids).t(), ids.t()
+
+
+# Experts that are told where tokens go by masks
+
+
+class _Masked(nn.ModuleDict):
+    def forward(self, x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, mask in enumerate(masks.permute(2, 1, 0)):
+            place, rows = torch.where(mask)
+            out.index_add_(0, rows, self.done(str(number), x[rows]) * weights[rows, place, None])
+        return out
+
+    def done(self, name: str, x: Tensor) -> Tensor:
+        return self[name](x)
+
+
+class _MaskedWithNeighbours(_Masked):
+    def done(self, name: str, x: Tensor) -> Tensor:
+        return self[name](x) + self["0"](x)
+
+
+class _DropsBehindMasks(nn.Module):
+    """No expert takes more than four tokens of a row, the first ones (Switch Transformers)."""
+
+    bank: type[_Masked] = _Masked
+
+    def __init__(self) -> None:
+        super().__init__()
+        hidden = SIZES.hidden
+        self.router = nn.Linear(hidden, SIZES.experts)
+        self.experts = self.bank({str(e): BiasedMLP(hidden, SIZES.width) for e in range(SIZES.experts)})
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights, ids = self.router(hidden_states).softmax(-1).max(-1)
+        masks = F.one_hot(ids, SIZES.experts)
+        masks = masks * (masks.cumsum(1) <= 4)
+        x = hidden_states.reshape(-1, SIZES.hidden)
+        out = self.experts(x, masks.view(-1, 1, SIZES.experts), weights.view(-1, 1))
+        return out.view(hidden_states.shape)
+
+
+@module(ROUTERS, at="experts")
+class DropsBehindMasks(_DropsBehindMasks):
+    pass
+
+
+@module(ROUTERS, "depends on how many tokens an expert gets")
+class DropsBehindMasksOfNeighbours(_DropsBehindMasks):
+    bank = _MaskedWithNeighbours
 
 
 # Choices for several tokens at once
