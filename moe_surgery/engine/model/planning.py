@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -23,7 +25,7 @@ from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.errors import ExpectationError, PlanError
 from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
-from moe_surgery.packs.pack import Pack
+from moe_surgery.packs.pack import Pack, Rule
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.planning.deciding import check_expectations, match_rules, targets_of_rules
 from moe_surgery.planning.plan import Plan
@@ -32,6 +34,7 @@ from moe_surgery.planning.survey import Surveyed
 from moe_surgery.planning.trace import traced
 from moe_surgery.report.outcomes import Step
 
+_log = logging.getLogger("moe_surgery")
 AUTO = "auto"
 LAYER, FOLDED = "vllm", "folded"
 """What engines take: the shared-fused layer, or the shared expert among the routed ones (on a GPU, in our kernels)."""
@@ -57,7 +60,9 @@ def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
     return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
 
-def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
+def make_engine_plan(
+    architecture: str, model: nn.Module, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders
+) -> Plan:
     """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
 
     The counts that rules expect, and the sites of a plan, are those of a whole model; under pipeline parallelism a rank
@@ -77,7 +82,7 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     if whole:
         matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
         try:
-            check_expectations(plan, matched, packs, checkpoint, Selection())
+            check_expectations(plan, matched, packs, checkpoint, Selection(), excused=_excuses(model, sites, plan))
         except ExpectationError as error:
             if hindrance is None:
                 raise
@@ -85,6 +90,25 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     if given is not None and orders.plan is not None:
         _check_same(given, plan, orders.plan, whole=whole)
     return plan
+
+
+def _excuses(model: nn.Module, sites: Sequence[EngineSite], plan: Plan) -> Callable[[Rule, int], bool]:
+    """Whether a rule may match fewer sites than it expects.
+
+    Blocks that vLLM has fused aren't read, so they may be the rule's if they stand where it looks. And an engine may
+    build a part of its checkpoint's model: then no module stands there, and no site is left over.
+    """
+
+    def excused(rule: Rule, missing: int) -> bool:
+        fused = sum(item.swapped and rule.looks_at(item.site.path) for item in sites)
+        if missing <= fused:
+            return True
+        if plan.report().missed or any(rule.looks_at(path) for path, _ in model.named_modules()):
+            return False
+        _log.warning("%s: no module of %s is where it looks, so nothing is expected of it", rule.full_name, plan.model)
+        return True
+
+    return excused
 
 
 def checkpoint_config(config: VllmConfig) -> object:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moe_surgery.engine import receipts
-from moe_surgery.engine.model.load import UNBUILT, Load
+from moe_surgery.engine.model.load import UNBUILT, Load, name_of
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import DeviceError, SurgeryError, UnsupportedError
 from moe_surgery.report.receipt import Receipt
@@ -119,6 +119,7 @@ class _Seam:
                 load.depth -= 1
 
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+            load.built = name_of(model, config.model_config)
             with torch.device("cpu"):
                 load.surgery = Surgery(model, config, load.orders, load.before, load.ranks, load.compilers)
                 load.surgery.watch()
@@ -213,7 +214,7 @@ def _audited(load: Load, model: Any, config: Any, model_config: Any) -> Any:
     """The ``model`` as it was loaded, after its audit; raises what was found wrong, unless the orders are to go on."""
     from moe_surgery.engine.model.audit import audit, fault_of, told
 
-    load.built = type(model).__name__
+    load.built = name_of(model, config.model_config)
     try:
         report = audit(model, config, model_config, load.ranks)
         fault = fault_of(report)
