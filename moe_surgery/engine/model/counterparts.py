@@ -48,8 +48,8 @@ def _mapped(names: Sequence[str], model: nn.Module) -> list[str]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return list(names)
-    mapped = mapper.map_name if hasattr(mapper, "map_name") else mapper._map_name  # so before vLLM 0.32
-    return [name for name in map(mapped, names) if name is not None]
+    mapped: list[str] = mapper.apply_list(list(names))
+    return mapped
 
 
 def _common(names: Sequence[str]) -> str:
