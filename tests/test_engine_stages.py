@@ -12,7 +12,9 @@ from transformers import AutoConfig, Qwen3OmniMoeForConditionalGeneration
 
 from moe_surgery.engine import receipts
 from moe_surgery.engine.model.counts import check_counts
+from moe_surgery.engine.model.elsewhere import tell
 from moe_surgery.engine.model.load import name_of
+from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import ExpectationError
 from moe_surgery.packs.match import Match
 from moe_surgery.packs.registry import load_packs
@@ -97,3 +99,20 @@ def test_every_stage_has_receipts_of_its_own(tmp_path: Path) -> None:
         receipts.write(tmp_path, receipt)
     assert sorted(receipts.read_all(tmp_path), key=lambda each: each.pid) == told
     receipts.check(receipts.read_all(tmp_path))
+
+
+def test_what_another_loader_built_is_told_of(
+    whole: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked, done in ((Orders(str(tmp_path)), "operated on"), (Orders(str(tmp_path), audit=True), "audited")):
+        tell(nn.ModuleDict({"transformer": whole.thinker.model}), asked)
+        [receipt] = receipts.read_all(tmp_path)
+        assert (receipt.outcome, receipt.rank, receipt.world, receipt.exit_code) == ("unpatched", 0, 1, 0)
+        assert receipt.error is not None and f"and 1 more can't be {done}: vllm-omni's own loader" in receipt.error
+        assert receipt.error.startswith("transformer.layers.0.mlp (Qwen3OmniMoeThinkerTextSparseMoeBlock)")
+        assert capsys.readouterr().err == f"moe-surgery: WARNING: ModuleDict: {receipt.error}\n"
+
+
+def test_a_model_without_blocks_is_no_concern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(nn.ModuleDict({"vae": nn.Linear(2, 2)}), Orders(str(tmp_path)))
+    assert receipts.read_all(tmp_path) == () and capsys.readouterr().err == ""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from moe_surgery.engine import receipts
+from moe_surgery.engine.model import elsewhere
 from moe_surgery.engine.model.load import UNBUILT, Load, name_of
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import DeviceError, SurgeryError, UnsupportedError
@@ -41,6 +42,8 @@ class _Seam:
         self._everywhere(utils.initialize_model, self._initialize_model)
         self._everywhere(utils.process_weights_after_loading, self._process_weights)
         self._put(base_loader.BaseModelLoader, "load_model", self._load_model)
+        if (pipelines := elsewhere.registry()) is not None:
+            self._everywhere(pipelines.initialize_model, self._built_elsewhere)
 
     def _everywhere(self, function: Any, wrapper: Callable[[Any], Any]) -> None:
         """Replace a function in every loaded module that has it, under whatever name."""
@@ -125,6 +128,15 @@ class _Seam:
                 load.surgery.watch()
             load.again = self._builder(original, args, kwargs)
             load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")
+            return model
+
+        return initialize_model
+
+    def _built_elsewhere(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def initialize_model(*args: Any, **kwargs: Any) -> Any:
+            model = original(*args, **kwargs)
+            elsewhere.tell(model, self.orders)
             return model
 
         return initialize_model
