@@ -3,6 +3,7 @@
 python tests/engine_sweep.py TABLE [NAME ...]      # write the table of all, or of those named, in Markdown
     --ranks N    under tensor parallelism
     --impl transformers    with the Transformers backend
+    --target folded    with blocks that vLLM has fused folded anew
 
 Each pair has a process of its own, in which the engine with surgery comes first: as an operator starts it.
 """
@@ -55,11 +56,13 @@ def write(name: str, folder: Path) -> None:
     (bare_models if name in bare_models.CONFIGS else own_models).write(name, folder)
 
 
-def compare(name: str, folder: Path, tmp: Path, options: dict[str, Any] | None = None, **env: str) -> Row:
+def compare(
+    name: str, folder: Path, tmp: Path, options: dict[str, Any] | None = None, target: str = "auto", **env: str
+) -> Row:
     """Of one checkpoint."""
     own = bare_models.OPTIONS if name in bare_models.CONFIGS else own_models.OPTIONS.get(name, {})
     options = {**own, **(options or {})}
-    run = Run(str(folder), options, {"run": str(tmp / "run"), "prove": "all"})
+    run = Run(str(folder), options, {"run": str(tmp / "run"), "prove": "all", "target": target})
     env = own_models.ENVIRONMENT.get(name, {}) | env
     operated, plain = run_all([run, Run(str(folder), options, guarded=True)], tmp, **env)
     if operated.error and plain.error:
@@ -107,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--impl", default="auto")
+    parser.add_argument("--target", default="auto")
     parser.add_argument("table", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME")
     given = parser.parse_args()
@@ -120,7 +124,7 @@ def main() -> int:
             except Exception as failure:
                 found.append(Row(each, error=f"no checkpoint: {failure}", alike=True))
             else:
-                found.append(compare(each, Path(place) / "model", Path(place), options, **env))
+                found.append(compare(each, Path(place) / "model", Path(place), options, given.target, **env))
         print(found[-1], flush=True)
         given.table.write_text(table(found), encoding="utf-8")
     return int(not all(row.good for row in found))

@@ -118,6 +118,19 @@ def rows_for(terms: Terms, dtype: torch.dtype) -> tuple[Choice, ...]:
     return _ungrouped(rows) if terms.by_row else rows
 
 
+@cache
+def timed_against_vllm(terms: Terms, dtype: torch.dtype, device: str) -> bool:
+    """Whether the table of a block's shape has vLLM's times beside these kernels', taken on a GPU of that name.
+
+    What chooses the experts was timed with them, so it isn't known of those that are given.
+    """
+    path = FOLDER / f"{shape_name(terms)}.json"
+    if dtype.itemsize != 2 or terms.given or not path.is_file():
+        return False
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return bool(data["device"] == device and any("vllm_us" in row for row in data["rows"]))
+
+
 def _ungrouped(rows: Sequence[Choice]) -> tuple[Choice, ...]:
     """The rows for few tokens, where there are no kernels for more: it is slower with these."""
     few = [row for row in rows if row.path == "pairs"]

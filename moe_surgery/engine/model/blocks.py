@@ -76,7 +76,10 @@ class EngineBlock(SwappedBlock):
 
 
 class Place:
-    """Where a layer is in a block: what stands there is looked up at every call, as adapters are put around layers."""
+    """Where a layer is in a block: what stands there is looked up at every call, as adapters are put around layers.
+
+    At the path "" that is the block itself.
+    """
 
     def __init__(self, block: nn.Module, path: str) -> None:
         self._path, _, self._name = path.rpartition(".")
@@ -84,13 +87,16 @@ class Place:
 
     def move(self, block: nn.Module) -> None:
         """Look it up in ``block`` from now on, under the same path, if it is there."""
+        if not self._name:
+            self._holder = block
+            return
         with suppress(AttributeError):
             holder = block.get_submodule(self._path)
             if getattr(holder, self._name) is self():
                 self._holder = holder
 
     def __call__(self) -> Any:
-        return getattr(self._holder, self._name)
+        return getattr(self._holder, self._name) if self._name else self._holder
 
 
 class RouterLogits(nn.Module):

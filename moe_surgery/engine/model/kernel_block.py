@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from moe_surgery.engine.model.blocks import EngineBlock, SharedExpert
 from moe_surgery.engine.model.crossover import SCHEMA, STORED_SCHEMA, sizes_to_ask, told
 from moe_surgery.engine.model.in_e4m3 import form_of, matrix, scales
-from moe_surgery.engine.model.layers import first, owner
+from moe_surgery.engine.model.layers import Held, first, owner
 from moe_surgery.engine.model.routed import stored
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.errors import SurgeryError
@@ -47,7 +47,7 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     assert item.reading is not None and config.model_config is not None
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     spec = item.reading.spec
-    if spec.router.own and item.stored:  # vLLM's router hands over what it chose
+    if spec.router.own:  # vLLM's router hands over what it chose
         spec = replace(spec, router=RouterSpec(spec.router.num_experts, spec.router.top_k, "softmax", renormalize=True))
     for reason in (*objections(spec, Context("cuda", dtype)), *outside(spec, dtype)):
         yield reason
@@ -140,18 +140,6 @@ def _weight(block: nn.Module, piece: Piece) -> Tensor:
     return weight
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A weight by the module that owns it: vLLM exchanges the parameters themselves."""
-
-    module: nn.Module
-    name: str
-
-    def __call__(self) -> Tensor:
-        weight: Tensor = getattr(self.module, self.name)
-        return weight
-
-
 _Operator = Callable[[Tensor, Weights, Terms], Tensor]
 
 
@@ -186,19 +174,26 @@ class KernelBlock(EngineBlock):
         super().__init__(item.site.module, router, name, runner, logits)
         self.label = "folded, moe-surgery kernels"
         piece = item.reading.layout.router
-        self._router_weight = _Held(owner(item.block, piece), piece.path.rpartition(".")[2])
+        holder, _, weight = piece.path.rpartition(".")
+        # A weight of the old block itself is one of this block now.
+        self._router_weight = Held(item.block.get_submodule(holder) if holder else self, weight)
         self._shared = (shared,)  # not a child, or its weights would have two names
         self._ranks = int(get_tensor_model_parallel_world_size())
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
         self._layer_name = str(runner.layer_name)
         self._vllm: bool | None = None
-        if self.terms.scaled:
+        if self._by_layer:
             from moe_surgery.engine.model.stored_op import compute_stored, engine_stored_moe  # needs Triton
 
             self._of_stored, self._of_stored_in_graphs, self.schema = compute_stored, engine_stored_moe, STORED_SCHEMA
         else:
             self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether vLLM's layer is needed beside the kernels: its router, or all of it over quantised weights."""
+        return self.terms.scaled or self.terms.given
 
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
@@ -226,8 +221,8 @@ class KernelBlock(EngineBlock):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.terms.scaled:
-            out = self._stored(x)
+        if self._by_layer:
+            out = self._beside_layer(x)
         else:
             operator = self._operator if torch.compiler.is_compiling() else self._compute
             out = operator(x, self.weights(), self.terms)
@@ -235,8 +230,8 @@ class KernelBlock(EngineBlock):
             out = tensor_model_parallel_all_reduce(out)  # last, and outside: vLLM fuses it with the norm that follows
         return out.view(hidden_states.shape)
 
-    def _stored(self, x: Tensor) -> Tensor:
-        """The output over quantised weights; where vLLM's router chooses, by logits of the block's own layer."""
+    def _beside_layer(self, x: Tensor) -> Tensor:
+        """The output over quantised weights, or behind vLLM's router, which has the logits of the block's own layer."""
         runner: Any = getattr(self, self._routed)
         logits = None
         if self.terms.given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,18 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 
 from moe_surgery.weights.layout import Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A weight by the module that owns it: vLLM exchanges the parameters themselves."""
+
+    module: nn.Module
+    name: str
+
+    def __call__(self) -> Tensor:
+        weight: Tensor = getattr(self.module, self.name)
+        return weight
 
 
 def owner(block: nn.Module, piece: Piece) -> nn.Module:

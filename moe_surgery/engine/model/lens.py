@@ -31,6 +31,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from moe_surgery.engine.model.hidden import hidden_in
+from moe_surgery.engine.model.layers import ranks
 from moe_surgery.engine.model.routed import (
     ACTIVATIONS,
     Routed,
@@ -38,6 +40,7 @@ from moe_surgery.engine.model.routed import (
     find_routed,
     parts_of,
     routing,
+    shared_inside,
     stored,
 )
 from moe_surgery.read.beside import Pair
@@ -87,6 +90,9 @@ def readable(block: nn.Module) -> Iterator[Seen]:
                 meanings[module] = (_meaning(module, stand_in), form, meaning)
                 saved.append((module, {name: vars(module).get(name, _ABSENT) for name in stand_in}))
                 vars(module).update(stand_in)
+        for holder, hidden in hidden_in(block, bias):
+            saved.append((holder, {name: vars(holder).get(name, _ABSENT) for name in hidden}))
+            vars(holder).update(hidden)
         if (routed is None or routed.routes != "given") and not _of_transformers(block):
             saved.append((block, {"forward": vars(block).get("forward", _ABSENT)}))
             vars(block)["forward"] = _flat(block.forward)
@@ -207,10 +213,14 @@ def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
     runner = routed.runner
     experts, top_k, scale = runner.routed_experts, runner.moe_config.experts_per_token, runner.routed_scaling_factor
     _, act = ACTIVATIONS[experts.activation.value]
-    gate, parts = runner.gate, parts_of(runner)
+    gate, parts, shared = runner.gate, parts_of(runner), shared_inside(runner)
     inside: dict[str, nn.Module] = {"routed_experts": experts}
     if gate is not None and not any(module is gate for module in _beside(block, runner)):
         inside["gate"] = gate
+    if shared is not None and not any(module is shared for module in _beside(block, runner)):
+        raise Unreadable("its shared expert is inside of its routed layer alone")
+    # What a rank adds is counted as often as there are ranks to sum over; the routed experts' sum is whole here.
+    summed = ranks() if parts == 1 else 1
 
     def compute(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         w13, w2 = experts._parameters["w13_weight"], experts._parameters["w2_weight"]
@@ -222,14 +232,23 @@ def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
         return out if scale == 1.0 else out * scale
 
     def forward(
-        self: nn.Module, hidden_states: Tensor, router_logits: Tensor, input_ids: None = None, **unused: None
+        self: nn.Module,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        input_ids: None = None,
+        shared_experts_input: Tensor | None = None,
+        **unused: None,
     ) -> Tensor:
         if gate is not None:
             router_logits, _ = gate(hidden_states)
         weights, ids = router_logits.float().softmax(dim=-1).topk(top_k, dim=-1)
         if experts.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return compute(hidden_states, weights, ids)
+        out = compute(hidden_states, weights, ids)
+        if shared is None:
+            return out
+        beside = shared(hidden_states if shared_experts_input is None else shared_experts_input)
+        return out + (beside if summed == 1 else beside * summed)
 
     def forward_given(
         self: nn.Module, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, **unused: Any

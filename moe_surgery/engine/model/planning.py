@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from moe_surgery.engine.model.served import obstacle, unfolded, unserved
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.engine.orders import ENGINE_PLAN, Orders
 from moe_surgery.errors import ExpectationError, PlanError
+from moe_surgery.kernels.choice import shape_name, timed_against_vllm
 from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
@@ -113,16 +114,22 @@ def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return out
 
 
-def fallen_back(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+def fallen_back(plan: Plan, reasons: Mapping[str, str], whole: Collection[str] = ()) -> Plan:
     """``plan`` with vLLM's layer for the blocks that can't be proven folded, of the weights that were loaded.
 
     ``reasons`` has why, by path; blocks of the same kind as one of these, which may not be proven each, go with it.
+    Those at the paths ``whole`` are vLLM's layer already, and stay as they are.
     """
     told = {_kind(step): reasons[step.path] for step in plan.steps if step.path in reasons}
 
     def fallen(step: Step) -> Step:
         reason = told.get(_kind(step))
-        return step if reason is None else replace(step, target=LAYER, reason=f"{step.reason}{_FALLEN}{reason}")
+        if reason is None:
+            return step
+        said = f"{step.reason}{_FALLEN}{reason}"
+        if step.path in whole:
+            return replace(step, outcome="kept", target=None, reason=said)
+        return replace(step, target=LAYER, reason=said)
 
     return replace(plan, steps=tuple(fallen(step) for step in plan.steps))
 
@@ -135,7 +142,7 @@ def _kind(step: Step) -> Hashable:
 def _planned(step: Step) -> Step:
     """As it was before the weights were loaded: a plan may say what became of it."""
     said, fallen, _ = step.reason.partition(_FALLEN)
-    return replace(step, target=FOLDED, reason=said) if fallen else step
+    return replace(step, outcome="replaced", target=FOLDED, reason=said) if fallen else step
 
 
 def _match(item: EngineSite, packs: Sequence[Pack], checkpoint: object) -> Match | Miss | None:
@@ -153,35 +160,76 @@ def _decide(
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
-        return Step(path, kind, "kept", "already fused")
+        return Step(path, kind, "kept", kept_whole(item, item.remark))
     if isinstance(match, Miss):
-        if item.bare:
-            return Step(path, kind, "kept", _alone(item))
+        if item.whole or item.bare:
+            return Step(path, kind, "kept", kept_whole(item, match.reason if item.whole else ""))
         return Step(path, kind, "missed", match.reason)
     rule, spec = match.rule, match.reading.spec
-    if spec.shared is None and item.routed is not None and item.routed.routes != "given":
-        return Step(path, kind, "kept", _alone(item), rule, None, spec)
     wanted = targets[rule]
+    if item.whole:
+        reason = _not_anew(item, config, wanted, hindrance)
+        if reason is None:
+            return Step(path, kind, "replaced", _with_crossover(_told_of(item), item, config), rule, FOLDED, spec)
+        return Step(path, kind, "kept", kept_whole(item, reason), rule, None, spec)
     if wanted not in (AUTO, LAYER, FOLDED):
         return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
-    elsewhere = None if item.elsewhere is None else f"a part of it is in the model as {item.elsewhere} too"
-    reason = hindrance or elsewhere or unserved(item, config) or unfit(item, config)
+    reason = hindrance or _not_rebuilt(item, config)
     if reason is not None:
         return Step(path, kind, "refused", reason, rule, LAYER if wanted == AUTO else wanted, spec)
-    said = spec.sentence()
-    if item.stored:
-        said = f"{said} · {', '.join(item.stored)}"
+    said = _told_of(item)
     # On a CPU vLLM's layer was measured to be slower than what stands beside its block without it.
     if wanted == FOLDED or (wanted == AUTO and (current_platform.is_cuda() or item.pair is not None)):
-        reason = unfolded(item, config)
-        if reason is None:
-            reason = not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
+        reason = _not_folded(item, config)
         if reason is None:
             return Step(path, kind, "replaced", _with_crossover(said, item, config), rule, FOLDED, spec)
         said = f"{said} · not folded: {reason}"
     if rounds_float32(config):
         return Step(path, kind, "refused", f"{ROUNDED} · {said}", rule, LAYER, spec)
     return Step(path, kind, "replaced", said, rule, LAYER, spec)
+
+
+def _not_anew(item: EngineSite, config: VllmConfig, wanted: str, hindrance: str | None) -> str | None:
+    """Why a block that vLLM's layer computes all of stays; "" where nothing else was asked, None if it goes."""
+    assert item.reading is not None
+    cuda = current_platform.is_cuda()
+    if wanted not in (AUTO, FOLDED) or not (cuda or (wanted == FOLDED and item.fused)):
+        return ""
+    reason = hindrance or _not_rebuilt(item, config) or _not_folded(item, config)
+    return reason or (_not_timed(item, config) if wanted == AUTO else None)
+
+
+def _not_rebuilt(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that was read can't be rebuilt, as it stands in the model and as it is stored and served."""
+    if item.elsewhere is not None:
+        return f"a part of it is in the model as {item.elsewhere} too"
+    return unserved(item, config) or unfit(item, config)
+
+
+def _not_folded(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why a block that can be rebuilt can't be folded."""
+    reason = unfolded(item, config)
+    if reason is not None:
+        return reason
+    return not_on_kernels(item, config) if current_platform.is_cuda() else not_folded(item)
+
+
+def _not_timed(item: EngineSite, config: VllmConfig) -> str | None:
+    """Why it isn't known that this library's kernels are no slower than vLLM's layer."""
+    assert config.model_config is not None
+    terms = terms_in_engine(item)
+    if timed_against_vllm(terms, config.model_config.dtype, torch.cuda.get_device_name()):
+        return None
+    return (
+        f"this library's kernels weren't timed against vLLM's at its size ({shape_name(terms)}) on this GPU; "
+        "--target folded has them all the same"
+    )
+
+
+def _told_of(item: EngineSite) -> str:
+    assert item.reading is not None
+    said = item.reading.spec.sentence()
+    return f"{said} · {', '.join(item.stored)}" if item.stored else said
 
 
 def _with_crossover(said: str, item: EngineSite, config: VllmConfig) -> str:
@@ -199,11 +247,21 @@ def rounds_float32(config: VllmConfig) -> bool:
     return wide and current_platform.is_cuda() and os.environ.get(_EXACT[0]) != _EXACT[1]
 
 
-def _alone(item: EngineSite) -> str:
-    """Why a routed layer of vLLM's that has the block to itself stays as it is."""
-    if not item.remark:
-        return "vLLM's own layer, with no shared expert in its block or added to it"
-    return f"vLLM's own layer, with no shared expert in its block; {item.remark}"
+def kept_whole(item: EngineSite, reason: str) -> str:
+    """What a plan says of a block that vLLM's layer computes all of and that stays as it is, with the ``reason``."""
+    if item.fused:
+        said = "already fused"
+    elif not item.remark:
+        said = "vLLM's own layer, with no shared expert in its block or added to it"
+    else:
+        said = f"vLLM's own layer, with no shared expert in its block; {item.remark}"
+    return f"{said} · not folded: {reason}" if reason else said
+
+
+def reads_fused(orders: Orders) -> bool:
+    """Whether blocks that vLLM has fused may be folded all the same, and so must be read."""
+    target = orders.target if orders.plan is None else Plan.load(orders.plan).target
+    return target == FOLDED or (target == AUTO and current_platform.is_cuda())
 
 
 def _check_same(wanted: Plan, plan: Plan, file: str, *, whole: bool) -> None:

@@ -98,9 +98,17 @@ def correction_bias(runner: MoERunner) -> Tensor | None:
 def routing(routed: Routed, block: nn.Module) -> Hashable:
     """What a routed layer's forward depends on beside its weights."""
     runner, experts = routed.runner, routed.runner.routed_experts
-    gate = next((path for path, module in block.named_modules() if module is runner.gate), None)
+    held = (runner.gate, shared_inside(runner))
+    places = tuple(next((path for path, module in block.named_modules() if module is each), None) for each in held)
     chosen = (routed.routes, runner.moe_config.experts_per_token, experts.renormalize, runner.routed_scaling_factor)
-    return *chosen, gate, experts.activation.value, parts_of(runner)
+    return *chosen, *places, experts.activation.value, parts_of(runner)
+
+
+def shared_inside(runner: MoERunner) -> nn.Module | None:
+    """The shared expert that a routed layer computes with its own, if it does."""
+    inside = runner.shared_experts
+    layer: nn.Module | None = None if inside is None else inside._layer
+    return layer
 
 
 def choose(router: Any, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.lens import readable
-from moe_surgery.engine.model.routed import Routed, routed_layers
+from moe_surgery.engine.model.routed import Routed, routed_layers, shared_inside
 from moe_surgery.errors import SurgeryError
 from moe_surgery.models.site import Site
 from moe_surgery.models.tree import find_sites, takes_one
@@ -37,14 +37,14 @@ class Around:
 
 @dataclass(frozen=True, eq=False)
 class EngineSite:
-    """A site with what was read there, or why it could not be read; neither where vLLM's layer holds it all already.
+    """A site with what was read there, or why it could not be read; neither where that wasn't asked.
 
     ``routed`` is vLLM's routed layer in the block, None for a block that makes do without. ``stored`` are the methods
     by which layers in it hold quantised weights: what it computes is known of its parts alone then. ``structure`` is
     that of the block as it was read. ``bare`` is a block that couldn't be read, and has nothing but a router beside
     that layer. ``elsewhere`` is another name of something in the block, outside of it. ``pair`` is what was read where
     a shared expert stands beside the block in its ``layer``, and ``alone`` the site without it; ``remark`` says why it
-    stays there, if there may be one.
+    stays there, if there may be one, or why a fused block couldn't be read.
     """
 
     site: Site
@@ -53,6 +53,7 @@ class EngineSite:
     unread: str | None = None
     stored: tuple[str, ...] = ()
     structure: Hashable = None
+    fused: bool = False
     bare: bool = False
     elsewhere: str | None = None
     pair: Pair | None = None
@@ -63,6 +64,13 @@ class EngineSite:
     @property
     def swapped(self) -> bool:
         return self.reading is None and self.unread is None
+
+    @property
+    def whole(self) -> bool:
+        """Whether vLLM's layer computes all of the block: it routes, and adds the shared expert, if there is one."""
+        if self.reading is None or self.routed is None:
+            return self.fused
+        return self.fused or (self.reading.spec.shared is None and self.routed.routes != "given")
 
     @property
     def block(self) -> nn.Module:
@@ -91,16 +99,23 @@ class EngineSite:
         return path if self.pair is None else path.partition(".")[2]
 
 
-def survey(model: nn.Module) -> tuple[EngineSite, ...]:
-    """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once."""
+def survey(model: nn.Module, *, fused: bool) -> tuple[EngineSite, ...]:
+    """Every site of ``model`` in the order of its module tree, read. Sites of one structure are read once.
+
+    Blocks that vLLM has fused are read too if that is asked.
+    """
     known = Readings()
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if module._parameters:
             names.setdefault(module, []).append(path)
     layers = _Layers(model)
-    items = (_with_sibling(layers, _survey(site, site.module, known), known) for site in engine_sites(model))
-    return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in items)
+    items = (
+        EngineSite(site, fused=True) if _fused(site.module) and not fused else _survey(site, site.module, known)
+        for site in engine_sites(model)
+    )
+    settled = (_with_sibling(layers, item, known) for item in items)
+    return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in settled)
 
 
 class _Layers:
@@ -201,10 +216,9 @@ def within(path: str, outer: str) -> bool:
 
 
 def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
-    if isinstance(site.module, SwappedBlock) or any(
-        isinstance(module, MoERunner) and module.shared_experts is not None for module in block.modules()
-    ):
-        return EngineSite(site)
+    if isinstance(site.module, SwappedBlock):
+        return EngineSite(site, fused=True)
+    fused = _fused(block)
     try:
         with readable(block) as seen:
             check_site(block)
@@ -216,9 +230,19 @@ def _survey(site: Site, block: nn.Module, known: Readings) -> EngineSite:
                 raise Unreadable(f"{min(reading.spare)} takes no part in what was read")
             if reading.above_zero is not None:
                 raise Unreadable("in an engine, experts outside of the groups must not be ranked")
+            if fused and reading.spec.shared is None:
+                raise Unreadable("what vLLM's layer computes beside its experts is no shared expert")
     except Unreadable as error:
+        if fused:
+            return EngineSite(site, fused=True, remark=str(error))
         return EngineSite(site, unread=str(error), bare=_bare(site.module))
-    return EngineSite(site, _as_routed(reading, seen.routed), seen.routed, stored=seen.stored, structure=key)
+    routed = _as_routed(reading, seen.routed)
+    return EngineSite(site, routed, seen.routed, stored=seen.stored, structure=key, fused=fused)
+
+
+def _fused(block: nn.Module) -> bool:
+    """Whether a routed layer of vLLM's in it computes a shared expert too."""
+    return any(shared_inside(runner) is not None for _, runner in routed_layers(block))
 
 
 def _bare(block: nn.Module) -> bool:

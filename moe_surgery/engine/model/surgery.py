@@ -27,11 +27,12 @@ from moe_surgery.engine.model.blocks import EngineBlock
 from moe_surgery.engine.model.building import Built, build
 from moe_surgery.engine.model.compiled import compile_ahead, warm_kernels
 from moe_surgery.engine.model.crossover import told
+from moe_surgery.engine.model.former import Former
 from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
 from moe_surgery.engine.model.observing import observe
-from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, settled
+from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, reads_fused, settled
 from moe_surgery.engine.model.proving import Exam, Proof, examine, prepare, to_prove
 from moe_surgery.engine.model.sites import EngineSite, check_unchanged, survey
 from moe_surgery.engine.model.two_ways import TwoWays
@@ -68,7 +69,7 @@ class Surgery:
             raise UnsupportedError(
                 "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
             )
-        sites = settled(survey(model), config)
+        sites = settled(survey(model, fused=reads_fused(orders)), config)
         self.plan = make_engine_plan(self.architecture, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
@@ -80,6 +81,7 @@ class Surgery:
         self.ledger: str | None = None
         self.names: frozenset[str] = frozenset()
         self.exchanged: dict[str, nn.Module] = {}
+        self._formers: dict[str, Former] = {}
         self.done = False
         self._ledger = Ledger({})
         self.seconds = time.perf_counter() - self.started
@@ -112,8 +114,7 @@ class Surgery:
         self.names = self._ledger.names
         self._ledger = Ledger({})  # the other holds the parameters that are about to go
         self.exchange()
-        if self.exchanged:
-            self._mark_configs()
+        self._mark_configs()
         self.done = True
         self.seconds += time.perf_counter() - started
 
@@ -132,12 +133,14 @@ class Surgery:
                 fold = steps[path].target == FOLDED
                 if path in chosen:
                     self.exams[path] = self._exam(item, rehearsed.get(path), pool, fold=fold)
+                if item.whole and current_platform.is_cuda():
+                    self._formers[path] = Former.of(item)
                 built = build(item, book, fold=fold)
                 built.block.rule = steps[path].rule
                 exchanged |= self._exchange(item, built)
                 if path in chosen:
                     whole, runner = built.whole(item), _runner(built.block)
-                    judge = partial(self._judge, path)
+                    judge = partial(self._judge_at_once, path)
                     examine(self.exams[path], whole, runner, self.config, self._ready_kernels, judge)
         pool.shutdown(wait=False)  # what was asked of it is waited for where it is needed
         relist(self.model, exchanged)
@@ -172,17 +175,21 @@ class Surgery:
     def _rehearsed(self, pool: Executor) -> dict[str, Exam]:
         """The exams of blocks folded behind vLLM's own router: only its loaded weights tell whether any can be.
 
-        Quantised blocks that can't be proven so are left to vLLM's layer, for which there is another proof.
+        Quantised blocks that can't be proven so are left to vLLM's layer, for which there is another proof, and those
+        that are that layer already stay as they are.
         """
         steps, exams = self._steps(), {}
         for path in self._chosen():
             item, step = self.items[path], steps[path]
-            if step.target == FOLDED and item.stored and step.spec is not None and step.spec.router.own:
+            elsewise = item.stored or item.whole
+            if step.target == FOLDED and elsewise and step.spec is not None and step.spec.router.own:
                 exams[path] = prepare(item, self.ranks, pool)
         reasons = {path: reason for path, exam in exams.items() if (reason := exam.rehearse()) is not None}
-        self.plan = fallen_back(self.plan, reasons)
+        self.plan = fallen_back(self.plan, reasons, {path for path, item in self.items.items() if item.whole})
+        kept = {step.path for step in self.plan.steps if step.outcome == "kept"}
+        self.items = {path: item for path, item in self.items.items() if path not in kept}
         steps = self._steps()
-        return {path: exam for path, exam in exams.items() if steps[path].target == FOLDED}
+        return {path: exam for path, exam in exams.items() if path in steps and steps[path].target == FOLDED}
 
     def _mark_configs(self) -> None:
         """Compiled graphs are cached under a hash of the config, in which the module tree has no part: add the plan.
@@ -194,7 +201,10 @@ class Surgery:
         held = [value for module in self.model.modules() for value in vars(module).values()]
         for config in (self.config, *(value for value in held if isinstance(value, VllmConfig))):
             assert isinstance(config.additional_config, dict)  # as the engine's, of which all are copies
-            config.additional_config[KEY] = " ".join([self.plan.fingerprint, *sorted(schemas)])
+            if self.exchanged:
+                config.additional_config[KEY] = " ".join([self.plan.fingerprint, *sorted(schemas)])
+            else:
+                config.additional_config.pop(KEY, None)
 
     def _exchange(self, item: EngineSite, built: Built) -> dict[nn.Module, nn.Module]:
         """Put what was built into the model; what took the place of what is returned."""
@@ -230,10 +240,31 @@ class Surgery:
             error.report = self._report().but(exit_code=error.exit_code)
             raise error
 
+    def _judge_at_once(self, path: str) -> None:
+        """As :meth:`_judge`, but that a former block may come back if its weights let nothing be proven."""
+        verdict = self.exams[path].verdict
+        if path not in self._formers or verdict is None or not verdict.powerless:
+            self._judge(path)
+
+    def _put_back(self) -> None:
+        """Let former blocks be where weights let nothing be proven, and all of their kind, as not all are asked."""
+        verdicts = {path: self.exams[path].verdict for path in self._formers if path in self.exams}
+        reasons = {path: verdict.reason for path, verdict in verdicts.items() if verdict and verdict.powerless}
+        before = {step.path: step for step in self.plan.steps}
+        self.plan = fallen_back(self.plan, reasons, self._formers)
+        gone = [step.path for step in self.plan.steps if step != before[step.path]]
+        for path in gone:
+            relist(self.model, self._formers[path].put_back(self.model, self.config))
+            self.exams.pop(path, None)
+            del self.exchanged[path]
+        if gone:
+            self._mark_configs()
+
     def finish(self) -> Report:
         """Call once the weights are laid out. Raises :class:`ProofError` if a proof did not take place."""
         if not self.done:
             raise SurgeryError("the model was loaded in a way that bypassed the surgery")
+        self._put_back()
         self.judge()
         started = time.perf_counter()
         warm_kernels(self.model)

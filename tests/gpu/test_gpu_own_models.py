@@ -1,0 +1,84 @@
+"""Models that vLLM has fused itself, on GPUs: this library's kernels replace its layer, and tokens stay the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import own_models
+import pytest
+from engine_examples import Run, run_all
+from safetensors.torch import load_file, save_file
+from test_gpu_engine import COMPILED, EXACT, check_operated, check_same, operated, two_gpus
+
+PLAIN = ("qwen2_moe", "qwen3_moe", "mixtral", "aria")
+"""Routers that the kernels compute, with a shared expert and without one."""
+OWN = ("glm4_moe", "ernie4_5_moe", "exaone_moe", "deepseek_v2")
+"""Routers that stay vLLM's: groups, correction biases, scores of a sigmoid."""
+ENV = {**EXACT, "VLLM_MLA_DISABLE": "1"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in (*PLAIN, *OWN):
+        own_models.write(name, folder / name)
+    return folder
+
+
+def run_of(models: Path, name: str, tmp: Path, target: str = "folded", **options: object) -> Run:
+    more = own_models.OPTIONS.get(name, {}) | options
+    return operated(models / name, tmp / f"{name}-{target}", target, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [PLAIN, OWN], ids=["the kernels' routers", "vLLM's routers"])
+def test_eager(names: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+    runs = [run_of(models, name, tmp_path) for name in names]
+    results = run_all([*runs, *(replace(run, surgery=None) for run in runs)], tmp_path, **ENV)
+    for found, plain in zip(results[: len(runs)], results[len(runs) :], strict=True):
+        check_operated(found, "folded")
+        check_same(found.outputs, plain.outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "glm4_moe"])
+def test_compiled_in_graphs_from_one_cache(name: str, models: Path, tmp_path: Path) -> None:
+    """Graphs with surgery and without lie in one folder. What wasn't timed against vLLM's layer stays as it was."""
+    runs = [run_of(models, name, tmp_path, target, **COMPILED) for target in ("folded", "auto")]
+    runs.append(replace(runs[0], surgery=None))
+    found, kept, plain = run_all(runs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"), **ENV)
+    check_operated(found, "folded")
+    check_same(found.outputs, plain.outputs)
+    assert kept.outputs == plain.outputs  # to the last bit
+    for site in kept.receipts[0]["report"]["sites"]:
+        assert site["outcome"] == "kept" and "weren't timed against vLLM's at its size" in site["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe"])
+def test_a_block_of_which_nothing_can_be_proven_stays(name: str, tmp_path: Path) -> None:
+    """With an expert that gives nothing, no answer tells its block from one without it. Others of its kind stay too."""
+    own_models.write(name, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    layer = min(key for key in weights if key.endswith("mlp.experts.3.down_proj.weight"))
+    weights[layer].zero_()
+    save_file(weights, file, metadata={"format": "pt"})
+    run = operated(tmp_path / "model", tmp_path / "run", "folded", **COMPILED)
+    found, plain = run_all([run, replace(run, surgery=None)], tmp_path, **ENV)
+    assert found.error is None and found.outputs == plain.outputs  # to the last bit
+    for site in found.receipts[0]["report"]["sites"]:
+        assert site["outcome"] == "kept" and "it can't be proven" in site["reason"] and "expert 3" in site["reason"]
+
+
+@pytest.mark.slow
+@two_gpus
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe"])
+def test_tensor_parallel(name: str, models: Path, tmp_path: Path) -> None:
+    run = run_of(models, name, tmp_path, tensor_parallel_size=2, **COMPILED)
+    env = {**ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    [found] = run_all([run], tmp_path, **env)
+    [plain] = run_all([replace(run, surgery=None)], tmp_path, **env)
+    check_operated(found, "folded", ranks=2)
+    check_same(found.outputs, plain.outputs)
