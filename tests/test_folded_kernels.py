@@ -138,6 +138,22 @@ def test_tiles_may_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @runs
+def test_an_expert_may_have_many_blocks_of_either_size() -> None:
+    """More than are listed at a time, by a program that had other tokens before it."""
+    from moe_surgery.kernels.launch import run
+
+    spec = but(num_experts=2, top_k=1, experts={"num_experts": 2, "width": 32}, shared={"width": 32})
+    tensors, terms = weights(spec, torch.float32, device=DEVICE), terms_of(spec)
+    tile = {"BK": 32, "num_warps": 1, "num_stages": 1}
+    x = clear_tokens(spec, tensors, 330)
+    choice = replace(
+        tiles("chosen", torch.float32), gate_up={"BM": 16, "BI": 32, **tile}, down={"BM": 32, "BH": 64, **tile}
+    )
+    got = run(x, fold(tensors), terms, choice)
+    assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, torch.float32)
+
+
+@runs
 def test_weights_may_be_fetched_any_number_of_tiles_ahead() -> None:
     from moe_surgery.kernels.launch import run
 
