@@ -33,11 +33,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else
 
 
 def tiles(path: str, dtype: torch.dtype) -> Choice:
-    """The first default of a path; "summed" is the grouped one whose sum computes the shared expert."""
+    """The first default of a path; of the grouped one there are two more, which have other kernels at an end.
+
+    The sum of "summed" computes the shared expert, and where logits are computed in "chosen" they are chosen from.
+    """
     rows = table(f"default-{8 * dtype.itemsize}")
-    found = next(row for row in rows if row.path == path.replace("summed", "grouped"))
-    add = {"BM": 16, "BH": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
-    return replace(found, add=add) if path == "summed" else found
+    found = next(row for row in rows if row.path == ("pairs" if path == "pairs" else "grouped"))
+    if path == "summed":
+        return replace(found, add={"BM": 16, "BH": 32, "BK": 32, "num_warps": 4, "num_stages": 2})
+    if path == "chosen":  # with blocks of another size for each product
+        logits = {"BT": 16, "BK": 32, "num_warps": 4, "num_stages": 2}
+        return replace(found, logits=logits, down={**found.down, "BM": 2 * found.gate_up["BM"]})
+    return found
 
 
 @pytest.mark.slow
@@ -57,7 +64,7 @@ def test_in_the_interpreter() -> None:
 @runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-@pytest.mark.parametrize("path", ["pairs", "grouped", "summed"])
+@pytest.mark.parametrize("path", ["pairs", "grouped", "summed", "chosen"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_computes_its_spec(spec: MoESpec, path: str, tokens: int, dtype: torch.dtype) -> None:
     from moe_surgery.kernels.launch import run
@@ -92,12 +99,12 @@ def test_between_the_products_of_a_shared_expert(activation: Activation, dtype: 
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("path", ["pairs", "grouped"])
+@pytest.mark.parametrize("path", ["pairs", "grouped", "chosen"])
 def test_of_equal_logits_the_lower_expert_s_is_more(path: str, dtype: torch.dtype) -> None:
     """Keys that experts are ranked by are of another size in dtypes of two bytes."""
     from moe_surgery.kernels.launch import run
 
-    if path == "grouped" and dtype == torch.bfloat16 and DEVICE == "cpu":
+    if path != "pairs" and dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("the interpreter can't multiply matrices in bfloat16")
     spec = but(top_k=3)
     tensors = weights(spec, dtype, device=DEVICE)
@@ -128,6 +135,22 @@ def test_tiles_may_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         outputs.append(launch.run(x, fold(tensors), terms, choice))
     assert torch.equal(*outputs)
     assert worst(outputs[0], reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, torch.float32)
+
+
+@runs
+def test_an_expert_may_have_many_blocks_of_either_size() -> None:
+    """More than are listed at a time, by a program that had other tokens before it."""
+    from moe_surgery.kernels.launch import run
+
+    spec = but(num_experts=2, top_k=1, experts={"num_experts": 2, "width": 32}, shared={"width": 32})
+    tensors, terms = weights(spec, torch.float32, device=DEVICE), terms_of(spec)
+    tile = {"BK": 32, "num_warps": 1, "num_stages": 1}
+    x = clear_tokens(spec, tensors, 330)
+    choice = replace(
+        tiles("chosen", torch.float32), gate_up={"BM": 16, "BI": 32, **tile}, down={"BM": 32, "BH": 64, **tile}
+    )
+    got = run(x, fold(tensors), terms, choice)
+    assert worst(got, reference.forward(spec, tensors, x, torch.float64)) < tolerance(spec, torch.float32)
 
 
 @runs

@@ -30,7 +30,8 @@ compiles = pytest.mark.skipif(not HERE, reason="runs in test_with_triton_from_ap
 INTEGERS = "counts", "lists", "ids", "places"
 FLOATS = "logits", "given", "weights", "rows_out", "scales", "factors", "act_factors"
 IN_E4M3 = "w13", "w2", "parts"
-NUMBERS = {"tokens": "i32", "slices": "i32", "scale": "fp32", "factor": "fp32", "shared_scale": "fp32"}
+NUMBERS = dict.fromkeys(("tokens", "slices", "most_up", "most_down"), "i32")
+NUMBERS |= dict.fromkeys(("scale", "factor", "shared_scale"), "fp32")
 OFFSETS = ("gate", "shared", "shared_up", "shared_scales", "shared_up_scales")
 
 
@@ -71,8 +72,8 @@ def compile_each(
     from triton.compiler import ASTSource
 
     def kind(name: str) -> str:
-        if name in OFFSETS:
-            return "i64"
+        if name in OFFSETS or name == "blocks":
+            return "*i64" if name == "blocks" else "i64"
         if other and name in other:
             return other[name]
         integer = name in INTEGERS or (ids_for_logits and name == "logits")  # ids stand in their place
@@ -114,6 +115,9 @@ def compile_both_paths(terms: Terms, dtype: str) -> None:
     rows = rows_for(terms, torch.bfloat16) if terms.scaled else table("default-16" if dtype == "bf16" else "default-32")
     for path in ("pairs",) if terms.by_row else ("pairs", "grouped"):
         compile_all(terms, next(row for row in rows if row.path == path), dtype)
+    if not terms.given and not terms.by_row:
+        chosen = {"BT": 16, "BK": 32, "num_warps": 4, "num_stages": 2}
+        compile_all(terms, replace(next(row for row in rows if row.path == "grouped"), logits=chosen), dtype)
 
 
 @compiles

@@ -98,6 +98,17 @@ def test_what_is_chosen_outside_has_the_same_candidates_but_no_logits_of_its_own
         assert all({"logits", "gate_up", "down"} <= products.keys() for products in found.values())
 
 
+@pytest.mark.parametrize("experts", [64, 128, 256, 512])
+def test_only_where_experts_are_few_a_program_has_all_of_them(experts: int) -> None:
+    """Neither what is tried nor what is taken of another shape asks for more registers than there are."""
+    choice.table.cache_clear()
+    terms = Terms(experts, 6, 2, 1024, 384, "silu", False, True, gated=True, native=True, scaled=True)
+    rows = [row for row in choice.rows_for(terms, torch.bfloat16) if row.path == "grouped"]
+    tried = dict(candidates(replace(terms, scaled=False), 4096))["grouped"]["logits"]
+    assert all("BR" in row.logits for row in rows) == (experts > 128)
+    assert all("BR" in tiles for tiles in tried) == (experts > 128)
+
+
 def test_a_shape_without_a_table_takes_the_defaults_by_what_an_expert_gets() -> None:
     choice.table.cache_clear()
     default = choice.table("default-16")

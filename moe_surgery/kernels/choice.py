@@ -41,7 +41,8 @@ class Choice:
     """A path and, for each of its three products, tile sizes with Triton's ``num_warps`` and ``num_stages``.
 
     ``add`` has those of the last kernel of the grouped path where that computes the shared expert's down projection
-    too, and is empty where it doesn't. ``slower`` says that vLLM's experts were measured to be faster there.
+    too, and is empty where it doesn't. Where ``logits`` say nothing of rows (BR), the programs that compute them choose
+    experts at once. ``slower`` says that vLLM's experts were measured to be faster there.
     """
 
     tokens: int
@@ -174,7 +175,10 @@ def nearest(terms: Terms) -> tuple[Choice, ...]:
         down = row.down
         if row.path == "pairs" and wider > 1:  # a program holds a tile for each of a token's slots
             down = {**down, "BK": max(down["BK"] // wider, BLOCK)}
-        rows[tokens] = replace(row, tokens=tokens, down=down)
+        logits = row.logits
+        if "BR" not in logits and next_power(own["E"]) > next_power(like["E"]):  # a program would have all experts
+            logits = router_tiles(tokens, torch.bfloat16)
+        rows[tokens] = replace(row, tokens=tokens, logits=logits, down=down)
     return tuple(rows.values())
 
 

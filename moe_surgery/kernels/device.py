@@ -94,15 +94,20 @@ def keyed_in_two_bytes(values, like, index, there, SIZE: tl.constexpr):
 
 
 @triton.jit
-def ranking_keys(row, like, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr):
-    """Keys [BE] of one token's experts, by score; NATIVE logits are rounded to the dtype that ``like`` points to."""
-    index = tl.arange(0, BE)
-    values = score(row, index, E, BY_SIGMOID)
+def keys_of(values, like, index, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr):
+    """Keys of experts ``index``, by score; NATIVE logits are rounded to the dtype that ``like`` points to."""
     if NATIVE and not BY_SIGMOID and like.dtype.element_ty.primitive_bitwidth == 16:
         keys = keyed_in_two_bytes(values, like, index, index < E, BE)
     else:
         keys = keyed(values, index, index < E, BE)
     return keys
+
+
+@triton.jit
+def ranking_keys(row, like, E: tl.constexpr, BE: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr):
+    """Keys [BE] of one token's experts."""
+    index = tl.arange(0, BE)
+    return keys_of(score(row, index, E, BY_SIGMOID), like, index, E, BE, BY_SIGMOID, NATIVE)
 
 
 @triton.jit

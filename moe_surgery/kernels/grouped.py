@@ -30,7 +30,7 @@ from moe_surgery.kernels.device import (
     scale_of,
     wait,
 )
-from moe_surgery.kernels.grouping import find_rows, shared_rows
+from moe_surgery.kernels.grouping import find_block, find_rows, shared_rows
 
 
 @triton.jit
@@ -54,16 +54,17 @@ def group_inputs(x, parts, factors, H: tl.constexpr, G: tl.constexpr, BK: tl.con
 @triton.jit(do_not_specialize=["tokens", "shared_scales", "shared_up_scales"])
 def group_gate_up(
     x, parts, factors, given, w13, scales, bias, shared: tl.int64, shared_up: tl.int64, shared_scales: tl.int64,
-    shared_up_scales: tl.int64, act, act_factors, counts, lists, tokens, E: tl.constexpr, K: tl.constexpr,
+    shared_up_scales: tl.int64, act, act_factors, counts, lists, blocks, tokens, E: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, H: tl.constexpr, I: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, BE: tl.constexpr, TURNS: tl.constexpr, ACT: tl.constexpr, UP: tl.constexpr, LIMIT: tl.constexpr,
-    AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr,
-    ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, BE: tl.constexpr, TURNS: tl.constexpr, LISTED: tl.constexpr, ACT: tl.constexpr,
+    UP: tl.constexpr, LIMIT: tl.constexpr, AFTER: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr,
+    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(W_gate x) * (W_up x)``. Grid: (cdiv(I, BI) * row blocks,).
 
-    Weights in e4m3 have a scale for each block of G by G, else G is 0. Then ``parts`` and ``factors`` are those of
-    :func:`group_inputs`, ``act`` and ``act_factors`` [pairs, I / G] the same of what is computed, and BK and BI are G.
+    Where LISTED, ``blocks`` say what ``counts`` do otherwise. Weights in e4m3 have a scale for each block of G by G,
+    else G is 0. Then ``parts`` and ``factors`` are those of :func:`group_inputs`, ``act`` and ``act_factors`` [pairs,
+    I / G] the same of what is computed, and BK and BI are G.
 
     The shared expert's blocks come first: they need no routing, so they begin while it is being computed.
     """
@@ -75,7 +76,10 @@ def group_gate_up(
         expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
         wait(PDL)
-        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
+        if LISTED:
+            expert, pairs, tile = find_block(blocks, lists, tokens, program, early, tiles, BM)
+        else:
+            expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
     let_next_start(PDL)
     if TURNS == 1:  # through the branches it would take 70 registers more
         tile = program % tiles
@@ -141,9 +145,9 @@ def group_gate_up(
 @triton.jit(do_not_specialize=["tokens", "slices", "shared_scales"])
 def group_down(
     act, act_factors, w2, scales, bias, shared: tl.int64, shared_scales: tl.int64, weights, rows_out, counts, lists,
-    tokens, slices, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    blocks, tokens, slices, E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
     G: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, TURNS: tl.constexpr,
-    BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
+    LISTED: tl.constexpr, BIAS: tl.constexpr, GIVEN: tl.constexpr, ON_INPUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``rows_out[pair] = weights[pair] * W_down act[pair]``. Grid: (cdiv(H, BH) * row blocks,).
 
@@ -157,7 +161,10 @@ def group_down(
     if block < early:
         expert, pairs, tile = shared_rows(tokens, program, tiles, E, K, max(M, 1), BM, TURNS)
     else:
-        expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
+        if LISTED:
+            expert, pairs, tile = find_block(blocks, lists, tokens, program, early, tiles, BM)
+        else:
+            expert, pairs, tile = find_rows(counts, lists, tokens, program, early, tiles, E, BE, BM, TURNS, GIVEN)
     if TURNS == 1:
         tile = program % tiles
     rows = tile * BH + tl.arange(0, BH)

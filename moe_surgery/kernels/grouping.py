@@ -3,10 +3,13 @@
     group_logits   router and shared gate for a tile of tokens; clears the experts' counts
     group_route    chooses each token's experts and enters the token in their lists
 
-Where experts are chosen outside, ``group_count`` and ``group_enter`` take the place of both. The order within a list
-depends on chance (integer atomics).
+For many tokens ``group_clear`` and ``group_choose`` take the place of both: logits are chosen from where the product
+left them, in registers, and the last program writes down which expert's rows each block of a product has. Where
+experts are chosen outside, ``group_count`` and ``group_enter`` do. The order within a list depends on chance (integer
+atomics).
 
-Which tile of a product a program computes, and for which tokens of the lists, is here too (``find_rows``).
+Which tile of a product a program computes, and for which tokens of the lists, is here too: it is looked up
+(``find_block``), or found from the counts (``find_rows``).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_surgery.kernels.device import choose, let_next_start, router_offset, wait
+from moe_surgery.kernels.device import choose, keys_of, let_next_start, router_offset, score_of, wait, without
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,6 +80,115 @@ def group_route(
 
 
 @triton.jit
+def group_clear(counts, E: tl.constexpr, BE: tl.constexpr, PDL: tl.constexpr):
+    """Sets the experts' ``counts`` [E + 1] to zero. Grid: (1,)."""
+    wait(PDL)
+    let_next_start(PDL)
+    every = tl.arange(0, 2 * BE)
+    tl.store(counts + every, tl.zeros([2 * BE], tl.int32), mask=every <= E)
+
+
+@triton.jit
+def list_blocks(counts, blocks, most, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """What ``find_block`` looks up, for blocks of BM rows: their expert, number of rows, and first row of its list.
+
+    They are numbered through the experts in order. All from then on to ``most`` have the expert E.
+    """
+    every, some, more = tl.arange(0, BE), tl.arange(0, 8)[None, :], tl.arange(0, BE)
+    count = tl.load(counts + every, mask=every < E, other=0, cache_modifier=".cg")
+    own = (count + BM - 1) // BM
+    ends = tl.cumsum(own, axis=0)
+    for start in range(0, tl.max(own, axis=0), 8):
+        row = (start + some) * BM
+        rows = tl.minimum(count[:, None] - row, BM).to(tl.int64)
+        packed = (every.to(tl.int64)[:, None] << 48) | (rows << 32) | row
+        tl.store(blocks + (ends - own)[:, None] + start + some, packed, mask=row < count[:, None])
+    for start in range(tl.max(ends, axis=0), most, BE):
+        tl.store(blocks + start + more, tl.full([BE], E, tl.int64) << 48, mask=start + more < most)
+
+
+@triton.jit(do_not_specialize=["tokens", "most_up", "most_down"])
+def group_choose(
+    x, router, gate: tl.int64, weights, counts, lists, blocks, tokens, most_up, most_down, scale, shared_scale,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, H: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, P: tl.constexpr, SIGMOID: tl.constexpr, BY_SIGMOID: tl.constexpr, NATIVE: tl.constexpr,
+    RENORMALIZE: tl.constexpr, GATED: tl.constexpr, UP_ROWS: tl.constexpr, DOWN_ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``group_logits`` and ``group_route`` for BT tokens at once, all of their experts. Grid: (cdiv(tokens, BT),).
+
+    An expert's places in its list are taken for all of a program's tokens by one addition. ``blocks`` are of UP_ROWS
+    rows each for the first product, ``most_up`` of them, and then of DOWN_ROWS for the second, if that isn't the same.
+    ``counts`` [E + 1] ends with the programs that are done.
+    """
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    valid = token < tokens
+    every, slots, columns = tl.arange(0, BE), tl.arange(0, P)[None, :], tl.arange(0, BK)
+    source = x + token.to(tl.int64)[:, None] * H + columns[None, :]
+    at = router + every[None, :] * H + columns[:, None]
+    total = tl.zeros([BT, BE], tl.float32)
+    few = tl.arange(0, 16)  # the gate is the first column of the least product that there is
+    gates = tl.zeros([BT, 16], tl.float32)
+    for k in range(0, H, BK):
+        inside = k + columns < H
+        # Other kernels wrote the tokens before the one that this one waits for began.
+        value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+        w = tl.load(at + k, mask=(every < E)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(value, w, total, input_precision="ieee")
+        if GATED:
+            w = tl.load(
+                router + gate + k + columns[:, None] + few[None, :] * 0,
+                mask=(few == 0)[None, :] & inside[:, None],
+                other=0.0,
+            )
+            gates = tl.dot(value, w, gates, input_precision="ieee")
+    if NATIVE:
+        total = total.to(x.dtype.element_ty).to(tl.float32)
+    keys = keys_of(tl.sigmoid(total) if BY_SIGMOID else total, x, every[None, :], E, BE, BY_SIGMOID, NATIVE)
+    slot_of = tl.full([BT, BE], -1, tl.int32)
+    scores = tl.zeros([BT, P], tl.float32)
+    for slot in tl.static_range(0, K):
+        best = tl.max(keys, axis=1, keep_dims=True)
+        slot_of = tl.where(keys == best, slot, slot_of)
+        keys = without(keys, best)
+        scores = tl.where(slots == slot, score_of(best, x), scores)
+    values = scores
+    if SIGMOID and not BY_SIGMOID:
+        values = tl.sigmoid(scores)
+    elif not SIGMOID:
+        most = tl.max(tl.where(slots == 0, scores, float("-inf")), axis=1, keep_dims=True)
+        values = tl.exp(scores - most)
+    values = tl.where(slots < K, values, 0.0)
+    if RENORMALIZE:
+        values = values / tl.sum(values, axis=1, keep_dims=True)
+    elif not SIGMOID:
+        values = values / tl.sum(tl.where((every < E)[None, :], tl.exp(total - most), 0.0), axis=1, keep_dims=True)
+    values *= scale
+    if M > 0:
+        share = shared_scale
+        if GATED:
+            share = shared_scale * tl.sigmoid(tl.sum(gates, axis=1, keep_dims=True))
+        values = tl.where(slots < K, values, share)
+    wait(PDL)
+    let_next_start(PDL)
+    pair = token[:, None] * (K + M)
+    tl.store(weights + pair + slots, values, mask=valid[:, None] & (slots < K + M))
+    chosen = (slot_of >= 0) & valid[:, None]
+    # How many of the program's earlier tokens an expert has: a triangle of ones times the choices, exactly.
+    row = tl.arange(0, BT)
+    ones = (row[:, None] > row[None, :]).to(tl.float16)
+    earlier = tl.dot(ones, chosen.to(tl.float16)).to(tl.int32)
+    many = tl.sum(chosen.to(tl.int32), axis=0)
+    first = tl.atomic_add(counts + every, many, mask=many > 0, sem="relaxed")
+    place = first[None, :] + earlier
+    tl.store(lists + every.to(tl.int64)[None, :] * tokens + place, pair + slot_of, mask=chosen)
+    tl.debug_barrier()
+    if tl.atomic_add(counts + E, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        list_blocks(counts, blocks, most_up, E, BE, UP_ROWS)
+        if DOWN_ROWS != UP_ROWS:
+            list_blocks(counts, blocks + most_up, most_down, E, BE, DOWN_ROWS)
+
+
+@triton.jit
 def group_count(ids, counts, places, K: tl.constexpr, P: tl.constexpr):
     """Experts' visitors ``counts`` [E], which are zero before, from ``ids`` [T, K], and each pair's place among its
     expert's. Grid: (tokens,)."""
@@ -133,6 +245,16 @@ def shared_rows(
         piece, tile = column // tiles, column % tiles
     place = row * BM + tl.arange(0, BM)
     return E + piece, tl.where(place < tokens, place * (K + M) + K + piece, -1), tile
+
+
+@triton.jit
+def find_block(blocks, lists, tokens, program, early, tiles: tl.constexpr, BM: tl.constexpr):
+    """As :func:`find_rows`, from what ``list_blocks`` wrote, so that no program has to go through all counts."""
+    packed = tl.load(blocks + (program // tiles - early), cache_modifier=".cg")
+    expert, rows = (packed >> 48).to(tl.int32), ((packed >> 32) & 0xFFFF).to(tl.int32)
+    place = tl.arange(0, BM)
+    at = lists + expert.to(tl.int64) * tokens + (packed & 0xFFFFFFFF) + place
+    return expert, tl.load(at, mask=place < rows, other=-1, cache_modifier=".cg"), program % tiles
 
 
 @triton.jit

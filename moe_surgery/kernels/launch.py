@@ -31,6 +31,7 @@ class Kernels:
     count: Kernel | None = None
     enter: Kernel | None = None
     inputs: Kernel | None = None
+    clear: Kernel | None = None
 
     def unlaunched(self) -> Kernels:
         return Kernels(*(None if each is None else Unlaunched(each) for each in vars(self).values()))  # type: ignore[arg-type]
@@ -115,21 +116,22 @@ def _grouped(
     out = torch.empty_like(x)
     assert kernels.add is not None
     if routed is None:
-        routing, counts, lists = _route(x, weights, terms, choice, kernels, stream, at)
+        routing, counts, lists, blocks = _route(x, weights, terms, choice, kernels, stream, at)
         ids = counts
     else:
         ids, routing = routed
         counts, lists = _enter(ids, terms, kernels, stream)
+        blocks = counts, counts
     grid = (tiles_for(terms.width, two["BI"]) * row_blocks(terms, tokens, two["BM"]), 1, 1)
     kernels.gate_up(
         grid, stream, x, parts, factors, routing, w.w13, scales[0], _or(w.w13_bias, x), at.w13, at.up, at.scales_w13,
-        at.scales_up, act, act_factors, counts, lists, tokens,
+        at.scales_up, act, act_factors, counts, lists, blocks[0], tokens,
     )  # fmt: skip
     slices = _slices_below(terms, choice)
     grid = (tiles_for(terms.hidden, three["BH"]) * row_blocks(terms, tokens, three["BM"], slices), 1, 1)
     kernels.down(
         grid, stream, act, act_factors, w.w2, scales[1], _or(w.w2_bias, x), at.w2, at.scales_w2, routing, rows,
-        counts, lists, tokens, slices,
+        counts, lists, blocks[1], tokens, slices,
     )  # fmt: skip
     if slices == terms.slices:
         kernels.add((tokens, tiles_for(terms.hidden, _columns(terms)), 1), stream, rows, ids, out)
@@ -141,22 +143,35 @@ def _grouped(
 
 def _route(
     x: Tensor, weights: Weights, terms: Terms, choice: Choice, kernels: Kernels, stream: int | None, at: Offsets
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Routing weights [T * (K + M)], experts' counts [E] and their lists of pairs [E, T]."""
-    tokens, one = x.shape[0], choice.logits
-    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=x.device)
-    routing = torch.empty(tokens * terms.pairs, dtype=torch.float32, device=x.device)
-    lists = torch.empty(terms.experts, tokens, dtype=torch.int32, device=x.device)
-    counts = torch.empty(terms.experts, dtype=torch.int32, device=x.device)
-    assert kernels.logits is not None and kernels.route is not None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Routing weights [T * (K + M)], experts' counts [E], their lists of pairs [E, T], and both products' blocks."""
+    tokens, one, device = x.shape[0], choice.logits, x.device
+    routing = torch.empty(tokens * terms.pairs, dtype=torch.float32, device=device)
+    lists = torch.empty(terms.experts, tokens, dtype=torch.int32, device=device)
+    counts = torch.empty(terms.experts + 1, dtype=torch.int32, device=device)
+    scales = terms.scale, terms.shared_scale
+    assert kernels.logits is not None
+    if kernels.clear is not None:
+        up, down = (row_blocks(terms, tokens, tiles["BM"], 0) for tiles in (choice.gate_up, choice.down))
+        up += up % 2  # so that the others are aligned
+        blocks = torch.empty(up + down, dtype=torch.int64, device=device)
+        kernels.clear((1, 1, 1), stream, counts)
+        grid = (tiles_for(tokens, one["BT"]), 1, 1)
+        kernels.logits(
+            grid, stream, x, weights.router, at.gate, routing, counts, lists, blocks, tokens, up, down, *scales
+        )
+        both = blocks, blocks if choice.gate_up["BM"] == choice.down["BM"] else blocks[up:]
+        return routing, counts, lists, both
+    assert kernels.route is not None
+    logits = torch.empty(tokens, terms.rows, dtype=torch.float32, device=device)
     if "BT" in one:
         grid = (tiles_for(terms.rows, one["BR"]), tiles_for(tokens, one["BT"]), 1)
         kernels.logits(grid, stream, x, weights.router, at.gate, logits, counts, tokens)
     else:
         grid = (tiles_for(terms.rows, one["BR"]), tokens, 1)
         kernels.logits(grid, stream, x, weights.router, at.gate, logits, counts)
-    kernels.route((tokens, 1, 1), stream, logits, x, routing, counts, lists, tokens, terms.scale, terms.shared_scale)
-    return routing, counts, lists
+    kernels.route((tokens, 1, 1), stream, logits, x, routing, counts, lists, tokens, *scales)
+    return routing, counts, lists, (counts, counts)
 
 
 def _enter(ids: Tensor, terms: Terms, kernels: Kernels, stream: int | None) -> tuple[Tensor, Tensor]:
@@ -228,9 +243,12 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         raise ValueError("tokens are not grouped by expert where weights have a scale for each row")
     up_turns = _turns(tiles_for(terms.width, two["BI"]), terms.slices)
     down_turns = _turns(tiles_for(terms.hidden, three["BH"]), _slices_below(terms, choice))
+    at_once = not terms.given and "BR" not in one  # a program has all experts of its tokens, and chooses from logits
     products = (
-        kernel(grouped.group_gate_up, {**two, "TURNS": up_turns}, first=terms.given),
-        kernel(grouped.group_down, {**three, "TURNS": down_turns}),
+        kernel(
+            grouped.group_gate_up, {**two, "TURNS": up_turns, "LISTED": at_once and up_turns == 1}, first=terms.given
+        ),
+        kernel(grouped.group_down, {**three, "TURNS": down_turns, "LISTED": at_once and down_turns == 1}),
     )
     if _slices_below(terms, choice) == terms.slices:
         add = kernel(grouped.group_sum, {"P": terms.pairs, "BH": _columns(terms)})
@@ -241,6 +259,10 @@ def kernels_of(terms: Terms, choice: Choice, *, dependent: bool) -> Kernels:
         slots = {"P": next_power(terms.top_k)}
         count, enter = (kernel(each, slots, first=True) for each in (grouping.group_count, grouping.group_enter))
         return Kernels(*products, add=add, count=count, enter=enter, inputs=inputs)
+    if at_once:
+        clear = kernel(grouping.group_clear, {"num_warps": 1})
+        first = kernel(grouping.group_choose, {**one, "UP_ROWS": two["BM"], "DOWN_ROWS": three["BM"]})
+        return Kernels(*products, first, add=add, inputs=inputs, clear=clear)
     logits: Callable[..., Any] = grouping.group_logits if "BT" in one else pairs.pair_logits
     choose = kernel(grouping.group_route, choosing(terms.experts))
     return Kernels(*products, kernel(logits, one), choose, add, inputs=inputs)

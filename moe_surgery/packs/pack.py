@@ -83,6 +83,12 @@ class Rule:
             return Miss(site, trail)
         return Match(site, reading, self.full_name, tuple(sorted(case.letters.sizes.items())), trail)
 
+    def looks_at(self, path: str) -> bool:
+        """Whether the rule's globs cover ``path``."""
+        return all(
+            any(glob.matches(path) for glob in clause.globs) for clause in self.clauses if isinstance(clause, At)
+        )
+
     def edits(self, found: Miss, reading: Reading, config: object) -> tuple[Edit, ...]:
         """What to change in this rule, so that it matches the site that it missed."""
         clauses = (*self.clauses, *self.requires.releases)

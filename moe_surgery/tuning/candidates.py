@@ -11,6 +11,8 @@ PAIRS_UP_TO = 16
 """Above this many tokens the grouped path was never the slower one."""
 
 _MANY = 192
+_AT_ONCE, _EXPERTS_AT_ONCE = 1024, 128
+"""From so many tokens on, and up to so many experts, logits are tried that are chosen from where they are computed."""
 
 Products = dict[str, list[Tiles]]
 """Candidates by product: ``gate_up``, ``down``, ``logits`` and ``add``, where no tiles stand for the plain sum."""
@@ -22,6 +24,8 @@ def candidates(terms: Terms, tokens: int) -> Iterator[tuple[str, Products]]:
         yield "pairs", _scaled(PAIRS) if terms.scaled else PAIRS
     if tokens >= 2:
         products = _grouped(tokens, tokens * terms.top_k / terms.experts)
+        if tokens >= _AT_ONCE and terms.experts <= _EXPERTS_AT_ONCE:
+            products["logits"] += _tiles("BT BK", (64, 64, 8, 4), (64, 128, 8, 3))
         yield "grouped", _scaled(products) if terms.scaled else {**products, "add": _sums(terms, tokens)}
 
 

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from moe_surgery.engine.model.agreement import Ranks
 from moe_surgery.engine.model.audit_truth import Incomparable, Truth, truth_of
 from moe_surgery.engine.model.counterparts import pair
+from moe_surgery.engine.model.load import name_of
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import engine_sites
 from moe_surgery.engine.orders import ENGINE_PLAN
@@ -73,7 +74,7 @@ def audit(model: nn.Module, config: VllmConfig, model_config: ModelConfig, ranks
         reason = "transformers has a block here, and nothing in vLLM's model has its weights"
         steps += [Step(site.path, site.kind, "not comparable", reason) for site in left]
     return Outcomes(
-        model=f"{ENGINE_PLAN}{type(model).__name__}",
+        model=f"{ENGINE_PLAN}{name_of(model, config.model_config)}",
         done="audited",
         steps=tuple(steps),
         fingerprint="",

@@ -48,7 +48,8 @@ def _mapped(names: Sequence[str], model: nn.Module) -> list[str]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return list(names)
-    return [name for name in (mapper.map_name(name) for name in names) if name is not None]
+    mapped: list[str] = mapper.apply_list(list(names))
+    return mapped
 
 
 def _common(names: Sequence[str]) -> str:

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from moe_surgery.report.outcomes import Outcomes
 
 UNBUILT = "model"
+
+
+def name_of(model: nn.Module, model_config: object) -> str:
+    """What a receipt calls a model: its class, and which stage of one that is served in several, as vllm-omni does."""
+    stage = getattr(model_config, "model_stage", None)
+    return f"{type(model).__name__}.{stage}" if stage else type(model).__name__
+
+
 _loads: Counter[tuple[str, str]] = Counter()
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from moe_surgery.engine.model.blocks import unfit
+from moe_surgery.engine.model.counts import check_counts
 from moe_surgery.engine.model.crossover import told
 from moe_surgery.engine.model.folded_router import not_folded
 from moe_surgery.engine.model.kernel_block import not_on_kernels, terms_in_engine
@@ -26,9 +28,8 @@ from moe_surgery.models.checkpoint import CONFIG, Digest, digest
 from moe_surgery.packs.match import Match, Miss
 from moe_surgery.packs.pack import Pack
 from moe_surgery.packs.registry import load_packs
-from moe_surgery.planning.deciding import check_expectations, match_rules, targets_of_rules
+from moe_surgery.planning.deciding import match_rules, targets_of_rules
 from moe_surgery.planning.plan import Plan
-from moe_surgery.planning.selection import Selection
 from moe_surgery.planning.survey import Surveyed
 from moe_surgery.planning.trace import traced
 from moe_surgery.report.outcomes import Step
@@ -58,7 +59,9 @@ def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
     return replace(item.alone, remark=f"its layer adds {item.layer.sibling} to it, which isn't fused: {reason}")
 
 
-def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders) -> Plan:
+def make_engine_plan(
+    architecture: str, model: nn.Module, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders
+) -> Plan:
     """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
 
     The counts that rules expect, and the sites of a plan, are those of a whole model; under pipeline parallelism a rank
@@ -76,9 +79,9 @@ def make_engine_plan(architecture: str, sites: Sequence[EngineSite], config: Vll
     plan = Plan(f"{ENGINE_PLAN}{architecture}", target, steps, _origin(config))
     whole = config.parallel_config.pipeline_parallel_size == 1
     if whole:
-        matched: list[str | None] = [match.rule for match in matches.values() if isinstance(match, Match)]
+        fused = [item.site.path for item in sites if item.fused and not matches[item.site.path]]
         try:
-            check_expectations(plan, matched, packs, checkpoint, Selection())
+            check_counts(plan, model, matches.values(), fused, packs, checkpoint)
         except ExpectationError as error:
             if hindrance is None:
                 raise

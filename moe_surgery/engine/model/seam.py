@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from moe_surgery.engine import receipts
-from moe_surgery.engine.model.load import UNBUILT, Load
+from moe_surgery.engine.model import elsewhere
+from moe_surgery.engine.model.load import UNBUILT, Load, name_of
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import DeviceError, SurgeryError, UnsupportedError
 from moe_surgery.report.receipt import Receipt
@@ -41,6 +42,8 @@ class _Seam:
         self._everywhere(utils.initialize_model, self._initialize_model)
         self._everywhere(utils.process_weights_after_loading, self._process_weights)
         self._put(base_loader.BaseModelLoader, "load_model", self._load_model)
+        if (pipelines := elsewhere.registry()) is not None:
+            self._everywhere(pipelines.initialize_model, self._built_elsewhere)
 
     def _everywhere(self, function: Any, wrapper: Callable[[Any], Any]) -> None:
         """Replace a function in every loaded module that has it, under whatever name."""
@@ -119,11 +122,21 @@ class _Seam:
                 load.depth -= 1
 
             config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+            load.built = name_of(model, config.model_config)
             with torch.device("cpu"):
                 load.surgery = Surgery(model, config, load.orders, load.before, load.ranks, load.compilers)
                 load.surgery.watch()
             load.again = self._builder(original, args, kwargs)
             load.ranks.meet(f"where the plan is {load.surgery.plan.fingerprint}")
+            return model
+
+        return initialize_model
+
+    def _built_elsewhere(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def initialize_model(*args: Any, **kwargs: Any) -> Any:
+            model = original(*args, **kwargs)
+            elsewhere.tell(model, self.orders)
             return model
 
         return initialize_model
@@ -213,7 +226,7 @@ def _audited(load: Load, model: Any, config: Any, model_config: Any) -> Any:
     """The ``model`` as it was loaded, after its audit; raises what was found wrong, unless the orders are to go on."""
     from moe_surgery.engine.model.audit import audit, fault_of, told
 
-    load.built = type(model).__name__
+    load.built = name_of(model, config.model_config)
     try:
         report = audit(model, config, model_config, load.ranks)
         fault = fault_of(report)

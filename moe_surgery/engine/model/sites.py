@@ -107,15 +107,14 @@ def survey(model: nn.Module, *, fused: bool) -> tuple[EngineSite, ...]:
     known = Readings()
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if module._parameters:
-            names.setdefault(module, []).append(path)
+        names.setdefault(module, []).append(path)
     layers = _Layers(model)
     items = (
         EngineSite(site, fused=True) if _fused(site.module) and not fused else _survey(site, site.module, known)
         for site in engine_sites(model)
     )
     settled = (_with_sibling(layers, item, known) for item in items)
-    return tuple(replace(item, elsewhere=_elsewhere(item, names)) for item in settled)
+    return tuple(replace(item, elsewhere=_elsewhere(model, item, names)) for item in settled)
 
 
 class _Layers:
@@ -187,10 +186,18 @@ def _names_either(model: nn.Module, layer: str, names: set[str]) -> str | None:
     return None
 
 
-def _elsewhere(item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
-    """A name outside of a block of one of its modules that hold weights."""
-    places = item.places()
-    found = (path for part in places.values() for module in part.modules() for path in names.get(module, ()))
+def _elsewhere(model: nn.Module, item: EngineSite, names: Mapping[nn.Module, Sequence[str]]) -> str | None:
+    """A name outside of a block of one of its modules that hold weights.
+
+    Where what the block stands in has several names, as a model has that is an attribute twice, so has the block: it
+    is exchanged under all of them.
+    """
+    places: list[str] = []
+    for place in item.places():
+        parent, _, name = place.rpartition(".")
+        places += (f"{path}.{name}".lstrip(".") for path in names[model.get_submodule(parent)])
+    weights = (module for part in item.places().values() for module in part.modules() if module._parameters)
+    found = (path for module in weights for path in names[module])
     return next((path for path in found if not any(within(path, place) for place in places)), None)
 
 

@@ -31,6 +31,7 @@ from moe_surgery.engine.model.former import Former
 from moe_surgery.engine.model.kernel_block import KernelBlock, terms_in_engine
 from moe_surgery.engine.model.layer_book import LayerBook, Snapshot
 from moe_surgery.engine.model.ledger import Ledger
+from moe_surgery.engine.model.load import name_of
 from moe_surgery.engine.model.observing import observe
 from moe_surgery.engine.model.planning import FOLDED, fallen_back, make_engine_plan, reads_fused, settled
 from moe_surgery.engine.model.proving import Exam, Proof, examine, prepare, to_prove
@@ -64,13 +65,13 @@ class Surgery:
     ) -> None:
         self.started = time.perf_counter()
         self.model, self.config, self.orders, self.before, self.ranks = model, config, orders, before, ranks
-        self.architecture = type(model).__name__
+        self.architecture = name_of(model, config.model_config)
         if not isinstance(config.additional_config, dict):
             raise UnsupportedError(
                 "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
             )
         sites = settled(survey(model, fused=reads_fused(orders)), config)
-        self.plan = make_engine_plan(self.architecture, sites, config, orders)
+        self.plan = make_engine_plan(self.architecture, model, sites, config, orders)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
         folds = {step.path for step in self.plan.steps if step.target == FOLDED} if current_platform.is_cuda() else ()

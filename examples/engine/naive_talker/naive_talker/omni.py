@@ -12,7 +12,10 @@ from vllm.sequence import IntermediateTensors
 
 
 class OmniTalkerForCausalLM(nn.Module):
-    """Hands everything on to its ``talker``, whose weights lie under that name in the checkpoint."""
+    """Hands everything on to its ``talker``, whose weights lie under that name in the checkpoint.
+
+    It is ``model`` too: omni models name the part that they were built for so.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -22,6 +25,7 @@ class OmniTalkerForCausalLM(nn.Module):
             hf_config=vllm_config.model_config.hf_config,
             architectures=["NaiveTalkerForCausalLM"],
         )
+        self.model = self.talker
         self.make_empty_intermediate_tensors = self.talker.make_empty_intermediate_tensors
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
