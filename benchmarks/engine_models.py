@@ -158,6 +158,8 @@ MODELS = {
             "num_experts_per_tok": 6,
             "moe_intermediate_size": 1408,
             "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
             "topk_method": "greedy",
             "norm_topk_prob": False,
             "routed_scaling_factor": 1.0,
