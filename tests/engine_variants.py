@@ -206,7 +206,32 @@ def _unsummed(block: Any, x: Any) -> Any:
     return routed + shared
 
 
+def _inside(block: Any, x: Any, **more: Any) -> Any:
+    """What a block computes whose shared expert, with its gate, is inside vLLM's layer."""
+    return block.experts(hidden_states=x, router_logits=block.gate(x)[0], **more)
+
+
+def _summed_inside(block: Any) -> None:
+    """A shared expert that is summed over the ranks before it is added to what is summed over the ranks."""
+    block.shared_expert.down_proj.reduce_results = True
+
+
+def _called_otherwise(block: Any) -> None:
+    inside = block.experts.shared_experts
+    before = inside.forward
+    inside.forward = lambda x, order: before(2 * x, order)
+
+
+def _other_norm(block: Any) -> None:
+    experts = block.experts.routed_experts
+    experts.renormalize = not experts.renormalize
+
+
 SUMMED_LATER = "a sum left to the layer"
+FUSED = "fused_qwen2"
+"""vLLM's own class of what the example unfused_qwen2 unfuses; its blocks are to be folded."""
+CHECKPOINTS = {FUSED: "unfused_qwen2"}
+"""Kinds that have no checkpoint of their own, and whose they take."""
 BUILT: dict[str, tuple[str, Change]] = {
     "as it is": ("unfused_qwen2", lambda block: None),
     "shared expert twice": ("unfused_qwen2", _changed(_twice)),
@@ -239,10 +264,26 @@ BUILT: dict[str, tuple[str, Change]] = {
     "a whole shared expert on one rank": ("list_moe_whole", _changed(_whole_on_first_rank)),
     "a whole shared expert summed apart": ("list_moe_whole", _changed(_summed_apart)),
 }
+BUILT |= {
+    "fused": (FUSED, lambda block: None),
+    "fused, and a residual": (FUSED, _changed(lambda block, x: _inside(block, x) + x)),
+    "fused, and scaled": (FUSED, _changed(lambda block, x: 2.5 * _inside(block, x))),
+    "fused, and the shared expert again": (
+        FUSED,
+        _changed(lambda block, x: _inside(block, x) + block.shared_expert(x)),
+    ),
+    "fused, of another input": (FUSED, _changed(lambda block, x: _inside(block, x, shared_experts_input=2 * x))),
+    "fused, a scale in vLLM's layer": (FUSED, _scale_in_layer),
+    "fused, the shared expert called otherwise": (FUSED, _called_otherwise),
+    "fused, the shared expert summed inside": (FUSED, _summed_inside),
+    "fused, a shared gate patched": (FUSED, _wrapped("shared_expert_gate", _first(lambda y: y + 1))),
+}
 BUILT[SUMMED_LATER] = ("list_moe", _changed(_unsummed))
 LOADED: dict[str, tuple[str, Change]] = {
     "patched after loading": ("unfused_qwen2", _changed(_twice)),
     "a scale set after loading": ("unfused_qwen2", _scale_in_layer),
+    "fused, patched after loading": (FUSED, _changed(lambda block, x: 2 * _inside(block, x))),
+    "fused, normed otherwise after loading": (FUSED, _other_norm),
 }
 """Changes that a model makes to itself once its weights are loaded."""
 
@@ -252,8 +293,10 @@ def _register(number: int, kind: str, change: Change, *, loaded: bool) -> str:
     from list_moe.model import ListMoeForCausalLM
     from unfused_moe.qwen2 import UnfusedQwen2MoeForCausalLM
     from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen2_moe import Qwen2MoeForCausalLM
 
-    parent = ListMoeForCausalLM if kind.startswith("list") else UnfusedQwen2MoeForCausalLM
+    parents = {"unfused_qwen2": UnfusedQwen2MoeForCausalLM, FUSED: Qwen2MoeForCausalLM}
+    parent = parents.get(kind, ListMoeForCausalLM)
 
     def blocks(model: Any) -> None:
         for layer in model.model.layers:
@@ -277,7 +320,7 @@ def _register(number: int, kind: str, change: Change, *, loaded: bool) -> str:
     return name
 
 
-def _load(folder: Path, architecture: str, run: str | None) -> list[Any]:
+def _load(folder: Path, architecture: str, run: str | None, target: str = "auto") -> list[Any]:
     """The outputs of the first layer's block, loaded under surgery if there is a folder for its receipts."""
     import torch
     from vllm.config import set_current_vllm_config
@@ -297,7 +340,7 @@ def _load(folder: Path, architecture: str, run: str | None) -> list[Any]:
         hf_overrides={"architectures": [architecture]},
     ).create_engine_config()
     if run is not None:
-        engage(Orders(run, prove="all"))
+        engage(Orders(run, prove="all", target=target))
     try:
         with set_current_vllm_config(config):
             model = get_model_loader(config.load_config).load_model(config, config.model_config)
@@ -328,11 +371,12 @@ def main(folder: Path, out: Path, rank: int, world: int, port: int) -> None:
     variants = [*((name, *made, False) for name, made in BUILT.items()), *((n, *m, True) for n, m in LOADED.items())]
     for number, (name, kind, change, loaded) in enumerate(variants):
         architecture = _register(number, kind, change, loaded=loaded)
-        wanted = _load(folder / kind, architecture, None)
+        place = folder / (CHECKPOINTS.get(kind) or kind)
+        wanted = _load(place, architecture, None)
         run = out.parent / f"run{number}"
         run.mkdir(exist_ok=True)
         try:
-            got = _load(folder / kind, architecture, str(run))
+            got = _load(place, architecture, str(run), "folded" if kind == FUSED else "auto")
         except Exception as error:
             found[name] = {"outcome": "failed", "reason": str(error)}
             continue

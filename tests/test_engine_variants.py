@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine.make_checkpoint import make
-from engine_variants import BUILT, LOADED, outcomes
+from engine_variants import BUILT, CHECKPOINTS, LOADED, outcomes
 
 # What becomes of each, and a word of the reason.
 EXPECTED = {
@@ -41,12 +41,23 @@ EXPECTED = {
     "a sum left to the layer": ("replaced", "sigmoid gate, ×0.5"),
     "patched after loading": ("failed", "changed after it was read"),
     "a scale set after loading": ("failed", "changed after it was read"),
+    "fused": ("replaced", "sigmoid gate"),
+    "fused, and a residual": ("kept", "already fused · not folded: "),
+    "fused, and scaled": ("replaced", "×2.5"),
+    "fused, and the shared expert again": ("kept", "second shared expert"),
+    "fused, of another input": ("kept", "2 * shared_expert_gate"),
+    "fused, a scale in vLLM's layer": ("replaced", "top-2 of 8 ×2.5"),
+    "fused, the shared expert called otherwise": ("kept", "calls the shared expert in a way of its own"),
+    "fused, the shared expert summed inside": ("replaced", "sigmoid gate, ×2"),
+    "fused, a shared gate patched": ("kept", "ReplicatedLinear has a forward of its own"),
+    "fused, patched after loading": ("failed", "changed after it was read"),
+    "fused, normed otherwise after loading": ("failed", "changed after it was read"),
 }
 
 
 @pytest.mark.slow
 def test_no_change_of_a_block_is_lost_on_two_ranks(tmp_path: Path) -> None:
-    for kind in sorted({kind for kind, _ in [*BUILT.values(), *LOADED.values()]}):
+    for kind in sorted({kind for kind, _ in [*BUILT.values(), *LOADED.values()]} - set(CHECKPOINTS)):
         make(kind, tmp_path / kind, layers=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -179,3 +179,21 @@ def test_an_expert_that_a_models_own_router_never_chooses_is_told_before_its_blo
     _, reason = rehearse(spec, tensors, 0, make_probes(spec, tensors.router, 0))
     assert reason == "no probe is surely routed to experts 3, 17 (2 in all)"
     assert survey(spec, tensors, 0).unvisited == (3, 17)  # type: ignore[union-attr]
+
+
+def test_of_many_experts_none_is_seen_faintly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 512 experts, some are steered to by tokens that can't be asked; others are found for them."""
+    spec = MoESpec(1024, RouterSpec(512, 10, "softmax", renormalize=True), ExpertsSpec(512, 8, "silu"), None)
+    tensors = weights(spec, torch.bfloat16, seed=3)
+
+    def faintest() -> float:
+        ground = survey(spec, tensors, 0)
+        assert not isinstance(ground, str)
+        order, scores = ground.routing.order[:, :10], ground.routing.scores
+        shares = scores.gather(1, order) / scores.gather(1, order).sum(-1, keepdim=True)
+        best = torch.zeros(512).double().scatter_reduce(0, order.flatten(), shares.flatten(), "amax")
+        return float(best.min() / best.median())
+
+    assert faintest() > 0.1
+    monkeypatch.setattr("moe_surgery.prove.ground.steered_again", lambda *given: None)
+    assert faintest() < 0.1

@@ -133,6 +133,7 @@ def group_choose(
         # Other kernels wrote the tokens before the one that this one waits for began.
         value = tl.load(source + k, mask=valid[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
         w = tl.load(at + k, mask=(every < E)[None, :] & inside[:, None], other=0.0)
+        value = value.to(w.dtype)
         total = tl.dot(value, w, total, input_precision="ieee")
         if GATED:
             w = tl.load(

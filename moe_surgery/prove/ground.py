@@ -12,6 +12,7 @@ from moe_surgery.prove.asking import FEWEST, asked_alone
 from moe_surgery.prove.metrics import Truth, luck, slack
 from moe_surgery.prove.mutants import Twin, requests, twins
 from moe_surgery.prove.probe import FAMILIES, LARGE, UNIT, Probes, make_probes
+from moe_surgery.prove.probe_again import steered_again
 from moe_surgery.prove.probe_own_router import try_out, turned_up
 from moe_surgery.prove.probe_unreached import reach, unreachable
 from moe_surgery.prove.routing import Routing, route
@@ -143,6 +144,10 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
     asked = len(probes.x)
     probes, routing = _decided(spec, tensors, probes)
     undecided = asked - len(probes.x)
+    more = steered_again(spec, tensors, probes, routing, seed) if spec.router.follows_logits else None
+    if more is not None:
+        asked += len(more.x) - len(probes.x)
+        probes, routing = _decided(spec, tensors, more)
     if len(probes.of(UNIT)) == 0 and spec.router.own:
         return "its own router's choices are within its rounding noise, or name one expert twice, on every probe"
     if len(probes.of(UNIT)) == 0:

@@ -22,7 +22,7 @@ SCHEMA = FOLDED_SCHEMA.replace("folded_moe", NAME)
 
 STORED_NAME = "engine_stored_moe"
 STORED_SCHEMA = FOLDED_SCHEMA.replace("folded_moe(Tensor x, ", f"{STORED_NAME}(Tensor x, Tensor? logits, str layer, ")
-"""The operator over quantised weights."""
+"""The operator over quantised weights, or behind vLLM's router."""
 
 _MEASURED = "silu"
 """The only activation that vLLM's experts were measured with."""

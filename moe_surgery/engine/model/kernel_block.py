@@ -66,9 +66,10 @@ def _objections(item: EngineSite, config: VllmConfig) -> Iterator[str]:
     if item.reading.spec.router.top_k + slices > MOST_PAIRS:
         yield f"{item.reading.spec.router.top_k} + {slices} experts for each token are more than {MOST_PAIRS}"
     router = _weight(item.block, item.reading.layout.router)
-    if tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
+    needed = not item.reading.spec.router.own or bool(item.stored)  # else vLLM's layer alone looks at it
+    if needed and tuple(router.shape) != (item.reading.spec.router.num_experts, item.reading.spec.hidden):
         yield f"{item.reading.layout.router} is a part of a weight"
-    for piece in _small(item.reading, shared=not item.stored):
+    for piece in _small(item.reading, router=needed, shared=not item.stored):
         found = _weight(item.block, piece).dtype
         if found != config.model_config.dtype:
             yield f"{piece.path} is {str(found).removeprefix('torch.')}, the block {dtype}"
@@ -125,10 +126,11 @@ def _shared_width(item: EngineSite) -> int:
     return 0 if shared is None else int(_weight(item.block, shared.down).shape[-1])
 
 
-def _small(reading: Reading, *, shared: bool) -> Iterator[Piece]:
-    """The weights of a block but for the routed experts', and those of the ``shared`` one if they are wanted."""
+def _small(reading: Reading, *, router: bool, shared: bool) -> Iterator[Piece]:
+    """The weights of a block but for the routed experts', with ``router`` and ``shared`` expert if they are wanted."""
     layout = reading.layout
-    yield layout.router
+    if router:
+        yield layout.router
     if shared and layout.shared is not None:
         yield from layout.shared.pieces()
     if layout.shared_gate is not None:
@@ -182,13 +184,14 @@ class KernelBlock(EngineBlock):
         self.terms = terms_in_engine(item, 1.0 if shared is None else shared.factor)
         self._check()
         self._layer_name = str(runner.layer_name)
+        self._dtype: torch.dtype = getattr(self, self._routed).routed_experts.params_dtype
         self._vllm: bool | None = None
         if self._by_layer:
             from moe_surgery.engine.model.stored_op import compute_stored, engine_stored_moe  # needs Triton
 
             self._of_stored, self._of_stored_in_graphs, self.schema = compute_stored, engine_stored_moe, STORED_SCHEMA
         else:
-            self._compute, self._operator, self.schema = _operators(self.terms, self._router_weight().dtype)
+            self._compute, self._operator, self.schema = _operators(self.terms, self._dtype)
 
     @property
     def _by_layer(self) -> bool:
@@ -198,12 +201,14 @@ class KernelBlock(EngineBlock):
     @property
     def sizes_to_ask(self) -> tuple[int, ...]:
         """See :func:`~moe_surgery.engine.model.crossover.sizes_to_ask`."""
-        return sizes_to_ask(self.terms, self._router_weight().dtype)
+        return sizes_to_ask(self.terms, self._dtype)
 
     def weights(self) -> Weights:
         """The block's weights, where they are now."""
         experts: Any = getattr(self, self._routed).routed_experts
-        router, w13, w2 = self._router_weight(), experts.w13_weight, experts.w2_weight
+        w13, w2 = experts.w13_weight, experts.w2_weight
+        # Where vLLM's router chooses, this one is looked at for its dtype alone.
+        router = w13 if self.terms.given and not self.terms.scaled else self._router_weight()
         shared: Any = self._shared[0]
         held = scales(experts, shared) if self.terms.scaled else None
         if shared is None:
@@ -260,7 +265,7 @@ class KernelBlock(EngineBlock):
             )
         rows = t.slices * t.width * (1 if weights.shared_up is not None else 2)
         wanted: dict[str, tuple[int, ...] | None] = {
-            "router": (t.experts, t.hidden),
+            "router": tuple(weights.w13.shape) if weights.router is weights.w13 else (t.experts, t.hidden),
             "w13": (t.experts, 2 * t.width, t.hidden),
             "w2": (t.experts, t.hidden, t.width),
             "gate": (1, t.hidden) if t.gated else None,

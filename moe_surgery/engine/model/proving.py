@@ -98,7 +98,7 @@ def prepare(item: EngineSite, ranks: Ranks, pool: Executor) -> Exam:
     if item.stored:
         small = replace(small, scales=in_e4m3.copied(block, item.experts, layout.shared, small.router.dtype))
     settle(small.router.device)  # the copies are made on this thread's stream
-    probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED)
+    probes = None if spec.experts.limit is not None else pool.submit(make_probes, spec, small.router, SEED, small)
     return Exam(item.site.path, spec, small, ranks, probes)
 
 
@@ -196,13 +196,14 @@ def _routing(item: EngineSite) -> OwnRouting | None:
 
 
 def _small(block: nn.Module, layout: Layout, routing: OwnRouting | None, ranks: Ranks) -> BlockTensors:
-    """Router and shared expert, in full size, as copies; the experts are still empty."""
+    """Router and shared expert, in full size, as copies; the experts are still empty, and of their dtype."""
     router = _matrix(block, layout.router)
+    empty = weight(block, layout.experts[0].down.path).new_empty(0)
     shared = layout.shared
     return BlockTensors(
         router=router,
-        w13=router.new_empty(0),
-        w2=router.new_empty(0),
+        w13=empty,
+        w2=empty,
         shared_gate_proj=_rows(block, shared.gate, ranks) if shared else None,
         shared_up_proj=_rows(block, shared.up, ranks) if shared else None,
         shared_down_proj=_columns(block, shared.down, ranks) if shared else None,

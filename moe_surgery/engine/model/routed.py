@@ -77,6 +77,9 @@ def _check_runner(runner: MoERunner) -> None:
     for what, value in held.items():
         if value:
             raise Unreadable(f"it has {what}")
+    inside: Any = runner.shared_experts
+    if inside is not None and ("forward" in vars(inside) or inside._forward_hooks or inside._forward_pre_hooks):
+        raise Unreadable("its routed layer calls the shared expert in a way of its own")
 
 
 def _routes(runner: MoERunner) -> Routes:

@@ -1,7 +1,7 @@
-"""The operator of a block over quantised weights: this library's kernels for few tokens, vLLM's layer for others.
+"""The operator of a block over quantised weights or behind vLLM's router: this library's kernels, or vLLM's layer.
 
-Where the kernels compute, they choose experts as well, or vLLM's router does, to the bit as for its own layer. That
-layer was rebuilt with the shared expert inside, so it computes all of the block by itself. It is found by its name in
+Where the kernels compute, they choose experts as well, or vLLM's router does, to the bit as for its own layer. Where
+that is faster it computes all of the block: it was rebuilt with the shared expert inside. It is found by its name in
 the forward's context, as vLLM's operators find their layers, since a graph can't hold it.
 """
 
