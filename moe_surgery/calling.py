@@ -58,7 +58,8 @@ class Calling:
 
     Of a module of experts alone that is called with tokens in ``slots``, these are its input. Any other may have as
     many ``dimensions`` as those that the block was read with. Some are told where tokens go by masks [T, k, E] of so
-    many experts, in which the one that counts is 1 and all others are 0, instead of ids [T, k].
+    many experts, in which the one that counts is 1 and all others are 0, instead of ids [T, k]. Of some that take ids,
+    those below zero count from the ``last`` expert: they are an error, where a replacement takes them for none.
     """
 
     arguments: tuple[Argument, ...]
@@ -66,6 +67,7 @@ class Calling:
     slots: Slots | None = None
     dimensions: frozenset[int] = frozenset([2, 3])
     masks: int | None = None
+    last: bool = False
 
     @property
     def plain(self) -> bool:
@@ -144,6 +146,8 @@ class Calling:
             tensors |= {} if self.slots is None else self.slots.taken(tensors["hidden_states"])
         if self.masks is not None and "ids" in tensors:
             tensors["ids"] = self._ids(tensors["ids"], self.masks)
+        if self.last and "ids" in tensors:
+            self._check_below_zero(tensors["ids"])
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -173,6 +177,11 @@ class Calling:
         fits = (masks == hit).all() & (count <= 1).all()  # asked where it lies: nobody waits for a GPU
         torch._assert_async(fits, "a replaced block was called with a mask that is no one of one expert, or of none")
         return hit.int().argmax(-1).masked_fill(count == 0, experts)
+
+    def _check_below_zero(self, ids: Any) -> None:
+        import torch
+
+        torch._assert_async((ids >= 0).all(), "a replaced block was called with an id below zero")
 
     def tokens(self, x: Any) -> Any:
         """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""

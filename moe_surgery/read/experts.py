@@ -6,9 +6,10 @@ fused layer needs to know: the model's own router, and all else around it, stay 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ def _of_size(watch: Watch, calling: Calling, state: dict[str, Tensor], width: in
     ]
     with suppress(Unfollowed):  # some modules take no single choice
         records.append(_record(watch, calling, width, spread(7, total, 1), torch.bfloat16, torch.float32))
-    identities = _beyond(watch, calling, width, total, own)
+    kind = partial(_kind, watch, calling, width, own)
+    identities = _beyond(total, kind)
+    calling = replace(calling, last=kind(-1) not in ("none", "error"))
     return of_records(records, calling, state, total, min(2, total), identities)
 
 
@@ -170,21 +173,22 @@ def _record(
     return parse_record(flow, dtype)
 
 
-def _beyond(watch: Watch, calling: Calling, width: int, total: int, dtype: torch.dtype) -> int:
+def _kind(watch: Watch, calling: Calling, width: int, dtype: torch.dtype, expert: int) -> str:
+    """What an id is that stands for no expert with weights: "error", "none", "identity" or "other"."""
+    ids = torch.tensor([[expert, 0], [expert, 0]])
+    try:
+        [one, _] = _record(watch, calling, width, ids, dtype, torch.float32, plain=True).tokens
+    except Unfollowed:
+        return "error"
+    slot = one.slots[0]
+    return "none" if slot is None else "identity" if slot.identity else "other"
+
+
+def _beyond(total: int, kind: Callable[[int], str]) -> int:
     """How many ids beyond the experts stand for experts that return their input.
 
-    An id beyond those stands for none, or is an error, in the module as in its replacement.
+    An id beyond those stands for none, or is an error, in the module as in its replacement; ``kind`` says which.
     """
-
-    def kind(expert: int) -> str:
-        ids = torch.tensor([[expert, 0], [expert, 0]])
-        try:
-            [one, _] = _record(watch, calling, width, ids, dtype, torch.float32, plain=True).tokens
-        except Unfollowed:
-            return "error"
-        slot = one.slots[0]
-        return "none" if slot is None else "identity" if slot.identity else "other"
-
     first = kind(total)
     if first in ("error", "none"):
         after = "none" if first == "error" else kind(total + 1)

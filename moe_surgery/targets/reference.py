@@ -254,8 +254,8 @@ def applied_weights(spec: MoESpec, scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def within(ids: Tensor, weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Ids and weights [T, k] in which ids beyond the experts, which stand for none, have weight zero."""
-    beyond = ids >= total
+    """Ids and weights [T, k] in which ids beyond the experts or below zero, which stand for none, have weight zero."""
+    beyond = (ids >= total) | (ids < 0)
     return ids.masked_fill(beyond, 0), weights.masked_fill(beyond, 0)
 
 
