@@ -92,10 +92,12 @@ class Updated(Replayed):
 class ShapeOfInput:
     """An attribute that is the shape of the input of the last call, as it was ("batch"), or of its tokens ("flat").
 
-    ``leads`` are those that fit: of tokens [T, H] both do. One that lay in a form of its own is "form".
+    ``leads`` are those that fit: of tokens [T, H] both do. One that lay in a form of its own is "form". It is a
+    ``plain`` tuple, or a :class:`torch.Size`.
     """
 
     leads: frozenset[str]
+    plain: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,26 +42,30 @@ class Argument:
 
 
 class UnreadCall(SurgeryError):
-    """A call with a ``value`` for ``argument`` that the block wasn't read with."""
+    """A call with a ``value`` for ``argument`` that the block wasn't read with; ``told`` is what to call that."""
 
-    def __init__(self, argument: str, value: object = None) -> None:
+    def __init__(self, argument: str, value: object = None, told: str = "") -> None:
+        self.argument, self.value, self.told = argument, value, told or f"a value for {argument}"
         super().__init__(
-            f"a replaced block was called with a value for {argument} that it was not read with; undo, or leave the "
-            "block alone with skip="
+            f"a replaced block was called with {self.told} that it was not read with; undo, or leave the block alone "
+            "with skip="
         )
-        self.argument, self.value = argument, value
 
 
 @dataclass(frozen=True)
 class Calling:
     """All arguments of a block's forward in order. ``form`` is how its input lies, where that isn't [B, S, H].
 
-    Of a module of experts alone that is called with tokens in ``slots``, these are its input.
+    Of a module of experts alone that is called with tokens in ``slots``, these are its input. Any other may have as
+    many ``dimensions`` as those that the block was read with. Some are told where tokens go by masks [T, k, E] of so
+    many experts, in which the one that counts is 1 and all others are 0, instead of ids [T, k].
     """
 
     arguments: tuple[Argument, ...]
     form: Form | None = None
     slots: Slots | None = None
+    dimensions: frozenset[int] = frozenset([2, 3])
+    masks: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -85,6 +89,8 @@ class Calling:
         """
         if self.slots is not None and "ids" in tensors:
             tensors = {**tensors, "hidden_states": self.slots.given(tensors)}
+        if self.masks is not None and "ids" in tensors:
+            tensors = {**tensors, "ids": _as_masks(tensors["ids"], self.masks)}
         if self.form is not None:
             tensors = {**tensors, "hidden_states": self.form.given(tensors["hidden_states"])}
         wanted = [argument for argument in self.arguments if not argument.many and not argument.by_name_only]
@@ -133,13 +139,11 @@ class Calling:
                 if not argument.companion.fits(value, tensors["hidden_states"]):
                     raise UnreadCall(argument.name, value)
                 tensors[argument.companion.key] = value
-        if self.form is not None and getattr(x := tensors.get("hidden_states"), "ndim", None) != self.form.dimensions:
-            raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
-        if self.slots is not None:
-            x = tensors.get("hidden_states")
-            if x is None or not self.slots.fits(x):
-                raise UnreadCall(next(a.name for a in self.arguments if a.role == "hidden_states"), x)
-            tensors |= self.slots.taken(x)
+        if "hidden_states" in tensors:
+            self.check(tensors["hidden_states"])
+            tensors |= {} if self.slots is None else self.slots.taken(tensors["hidden_states"])
+        if self.masks is not None and "ids" in tensors:
+            tensors["ids"] = self._ids(tensors["ids"], self.masks)
         there = {argument.name for argument, _ in found}
         for argument in self.arguments:
             if (argument.role in _TENSORS or argument.required) and argument.name not in there:
@@ -147,6 +151,28 @@ class Calling:
             if argument.companion is not None and argument.name not in there:
                 raise UnreadCall(argument.name)
         return tensors
+
+    def check(self, x: Any) -> None:
+        """Raise :class:`UnreadCall` for an input ``x`` that doesn't lie as those that the block was read with."""
+        if self.slots is not None:
+            fits = self.slots.fits(x)
+        else:
+            fits = x.ndim in self.dimensions if self.form is None else x.ndim == self.form.dimensions
+        if not fits:
+            name = next(a.name for a in self.arguments if a.role == "hidden_states")
+            raise UnreadCall(name, x, f"{name} of {x.ndim} dimensions")
+
+    def _ids(self, masks: Any, experts: int) -> Any:
+        """The ids [T, k] that masks [T, k, E] tell; one beyond the experts where no expert counts."""
+        import torch
+
+        if masks.ndim != 3 or masks.shape[-1] != experts or masks.dtype != torch.int64:
+            raise UnreadCall(next(a.name for a in self.arguments if a.role == "ids"), masks)
+        hit = masks == 1
+        count = hit.sum(-1)
+        fits = (masks == hit).all() & (count <= 1).all()  # asked where it lies: nobody waits for a GPU
+        torch._assert_async(fits, "a replaced block was called with a mask that is no one of one expert, or of none")
+        return hit.int().argmax(-1).masked_fill(count == 0, experts)
 
     def tokens(self, x: Any) -> Any:
         """An input or output of the block as tokens, [B, S, H] where it lies in a ``form`` of its own."""
@@ -159,6 +185,13 @@ class Calling:
     def back(self, x: Any, given: Any) -> Any:
         """Tokens of the shape that :meth:`tokens` gave to ``given``, lying as that does."""
         return x if self.form is None else self.form.back(x, self.form.lead(given))
+
+
+def _as_masks(ids: Any, experts: int) -> Any:
+    """Masks [T, k, E] that tell ids [T, k]; zero for those beyond the experts."""
+    import torch
+
+    return (ids[..., None] == torch.arange(experts, device=ids.device)).long()
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -100,12 +100,20 @@ def test_objects_that_calls_write_to_may_have_been_written_to_before(undoable: b
     assert torch.equal(model.mlp.token_dispatcher.order, before.mlp.token_dispatcher.order)
 
 
-def test_the_shape_of_the_last_input_is_kept_up_to_date() -> None:
-    _, model, report = operated("KeepsItsInputsShape", "hidden_shape")
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("KeepsItsInputsShape", torch.Size),
+        ("KeepsItsInputsShapeAsATuple", tuple),
+        ("KeepsItsInputsShapePutTogether", torch.Size),
+    ],
+)
+def test_the_shape_of_the_last_input_is_kept_up_to_date(name: str, kind: type) -> None:
+    _, model, report = operated(name, "hidden_shape")
     for shape in ((1, 1, 32), (3, 7, 32)):
         with torch.no_grad():
             _, kept = model(torch.randn(shape))
-        assert type(kept) is torch.Size and kept == shape
+        assert type(kept) is kind and kept == shape
     moe_surgery.undo(report)
 
 

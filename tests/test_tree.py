@@ -343,6 +343,29 @@ class OneAfterTheOther(OfModalities):
         return self.images(x)
 
 
+class OfPlaces(OfModalities):
+    """Its two MLPs compute the tokens at places that it is given (BAGEL)."""
+
+    def forward(self, x: torch.Tensor, of_words: torch.Tensor | None = None) -> torch.Tensor:
+        return self.of_places(x, x[..., 0] > 0 if of_words is None else of_words)
+
+    def of_places(self, x: torch.Tensor, of_words: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        out[of_words] = self.words(x[of_words])
+        out[~of_words] = self.images(x[~of_words])
+        return out
+
+
+class OfEnds(OfModalities):
+    """One MLP computes the first tokens, and another the others."""
+
+    def forward(self, x: torch.Tensor, first: int = 3) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        out[:, :first] = self.words(x[:, :first])
+        out[:, first:] = self.images(x[:, first:])
+        return out
+
+
 class BestHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -401,6 +424,7 @@ class Slots(nn.Module):
     [
         (Slots, "it has no top-k; nor its experts alone (bank): norm.weight takes no part in what was read"),
         (OfModalities, "it has no top-k: kind, an argument, says which of words, images computes"),
+        (OfPlaces, "it has no top-k: of_words and ~of_words say which tokens each of words, images computes"),
         (BestHeads, "what it takes the best of, scored by score, are heads of attention, which mix tokens"),
         (Grouped, "it convolves over several places, or some of its channels (conv1d)"),
         (
@@ -408,7 +432,7 @@ class Slots(nn.Module):
             "it has no top-k: which of its experts counts is told by comparing what it computes with a number",
         ),
     ],
-    ids=["slots", "an argument", "heads", "groups", "a threshold"],
+    ids=["slots", "an argument", "places", "heads", "groups", "a threshold"],
 )
 def test_what_else_chooses_among_experts_is_listed(module: Callable[[], nn.Module], reason: str) -> None:
     [step] = moe_surgery.plan(stack(module()).eval()).steps
@@ -417,8 +441,8 @@ def test_what_else_chooses_among_experts_is_listed(module: Callable[[], nn.Modul
 
 @pytest.mark.parametrize(
     "module",
-    [OneAfterTheOther, AllHeads, lambda: Mixing(lambda s, a, b: torch.where(s > 0, a, a + 1) + b, 1)],
-    ids=["one after the other", "all heads", "a threshold of something else"],
+    [OneAfterTheOther, OfEnds, AllHeads, lambda: Mixing(lambda s, a, b: torch.where(s > 0, a, a + 1) + b, 1)],
+    ids=["one after the other", "ends", "all heads", "a threshold of something else"],
 )
 def test_equal_layers_of_which_none_is_chosen_are_no_site(module: Callable[[], nn.Module]) -> None:
     assert not moe_surgery.plan(stack(module()).eval()).steps

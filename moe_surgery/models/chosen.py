@@ -6,12 +6,16 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 
 def chosen_by(module: nn.Module, alike: Iterable[tuple[str, ...]]) -> str | None:
-    """How an argument of ``module`` tells which of its children ``alike`` it calls: a sentence, if one does."""
+    """How an argument of ``module`` tells which of its children ``alike`` it calls: a sentence, if one does.
+
+    It may be compared, or say which tokens each of them computes.
+    """
     several = [names for names in alike if len(names) > 1]
     code = _forward(module) if several else None
     if code is None:
@@ -24,7 +28,28 @@ def chosen_by(module: nn.Module, alike: Iterable[tuple[str, ...]]) -> str | None
             ways = [set(names).intersection(_children(part, own)) for part in (branch.body, branch.orelse)]
             if asked and ways[0] != ways[1] and len(set(names).intersection(_children(code, own))) > 1:
                 return f"it has no top-k: {asked[0]}, an argument, says which of {', '.join(names)} computes"
+        places = _written_by(names, module, code)
+        told = list(dict.fromkeys(ast.unparse(place.slice) for place in places.values()))
+        if len(told) > 1 and len({ast.unparse(place.value) for place in places.values()}) == 1:
+            return f"it has no top-k: {' and '.join(told)} say which tokens each of {', '.join(places)} computes"
     return None
+
+
+def _written_by(names: tuple[str, ...], module: nn.Module, forward: ast.FunctionDef) -> dict[str, ast.Subscript]:
+    """By child, which places of a tensor its output is written to, in a forward or a method that this calls."""
+    found: dict[str, ast.Subscript] = {}
+    named = set(_children(forward, forward.args.args[0].arg)) if forward.args.args else set()
+    called = [code for name in sorted(named) if (code := _code(getattr(type(module), name, None))) is not None]
+    for code in (forward, *called):
+        own = code.args.args[0].arg if code.args.args else ""
+        for node in ast.walk(code):
+            if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Subscript):
+                by = set(names).intersection(_children(node.value, own))
+                within = list(ast.walk(target.slice))
+                cut = any(isinstance(part, ast.Slice) and (part.lower or part.upper) for part in within)
+                if len(by) == 1 and not cut and any(isinstance(part, ast.Name) for part in within):
+                    found.setdefault(by.pop(), target)
+    return found
 
 
 def chooses_heads(module: nn.Module) -> str | None:
@@ -54,8 +79,12 @@ def _takes_best(module: nn.Module) -> bool:
 
 
 def _forward(module: nn.Module) -> ast.FunctionDef | None:
+    return _code(type(module).forward)
+
+
+def _code(function: Any) -> ast.FunctionDef | None:
     try:
-        [code] = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body
+        [code] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return code if isinstance(code, ast.FunctionDef) else None

@@ -128,7 +128,7 @@ class Operation:
             findings.again = {path: reading.spec for path, reading in again.items()}
             self.heard = self._run_before(given)
         for path, call in self.heard.unread.items():
-            findings.refused[path] = f"the model calls it with a value for {call.argument}, which it was not read with"
+            findings.refused[path] = f"the model calls it with {call.told}, which it was not read with"
 
     def _run_before(self, given: Mapping[str, Any] | None) -> WholeModel:
         """The model run with its old blocks, as far as it can be, with the arguments ``given``."""

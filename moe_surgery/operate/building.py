@@ -46,9 +46,7 @@ def built(block: nn.Module, reading: Reading, tensors: BlockTensors, target: Tar
     own = own_part(block, reading, tensors, new._buffers if state else {})
     if own is not None:
         new.add_module("own_part", own)
-    writes = any(isinstance(value, Written) for _, value in reading.kept)
-    if spec.at == "experts" or own or writes or not (reading.calling.plain and reading.results is None):
-        new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
+    new.convention = Convention.of(spec, reading.calling, reading.results, tensors, own, reading.kept)
     owner, _, _ = reading.layout.router.path.rpartition(".")
     if owner and "." not in owner:
         router = block.get_submodule(owner)

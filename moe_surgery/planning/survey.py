@@ -123,7 +123,7 @@ def _inside(site: Site, known: Readings, shared: dict[int, list[str]], reason: s
     found, left = _alone(site, known, shared, experts_modules(site.module), read_experts, 3, reason)
     if len(found) == 1:
         return found[0]
-    return Surveyed(site, None, reason + _why(left) if not found else reason)
+    return Surveyed(site, None, reason + (_several(site, found) if found else _why(left)))
 
 
 def _in_slots(site: Site, known: Readings, shared: dict[int, list[str]], unread: Surveyed) -> Surveyed:
@@ -136,7 +136,7 @@ def _in_slots(site: Site, known: Readings, shared: dict[int, list[str]], unread:
     if len(found) == 1:
         return found[0]
     told = [(path, error) for path, error in left if not isinstance(error, Unfollowed)]
-    return replace(unread, unread=reason + _why(told)) if not found else unread
+    return replace(unread, unread=reason + (_several(site, found) if found else _why(told)))
 
 
 def _alone(
@@ -168,6 +168,12 @@ def _alone(
 def _why(left: list[tuple[str, Unreadable]]) -> str:
     """Why the only module that might be a block's experts can't be read alone, behind the block's own reason."""
     return f"{_NOR} ({left[0][0]}): {left[0][1]}" if len(left) == 1 else ""
+
+
+def _several(site: Site, found: list[Surveyed]) -> str:
+    """Why none of several modules that might be a block's experts is replaced alone."""
+    names = [item.site.path.removeprefix(f"{site.path}.") for item in found]
+    return f"{_NOR} ({', '.join(names)}): there are {len(names)} such modules, and no more than one is replaced"
 
 
 def _check_place(site: Site, shared: dict[int, list[str]]) -> None:

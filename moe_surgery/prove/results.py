@@ -7,15 +7,18 @@ own truth in float64, on tokens whose choice of experts no rounding can change, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.answers import Replayed, Result, Structure, output_of, structured
+from moe_surgery.answers import Replayed, Result, Structure, output_of
 from moe_surgery.calling import Calling
 from moe_surgery.companion import twins
+from moe_surgery.prove.apart import SLACK, attribute, differences, form, leaves, unsteady
+from moe_surgery.prove.asking import FEWEST
 from moe_surgery.prove.probe import UNIT, Probes, make_probes
 from moe_surgery.prove.proof import prove
 from moe_surgery.prove.verdict import Verdict
@@ -24,9 +27,9 @@ from moe_surgery.spec import MoESpec
 from moe_surgery.targets.convention import Convention, weights_of, without_renormalising
 from moe_surgery.weights.tensors import BlockTensors
 
-_SLACK = 8.0
 _NOTHING = 1e-9
 UNSURE = "every probe is within the router's noise, so that nothing is known of its results"
+UNSTEADY = "asked the same again, it answers something else"
 UNCHANGED = "no probe changes a buffer that it writes to, so that nothing is known of what it holds"
 
 
@@ -47,15 +50,27 @@ def prove_block(
     if any(companion.masks for companion in calling.companions):
         probes = _with_twins(probes or make_probes(spec, tensors.router, seed, tensors))
     verdict = prove(asked[0], asked[1], spec, tensors, seed=seed, margin=margin, probes=probes)
-    if not verdict.passed or (results is None and not convention.written and not convention.state):
-        return verdict
-    with torch.no_grad():
-        fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
-    return (
-        verdict
-        if fault is None
-        else replace(verdict, passed=False, reason=fault, powerless=fault in (UNSURE, UNCHANGED))
-    )
+    if verdict.passed and (results is not None or convention.written or convention.state):
+        with torch.no_grad():
+            fault = next(_faults(old, new, spec, tensors, convention, seed, margin), None)
+        if fault is not None:
+            verdict = replace(verdict, passed=False, reason=fault, powerless=fault in (UNSURE, UNCHANGED))
+    if not (verdict.passed or verdict.powerless) and _unsteady(old, spec, tensors, convention):
+        return replace(verdict, reason=UNSTEADY, powerless=True)
+    return verdict
+
+
+def _unsteady(block: nn.Module, spec: MoESpec, tensors: BlockTensors, convention: Convention) -> bool:
+    """Whether a block answers otherwise when it is asked the same again; one that answers nothing doesn't."""
+    x = torch.randn(FEWEST, spec.hidden, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x = x.to(tensors.w13.device, tensors.router.dtype)
+    with torch.no_grad(), suppress(Exception):
+        if spec.at == "experts":
+            numbers = torch.arange(len(x) * min(2, spec.experts.acting), device=x.device) % spec.experts.acting
+            ids = numbers.view(len(x), -1)
+            return unsteady(block, convention, {"hidden_states": x, "ids": ids, "weights": x.new_ones(ids.shape)})
+        return unsteady(block, convention, {"hidden_states": _batches(block, x, convention.calling)[-1]})
+    return False
 
 
 def _with_twins(probes: Probes) -> Probes:
@@ -103,16 +118,16 @@ def _faults(
         for block in (old, new):
             with unwritten(old):  # an object that both write to must be written to by each
                 answers.append(block(*convention.calling.placed({"hidden_states": batch})))
-                wrote.append([_attribute(block, path, name) for (path, name), _ in convention.written])
-        if _form(answers[0]) != _form(answers[1]):
-            yield f"the new block returns {_form(answers[1])}, the old one {_form(answers[0])}"
+                wrote.append([attribute(block, path, name) for (path, name), _ in convention.written])
+        if form(answers[0]) != form(answers[1]):
+            yield f"the new block returns {form(answers[1])}, the old one {form(answers[0])}"
             return
         for ((path, name), _), *values in zip(convention.written, *wrote, strict=True):
-            yield from _apart(f"{path}.{name}".lstrip("."), *values)
-        found = [_leaves(answer) for answer in answers]
+            yield from differences(f"{path}.{name}".lstrip("."), *values)
+        found = [leaves(answer) for answer in answers]
         for number, leaf in enumerate(wanted.leaves() if wanted is not None else ()):
             if isinstance(leaf, Replayed):
-                yield from _apart(f"result {leaf.where}", *(values[number] for values in found))
+                yield from differences(f"result {leaf.where}", *(values[number] for values in found))
             elif not isinstance(leaf, Result):
                 if any(not _equal(values[number], found[0][number]) for values in found):
                     yield f"the new block returns {found[1][number]} where the old one returns {found[0][number]}"
@@ -136,7 +151,7 @@ def _otherwise_changed(
                 block(*convention.calling.placed({"hidden_states": batch}))
             after.append({name: block.get_buffer(name).clone() for name in names})
         for name in names:
-            yield from _apart(f"buffer {name}", after[0][name], after[1][name])
+            yield from differences(f"buffer {name}", after[0][name], after[1][name])
         told |= {name for name in names if not torch.equal(after[0][name], begun(after[0][name]))}
     if told != set(names):
         yield UNCHANGED
@@ -157,36 +172,6 @@ def _batches(block: nn.Module, x: Tensor, calling: Calling) -> tuple[Tensor, ...
     return x[None], x.view(2, -1, x.shape[-1])
 
 
-def _attribute(block: nn.Module, path: str, name: str) -> Any:
-    owner: Any = block
-    for part in path.split(".") if path else ():
-        owner = owner[part] if type(owner) is dict else getattr(owner, part)
-    return owner.get(name) if type(owner) is dict else getattr(owner, name, None)
-
-
-def _apart(what: str, old: Any, new: Any) -> Iterator[str]:
-    """Why what the same operations made of the same input differs in two blocks, if it does."""
-    if type(old) in (dict, list, tuple) and _form(old) == _form(new):
-        for one, other in zip(_leaves(old), _leaves(new), strict=True):
-            yield from _apart(what, one, other)
-        return
-    if not isinstance(old, Tensor) and type(old) is type(new) and old == new:  # a shape, or a plain value
-        return
-    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):
-        yield f"the new block's {what} is not of the old one's form"
-    elif not old.dtype.is_floating_point:
-        if not torch.equal(old, new):
-            yield f"the new block's {what} is another than the old one's"
-    elif not torch.equal(old.isfinite(), new.isfinite()):
-        yield f"the new block's {what} is not finite where the old one's is, or the other way round"
-    else:
-        finite = old.isfinite()
-        apart, size = float((old - new)[finite].double().norm()), float(old[finite].double().norm())
-        if apart > (bound := _SLACK * torch.finfo(old.dtype).eps) * size:
-            relative = apart / size if size else float("inf")
-            yield f"the new block's {what} is {relative:.2g} from the old one's; {bound:.2g} are allowed"
-
-
 def _unlike(
     leaf: Result,
     given: list[Tensor],
@@ -201,7 +186,7 @@ def _unlike(
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     # What is measured is no more than what products of that length may be off by, or a wrong formula would hide in it.
     noise = min(_distance(_value(leaf, rounded)[sure].double(), truth), most)
-    bound = _SLACK * max(noise, eps)
+    bound = SLACK * max(noise, eps)
     for who, values in zip(("old", "new"), given, strict=True):
         if not (error := _distance(values[sure].double(), truth)) <= bound:
             yield f"the {who} block's {leaf.value} are {error:.2g} from what they should be; {bound:.2g} are allowed"
@@ -233,7 +218,7 @@ def _sure(spec: MoESpec, exact: dict[str, Tensor], rounded: dict[str, Tensor]) -
     noise = (by[0] - by[1]).where(finite, 0.0).abs().amax(-1)
     best = by[0].topk(min(spec.router.top_k + 1, by[0].shape[-1]), -1).values
     apart = (best[:, :-1] - best[:, 1:]).amin(-1) if best.shape[-1] > 1 else torch.ones_like(best[:, 0])
-    return apart > _SLACK * noise
+    return apart > SLACK * noise
 
 
 def _distance(values: Tensor, truth: Tensor) -> float:
@@ -241,24 +226,6 @@ def _distance(values: Tensor, truth: Tensor) -> float:
     if not bool(values.isfinite().all()):
         return float("inf")
     return float(((values - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-300)).max())
-
-
-def _leaves(answer: Any) -> list[Any]:
-    found: list[Any] = []
-    structured(answer, lambda value, _: found.append(value))
-    return found
-
-
-def _form(answer: Any) -> str:
-    """Types, shapes and dtypes of an answer, as text."""
-
-    def leaf(value: Any, _: str) -> Any:
-        if isinstance(value, Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        return type(value).__name__
-
-    found = structured(answer, leaf)
-    return f"{type(answer).__name__} {found}"
 
 
 def _equal(one: Any, other: Any) -> bool:

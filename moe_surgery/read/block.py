@@ -20,7 +20,7 @@ from torch import nn
 
 from moe_surgery.calling import Calling
 from moe_surgery.companion import Companion
-from moe_surgery.form import FORMS
+from moe_surgery.form import FORMS, IMAGES
 from moe_surgery.read.asking import FEW, Asking, Records, rolled, spread
 from moe_surgery.read.batches import (
     crowded_record,
@@ -32,7 +32,7 @@ from moe_surgery.read.batches import (
 )
 from moe_surgery.read.children import children, combine
 from moe_surgery.read.companions import with_companions, with_others_alike
-from moe_surgery.read.other_forms import check_arguments, check_images, in_a_form
+from moe_surgery.read.other_forms import check_arguments, check_images, in_a_form, takes_images
 from moe_surgery.read.own_part import own_part, own_weights
 from moe_surgery.read.parse.results import all_say, constants, kept_by_all
 from moe_surgery.read.parsed import Record, parse_record
@@ -108,6 +108,24 @@ def read_told(block: nn.Module, fits: Callable[[Companion], bool]) -> Reading:
             return _told(records, parse, calling)
         except Unreadable as error:
             problem = error
+    raise problem
+
+
+def read_in_form(block: nn.Module, dimensions: int) -> Reading:
+    """What ``block`` computes of an input of so many ``dimensions``, such as images, if it reads others otherwise.
+
+    Raises :class:`~moe_surgery.read.reading.Unreadable` as :func:`read` does.
+    """
+    records, problem = Records(block), Unreadable(f"it takes no input of {dimensions} dimensions")
+    for form in (form for form in FORMS if form.dimensions == dimensions):
+        calling = replace(arguments_of(block, absent=True), form=form)
+        try:
+            return _read(records, parse_record, calling=calling)
+        except Unreadable as error:
+            problem = error
+        for parse in (Splitting(), Within()):
+            with suppress(Unreadable):
+                return _read_in_parts(records, parse, calling)
     raise problem
 
 
@@ -204,6 +222,10 @@ def _read(
         experts = same_experts(made, first, router.num_experts, split=split)
         numbers = renumbered(experts)
         program = own_part(ask, made, crowded.shape(few), crowded.shape(batch), own, numbers)
+        if form is None and program is None and not crowded.flat:
+            batch = odd_batch(state, 1, router.num_experts, router.top_k, *crowded.avoid, form=IMAGES)
+            if takes_images(ask, made, batch, width, own):
+                calling = replace(calling, dimensions=calling.dimensions | {IMAGES.dimensions})
     check_identities(experts, split)
     layout = layout_of(first, experts)
     if router.groups and router.groups.chosen * router.num_experts // router.groups.count < router.top_k:

@@ -52,10 +52,11 @@ def _takes_three(module: nn.Module) -> bool:
 def read_experts(module: nn.Module) -> Reading:
     """What a module of experts computes of tokens [T, H], expert ids [T, k] and routing weights [T, k].
 
+    It may be told masks [T, k, E] instead of ids.
     Raises :class:`~moe_surgery.read.reading.Unreadable` with the reason if anything in it can't be accounted for.
     """
     state = check_site(module, inputs=3)
-    calling = arguments_of(module, 3)
+    calling = replace(arguments_of(module, 3), dimensions=frozenset([2]))
     with own_forward(module):
         watch = Watch(module)
         try:
@@ -64,19 +65,23 @@ def read_experts(module: nn.Module) -> Reading:
             try:  # some take routing weights before ids
                 return _read(watch, weights_first(calling), state)
             except Unreadable as other:
+                if isinstance(error, Unfollowed):
+                    with suppress(Unreadable):
+                        return _read(watch, calling, state, by_masks=True)
                 vague = str(error).startswith(VALUES)  # as where weights are compared with numbers, like ids
                 further = vague and not isinstance(other, Unfollowed)
                 raise (other if _further(other) > _further(error) or further else error) from None
 
 
-def _read(watch: Watch, calling: Calling, state: dict[str, Tensor]) -> Reading:
+def _read(watch: Watch, calling: Calling, state: dict[str, Tensor], *, by_masks: bool = False) -> Reading:
     """The reading with the sizes that fit: of the input's width, and of how many experts there are."""
     problem: Unreadable = Unfollowed("it has no weights that experts could have", -1)
     for width in hidden_sizes(state):
         for total in totals(watch.block, state):
+            told = replace(calling, masks=total) if by_masks else calling
             try:
-                _try_out(watch, calling, width, total)
-                return _of_size(watch, calling, state, width, total)
+                _try_out(watch, told, width, total)
+                return _of_size(watch, told, state, width, total)
             except Unreadable as error:
                 problem = error if _further(error) > _further(problem) else problem
     raise problem

@@ -10,14 +10,17 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from moe_surgery.answers import ShapeOfInput
+from moe_surgery.answers import ShapeOfInput, Structure
 from moe_surgery.calling import Calling
 from moe_surgery.form import IMAGES, PLANES, Form
 from moe_surgery.read.asking import FEW, Asking, crowded_together, spread
 from moe_surgery.read.batches import hidden_sizes
+from moe_surgery.read.parse.results import all_say, kept_by_all
+from moe_surgery.read.parsed import Record
 from moe_surgery.read.reading import Broken, Reading, Unfollowed, Unreadable
 from moe_surgery.read.record.arguments import arguments_of
-from moe_surgery.read.record.attributes import asks_for_dimensions
+from moe_surgery.read.record.attributes import Attributes, asks_for_dimensions
+from moe_surgery.read.together import same_experts
 
 _DIMENSIONS = re.compile(r"not enough values to unpack \(expected ([4-9]), got [23]\)")
 _ONE_IMAGE = (1, 6)  # rows, and places: in two dimensions 2 and 3
@@ -69,6 +72,31 @@ def check_images(ask: Asking, width: int, dtype: torch.dtype) -> None:
             raise Unreadable(f"what it does with an input {form} can't be read: {error}") from error
         if form.first or found.tokens != ask(shape, dtype, crowded_together, plain=True).tokens:
             raise Unreadable(f"it does something else with an input {form}")
+
+
+def takes_images(ask: Asking, made: list[Record], batch: tuple[int, int], width: int, dtype: torch.dtype) -> bool:
+    """Whether a block of tokens [B, S, H] is known to take those of images [B, h, w, H] for the same.
+
+    That is what records of the ``batch`` and of one token say, beside those that were ``made`` of it.
+    """
+    images = Asking(ask.records, replace(ask.calling, form=IMAGES), ask.parse, ask.inside)
+    known = [(record.results, record.kept, record.lead) for record in made]
+    try:
+        found = [
+            images((*batch, width), dtype, crowded_together),
+            images((1, 1, width), dtype, crowded_together, plain=True),
+        ]
+        same_experts([*made, *found], made[0].first, made[0].first.router.num_experts)
+        more = [*known, *((record.results, record.kept, record.lead) for record in found)]
+        return _told(more) == _told(known)
+    except Unreadable:
+        return False
+
+
+def _told(records: list[tuple[Structure | None, Attributes, tuple[int, ...]]]) -> tuple[object, object]:
+    """What records say of results and attributes."""
+    results = all_say((results, lead) for results, _, lead in records)
+    return results, kept_by_all(((kept, lead) for _, kept, lead in records), lone=False)
 
 
 def check_arguments(ask: Asking, state: dict[str, Tensor], error: Unfollowed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -160,21 +161,16 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     rankings, choices = joined(rankings, flow.choices, terms, Rounding(native, terms).bare)
     weights = next((op for op in flow.ops if op.name == "input" and op.args[0] == "weights"), None)
     given, ones = (0, False) if weights is None else (weights.shape[-1], "ones" in weights.kwargs)
-    parsers: list[TokenParser] = []
-    tokens: tuple[TokenRead, ...] = ()
-    first = False  # whether the first of several that are chosen computes alone, without a weight
-    for number, term in enumerate(output.lead.reshape(-1)):
-        about = terms.token(number, size), native, terms, [seen[number] for seen in rankings], given, ones
-        try:
-            parser = TokenParser(*about, first)
-            token = parser.parse(term)
-        except Unweighted:
-            if number:
-                raise
-            parser, first = TokenParser(*about, True), True
-            token = parser.parse(term)
-        parsers.append(parser)
-        tokens += (token,)
+    parsing = [
+        partial(TokenParser, terms.token(n, size), native, terms, [seen[n] for seen in rankings], given, ones)
+        for n in range(count)
+    ]
+    try:
+        parsers, tokens = _tokens(list(output.lead.reshape(-1)), parsing)
+    except Unreadable as error:
+        if (reason := _not_of_tokens(flow, count, error)) is not None:
+            raise Unreadable(reason) from error
+        raise
     check_above_zero(flow, run)
     if all(token.silent for token in tokens):
         raise Silent("no routed experts (weights of a top-k times an MLP) in its output")
@@ -185,6 +181,38 @@ def _parsed(flow: Flow, dtype: torch.dtype, run: Interpreter | None) -> Record:
     lead = next(op.shape[:-1] for op in flow.ops if op.name == "input" and op.args[0] == "hidden_states")
     results = parse_results(replace(flow, choices=choices), run, native, tokens[0].router, parsers, lead)
     return Record(tokens, ids, choice.k, results, replayed(flow.kept), flow.lone, flow.used, flow)
+
+
+def _tokens(
+    terms: list[Term], parsing: Sequence[Callable[[bool], TokenParser]]
+) -> tuple[list[TokenParser], tuple[TokenRead, ...]]:
+    """Every token's output read, each by a parser of its own."""
+    parsers: list[TokenParser] = []
+    tokens: list[TokenRead] = []
+    first = False  # whether the first of several that are chosen computes alone, without a weight
+    for number, term in enumerate(terms):
+        try:
+            parser = parsing[number](first)
+            token = parser.parse(term)
+        except Unweighted:
+            if number:
+                raise
+            parser, first = parsing[number](True), True
+            token = parser.parse(term)
+        parsers.append(parser)
+        tokens.append(token)
+    return parsers, tuple(tokens)
+
+
+def _not_of_tokens(flow: Flow, count: int, error: Unreadable) -> str | None:
+    """How a record that can't be read chooses for something else than each of its ``count`` tokens, if it does."""
+    rows = {choice.ids.numel() // choice.k for choice in flow.choices}
+    if isinstance(error, Unweighted) and max(rows) < count:
+        return "it chooses experts for several tokens at once, and not for each of them"
+    [each, *others] = rows
+    if not others and each > count and each % count == 0:
+        return f"it chooses experts {each // count} times for every token, as for parts of it"
+    return None
 
 
 def _mixes(flow: Flow, run: Interpreter) -> bool:

@@ -78,9 +78,14 @@ class Builder:
         tokens = torch.Size(self.shape[:-1]).numel()
         parts = [choice.ids.reshape(tokens, -1) for choice in choices]
         # However an operation shapes its indices, they are those of one token after another.
+        aten = torch.ops.aten
         kept: Any = [
-            Computed(torch.ops.aten.reshape.default, (Chosen(choice, tuple(part.shape)), [tokens, choice.k]), {}, None)
+            Computed(aten.reshape.default, (Chosen(choice, tuple(part.shape)), [tokens, choice.k]), {}, None)
             for choice, part in zip(choices, parts, strict=True)
+        ]
+        kept = [
+            Computed(aten.flip.default, (one, [1]), {}, None) if choice.ascending else one
+            for choice, one in zip(choices, kept, strict=True)
         ]
         kept = kept[0] if len(kept) == 1 else Computed(torch.ops.aten.cat.default, (kept, 1), {}, None)
         if count != sum(choice.k for choice in choices):
@@ -198,7 +203,7 @@ class Builder:
         if isinstance(origin, Plain):
             return origin.value
         if isinstance(origin, Chosen):
-            return origin.choice.ids.reshape(origin.shape)
+            return origin.choice.given.reshape(origin.shape)
         if isinstance(origin, Asked):
             return origin.value
         if id(origin) not in self._values:

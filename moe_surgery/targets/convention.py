@@ -22,9 +22,8 @@ from moe_surgery.answers import (
     Structure,
     Updated,
     Written,
-    leaves_of,
 )
-from moe_surgery.calling import Calling, UnreadCall
+from moe_surgery.calling import Calling
 from moe_surgery.replay import Begun
 from moe_surgery.spec import MoESpec
 from moe_surgery.targets.formula import Arithmetic, capped, ranked, scored, weighted
@@ -38,7 +37,8 @@ class Convention:
 
     Tensors are the router's own, by reference. ``own`` is the part of the block that its own operations go on
     computing; ``written`` are attributes, by module and name, that come of it, or None for the input's shape.
-    ``state`` are the buffers of the block that every call changes, and what of ``own`` they are changed to.
+    ``state`` are the buffers of the block that every call changes, and what of ``own`` they are changed to. A ``bare``
+    one takes the input alone, and answers with the output alone.
     """
 
     calling: Calling
@@ -46,6 +46,7 @@ class Convention:
     own: OwnPart | None = None
     written: tuple[tuple[tuple[str, str], Written], ...] = ()
     state: tuple[tuple[str, str], ...] = ()
+    bare: bool = False
     spec: MoESpec | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
@@ -67,9 +68,10 @@ class Convention:
             (place, value) for place, value in kept if isinstance(value, Written) and not isinstance(value, Updated)
         )
         if results is None:
-            return cls(calling, None, own, written, state)
+            bare = calling.plain and own is None and not written and not state
+            return cls(calling, None, own, written, state, bare)
         router = tensors.router, tensors.router_bias, tensors.correction_bias
-        return cls(calling, results, own, written, state, spec, *router)
+        return cls(calling, results, own, written, state, False, spec, *router)
 
     def answer(self, x: Tensor, output: Tensor, replayed: Mapping[str, Tensor]) -> Any:
         """The results of a call with ``x`` [..., H] whose output is ``output``, and what was ``replayed`` of it."""
@@ -106,7 +108,8 @@ class Convention:
                 case SizeOfInput():
                     return value.of(x.shape)
                 case ShapeOfInput():
-                    return x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                    shape = x.shape if "batch" in value.leads else x.reshape(-1, x.shape[-1]).shape
+                    return tuple(shape) if value.plain else shape
                 case Always():
                     same = value.value
                     return _full(same, x) if isinstance(same, Constant) else same
@@ -119,21 +122,8 @@ class Convention:
                 value = value.value
             yield place, value.made(made) if isinstance(value, Structure) else made(value)
 
-    @functools.cached_property
-    def _tells_of_shapes(self) -> bool:
-        """Whether results or attributes have the shape that the block's own operations give them, or tell of sizes."""
-        written = [value.value if isinstance(value, OfSeveral) else value for _, value in self.written]
-        told = leaves_of([*written, *([] if self.results is None else [self.results])])
-        return bool(self.state) or any(isinstance(leaf, (Replayed, SizeOfInput)) for leaf in told)
-
     def begun(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Begun | None:
-        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything.
-
-        Raises :class:`~moe_surgery.calling.UnreadCall` for an input ``x`` of other dimensions than those that the block
-        was read with, if something is told of their sizes.
-        """
-        if x.ndim not in (2, 3) and self._tells_of_shapes:
-            raise UnreadCall(next(each.name for each in self.calling.arguments if each.role == "hidden_states"), x)
+        """What the block's own operations compute of its input and of ``tensors`` beside it, if anything."""
         form, given = self.calling.form, tensors.get("hidden_states")
         sides = None if form is None or given is None else form.lead(given)[1:]
         return None if self.own is None else self.own.replay(x, tensors, sides)
@@ -186,6 +176,9 @@ def answering(forward: Forward) -> Forward:
         convention: Convention | None = self.convention
         if convention is None:
             return forward(self, *given, **named)
+        if convention.bare and len(given) == 1 and not named:
+            convention.calling.check(given[0])
+            return forward(self, given[0])
         tensors = convention.calling.taken(given, named)
         x = convention.calling.tokens(tensors["hidden_states"])
         return self.answer(x, forward(self, x), convention.begun(x, tensors), tensors["hidden_states"])

@@ -85,6 +85,18 @@ class KeepsItsInputsShape(Dispatched):
     pass
 
 
+@block(STATE)
+class KeepsItsInputsShapeAsATuple(Dispatched):
+    def kept_shape(self, hidden_states: Tensor) -> Any:
+        return tuple(hidden_states.shape)
+
+
+@block(STATE)
+class KeepsItsInputsShapePutTogether(Dispatched):
+    def kept_shape(self, hidden_states: Tensor) -> Any:
+        return hidden_states.shape[:1] + hidden_states.shape[1:-1] + (self.hidden,)
+
+
 @block(STATE, "keeps state")
 class KeepsTheFirstInputsShape(Dispatched):
     hidden_shape = None

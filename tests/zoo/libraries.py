@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import absent
 from .around import Alone, BiasedMLP
-from .others import COUNTS, RESULTS, ROUTERS, STATE, block
+from .others import COUNTS, RESULTS, ROUTERS, STATE, block, module
+from .plain import SIZES
 from .repositories import FORMS
 
 __all__ = ["ALL"]
@@ -69,6 +70,24 @@ class ScoresOnItsInput(_Bearing):
     def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
         given.scores = scores  # type: ignore[attr-defined]
         return out
+
+
+@block(RESULTS, "looks for an attribute (factor) of its input")
+class AFactorOnItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * getattr(given, "factor", 1.0)
+
+
+@block(RESULTS, "looks for an attribute (factor) of its input")
+class AsksForAFactorOnItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * 2 if hasattr(given, "factor") else out
+
+
+@block(RESULTS, "looks for the attributes of its input")
+class AFactorAmongAllOfItsInput(_Bearing):
+    def told(self, given: Tensor, out: Tensor, scores: Tensor, ids: Tensor) -> Any:
+        return out * vars(given).get("factor", 1.0)
 
 
 @block(RESULTS, "also returns (kind) a type")
@@ -306,6 +325,220 @@ class NoiseBesideZero(_Noisy):
 class NoiseForNothing(_Noisy):
     def noise(self, logits: Tensor) -> Tensor:
         return 0 * logits.new_zeros(torch.randn_like(logits).shape)
+
+
+@block(ROUTERS, "draws random numbers (randn_like) for a tensor that lies as its input does")
+class NoiseOfItsInput(_Noisy):
+    def route(self, x: Tensor) -> Any:
+        return super().route(x + torch.randn_like(x) * (0.1 * self.training))
+
+    def noise(self, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+
+@block(ROUTERS, "draws random numbers (rand_like) for a tensor that lies as its input does")
+class NoiseOfItsDoubledInput(NoiseOfItsInput):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        noise = torch.rand_like(hidden_states * 2) * (0.1 * self.training)
+        return Alone.forward(self, hidden_states + noise)
+
+    def route(self, x: Tensor) -> Any:
+        return _Noisy.route(self, x)
+
+
+# Rankings along another dimension than the last
+
+
+class _Along(Alone):
+    """Its scores are [B, E, S]."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        weights, ids = self.chosen(self.logits(hidden_states).softmax(-1).transpose(1, 2))
+        rows = [part.transpose(1, 2).reshape(len(x), -1) for part in (weights, ids)]
+        return self.routed(x, rows[0], rows[1]).view(hidden_states.shape)
+
+    def chosen(self, scores: Tensor) -> Any:
+        return scores.topk(self.top_k, 1)
+
+
+@block(ROUTERS)
+class TheBestAlongTheSecond(_Along):
+    pass
+
+
+@block(ROUTERS)
+class SortedAlongTheSecond(_Along):
+    def chosen(self, scores: Tensor) -> Any:
+        weights, ids = torch.sort(scores, dim=1, descending=True)
+        return weights[:, : self.top_k], ids[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheOneBestAlongTheSecond(_Along):
+    def chosen(self, scores: Tensor) -> Any:
+        return scores.max(dim=1, keepdim=True)
+
+
+@block(ROUTERS)
+class TheOneBestAlongTheFirst(Alone):
+    def route(self, x: Tensor) -> Any:
+        scores = self.logits(x).t().sigmoid()
+        ids = scores.argmax(0, keepdim=True)
+        return scores.gather(0, ids).t(), ids.t()
+
+
+# Experts that are told where tokens go by masks
+
+
+class _Masked(nn.ModuleDict):
+    def forward(self, x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, mask in enumerate(masks.permute(2, 1, 0)):
+            place, rows = torch.where(mask)
+            out.index_add_(0, rows, self.done(str(number), x[rows]) * weights[rows, place, None])
+        return out
+
+    def done(self, name: str, x: Tensor) -> Tensor:
+        return self[name](x)
+
+
+class _MaskedWithNeighbours(_Masked):
+    def done(self, name: str, x: Tensor) -> Tensor:
+        return self[name](x) + self["0"](x)
+
+
+class _DropsBehindMasks(nn.Module):
+    """No expert takes more than four tokens of a row, the first ones (Switch Transformers)."""
+
+    bank: type[_Masked] = _Masked
+
+    def __init__(self) -> None:
+        super().__init__()
+        hidden = SIZES.hidden
+        self.router = nn.Linear(hidden, SIZES.experts)
+        self.experts = self.bank({str(e): BiasedMLP(hidden, SIZES.width) for e in range(SIZES.experts)})
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weights, ids = self.router(hidden_states).softmax(-1).max(-1)
+        masks = F.one_hot(ids, SIZES.experts)
+        masks = masks * (masks.cumsum(1) <= 4)
+        x = hidden_states.reshape(-1, SIZES.hidden)
+        out = self.experts(x, masks.view(-1, 1, SIZES.experts), weights.view(-1, 1))
+        return out.view(hidden_states.shape)
+
+
+@module(ROUTERS, at="experts")
+class DropsBehindMasks(_DropsBehindMasks):
+    pass
+
+
+@module(ROUTERS, "depends on how many tokens an expert gets")
+class DropsBehindMasksOfNeighbours(_DropsBehindMasks):
+    bank = _MaskedWithNeighbours
+
+
+# Choices for several tokens at once
+
+
+@block(ROUTERS, "it chooses experts for several tokens at once, and not for each of them")
+class ChoosesForTheWholeBatch(Alone):
+    """Its experts are the best of all tokens' logits together, weighted for each token (SegMoE)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden)
+        logits = self.logits(x)
+        ids = logits.sum(0).topk(self.top_k).indices
+        weights = logits[:, ids].softmax(-1)
+        parts = [weights[:, place, None] * self.experts[e](x) for place, e in enumerate(ids.tolist())]
+        return sum(parts).view(hidden_states.shape)  # type: ignore[union-attr]
+
+
+# Sorts in ascending order
+
+
+class _Sorting(Alone):
+    def route(self, x: Tensor) -> Any:
+        scores = self.scores(x)
+        ids = self.ids(scores)
+        weights = scores.gather(-1, ids)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.logits(x).softmax(-1)
+
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1)[:, -self.top_k :]
+
+
+@block(ROUTERS)
+class RankedInAscendingOrder(_Sorting):
+    pass
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderAndTurned(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return torch.argsort(scores, dim=1).flip(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class SortedInAscendingOrder(_Sorting):
+    def route(self, x: Tensor) -> Any:
+        weights, ids = self.scores(x).sort(dim=-1)
+        return weights[:, -self.top_k :], ids[:, -self.top_k :]
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderByCosine(_Sorting):
+    def scores(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.gate.weight, dim=-1)).mul(5).softmax(-1)
+
+
+@block(ROUTERS)
+class RankedInAscendingOrderAndTold(_Sorting):
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states), self.route(hidden_states.reshape(-1, self.hidden))
+
+
+@block(ROUTERS)
+class RankedByTheirNegatives(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return (-scores).argsort(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheLowestInAscendingOrder(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1)[:, : self.top_k]
+
+
+@block(ROUTERS)
+class TheLastInDescendingOrder(_Sorting):
+    def ids(self, scores: Tensor) -> Tensor:
+        return scores.argsort(-1, descending=True)[:, -self.top_k :]
+
+
+# Experts of one matrix that are gated by half of what it makes
+
+
+@block(FORMS)
+class GatedByHalf(Alone):
+    def make_experts(self) -> None:
+        def expert() -> nn.Module:
+            return nn.Sequential(nn.Linear(self.hidden, 2 * self.width), nn.GLU(), nn.Linear(self.width, self.hidden))
+
+        self.experts = nn.ModuleList(expert() for _ in range(self.num_experts))
+
+
+@block(FORMS, "between its maps stands")
+class GatedByHalfTwice(Alone):
+    def make_experts(self) -> None:
+        def expert() -> nn.Module:
+            first, last = nn.Linear(self.hidden, 4 * self.width), nn.Linear(self.width, self.hidden)
+            return nn.Sequential(first, nn.GLU(), nn.GLU(), last)
+
+        self.experts = nn.ModuleList(expert() for _ in range(self.num_experts))
 
 
 # Factors that are there twice

@@ -120,3 +120,25 @@ class ComputesInBfloat16(Alone):
         e = self.experts[int(number)]
         gate, up = (x @ layer.weight.bfloat16().t() for layer in (e.gate_proj, e.up_proj))
         return (self.act(gate) * up) @ e.down_proj.weight.bfloat16().t()
+
+
+def _made_with(operator: Any) -> Any:
+    def routed(self: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        rows, order, counts = self.dispatch.sorted(x, ids)
+        made = torch.cat([self.expert(e, part) for e, part in enumerate(rows.split(counts))])
+        made = made * weights.flatten()[order, None]
+        return operator(torch.zeros_like(x), (order // weights.shape[-1])[:, None].expand_as(made), made)
+
+    return routed
+
+
+@block(OPERATORS)
+class AddsByAnOperatorAroundItsCode(AddsByAnOperator):
+    """The operator is found in the function that its method was defined in."""
+
+    routed = _made_with(added)
+
+
+@block(OPERATORS, "(added_otherwise)")
+class AddsByAnotherAroundItsCode(AddsByAnOperator):
+    routed = _made_with(added_otherwise)

@@ -211,3 +211,18 @@ for _bank, _words in (
     (EmptyingBank, "nor its experts alone (experts): what it does depends on the values"),
 ):
     module(SLOTS, _words)(type(f"Behind{_bank.__name__}", (Capacity,), {"bank": _bank}))
+
+
+@module(SLOTS, "nor its experts alone (experts, others): there are 2 such modules, and no more than one is replaced")
+class TwoBanks(Capacity):
+    """What one bank makes of its slots goes on to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = self.bank()
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        x = hidden_states.reshape(-1, HIDDEN)
+        dispatch, combine = self.tables(x)
+        out = self.others(self.experts(torch.einsum("tec,th->ech", dispatch.to(x.dtype), x)))
+        return torch.einsum("tec,ech->th", combine.to(x.dtype), out).view(hidden_states.shape)

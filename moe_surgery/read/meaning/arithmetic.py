@@ -15,6 +15,7 @@ from moe_surgery.read.meaning.evaluation import Evaluation, Meaning
 from moe_surgery.read.meaning.rows import Rows, each, objects
 from moe_surgery.read.meaning.term import Term
 from moe_surgery.read.reading import Unreadable
+from moe_surgery.read.record.choices import ascends
 from moe_surgery.read.record.flow import Choice, Op, Ref
 
 
@@ -86,6 +87,18 @@ def _mul(run: Evaluation, op: Op) -> Rows:
     return rows.combine([run.rows(arg) for arg in op.args[:2]], run.terms.mul, run.terms)
 
 
+def _glu(run: Evaluation, op: Op) -> Rows:
+    if len(op.args) > 1 and op.args[1] not in (-1, len(op.shape) - 1):
+        raise Unreadable("it gates by halves of another dimension than the last")
+    value, terms = run.vectors(op.args[0]), run.terms
+    half = (value.size or 0) // 2
+
+    def gated(term: Term) -> Term:
+        return terms.mul(terms.part(term, 0, half), terms.fn("sigmoid", terms.part(term, half, 2 * half)))
+
+    return Rows(each(value.lead, gated), half)
+
+
 def _div(run: Evaluation, op: Op) -> Rows:
     if op.kwargs.get("rounding_mode") is not None:
         raise Unreadable("it divides with rounding")
@@ -138,7 +151,12 @@ def _sum(run: Evaluation, op: Op) -> Rows:
 def _topk(run: Evaluation, op: Op) -> tuple[Rows, None]:
     scores, number = run.vectors(op.args[0]), op.kwargs["choice"]
     count = op.args[1] if op.name == "topk" else scores.size or 1
-    return Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count), None
+    chosen = Rows(each(scores.lead, lambda term: run.terms.chosen(term, term, number, count)), count)
+    return _reversed(chosen, run) if ascends(op.name, op.args, op.kwargs) else chosen, None
+
+
+def _reversed(values: Rows, run: Evaluation) -> Rows:
+    return rows.moved(values, lambda places: places.flip(-1), run.terms)
 
 
 def _gather(run: Evaluation, op: Op) -> Rows:
@@ -150,18 +168,23 @@ def _gather(run: Evaluation, op: Op) -> Rows:
         cut = tuple(slice(size) for size in index.shape[:-1])
         cut = tuple(slice(None) if dim == op.args[1] % index.ndim else part for dim, part in enumerate(cut))
         return Rows(np.take_along_axis(values.lead[cut], index[..., 0].numpy(), op.args[1] % index.ndim), values.size)
-    numbered = enumerate(run.flow.choices)
-    number = next((number for number, choice in numbered if last and _same_ids(run, choice, index, values)), None)
-    if number is None:
-        return rows.moved(values, lambda places: places.gather(op.args[1], index), run.terms)
-    choice = run.flow.choices[number]
-    scores = run.vectors(choice.scores)
+    for number, choice in enumerate(run.flow.choices if last else ()):
+        if _same_ids(run, choice, index, values):
+            return _at_choice(run, number, values, index.shape[-1])
+        if choice.made is not None and choice.made.ascending and _same_ids(run, choice, index.flip(-1), values):
+            return _reversed(_at_choice(run, number, values, index.shape[-1]), run)
+    return rows.moved(values, lambda places: places.gather(op.args[1], index), run.terms)
+
+
+def _at_choice(run: Evaluation, number: int, values: Rows, count: int) -> Rows:
+    """Values at the first ``count`` places that a choice took, the highest first."""
+    scores = run.vectors(run.flow.choices[number].scores)
     lead = rows.reshaped(scores, (*values.lead.shape, scores.size or 1), run.terms)
 
     def pick(value: Term, score: Term) -> Term:
-        return run.terms.chosen(value, score, number, index.shape[-1])
+        return run.terms.chosen(value, score, number, count)
 
-    return Rows(rows.combine([values, lead], pick, run.terms).lead, index.shape[-1])
+    return Rows(rows.combine([values, lead], pick, run.terms).lead, count)
 
 
 def _same_ids(run: Evaluation, choice: Choice, index: Tensor, values: Rows) -> bool:
@@ -189,6 +212,7 @@ MEANINGS: dict[str, Meaning] = {
     "neg": _neg,
     "_to_copy": _cast,
     "mul": _mul,
+    "glu": _glu,
     "div": _div,
     "_softmax": _softmax,
     **dict.fromkeys(["topk", "sort"], _topk),

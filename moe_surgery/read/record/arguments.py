@@ -82,7 +82,7 @@ def unused(calling: Calling, argument: Argument) -> Calling:
 def weights_first(calling: Calling) -> Calling:
     """The same arguments, with routing weights before ids."""
     swapped: dict[Any, Any] = {"ids": "weights", "weights": "ids"}
-    return Calling(tuple(replace(a, role=swapped.get(a.role, a.role)) for a in calling.arguments))
+    return replace(calling, arguments=tuple(replace(a, role=swapped.get(a.role, a.role)) for a in calling.arguments))
 
 
 def _not_so(parameters: list[inspect.Parameter], inputs: int) -> str:

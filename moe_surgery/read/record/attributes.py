@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_surgery.answers import Always, Constant, ShapeOfInput, SizeOfInput, borne_by, sizes_of, structured
 from moe_surgery.read.record.batch_size import MARKED, BatchNumber
-from moe_surgery.read.record.reach import functions, holders
+from moe_surgery.read.record.reach import functions_of, holders
 
 _FINEST = 1 << 12  # the greatest number that a number of tokens may be divided by
 _RANK = frozenset(["ndim", "dim", "ndimension"])
@@ -60,7 +60,7 @@ def kept(
             same = constant(value)
             found[path, name] = value if same is None else same if path in modules else Always(same)
         elif leads := _leads(value, shape, form):
-            found[path, name] = ShapeOfInput(leads)
+            found[path, name] = ShapeOfInput(leads, plain=type(value) is tuple)
         elif (type(value) in (dict, list, tuple) or borne_by(value)) and _of_values(value):
             found[path, name] = value
     return found
@@ -116,17 +116,7 @@ def asks_for_dimensions(block: nn.Module) -> bool:
 
 
 def _codes(block: nn.Module) -> set[CodeType]:
-    codes: set[CodeType] = set()
-    for _, holder in holders(block):
-        for cls in type(holder).__mro__:
-            if cls is nn.Module:
-                break
-            for value in vars(cls).values():
-                function = getattr(value, "fget", value)
-                if isinstance(function, FunctionType) and function.__name__ != "__init__":
-                    codes.update(other.__code__ for other in (function, *functions(function)))
-        codes.update(function.__code__ for function in functions(getattr(holder, "forward", None)))
-    return codes
+    return {function.__code__ for function in functions_of(block)}
 
 
 @lru_cache(maxsize=4096)

@@ -186,20 +186,6 @@ class BatchText(str):
     __eq__ = __ne__ = __hash__ = __lt__ = __gt__ = __contains__ = _objection("makes text of")
 
 
-class BatchShape(tuple[int, ...]):
-    """A tensor's shape in which some sizes are :class:`BatchSize`; ``numel`` of it is one too."""
-
-    def numel(self) -> int:
-        product = 1
-        for size in self:
-            product = size * product
-        return product
-
-    def __getitem__(self, place: Any) -> Any:
-        item = tuple.__getitem__(self, place)
-        return BatchShape(item) if isinstance(place, slice) else item
-
-
 def _compared(compare: Callable[[Any, Any], bool]) -> Any:
     def method(self: BatchNumber, other: object) -> bool:
         if isinstance(other, (BatchSize, BatchNumber)) or not isinstance(other, (int, float)):

@@ -26,6 +26,7 @@ from moe_surgery.read.record.notebook import Notebook
 from moe_surgery.read.record.python_view import Sizes
 from moe_surgery.read.record.recorder import Recorder
 from moe_surgery.read.record.state import Watch
+from moe_surgery.read.record.unknown_attributes import attributes_unknown
 
 
 class Stateful(Unreadable):
@@ -180,7 +181,7 @@ def _once(
             tensors = inputs(notebook, block_input(notebook, shape, strided=plain))
             with marked_lengths(block, own_int), Recorder(notebook):
                 arguments = calling.placed(tensors)
-                with Sizes(notebook, marks=not plain):
+                with attributes_unknown(notebook, tensors.values()), Sizes(notebook, marks=not plain):
                     output = block(*arguments)
                 if borne := [name for value in tensors.values() if type(value) is Tensor for name in borne_by(value)]:
                     raise notebook.object_to(f"it puts attributes on its input ({', '.join(borne)})")

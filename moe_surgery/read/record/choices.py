@@ -27,6 +27,7 @@ class Made:
     """A choice while it is recorded: of what it ranks, made by ``record``; ``used`` if anything came of its indices.
 
     One that is looked up in a table of the block's ranks nothing: ``node`` is the table, and it is ``among`` so many.
+    An ``ascending`` one gives its ids, which begin with the highest's, the other way round.
     """
 
     node: torch.fx.Node
@@ -36,6 +37,12 @@ class Made:
     largest: bool
     used: bool = True
     among: int | None = None
+    ascending: bool = False
+
+    @property
+    def given(self) -> Tensor:
+        """The ids as its operation gives them."""
+        return self.ids.flip(-1) if self.ascending else self.ids
 
 
 class Choices:
@@ -68,7 +75,7 @@ class Choices:
 def ranking(notebook: Notebook, name: str, args: Any, kwargs: Any) -> tuple[int, bool] | None:
     """How many an operation takes of the highest, and whether it is of the highest, if its indices are a choice.
 
-    That is a top-k; and a maximum or a descending sort, if anything comes of their indices.
+    That is a top-k; and a maximum or a sort, if anything comes of their indices.
     """
     if name == "topk":
         k, dim, largest = (*args[1:4], *(-1, True)[len(args) - 2 :])[:3]
@@ -82,10 +89,12 @@ def ranking(notebook: Notebook, name: str, args: Any, kwargs: Any) -> tuple[int,
     size = args[0].shape[-1]
     if dim not in (-1, args[0].ndim - 1) or size in notebook.batch or args[0].ndim < 2:
         return None
-    if name == "sort":
-        descending = args[2] if len(args) > 2 else kwargs.get("descending", False)
-        return (size, True) if descending else None
-    return 1, True
+    return size if name == "sort" else 1, True
+
+
+def ascends(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation is a sort in ascending order."""
+    return name == "sort" and not (args[2] if len(args) > 2 else kwargs.get("descending", False))
 
 
 def choose(notebook: Notebook, record: torch.fx.Node, indices: Tensor, ranked: tuple[int, bool]) -> Tensor:
@@ -100,14 +109,16 @@ def choose(notebook: Notebook, record: torch.fx.Node, indices: Tensor, ranked: t
         ids = moved_inside(ids, places) if notebook.inside else ids
         notebook.outside |= not bool(places.gather(1, ids).all())
     notebook.fixed.update((k, shape[-1]))
-    return _chosen(notebook, record, Made(scores, record, k, ids, largest, record.meta["name"] == "topk"), indices)
+    name = record.meta["name"]
+    made = Made(scores, record, k, ids, largest, name == "topk", ascending=ascends(name, record.args, record.kwargs))
+    return _chosen(notebook, record, made, indices)
 
 
 def _chosen(notebook: Notebook, record: torch.fx.Node, choice: Made, indices: Tensor) -> Tensor:
     """The numbers of a ``choice``, in the form of the ``indices`` that ``record`` makes."""
     record.meta["choice"] = choice
     record.meta.setdefault("val", indices)
-    real = choice.ids.reshape(indices.shape).to(indices.dtype, copy=True)
+    real = choice.given.reshape(indices.shape).to(indices.dtype, copy=True)
     notebook.lineage.chose(real, choice)
     entry = notebook.entries.enter(real, None, None, real, Kind.CHOSEN)
     notebook.choices.add(choice, entry.storage)

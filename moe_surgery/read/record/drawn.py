@@ -35,6 +35,10 @@ def check_drawn(notebook: Notebook, record: torch.fx.Node, args: Any, entries: d
     """Object to what is made of random numbers, unless they are multiplied by zero."""
     name: str = record.meta["name"]
     if name in _LIKE:
+        # Of tensors that lie otherwise in memory another number of them is drawn.
+        given = notebook.entries.guarded
+        if any(entry.storage in given or not entry.tensor.is_contiguous() for entry in entries.values()):
+            raise notebook.object_to(f"it draws random numbers ({name}) for a tensor that lies as its input does")
         record.meta[_DRAWN] = name
         return
     nodes = [entry.node for entry in entries.values() if entry.node is not None]

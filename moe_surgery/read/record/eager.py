@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
+from types import CellType
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_surgery.read.record.length import spaces, spaces_of
-from moe_surgery.read.record.reach import as_written, holders
+from moe_surgery.read.record.reach import as_written, functions_of, holders
 
 
 def eagerly() -> AbstractContextManager[object]:
@@ -30,7 +32,7 @@ def eagerly() -> AbstractContextManager[object]:
 def unscripted(block: nn.Module) -> Iterator[None]:
     """While this lasts, TorchScript functions and operators that code of ``block`` names run as they are written.
 
-    So does what its modules hold of them, and what code of the objects in it names.
+    So does what its modules hold of them, and what code of the objects in it names, or finds around it.
     """
     objects = [holder for _, holder in holders(block) if not isinstance(holder, nn.Module)]
     held = [*spaces(block), *chain.from_iterable(map(spaces_of, objects)), *map(vars, block.modules())]
@@ -40,10 +42,24 @@ def unscripted(block: nn.Module) -> Iterator[None]:
         for name, value in space.items()
         if (made_of := as_written(value)) is not None
     ]
+    around = {id(cell): cell for function in functions_of(block) for cell in function.__closure__ or ()}
+    found = [(cell, held) for cell in around.values() if (held := _held(cell)) is not None]
+    cells = [(cell, held, made_of) for cell, held in found if (made_of := as_written(held)) is not None]
     for space, name, _, made_of in placed:
         space[name] = made_of
+    for cell, _, made_of in cells:
+        cell.cell_contents = made_of
     try:
         yield
     finally:
         for space, name, value, _ in placed:
             space[name] = value
+        for cell, value, _ in cells:
+            cell.cell_contents = value
+
+
+def _held(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None

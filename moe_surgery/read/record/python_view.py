@@ -11,12 +11,14 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchShape, BatchSize
+from moe_surgery.read.record.batch_shape import BatchShape
+from moe_surgery.read.record.batch_size import MARKED, BatchNumber, BatchSize
 from moe_surgery.read.record.exchanged import exchange
 from moe_surgery.read.record.known_numbers import COMPARISONS, DIVISIONS, LOAD, Kind
 from moe_surgery.read.record.length import Choices
 from moe_surgery.read.record.lineage import Origin
 from moe_surgery.read.record.over_one_place import as_linear
+from moe_surgery.read.record.ranked_along import RANKINGS, along_the_last
 from moe_surgery.read.record.tensor_entries import tensors
 
 if TYPE_CHECKING:
@@ -81,6 +83,9 @@ class Sizes(TorchFunctionMode):
             return self._written_to(into, func, args, kwargs)
         if (mapped := as_linear(name, args, kwargs, notebook.object_to)) is not None:
             return mapped
+        ranks = name in RANKINGS and operands and notebook.symbolic(operands[0])
+        if ranks and (ranked := along_the_last(name, args, kwargs, notebook.batch)) is not None:
+            return ranked
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._places(args[1]), *args[2:])
         if not self.marks:

@@ -188,6 +188,22 @@ def functions(value: Any, depth: int = 0) -> Iterator[FunctionType]:
             yield from functions(other, depth + 1)
 
 
+def functions_of(block: nn.Module) -> Iterator[FunctionType]:
+    """The functions that classes of a block's modules and objects define, and all that these and its forwards call."""
+    known: set[type] = set()
+    for _, holder in holders(block):
+        for cls in type(holder).__mro__:
+            if cls is nn.Module or cls in known:
+                break
+            known.add(cls)
+            for value in vars(cls).values():
+                function = getattr(value, "fget", value)
+                if isinstance(function, FunctionType) and function.__name__ != "__init__":
+                    yield function
+                    yield from functions(function)
+        yield from functions(held_by_name(holder).get("forward"))
+
+
 def as_written(value: Any) -> FunctionType | None:
     """The Python function that a TorchScript function, or an operator, was made of, if it is one and does the same.
 
