@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, Qwen3OmniMoeForConditionalGeneration
+from transformers import AutoConfig, Qwen2MoeConfig, Qwen3OmniMoeForConditionalGeneration
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 
 from moe_surgery.engine import receipts
 from moe_surgery.engine.model.counts import check_counts
@@ -16,6 +17,7 @@ from moe_surgery.engine.model.elsewhere import tell
 from moe_surgery.engine.model.load import name_of
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import ExpectationError
+from moe_surgery.models.tree import find_sites
 from moe_surgery.packs.match import Match
 from moe_surgery.packs.registry import load_packs
 from moe_surgery.planning.deciding import match_rules
@@ -113,6 +115,21 @@ def test_what_another_loader_built_is_told_of(
         assert capsys.readouterr().err == f"moe-surgery: WARNING: ModuleDict: {receipt.error}\n"
 
 
-def test_a_model_without_blocks_is_no_concern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class OneOfTwo(nn.Module):
+    """An MLP for text and one for images, as Bagel's layers have: an argument says which."""
+
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.image_mlp = one, other
+
+    def forward(self, x: torch.Tensor, mode: str = "text") -> torch.Tensor:
+        return self.mlp(x) if mode == "text" else self.image_mlp(x)
+
+
+def test_a_model_without_routers_is_no_concern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(nn.ModuleDict({"vae": nn.Linear(2, 2)}), Orders(str(tmp_path)))
+    mlps = (Qwen2MoeMLP(Qwen2MoeConfig(hidden_size=8), 16) for _ in range(2))
+    model = nn.ModuleDict({"layer": OneOfTwo(*mlps)})
+    assert [site.told is not None for site in find_sites(model)] == [True]
+    tell(model, Orders(str(tmp_path)))
     assert receipts.read_all(tmp_path) == () and capsys.readouterr().err == ""

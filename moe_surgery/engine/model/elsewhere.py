@@ -12,6 +12,7 @@ from torch import nn
 from moe_surgery.engine import receipts
 from moe_surgery.engine.model.sites import engine_sites
 from moe_surgery.engine.orders import Orders
+from moe_surgery.models.tree import find_sites
 from moe_surgery.report.receipt import Receipt
 
 
@@ -21,8 +22,12 @@ def registry() -> ModuleType | None:
 
 
 def tell(model: nn.Module, orders: Orders) -> None:
-    """Leave a receipt, and one line on stderr, for a built pipeline in which something looks like an MoE block."""
-    sites = engine_sites(model)
+    """Leave a receipt, and one line on stderr, for a built pipeline in which something looks like an MoE block.
+
+    Layers of which an argument says which MLP computes have no router, and are passed over.
+    """
+    chosen = {site.path for site in find_sites(model) if site.told is not None}
+    sites = [site for site in engine_sites(model) if site.path not in chosen]
     if not sites:
         return
     name, first = type(model).__name__, sites[0]
@@ -30,7 +35,7 @@ def tell(model: nn.Module, orders: Orders) -> None:
     done = "audited" if orders.audit else "operated on"
     reason = (
         f"{first.path} ({first.kind}){more} can't be {done}: vllm-omni's own loader built the model, not vLLM's; "
-        "moe_surgery.apply takes it once it is loaded"
+        "moe_surgery.apply(model) reads it once it is loaded"
     )
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     receipts.write(
