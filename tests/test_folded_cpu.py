@@ -13,6 +13,9 @@ from folded_blocks import SPEC, SPECS, but
 from proof_blocks import PlainBlock
 from spec_weights import weights
 from torch import nn
+from zoo.around import Alone
+from zoo.others import LISTED
+from zoo.plain import block_class, make
 
 import moe_surgery
 from moe_surgery.prove.proof import prove
@@ -108,3 +111,11 @@ def test_a_model_is_operated_on_and_put_back(write_tiny: Callable[[str], Path]) 
     moe_surgery.undo(report)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
+
+
+def test_a_block_that_it_refuses_is_left_alone() -> None:
+    block = make(block_class(Alone, *LISTED, name="Alone"))
+    model = nn.Sequential(block).eval()
+    [step] = moe_surgery.apply(model, target="folded").steps
+    assert (step.outcome, step.reason) == ("refused", "there is no shared expert to fold")
+    assert model[0] is block

@@ -60,7 +60,7 @@ class Operation:
         self.wrote: dict[str, list[dict[tuple[str, str], Any]]] = {}  # attributes, in each call of the model's
         self.heard: WholeModel | None = None
         self.exchanged: Transaction | None = None
-        folded = {self.readings[path].spec for path, target in self.targets.items() if target.name == "folded"}
+        folded = {reading.spec for path, reading in self.readings.items() if self.targets[path].name == "folded"}
         if folded:
             kernels.begin(folded, next(model.parameters()).dtype, NUMBERS)
 

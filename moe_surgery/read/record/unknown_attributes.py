@@ -28,8 +28,7 @@ def attributes_unknown(notebook: Notebook, inputs: Iterable[Any]) -> Iterator[No
     watched = [tensor for tensor in inputs if issubclass(type(tensor), Tensor)]
 
     def note(what: str) -> None:
-        if sys._getframe(2).f_globals["__name__"].partition(".")[0] != "torch":
-            notebook.object_to(f"it looks for {what} of its input, which somebody may put there")
+        notebook.object_to(f"it looks for {what} of its input, which somebody may put there")
 
     for tensor in watched:
         tensor.__dict__ = _Watched(partial(note, "the attributes"))
@@ -50,7 +49,8 @@ def attributes_unknown(notebook: Notebook, inputs: Iterable[Any]) -> Iterator[No
 
 def _missing(tensor: Tensor, name: str) -> Any:
     note = _watching.get(id(tensor))
-    if note is not None and not name.startswith("__"):
+    by = sys._getframe(1).f_globals["__name__"].partition(".")[0]
+    if note is not None and by != "torch" and not name.startswith("__"):
         note(f"an attribute ({name})")
     raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
 
