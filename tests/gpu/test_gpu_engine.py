@@ -18,8 +18,6 @@ EXACT = {"TRITON_F32_DEFAULT": "ieee"}
 """Without it Triton rounds vLLM's products of float32 to TF32, and nothing could be compared beyond three digits."""
 COMPILED = {"enforce_eager": False, "max_num_seqs": 4}  # few sizes of a batch are few graphs
 PUSHES = ("load_weights", "reload_weights by path", "by name", "weight_loader", "sleep without a copy")
-# Kinds whose routing the kernels compute; the others' is vLLM's own.
-FOLDED = ("naive_talker", "omni_talker", "unfused_qwen2", "list_moe", "list_moe_whole")
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -52,7 +50,7 @@ def check_same(found: list[Output], wanted: list[Output]) -> None:
 def test_eager(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     [found] = run_all([operated(folders[kind], tmp_path / "run")], tmp_path, **EXACT)
     [plain] = run_all([Run(str(folders[kind]))], tmp_path, **EXACT)
-    check_operated(found, "folded" if kind in FOLDED else "vllm")
+    check_operated(found, "folded")
     check_same(found.outputs, plain.outputs)
 
 
