@@ -227,6 +227,29 @@ def _other_norm(block: Any) -> None:
     experts.renormalize = not experts.renormalize
 
 
+def _own_method(path: str, name: str) -> Change:
+    """The block with a method of a part patched onto it."""
+
+    def change(block: Any) -> None:
+        owner = block
+        for part in path.split("."):
+            owner = getattr(owner, part)
+        before = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: 2 * before(*args, **kwargs))
+
+    return change
+
+
+def _another_caller(block: Any) -> None:
+    inside = block.experts.shared_experts
+    kind = type(inside)
+    inside.__class__ = type("Own", (kind,), {"forward": lambda self, x, order: kind.forward(self, 2 * x, order)})
+
+
+def _hooked(block: Any) -> None:
+    block.shared_expert.down_proj.register_forward_hook(lambda layer, given, out: (2 * out[0], out[1]))
+
+
 SUMMED_LATER = "a sum left to the layer"
 FUSED = "fused_qwen2"
 """vLLM's own class of what the example unfused_qwen2 unfuses; its blocks are to be folded."""
@@ -276,6 +299,9 @@ BUILT |= {
     "fused, a scale in vLLM's layer": (FUSED, _scale_in_layer),
     "fused, the shared expert called otherwise": (FUSED, _called_otherwise),
     "fused, the shared expert summed inside": (FUSED, _summed_inside),
+    "fused, the shared expert called by another class": (FUSED, _another_caller),
+    "fused, its routed layer's method patched": (FUSED, _own_method("experts", "_maybe_reduce_final_output")),
+    "fused, its experts' method patched": (FUSED, _own_method("experts.routed_experts.quant_method", "apply")),
     "fused, a shared gate patched": (FUSED, _wrapped("shared_expert_gate", _first(lambda y: y + 1))),
 }
 BUILT[SUMMED_LATER] = ("list_moe", _changed(_unsummed))
@@ -284,6 +310,7 @@ LOADED: dict[str, tuple[str, Change]] = {
     "a scale set after loading": ("unfused_qwen2", _scale_in_layer),
     "fused, patched after loading": (FUSED, _changed(lambda block, x: 2 * _inside(block, x))),
     "fused, normed otherwise after loading": (FUSED, _other_norm),
+    "fused, hooked after loading": (FUSED, _hooked),
 }
 """Changes that a model makes to itself once its weights are loaded."""
 

@@ -48,10 +48,14 @@ EXPECTED = {
     "fused, of another input": ("kept", "2 * shared_expert_gate"),
     "fused, a scale in vLLM's layer": ("replaced", "top-2 of 8 ×2.5"),
     "fused, the shared expert called otherwise": ("kept", "calls the shared expert in a way of its own"),
+    "fused, the shared expert called by another class": ("kept", "calls the shared expert in a way of its own"),
+    "fused, its routed layer's method patched": ("kept", "a method of its own (_maybe_reduce_final_output)"),
+    "fused, its experts' method patched": ("kept", "a method of its own (apply)"),
     "fused, the shared expert summed inside": ("replaced", "sigmoid gate, ×2"),
     "fused, a shared gate patched": ("kept", "ReplicatedLinear has a forward of its own"),
     "fused, patched after loading": ("failed", "changed after it was read"),
     "fused, normed otherwise after loading": ("failed", "changed after it was read"),
+    "fused, hooked after loading": ("failed", "changed after it was read"),
 }
 
 

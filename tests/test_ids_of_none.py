@@ -88,3 +88,17 @@ def test_an_id_that_counts_from_the_last_expert_is_an_error(target: str) -> None
     called(old, ids)
     with pytest.raises(RuntimeError, match="an id below zero"):
         called(new, ids)
+
+
+class PassingOn(Looping):
+    """A token that goes to no expert is as it was."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        goes = (ids < SIZES.experts).any(-1, keepdim=True)
+        return torch.where(goes, super().forward(x, ids, weights), x)
+
+
+def test_experts_that_pass_on_a_token_of_none_are_left_alone() -> None:
+    model = nn.Sequential(Block(PassingOn())).eval()
+    [step] = moe_surgery.apply(model, target="reference").steps
+    assert step.outcome == "missed" and not isinstance(model[0].experts, SwappedBlock), step

@@ -175,12 +175,14 @@ def _record(
 
 def _kind(watch: Watch, calling: Calling, width: int, dtype: torch.dtype, expert: int) -> str:
     """What an id is that stands for no expert with weights: "error", "none", "identity" or "other"."""
-    ids = torch.tensor([[expert, 0], [expert, 0]])
+    ids = torch.tensor([[expert, 0], [expert, expert]])
     try:
-        [one, _] = _record(watch, calling, width, ids, dtype, torch.float32, plain=True).tokens
+        [one, both] = _record(watch, calling, width, ids, dtype, torch.float32, plain=True).tokens
     except Unfollowed:
         return "error"
     slot = one.slots[0]
+    if slot is None and (any(both.slots) or both.shared or both.output_bias):
+        raise Unreadable("a token that goes to no expert isn't left out")
     return "none" if slot is None else "identity" if slot.identity else "other"
 
 

@@ -219,6 +219,8 @@ def _runner(routed: Routed, block: nn.Module) -> dict[str, Any]:
         inside["gate"] = gate
     if shared is not None and not any(module is shared for module in _beside(block, runner)):
         raise Unreadable("its shared expert is inside of its routed layer alone")
+    if shared is not None and scale != 1.0 and runner.moe_config.in_dtype == torch.float16:
+        raise Unreadable(f"in float16 vLLM divides the shared expert by the routed scale ({scale:g})")
     # What a rank adds is counted as often as there are ranks to sum over; the routed experts' sum is whole here.
     summed = ranks() if parts == 1 else 1
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
@@ -78,8 +79,20 @@ def _check_runner(runner: MoERunner) -> None:
         if value:
             raise Unreadable(f"it has {what}")
     inside: Any = runner.shared_experts
-    if inside is not None and ("forward" in vars(inside) or inside._forward_hooks or inside._forward_pre_hooks):
+    if inside is not None and (
+        type(inside) is not SharedExperts or _patched(inside) or inside._forward_hooks or inside._forward_pre_hooks
+    ):
         raise Unreadable("its routed layer calls the shared expert in a way of its own")
+    more = (name for name in _patched(runner) if name != "forward")
+    if own := [*more, *_patched(experts), *_patched(experts.quant_method)]:
+        raise Unreadable(f"its routed layer has a method of its own ({own[0]})")
+
+
+def _patched(layer: Any) -> list[str]:
+    """The methods of a layer's class in whose place something else stands on the layer itself."""
+    return [
+        name for name, value in vars(layer).items() if callable(value) and callable(getattr(type(layer), name, None))
+    ]
 
 
 def _routes(runner: MoERunner) -> Routes:

@@ -276,6 +276,7 @@ def check_unchanged(item: EngineSite) -> None:
     """Raise :class:`SurgeryError` if a block isn't the one that was read: its model may have changed it since."""
     try:
         with readable(item.block) as seen:
+            check_site(item.block)
             same = structure(item.block, item.site.path, seen.meanings) == item.structure
         if item.layer is not None:
             same &= _layer_structure(item.layer.module, item.layer.path) == item.layer.structure
