@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -102,7 +103,16 @@ def _routes(runner: MoERunner) -> Routes:
         return "given"
     experts = runner.routed_experts
     plain = experts.scoring_func == "softmax" and not experts.use_grouped_topk
-    return "softmax" if plain and correction_bias(runner) is None and experts.custom_routing_function is None else "own"
+    plain = plain and correction_bias(runner) is None and experts.custom_routing_function is None
+    return "softmax" if plain and _as_it_says(runner) else "own"
+
+
+def _as_it_says(runner: MoERunner) -> bool:
+    """Whether a plain router is vLLM's, with what its layer says of it; else it is only known by asking it."""
+    router, experts = runner.router, runner.routed_experts
+    if type(router) is not FusedTopKRouter or _patched(router):
+        return False
+    return bool((router.top_k, router.renormalize) == (runner.moe_config.experts_per_token, experts.renormalize))
 
 
 def correction_bias(runner: MoERunner) -> Tensor | None:
