@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -109,10 +108,11 @@ def _routes(runner: MoERunner) -> Routes:
 
 def _as_it_says(runner: MoERunner) -> bool:
     """Whether a plain router is vLLM's, with what its layer says of it; else it is only known by asking it."""
-    router, experts = runner.router, runner.routed_experts
-    if type(router) is not FusedTopKRouter or _patched(router):
+    router: Any = runner.router
+    if type(router).__module__.split(".")[0] != "vllm" or _patched(router):
         return False
-    return bool((router.top_k, router.renormalize) == (runner.moe_config.experts_per_token, experts.renormalize))
+    said = runner.moe_config.experts_per_token, runner.routed_experts.renormalize
+    return bool((getattr(router, "top_k", None), getattr(router, "renormalize", None)) == said)
 
 
 def correction_bias(runner: MoERunner) -> Tensor | None:
