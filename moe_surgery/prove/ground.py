@@ -143,11 +143,11 @@ def _survey(spec: MoESpec, tensors: BlockTensors, seed: int, ranks: int, probes:
         probes = reach(spec, tensors, probes)
     asked = len(probes.x)
     probes, routing = _decided(spec, tensors, probes)
-    undecided = asked - len(probes.x)
     more = steered_again(spec, tensors, probes, routing, seed) if spec.router.follows_logits else None
     if more is not None:
         asked += len(more.x) - len(probes.x)
         probes, routing = _decided(spec, tensors, more)
+    undecided = asked - len(probes.x)
     if len(probes.of(UNIT)) == 0 and spec.router.own:
         return "its own router's choices are within its rounding noise, or name one expert twice, on every probe"
     if len(probes.of(UNIT)) == 0:

@@ -13,22 +13,19 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from moe_surgery.engine.model.layers import owner
+from moe_surgery.engine.model.layers import Sums, owner, set_sums, sums_of
 from moe_surgery.engine.model.sites import EngineSite
 
 
 @dataclass(frozen=True, eq=False)
 class Former:
-    """The block at ``path``, its routed layer, and the last layer of its shared expert, if it has one.
-
-    ``sums`` says which sums over the ranks were not the routed layer's, and which that layer did.
-    """
+    """The block at ``path``, its routed layer, the last layer of its shared expert, if it has one, and their sums."""
 
     path: str
     block: nn.Module
     runner: MoERunner
     down: Any
-    sums: tuple[bool, bool]
+    sums: Sums
 
     @classmethod
     def of(cls, item: EngineSite) -> Former:
@@ -36,8 +33,7 @@ class Former:
         assert item.routed is not None and item.reading is not None
         runner, shared = item.routed.runner, item.reading.layout.shared
         down: Any = None if shared is None else owner(item.block, shared.down)
-        sums = bool(runner.moe_config.skip_final_all_reduce), bool(getattr(down, "reduce_results", True))
-        return cls(item.site.path, item.site.module, runner, down, sums)
+        return cls(item.site.path, item.site.module, runner, down, sums_of(runner, down))
 
     def put_back(self, model: nn.Module, config: VllmConfig) -> dict[nn.Module, nn.Module]:
         """Into ``model``, in place of what was built from it; returns what took which module's place."""
@@ -46,7 +42,5 @@ class Former:
         parent, _, name = self.path.rpartition(".")
         model.get_submodule(parent).register_module(name, self.block)
         config.compilation_config.static_forward_context[self.runner.layer_name] = self.runner
-        self.runner.moe_config.skip_final_all_reduce, reduces = self.sums
-        if hasattr(self.down, "reduce_results"):
-            self.down.reduce_results = reduces
+        set_sums(self.runner, self.down, self.sums)
         return {new: self.block, runner: self.runner}

@@ -265,7 +265,6 @@ class KernelBlock(EngineBlock):
             )
         rows = t.slices * t.width * (1 if weights.shared_up is not None else 2)
         wanted: dict[str, tuple[int, ...] | None] = {
-            "router": tuple(weights.w13.shape) if weights.router is weights.w13 else (t.experts, t.hidden),
             "w13": (t.experts, 2 * t.width, t.hidden),
             "w2": (t.experts, t.hidden, t.width),
             "gate": (1, t.hidden) if t.gated else None,
@@ -273,6 +272,8 @@ class KernelBlock(EngineBlock):
             "shared_up": (rows, t.hidden) if weights.shared_up is not None else None,
             "shared_down": (t.hidden, t.slices * t.width) if t.slices else None,
         }
+        if weights.router is not weights.w13:
+            wanted["router"] = (t.experts, t.hidden)
         held = {name: getattr(weights, name) for name in wanted}
         if weights.scales is not None:
             scaled = _rows if t.by_row else _blocks

@@ -48,6 +48,22 @@ def ranks() -> int:
     return int(get_tensor_model_parallel_world_size())
 
 
+Sums = tuple[bool, bool]
+"""Whether a routed layer leaves its sum over the ranks to others, and a shared expert's last layer does its own."""
+
+
+def sums_of(runner: Any, down: Any) -> Sums:
+    """Which sums a block's routed layer and the last layer of its shared expert do; ``down`` may be None."""
+    return bool(runner.moe_config.skip_final_all_reduce), bool(getattr(down, "reduce_results", True))
+
+
+def set_sums(runner: Any, down: Any, sums: Sums) -> None:
+    """Have the two do the ``sums`` that :func:`sums_of` found."""
+    runner.moe_config.skip_final_all_reduce, reduces = sums
+    if hasattr(down, "reduce_results"):
+        down.reduce_results = reduces
+
+
 def first(result: Any) -> Tensor:
     """vLLM's linear layers return their output and a bias, plain ones their output alone."""
     output: Tensor = result[0] if isinstance(result, tuple) else result

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 
 from moe_surgery.engine.model.agreement import Ranks
-from moe_surgery.engine.model.layers import first, owner
+from moe_surgery.engine.model.layers import Sums, first, owner, set_sums, sums_of
 from moe_surgery.engine.model.proving import SEED, asker
 from moe_surgery.engine.model.sites import EngineSite
 from moe_surgery.prove.asking import Misconduct, Refused
@@ -36,7 +36,7 @@ class Observation:
     routed: MoERunner
     down: Any
     gate: nn.Module | None
-    reduces: tuple[bool, bool]
+    sums: Sums
     verdict: Verdict | None = None
     seconds: float = 0.0
 
@@ -63,7 +63,7 @@ class Observation:
         ask = asker(self.item.site.path, self.item.block, self.routed, config, self.ranks)
         # What every rank has a part of.
         config_ = self.routed.moe_config
-        routed_out = self.reduces[0] and config_.tp_size * config_.ep_size > 1
+        routed_out = self.sums[0] and config_.tp_size * config_.ep_size > 1
         partial = {self.routed: routed_out, self.down: self._shared_out()}
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -96,26 +96,21 @@ class Observation:
         return observed
 
     def _shared_out(self) -> bool:
-        return isinstance(self.down, RowParallelLinear) and self.down.tp_size > 1 and not self.reduces[1]
+        return isinstance(self.down, RowParallelLinear) and self.down.tp_size > 1 and not self.sums[1]
 
     @contextmanager
     def _as_it_was(self, config: VllmConfig) -> Iterator[None]:
         """While this lasts, the old block computes what it did before another was built from its parts."""
         layers = config.compilation_config.static_forward_context
-        name, moe = self.routed.layer_name, self.routed.moe_config
-        new, reduces = layers[name], (moe.skip_final_all_reduce, getattr(self.down, "reduce_results", True))
+        name = self.routed.layer_name
+        new, sums = layers[name], sums_of(self.routed, self.down)
         layers[name] = self.routed
-        self._reduce(*self.reduces)
+        set_sums(self.routed, self.down, self.sums)
         try:
             yield
         finally:
             layers[name] = new
-            self._reduce(*reduces)
-
-    def _reduce(self, routed: bool, shared: bool) -> None:
-        self.routed.moe_config.skip_final_all_reduce = routed
-        if hasattr(self.down, "reduce_results"):
-            self.down.reduce_results = shared
+            set_sums(self.routed, self.down, sums)
 
 
 def observe(item: EngineSite, ranks: Ranks) -> Observation:
@@ -124,5 +119,5 @@ def observe(item: EngineSite, ranks: Ranks) -> Observation:
     shared, gate = item.reading.layout.shared, item.reading.layout.shared_gate
     assert shared is not None
     runner, down = item.routed.runner, owner(item.block, shared.down)
-    reduces = bool(runner.moe_config.skip_final_all_reduce), bool(getattr(down, "reduce_results", True))
-    return Observation(item, ranks, runner, down, None if gate is None else owner(item.block, gate), reduces)
+    asked = None if gate is None else owner(item.block, gate)
+    return Observation(item, ranks, runner, down, asked, sums_of(runner, down))

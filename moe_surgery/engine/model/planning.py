@@ -60,9 +60,14 @@ def _settled(item: EngineSite, config: VllmConfig) -> EngineSite:
 
 
 def make_engine_plan(
-    architecture: str, model: nn.Module, sites: Sequence[EngineSite], config: VllmConfig, orders: Orders
+    architecture: str,
+    model: nn.Module,
+    sites: Sequence[EngineSite],
+    config: VllmConfig,
+    orders: Orders,
+    given: Plan | None,
 ) -> Plan:
-    """One step per site. Raises :class:`PlanError` if ``orders`` bring a plan that says otherwise.
+    """One step per site. Raises :class:`PlanError` if the plan that ``orders`` bring, ``given``, says otherwise.
 
     The counts that rules expect, and the sites of a plan, are those of a whole model; under pipeline parallelism a rank
     holds only some of its layers.
@@ -71,7 +76,6 @@ def make_engine_plan(
     checkpoint = checkpoint_config(config)
     matches = {item.site.path: _match(item, packs, checkpoint) for item in sites}
     hindrance = obstacle(config)
-    given = None if orders.plan is None else Plan.load(orders.plan)
     target = orders.target if given is None else given.target
     targets = targets_of_rules(packs, target)
     decided = (_decide(item, matches[item.site.path], targets, hindrance, config) for item in sites)
@@ -163,10 +167,10 @@ def _decide(
 ) -> Step:
     path, kind = item.site.path, item.site.kind
     if match is None:
-        return Step(path, kind, "kept", kept_whole(item, item.remark))
+        return Step(path, kind, "kept", _kept_whole(item, item.remark))
     if isinstance(match, Miss):
         if item.whole or item.bare:
-            return Step(path, kind, "kept", kept_whole(item, match.reason if item.whole else ""))
+            return Step(path, kind, "kept", _kept_whole(item, match.reason if item.whole else ""))
         return Step(path, kind, "missed", match.reason)
     rule, spec = match.rule, match.reading.spec
     wanted = targets[rule]
@@ -174,7 +178,7 @@ def _decide(
         reason = _not_anew(item, config, wanted, hindrance)
         if reason is None:
             return Step(path, kind, "replaced", _with_crossover(_told_of(item), item, config), rule, FOLDED, spec)
-        return Step(path, kind, "kept", kept_whole(item, reason), rule, None, spec)
+        return Step(path, kind, "kept", _kept_whole(item, reason), rule, None, spec)
     if wanted not in (AUTO, LAYER, FOLDED):
         return Step(path, kind, "kept", f"the target {wanted} is none that engines take", rule, None, spec)
     reason = hindrance or _not_rebuilt(item, config)
@@ -250,7 +254,7 @@ def rounds_float32(config: VllmConfig) -> bool:
     return wide and current_platform.is_cuda() and os.environ.get(_EXACT[0]) != _EXACT[1]
 
 
-def kept_whole(item: EngineSite, reason: str) -> str:
+def _kept_whole(item: EngineSite, reason: str) -> str:
     """What a plan says of a block that vLLM's layer computes all of and that stays as it is, with the ``reason``."""
     if item.fused:
         said = "already fused"
@@ -261,9 +265,8 @@ def kept_whole(item: EngineSite, reason: str) -> str:
     return f"{said} · not folded: {reason}" if reason else said
 
 
-def reads_fused(orders: Orders) -> bool:
-    """Whether blocks that vLLM has fused may be folded all the same, and so must be read."""
-    target = orders.target if orders.plan is None else Plan.load(orders.plan).target
+def reads_fused(target: str) -> bool:
+    """Whether blocks that vLLM has fused may be folded all the same by this ``target``, and so must be read."""
     return target == FOLDED or (target == AUTO and current_platform.is_cuda())
 
 

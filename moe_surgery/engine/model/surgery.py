@@ -40,6 +40,7 @@ from moe_surgery.engine.model.two_ways import TwoWays
 from moe_surgery.engine.orders import Orders
 from moe_surgery.errors import LedgerError, ProofError, SurgeryError, UnsupportedError
 from moe_surgery.installed.cards import cards
+from moe_surgery.planning.plan import Plan
 from moe_surgery.report.outcomes import Step
 from moe_surgery.report.report import Report
 
@@ -70,8 +71,10 @@ class Surgery:
             raise UnsupportedError(
                 "the engine's additional_config is no dictionary, so compiled graphs can't be told apart"
             )
-        sites = settled(survey(model, fused=reads_fused(orders)), config)
-        self.plan = make_engine_plan(self.architecture, model, sites, config, orders)
+        given = None if orders.plan is None else Plan.load(orders.plan)
+        target = orders.target if given is None else given.target
+        sites = settled(survey(model, fused=reads_fused(target)), config)
+        self.plan = make_engine_plan(self.architecture, model, sites, config, orders, given)
         replaced = {step.path for step in self.plan.steps if step.outcome == "replaced"}
         self.items: dict[str, EngineSite] = {item.site.path: item for item in sites if item.site.path in replaced}
         folds = {step.path for step in self.plan.steps if step.target == FOLDED} if current_platform.is_cuda() else ()
